@@ -1,0 +1,93 @@
+"""Every knob of every experiment, with its default and the reason for it.
+
+The only file that introduces keys: the others call it and change lines. It is locked,
+so a misspelt key in a variant is an error and not a knob that nothing reads.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    del arg
+    config = ConfigDict()
+    config.seed = 0  # parameters, order of slices, augmentation, dropout
+    config.parallel = 'jit'  # 'jit' over a mesh of all devices, or 'pmap'
+
+    config.model = model = ConfigDict()
+    model.name = 'pspnet'
+    model.backbone = 'resnet50'  # vgg16, resnet18, resnet34, resnet50, resnet101
+    model.num_classes = 2  # background included
+    model.output_stride = 8  # 8 (the paper), 16, 32: coarser is faster
+    model.deep_stem = False  # semseg's three 3x3s in place of ResNet's 7x7
+    model.width = 64  # base channels; the networks' own is 64
+    model.bins = (1, 2, 3, 6)  # pyramid levels
+    model.dropout = 0.1  # of whole channels, before each classifier
+    model.aux_head = True  # second head on layer3 (VGG: block 4), training only
+    model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
+    model.pretrained = ''  # VGG16 weights in torchvision's names, .safetensors or .npz
+
+    config.data = data = ConfigDict()
+    data.name = 'phantom'  # phantom, lgg
+    data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
+    data.root = ''  # where the built data set is kept; '': tfds' own folder
+    data.normalize = 'volume'  # 'volume': z-score of each; 'imagenet': RGB mean and std
+    data.test_fraction = 0.15  # of patients, where the data has no public hold-out
+    data.validation_fraction = 0.1  # of the other patients, site by site
+    data.split_seed = 0
+    data.sampling = 'lesion'  # 'lesion': by area of lesion (Buda 2019), or 'uniform'
+    data.lesion_floor = 0.1  # share of draws that ignore the lesion
+    data.threads = 4  # that decode ahead of the step
+
+    config.phantom = phantom = ConfigDict()
+    phantom.volumes = 40
+    phantom.slices = 12  # a volume
+    phantom.size = 128  # pixels a side
+    phantom.seed = 0
+
+    config.augment = augment = ConfigDict()
+    augment.crop = 0  # pixels a side; 0: the whole slice
+    augment.flip = 0.5  # probability, left-right
+    augment.scale = 0.1  # zoom by 1/1.1 .. 1.1
+    augment.rotate = 15.0  # +- degrees
+    augment.elastic = 0.0  # standard deviation of the deformation, pixels
+    augment.gain = 0.1  # +- share, each channel
+    augment.bias = 0.1  # +- standard deviations, each channel
+    augment.noise = 0.0  # largest standard deviation
+
+    config.loss = loss = ConfigDict()
+    loss.cross_entropy = 1.0  # weight in the sum
+    loss.dice = 1.0  # weight in the sum
+    loss.aux = 0.4  # weight of the auxiliary head's loss (paper, section 3.3)
+    loss.class_weights = ()  # of the cross-entropy; (): all 1
+    loss.ignore_label = 255
+
+    config.optim = optim = ConfigDict()
+    optim.name = 'adamw'  # or 'sgd'
+    optim.learning_rate = 1e-4  # of the backbone
+    optim.new_layer_factor = 10.0  # pyramid and heads learn faster (semseg)
+    optim.schedule = 'poly'  # poly, cosine, constant
+    optim.power = 0.9  # of poly
+    optim.warmup_steps = 50
+    optim.momentum = 0.9  # of sgd, and Adam's b1
+    optim.beta2 = 0.999
+    optim.weight_decay = 1e-4
+    optim.decay_exclude = ('bias', 'scale')  # parameter names that are not decayed
+    optim.clip_norm = 1.0  # 0: no clipping
+
+    config.train = train = ConfigDict()
+    train.batch_size = 16  # over all devices
+    train.accumulate = 1  # micro-batches a step
+    train.epochs = 50.0  # passes over the training slices
+    train.steps = 0  # if above 0, in place of epochs
+    train.ema_decay = 0.0  # average of the parameters that is evaluated; 0: none
+    train.log_every = 10  # steps
+    train.validate_every = 0  # steps; 0: ten times a run
+    train.checkpoint_every = 0  # steps; 0: at each validation
+    train.patience = 0  # validations without a better Dice before stopping; 0: never
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.batch_size = 16
+    evaluation.spacing = (1.0, 1.0, 1.0)  # slice, row, column step; the unit of HD95
+    evaluation.bootstrap = 10_000  # resamples of the patients for the interval
+    evaluation.checkpoint = 'best'  # 'best' by validation Dice, or 'last'
+    return config.lock()

@@ -1,0 +1,1 @@
+"""PSPNet and its kin for medical image segmentation, in JAX and Flax."""

@@ -1,0 +1,208 @@
+"""Checkpoints: the full state by Orbax, asynchronous, with the config and a digest.
+
+WORKDIR/checkpoints/<step>/ holds each part of the state apart (params, batch_stats,
+ema_params, opt_state), so that evaluation reads parameters only. Orbax makes a step
+folder appear whole or not at all, but it can't see a byte that changed later: the
+metadata holds a sha256 of each part, and a step that doesn't match is passed over.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from pspnet_jax.errors import CheckpointError
+
+FOLDER = 'checkpoints'
+
+
+def open_writer(workdir: str | Path) -> ocp.training.Checkpointer:
+    """Writes to WORKDIR/checkpoints; keeps the last step and the best by `dice`."""
+    policies = ocp.training.preservation_policies
+    return ocp.training.Checkpointer(
+        Path(workdir).absolute() / FOLDER,
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(
+                    n=1,
+                    get_metric_fn=lambda metrics: metrics['dice'],
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        ),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(
+    writer: ocp.training.Checkpointer,
+    step: int,
+    state: Any,
+    *,
+    config: dict[str, Any],
+    progress: dict[str, Any],
+    channels: int,
+    dice: float | None,
+) -> None:
+    """Start writing `state` (a TrainState); returns once it is copied to host memory.
+
+    `dice`, validation's, ranks the checkpoint; None where it was not measured.
+    `progress` is what the loop needs to go on that is not in the state; `channels` what
+    the network's input has.
+    """
+    # A copy: the next step reuses the donated buffers while Orbax still writes.
+    parts = jax.tree.map(lambda x: np.array(x, copy=True), _parts(state))
+    writer.save_checkpointables_async(
+        step,
+        parts,
+        metrics=None if dice is None else {'dice': dice},
+        custom_metadata={
+            'config': config,
+            'progress': progress,
+            'channels': channels,
+            'dice': dice,
+            'sha256': {name: digest(tree) for name, tree in parts.items()},
+        },
+    )
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """The state's fields that hold any array; `step` is the folder's name."""
+    fields = ('params', 'batch_stats', 'ema_params', 'opt_state')
+    parts = {name: getattr(state, name) for name in fields}
+    return {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
+
+
+def digest(tree: Any) -> str:
+    """sha256 over path, dtype, shape and bytes of every array."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        sha.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'.encode())
+        sha.update(array.data)
+    return sha.hexdigest()
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """Steps with a finished checkpoint, ascending."""
+    folder = Path(workdir) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
+    """The config, progress, Dice and digests that were saved with `step`."""
+    path = Path(workdir).absolute() / FOLDER / str(step)
+    try:
+        return ocp.checkpointables_metadata(path).custom_metadata
+    except Exception as error:  # Orbax raises what its storage layer does
+        raise CheckpointError(f'{path} has no readable metadata: {_first_line(error)}') from error
+
+
+def restore(
+    workdir: str | Path, state: Any, config: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """`state` with every array from the newest sound checkpoint, and its progress.
+
+    None where there is no checkpoint at all. Unsound ones are warned of and passed
+    over; raises CheckpointError when none is left, or for another model than config's.
+    """
+    abstract = _parts(jax.eval_shape(lambda: state))
+    found = steps(workdir)
+    for step in reversed(found):
+        try:
+            meta = metadata(workdir, step)
+        except CheckpointError as error:
+            logging.warning('checkpoint %d is passed over: %s', step, error)
+            continue
+        _check_same_model(workdir, meta['config'], config)
+        try:
+            parts = _load(workdir, step, abstract, meta)
+        except CheckpointError as error:
+            logging.warning('checkpoint %d is passed over: %s', step, error)
+            continue
+        return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta['progress']
+    if found:
+        raise CheckpointError(
+            f'none of the checkpoints {found} in {Path(workdir) / FOLDER} is sound: '
+            'see the warnings above; use another workdir to start anew'
+        )
+    return None
+
+
+def restore_variables(workdir: str | Path, step: int, variables: dict[str, Any]) -> dict[str, Any]:
+    """{'params', 'batch_stats'} for inference; the averaged parameters where kept.
+
+    `variables` gives shapes and dtypes; arrays land on the default device.
+    """
+    meta = metadata(workdir, step)
+    averaged = 'ema_params' in meta['sha256']
+    abstract = {'ema_params' if averaged else 'params': variables['params']}
+    if jax.tree.leaves(variables.get('batch_stats', {})):
+        abstract['batch_stats'] = variables['batch_stats']
+    parts = _load(workdir, step, abstract, meta)
+    if averaged:
+        parts['params'] = parts.pop('ema_params')
+    return parts
+
+
+def choose(workdir: str | Path, which: str = 'best') -> int:
+    """The step called 'best' (by validation Dice), 'last', or by its number."""
+    found = steps(workdir)
+    if not found:
+        raise CheckpointError(
+            f'{workdir} holds no checkpoint: expected {Path(workdir) / FOLDER}/<step>; '
+            'give the --workdir of a training run'
+        )
+    if which == 'last':
+        return found[-1]
+    if which == 'best':
+        dice = {step: metadata(workdir, step).get('dice') for step in found}
+        ranked = {step: value for step, value in dice.items() if value is not None}
+        return max(ranked, key=ranked.__getitem__) if ranked else found[-1]
+    if not which.isdigit() or int(which) not in found:
+        raise CheckpointError(f"checkpoint {which!r} is not one of 'best', 'last', {found}")
+    return int(which)
+
+
+def _load(workdir, step, abstract, meta) -> dict[str, Any]:
+    path = Path(workdir).absolute() / FOLDER / str(step)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract
+    )
+    try:
+        parts = ocp.load_checkpointables(path, abstract)
+    except Exception as error:  # Orbax raises what its storage layer does
+        raise CheckpointError(f'{path} does not load: {_first_line(error)}') from error
+    for name, tree in parts.items():
+        if digest(tree) != meta['sha256'][name]:
+            raise CheckpointError(f'{path}/{name} is not what was saved: its sha256 differs')
+    return parts
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_same_model(workdir, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise CheckpointError naming each `model` key in which two configs differ."""
+    old, new = there['model'], here['model']
+    differing = [
+        f'model.{key} is {old.get(key)!r} there, {new.get(key)!r} here'
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key != 'pretrained'
+    ]
+    if differing:
+        raise CheckpointError(
+            f'{workdir} holds checkpoints of another model ({"; ".join(differing)}): '
+            'use another workdir, or the config that it was trained with'
+        )

@@ -1,0 +1,66 @@
+"""How every command starts: flags parsed, quiet logs, errors as one line and status 1."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from pspnet_jax.config import RULES, nearest
+from pspnet_jax.errors import ConfigError, PspnetError
+
+
+def run(main: Callable[[], None]) -> None:
+    """`absl.app.run`; a PspnetError is printed to stderr and ends with exit status 1."""
+    # Orbax and tfds log their inner workings at INFO through the same logger.
+    logging.get_absl_handler().addFilter(
+        lambda record: (
+            record.levelno > logging.converter.STANDARD_WARNING
+            or 'site-packages' not in record.pathname
+        )
+    )
+
+    def guarded(_) -> None:
+        try:
+            main()
+        except PspnetError as error:
+            _fail(error)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        check_config_flags(argv)
+        rest = flags.FLAGS(list(argv))
+    except PspnetError as error:
+        _fail(error)
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        # A config file that raises comes wrapped in its whole traceback: the end says why.
+        reason = str(error).strip().splitlines()[-1]
+        _fail(ConfigError(f'{reason}{_allowed(reason)}'))
+    if len(rest) > 1:
+        _fail(ConfigError(f'{rest[1:]} is not understood: flags are written --name=value'))
+    return rest
+
+
+def check_config_flags(argv: Sequence[str]) -> None:
+    """Raise ConfigError for a --config that is no file and a --config.KEY that no config has."""
+    for argument in argv[1:]:
+        if match := re.match(r'--?config=([^:]+)', argument):
+            if not Path(match[1]).is_file():
+                raise ConfigError(f'--config={match[1]} is not a file: see configs/ for those here')
+        elif (match := re.match(r'--?config\.([\w.]+)', argument)) and match[1] not in RULES:
+            raise ConfigError(f'--config.{match[1]} is not a key{nearest(match[1])}')
+
+
+def _allowed(message: str) -> str:
+    match = re.search(r'--config\.([\w.]+)', message)
+    return f'; {match[1]} must be {RULES[match[1]][1]}' if match and match[1] in RULES else ''
+
+
+def _fail(error: PspnetError) -> NoReturn:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)

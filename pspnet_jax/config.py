@@ -1,0 +1,198 @@
+"""What a config may hold: one rule a knob, checked both ways before anything runs."""
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pspnet_jax.errors import ConfigError
+from pspnet_jax.models import MODELS
+from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
+
+Rule = tuple[Callable[[Any], bool], str]  # is it allowed, and in words what is
+
+
+def _one_of(*values) -> Rule:
+    return (lambda x: x in values), f'one of {", ".join(map(repr, values))}'
+
+
+def _is_int(x) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _integer(low: int, high: float = float('inf')) -> Rule:
+    return (lambda x: _is_int(x) and low <= x <= high), f'a whole number {_range(low, high)}'
+
+
+def _number(low: float, high: float = float('inf')) -> Rule:
+    return (lambda x: _is_number(x) and low <= x <= high), f'a number {_range(low, high)}'
+
+
+def _range(low: float, high: float) -> str:
+    return f'of at least {low}' if high == float('inf') else f'from {low} to {high}'
+
+
+def _all(rule: Rule, length: int | None = None, least: int = 0) -> Rule:
+    allowed, words = rule
+    size = f'{length} values' if length else f'at least {least} values' if least else 'values'
+
+    def check(xs):
+        right_length = len(xs) == length if length else len(xs) >= least
+        return isinstance(xs, tuple) and right_length and all(map(allowed, xs))
+
+    return check, f'a tuple of {size}, each {words}'
+
+
+_BOOL: Rule = (lambda x: isinstance(x, bool)), 'True or False'
+_TEXT: Rule = (lambda x: isinstance(x, str)), 'a text'
+_POSITIVE: Rule = (lambda x: _is_number(x) and x > 0), 'a number above 0'
+
+RULES: dict[str, Rule] = {
+    'seed': _integer(0),
+    'parallel': _one_of('jit', 'pmap'),
+    'model.name': _one_of(*MODELS),
+    'model.backbone': _one_of(*BACKBONES),
+    'model.num_classes': (
+        lambda x: _is_int(x) and 2 <= x <= 255,
+        'a whole number from 2 to 255: background is a class too, one structure needs 2',
+    ),
+    'model.output_stride': _one_of(*OUTPUT_STRIDES),
+    'model.deep_stem': _BOOL,
+    'model.width': _integer(4),
+    'model.bins': _all(_integer(1), least=1),
+    'model.dropout': _number(0, 0.99),
+    'model.aux_head': _BOOL,
+    'model.dtype': _one_of('float32', 'bfloat16'),
+    'model.pretrained': _TEXT,
+    'data.name': _one_of('lgg', 'phantom'),
+    'data.source': _TEXT,
+    'data.root': _TEXT,
+    'data.normalize': _one_of('volume', 'imagenet'),
+    'data.test_fraction': _number(0, 0.9),
+    'data.validation_fraction': _number(0, 0.9),
+    'data.split_seed': _integer(0),
+    'data.sampling': _one_of('lesion', 'uniform'),
+    'data.lesion_floor': _number(0, 1),
+    'data.threads': _integer(1),
+    'phantom.volumes': _integer(3),
+    'phantom.slices': _integer(4),
+    'phantom.size': _integer(32),
+    'phantom.seed': _integer(0),
+    'augment.crop': _integer(0),
+    'augment.flip': _number(0, 1),
+    'augment.scale': _number(0),
+    'augment.rotate': _number(0, 180),
+    'augment.elastic': _number(0),
+    'augment.gain': _number(0, 1),
+    'augment.bias': _number(0),
+    'augment.noise': _number(0),
+    'loss.cross_entropy': _number(0),
+    'loss.dice': _number(0),
+    'loss.aux': _number(0),
+    'loss.class_weights': _all(_number(0)),
+    'loss.ignore_label': _integer(0, 255),
+    'optim.name': _one_of('adamw', 'sgd'),
+    'optim.learning_rate': _POSITIVE,
+    'optim.new_layer_factor': _POSITIVE,
+    'optim.schedule': _one_of('poly', 'cosine', 'constant'),
+    'optim.power': _POSITIVE,
+    'optim.warmup_steps': _integer(0),
+    'optim.momentum': _number(0, 1),
+    'optim.beta2': _number(0, 1),
+    'optim.weight_decay': _number(0),
+    'optim.decay_exclude': _all(_TEXT),
+    'optim.clip_norm': _number(0),
+    'train.batch_size': _integer(1),
+    'train.accumulate': _integer(1),
+    'train.epochs': _POSITIVE,
+    'train.steps': _integer(0),
+    'train.ema_decay': _number(0, 0.99999),
+    'train.log_every': _integer(1),
+    'train.validate_every': _integer(0),
+    'train.checkpoint_every': _integer(0),
+    'train.patience': _integer(0),
+    'eval.batch_size': _integer(1),
+    'eval.spacing': _all(_POSITIVE, length=3),
+    'eval.bootstrap': _integer(1),
+    'eval.checkpoint': (lambda x: isinstance(x, str), "'best', 'last' or a step"),
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise one ConfigError that lists every key and value that is wrong."""
+    given = flatten(config.to_dict())
+    faults = []
+    for key in given.keys() - RULES.keys():
+        faults.append(f'{key} is not a key{nearest(key)}')
+    for key in RULES.keys() - given.keys():
+        faults.append(f'{key} is missing: configs/base.py has its default')
+    for key in RULES.keys() & given.keys():
+        allowed, words = RULES[key]
+        if not allowed(given[key]):
+            faults.append(f'{key} is {given[key]!r}: it must be {words}')
+    if not faults:
+        faults = list(_contradictions(config))
+    if faults:
+        raise ConfigError('\n  '.join(['the config can not run:', *sorted(faults)]))
+
+
+def _contradictions(config: ConfigDict):
+    """Values that are each allowed but not together."""
+    model, loss, train = config.model, config.loss, config.train
+    if not loss.cross_entropy and not loss.dice:
+        yield 'loss.cross_entropy and loss.dice are both 0: give one a weight'
+    if loss.class_weights and len(loss.class_weights) != model.num_classes:
+        yield (
+            f'loss.class_weights has {len(loss.class_weights)} values: '
+            f'it must have one for each of {model.num_classes} classes'
+        )
+    if model.deep_stem and not model.backbone.startswith('resnet'):
+        yield f'model.deep_stem is a ResNet option: set it to False for {model.backbone}'
+    if model.pretrained and model.backbone != 'vgg16':
+        yield f'model.pretrained is for vgg16: leave it empty for {model.backbone}'
+    if train.batch_size % train.accumulate:
+        yield (
+            f'train.batch_size {train.batch_size} is not a multiple of '
+            f'train.accumulate {train.accumulate}'
+        )
+
+
+def nearest(key: str) -> str:
+    """', did you mean ...?' where a known key is close."""
+    close = difflib.get_close_matches(key, RULES, n=1, cutoff=0.6)
+    return f': did you mean {close[0]}?' if close else f'; the keys are: {", ".join(RULES)}'
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f'{prefix}{key}.'))
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain values that JSON takes (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
+    """The config that `to_dict` wrote, validated and locked."""
+
+    def tuples(value):
+        if isinstance(value, Mapping):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    config = ConfigDict(tuples(tree))
+    validate(config)
+    return config.lock()

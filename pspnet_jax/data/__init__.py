@@ -1,0 +1,1 @@
+"""Data: sources, volumes and slices, splits, augmentation, batches."""

@@ -1,0 +1,81 @@
+"""Augmentation inside the compiled step: one sampling grid for image and mask.
+
+Flip, scale, rotation, elastic deformation and crop are composed into one map from
+output pixel to input position, so each picture is interpolated once: the image
+bilinearly, the mask by its nearest neighbour. What falls outside the picture is the
+image's own minimum and, in the mask, the ignore label.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from pspnet_jax.data.volumes import IGNORE_LABEL
+
+ELASTIC_GRID = 4  # control points along each side of the deformation field
+
+
+def augment(
+    key: jax.Array,
+    image_HWC: jax.Array,
+    mask_HW: jax.Array,
+    *,
+    crop: int = 0,
+    flip: float = 0.0,
+    scale: float = 0.0,
+    rotate: float = 0.0,
+    elastic: float = 0.0,
+    gain: float = 0.0,
+    bias: float = 0.0,
+    noise: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
+
+    crop: side of the square output, placed at random; 0 keeps the size. flip:
+    probability of a left-right mirror. scale: 0.1 zooms by 1/1.1 .. 1.1. rotate:
+    degrees. elastic: standard deviation of the field in pixels. gain: channel-wise
+    factor 1 +- gain. bias: channel-wise shift, and noise: pixel noise's largest
+    standard deviation, in units of the normalised image. Raises ValueError for a
+    crop larger than the image.
+    """
+    h, w = mask_HW.shape
+    out_h, out_w = (crop, crop) if crop else (h, w)
+    if out_h > h or out_w > w:
+        raise ValueError(f'augment.crop {crop} is larger than the image, {h}x{w}: lower it')
+    keys = jax.random.split(key, 8)
+
+    def uniform(key, limit, shape=()):
+        return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+    # Output pixels, centred, mirrored, rotated and zoomed, then moved to the crop's place.
+    rows = jnp.arange(out_h, dtype=jnp.float32)[:, None] - (out_h - 1) / 2
+    columns = jnp.arange(out_w, dtype=jnp.float32)[None, :] - (out_w - 1) / 2
+    columns = jnp.where(jax.random.bernoulli(keys[0], flip), -columns, columns)
+    angle = jnp.deg2rad(uniform(keys[1], rotate))
+    zoom = jnp.exp(-uniform(keys[2], jnp.log1p(scale)))
+    shift = uniform(keys[3], 0.5, (2,)) * jnp.array([h - out_h, w - out_w])
+    rows, columns = (
+        zoom * (jnp.cos(angle) * rows - jnp.sin(angle) * columns) + (h - 1) / 2 + shift[0],
+        zoom * (jnp.sin(angle) * rows + jnp.cos(angle) * columns) + (w - 1) / 2 + shift[1],
+    )
+    if elastic > 0.0:
+        field = elastic * jax.random.normal(keys[4], (2, ELASTIC_GRID, ELASTIC_GRID))
+        field = jax.image.resize(field, (2, out_h, out_w), 'cubic')
+        rows, columns = rows + field[0], columns + field[1]
+
+    def sample(picture, order, outside):
+        return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)
+
+    lowest_C = image_HWC.min(axis=(0, 1))
+    above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_C)
+    image_HWC = above + lowest_C
+    mask_HW = sample(mask_HW, 0, IGNORE_LABEL)
+
+    channels = image_HWC.shape[-1:]
+    image_HWC = image_HWC * (1.0 + uniform(keys[5], gain, channels))
+    image_HWC = image_HWC + uniform(keys[6], bias, channels)
+    if noise > 0.0:
+        amount, pixels = jax.random.split(keys[7])
+        sigma = jax.random.uniform(amount, maxval=noise)
+        image_HWC = image_HWC + sigma * jax.random.normal(pixels, image_HWC.shape)
+    return image_HWC, mask_HW

@@ -1,0 +1,324 @@
+"""The LGG MRI segmentation data set as a TensorFlow Datasets builder.
+
+  python -m pspnet_jax.data.lgg --source=FOLDER --out=FOLDER
+
+Buda, Saha, Mazurowski, Computers in Biology and Medicine 2019; Kaggle
+`mateuszbuda/lgg-mri-segmentation`, 110 patients, 3,929 slices, CC BY-NC-SA 4.0.
+
+Layout: kaggle_3m/<case>/<case>_<n>.tif (256 x 256 x 3 uint8: pre-contrast, FLAIR,
+post-contrast) and <case>_<n>_mask.tif (256 x 256 uint8, 0 or 255). Where a sequence
+was not taken, FLAIR stands in its channel.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags, logging
+from etils import epath
+from PIL import Image
+
+from pspnet_jax.data import splits, volumes
+from pspnet_jax.data.volumes import Slices, Volume
+from pspnet_jax.errors import DataError
+
+KAGGLE = 'mateuszbuda/lgg-mri-segmentation'
+DOWNLOAD_HELP = (
+    f'download https://www.kaggle.com/datasets/{KAGGLE} in a browser (a free account is needed), '
+    'unzip it, and give the folder that holds kaggle_3m as the source '
+    '(--config.data.source=FOLDER for training, --source=FOLDER for the builder)'
+)
+SIZE = (256, 256)
+
+
+class Case(NamedTuple):
+    """One patient's files, in slice order."""
+
+    patient: str
+    slices: tuple[int, ...]
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+
+def find_cases(source: str | Path) -> list[Case]:
+    """The cases below `source`: a folder that holds kaggle_3m, or is one.
+
+    The Kaggle zip holds the folder twice; the outer copy is taken. Raises DataError
+    with every image without mask, mask without image and gap in the numbering.
+    """
+    source = Path(source).expanduser()
+    if not source.is_dir():
+        raise DataError(f'{source} is not a folder: {DOWNLOAD_HELP}')
+    candidates = (source / 'kaggle_3m', source / 'lgg-mri-segmentation' / 'kaggle_3m', source)
+    root = next(path for path in candidates if path.is_dir())
+    cases, faults = [], []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        images, masks = _numbered(folder, ''), _numbered(folder, '_mask')
+        if not images and not masks:
+            continue  # not a case: another folder beside them
+        for n in sorted(images.keys() - masks.keys()):
+            faults.append(f'{images[n]} has no mask: add {images[n].stem}_mask.tif or remove it')
+        for n in sorted(masks.keys() - images.keys()):
+            faults.append(f'{masks[n]} has no image: add it or remove the mask')
+        order = sorted(images)
+        if order and order != list(range(order[0], order[0] + len(order))):
+            missing = sorted(set(range(order[0], order[-1])) - set(order))
+            faults.append(f'{folder} lacks slices {missing}: a volume must be whole')
+        cases.append(
+            Case(
+                folder.name,
+                tuple(order),
+                tuple(images[n] for n in order),
+                tuple(masks[n] for n in order if n in masks),
+            )
+        )
+    if faults:
+        raise _all_faults(root, faults)
+    if not cases:
+        raise DataError(
+            f'{root} holds no case: expected <case>/<case>_<n>.tif and <case>_<n>_mask.tif; '
+            f'{DOWNLOAD_HELP}'
+        )
+    return cases
+
+
+def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
+    pattern = re.compile(rf'{re.escape(folder.name)}_(\d+){suffix}\.tif')
+    matches = ((pattern.fullmatch(path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _all_faults(root: Path, faults: Sequence[str]) -> DataError:
+    return DataError('\n  '.join([f'{len(faults)} fault(s) in {root}:', *faults]))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """H W 3 uint8. Raises DataError for a file that is not that."""
+    with volumes.open_picture(path) as picture:
+        if picture.mode != 'RGB':
+            raise DataError(f'{path} is {picture.mode}, not 8-bit RGB: convert it')
+        return np.array(picture)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """H W uint8, 0 or 1. Raises DataError for other values than 0 and 255."""
+    with volumes.open_picture(path) as picture:
+        if picture.mode not in ('L', '1', 'P'):
+            raise DataError(f'{path} is {picture.mode}, not 8-bit grey: convert it')
+        labels = np.array(picture.convert('L') if picture.mode == '1' else picture)
+    values = np.unique(labels)
+    if not np.isin(values, (0, 255)).all():
+        raise DataError(f'{path} has mask values {values[:8].tolist()}: only 0 and 255 are known')
+    return (labels > 0).astype(np.uint8)
+
+
+def read_case(case: Case, size: tuple[int, int] | None = SIZE) -> Volume:
+    """The case's volume; `size` None takes any one size. Lists every fault of the case."""
+    images, masks, faults = [], [], []
+    for image_path, mask_path in zip(case.images, case.masks, strict=True):
+        try:
+            image, mask = read_image(image_path), read_mask(mask_path)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        size = size or image.shape[:2]
+        for path, pixels in ((image_path, image), (mask_path, mask)):
+            if pixels.shape[:2] != size:
+                faults.append(
+                    f'{path} is {pixels.shape[0]}x{pixels.shape[1]}, not {size[0]}x{size[1]}'
+                )
+        images.append(image)
+        masks.append(mask)
+    if faults:
+        raise _all_faults(case.images[0].parent, faults)
+    image = np.stack(images)
+    return Volume(
+        case.patient,
+        image,
+        np.stack(masks),
+        np.array(case.slices),
+        volumes.measure_intensity(image),
+    )
+
+
+def read_volumes(source: str | Path) -> Iterator[Volume]:
+    """Volumes of any folder in the Kaggle layout, read as they are asked for."""
+    return (read_case(case, size=None) for case in find_cases(source))
+
+
+def check(cases: Sequence[Case]) -> None:
+    """Read every file; raise one DataError that lists every fault."""
+    faults = []
+    for case in cases:
+        try:
+            read_case(case)
+        except DataError as error:
+            faults += str(error).split('\n  ')[1:]
+    if faults:
+        raise _all_faults(cases[0].images[0].parent.parent, faults)
+
+
+class Lgg(tfds.core.GeneratorBasedBuilder):
+    """Slices with their masks, in three splits by patient (`splits.holdout`)."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    MANUAL_DOWNLOAD_INSTRUCTIONS = DOWNLOAD_HELP
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    'image': tfds.features.Image(shape=(*SIZE, 3), encoding_format='png'),
+                    'mask': tfds.features.Image(shape=(*SIZE, 1), encoding_format='png'),
+                    'patient': tfds.features.Text(),
+                    'slice': np.int32,
+                    'site': tfds.features.Text(),
+                    'missing_pre': np.bool_,
+                    'missing_post': np.bool_,
+                    'lesion_pixels': np.int32,
+                    'intensity': tfds.features.Tensor(shape=(4, 3), dtype=np.float32),
+                }
+            ),
+            supervised_keys=('image', 'mask'),
+            homepage=f'https://www.kaggle.com/datasets/{KAGGLE}',
+            citation='Buda, Saha, Mazurowski. Computers in Biology and Medicine, 2019.',
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        cases = find_cases(dl_manager.manual_dir)
+        check(cases)
+        self.info.metadata['fingerprint'] = fingerprint(cases)
+        by_name = {case.patient: case for case in cases}
+        parts = splits.holdout(list(by_name), test_patients=splits.LGG_HOLDOUT)
+        return {
+            split: self._generate_examples([by_name[patient] for patient in patients])
+            for split, patients in parts.items()
+            if patients
+        }
+
+    def _generate_examples(self, cases: Sequence[Case]):
+        for case in cases:
+            volume = read_case(case)
+            pre, flair, post = np.moveaxis(volume.image, -1, 0)
+            for n, image, mask in zip(volume.slices, volume.image, volume.mask, strict=True):
+                yield (
+                    f'{case.patient}_{n:03d}',
+                    {
+                        'image': _png(image),
+                        'mask': _png(mask),
+                        'patient': case.patient,
+                        'slice': int(n),
+                        'site': splits.site(case.patient),
+                        'missing_pre': bool((pre == flair).all()),
+                        'missing_post': bool((post == flair).all()),
+                        'lesion_pixels': volumes.lesion_pixels(mask),
+                        'intensity': volume.intensity,
+                    },
+                )
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """PNG at zlib's fastest level: 4 times faster to write than the default, 1.15 times as big."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, 'png', compress_level=1)
+    return buffer.getvalue()
+
+
+def fingerprint(cases: Sequence[Case]) -> str:
+    """Digest of the files' names, sizes and times: has the source changed since?"""
+    digest = hashlib.sha256()
+    for case in cases:
+        for path in (*case.images, *case.masks):
+            stat = path.stat()
+            digest.update(f'{path.name} {stat.st_size} {stat.st_mtime_ns}\n'.encode())
+    return digest.hexdigest()
+
+
+def build(source: str | Path = '', out: str | Path = '') -> Lgg:
+    """The built data set in `out` (default: tfds' own folder), built where it is missing.
+
+    Without `source` an existing data set is used, else Kaggle's is fetched. With it, a
+    data set that was built from other files is built anew. Raises DataError.
+    """
+    data_dir = str(Path(out).expanduser()) if out else None
+    builder = Lgg(data_dir=data_dir, file_format='array_record')
+    if builder.is_prepared() and not source:
+        return builder
+    source = Path(source).expanduser() if source else fetch()
+    cases = find_cases(source)
+    if builder.is_prepared():
+        if builder.info.metadata.get('fingerprint') == fingerprint(cases):
+            return builder
+        logging.info('%s is of other files than %s: building anew', builder.data_dir, source)
+        epath.Path(builder.data_dir).rmtree()
+        builder = Lgg(data_dir=data_dir, file_format='array_record')
+    logging.info('building %s from %d patients in %s', builder.data_dir, len(cases), source)
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
+    )
+    return builder
+
+
+def fetch() -> Path:
+    """The data set's folder in kagglehub's cache, downloaded on first use."""
+    try:
+        import kagglehub
+
+        return Path(kagglehub.dataset_download(KAGGLE))
+    except Exception as error:  # kagglehub raises whatever its HTTP client does
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f'the LGG data set can not be fetched ({reason}): {DOWNLOAD_HELP}'
+        ) from error
+
+
+def load(source: str, root: str) -> Slices:
+    """Every slice of the data set, whatever its split; `splits` picks patients."""
+    builder = build(source, root)
+    tables = [builder.as_data_source(split) for split in builder.info.splits]
+    offsets = np.cumsum([0, *(len(table) for table in tables)])
+    skip = {'image': tfds.decode.SkipDecoding(), 'mask': tfds.decode.SkipDecoding()}
+    rows = []
+    for offset, split in zip(offsets, builder.info.splits, strict=False):
+        for i, row in enumerate(builder.as_data_source(split, decoders=skip)):
+            name = row['patient'].decode()
+            rows.append((name, int(row['slice']), offset + i, int(row['lesion_pixels']), row))
+    rows.sort(key=lambda row: row[:2])
+
+    def read(key: int) -> tuple[np.ndarray, np.ndarray]:
+        table = int(np.searchsorted(offsets, key, side='right')) - 1
+        row = tables[table][key - int(offsets[table])]
+        return row['image'], row['mask'][..., 0]
+
+    patient, number, key, lesion_pixels, examples = zip(*rows, strict=True)
+    return Slices(
+        read=read,
+        key=np.array(key),
+        patient=np.array(patient),
+        slice=np.array(number),
+        lesion_pixels=np.array(lesion_pixels),
+        intensity={name: row['intensity'] for name, row in zip(patient, examples, strict=True)},
+    )
+
+
+def main() -> None:
+    builder = build(flags.FLAGS.source, flags.FLAGS.out)
+    for split, info in builder.info.splits.items():
+        print(f'{split}: {info.num_examples} slices')
+    print(f'built in {builder.data_dir}')
+
+
+if __name__ == '__main__':
+    from pspnet_jax import cli
+
+    flags.DEFINE_string('source', '', 'folder that holds kaggle_3m; empty: fetch it from Kaggle')
+    flags.DEFINE_string('out', '', "where to build; empty: tfds' own folder")
+    cli.run(main)

@@ -1,0 +1,147 @@
+"""Volumes and slices, the two shapes in which data travels, and their intensities.
+
+Training reads slices in any order; evaluation reads whole volumes. A source
+(phantom, lgg) makes a `Slices`, everything else here is a function of one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pspnet_jax.errors import DataError
+
+IGNORE_LABEL = 255  # pixels that count in no loss and no metric
+
+
+class Volume(NamedTuple):
+    """One patient: image D H W C uint8, mask D H W uint8, D slice numbers, (4, C) intensity."""
+
+    patient: str
+    image: np.ndarray
+    mask: np.ndarray
+    slices: np.ndarray
+    intensity: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """N slices, ordered by patient and slice number.
+
+    `read(key)` gives image H W C uint8 and mask H W uint8; the arrays, all of
+    length N, are the keys, and what sampling needs to know without reading.
+    `intensity` holds each patient's (4, C) array from `measure_intensity`.
+    """
+
+    read: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    key: np.ndarray
+    patient: np.ndarray
+    slice: np.ndarray
+    lesion_pixels: np.ndarray
+    intensity: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @property
+    def channels(self) -> int:
+        return next(iter(self.intensity.values())).shape[-1]
+
+
+def select(slices: Slices, patients: Sequence[str]) -> Slices:
+    """The slices of these patients."""
+    keep = np.isin(slices.patient, list(patients))
+    return dataclasses.replace(
+        slices,
+        key=slices.key[keep],
+        patient=slices.patient[keep],
+        slice=slices.slice[keep],
+        lesion_pixels=slices.lesion_pixels[keep],
+        intensity={patient: slices.intensity[patient] for patient in patients},
+    )
+
+
+def describe(slices: Slices) -> str:
+    """'70 patients, 2536 slices, 902 with lesion'."""
+    return (
+        f'{len(slices.intensity)} patients, {len(slices)} slices, '
+        f'{np.count_nonzero(slices.lesion_pixels)} with lesion'
+    )
+
+
+def iterate_volumes(slices: Slices) -> Iterator[Volume]:
+    """Whole volumes, one in memory at a time, in the order of their names."""
+    for patient in sorted(set(slices.patient.tolist())):
+        rows = np.flatnonzero(slices.patient == patient)
+        pairs = [slices.read(int(slices.key[row])) for row in rows]
+        image = np.stack([image for image, _ in pairs])
+        mask = np.stack([mask for _, mask in pairs])
+        yield Volume(patient, image, mask, slices.slice[rows], slices.intensity[patient])
+
+
+def from_volumes(volumes: Sequence[Volume]) -> Slices:
+    """Slices of volumes that are in memory."""
+    image = [pixels for volume in volumes for pixels in volume.image]
+    mask = [labels for volume in volumes for labels in volume.mask]
+    return Slices(
+        read=lambda key: (image[key], mask[key]),
+        key=np.arange(len(image)),
+        patient=np.concatenate([[v.patient] * len(v.mask) for v in volumes]),
+        slice=np.concatenate([v.slices for v in volumes]),
+        lesion_pixels=np.array([lesion_pixels(labels) for labels in mask]),
+        intensity={v.patient: v.intensity for v in volumes},
+    )
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The decoded picture. Raises DataError where it is missing or damaged."""
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f'{path} is not a readable picture ({reason}): copy it again') from error
+    return picture
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """H W 3 uint8 of an 8-bit grey, palette, RGB or RGBA picture. Raises DataError."""
+    with open_picture(path) as picture:
+        if picture.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
+            raise DataError(f'{path} is of mode {picture.mode}, not 8 bits a channel: convert it')
+        return np.array(picture.convert('RGB'))
+
+
+def lesion_pixels(mask: np.ndarray) -> int:
+    """Pixels that are neither background nor ignored."""
+    return int(np.count_nonzero((mask != 0) & (mask != IGNORE_LABEL)))
+
+
+def measure_intensity(image: np.ndarray) -> np.ndarray:
+    """(4, C) float32 of a volume D H W C: low, high, mean and deviation of each channel.
+
+    After Buda et al. 2019: clip to the 10th and 99th percentile, then z-score over
+    the volume. MRI intensities have no unit, so each volume brings its own scale.
+    Deviations: no crop to the head first, so low is usually the black background; a
+    constant channel gets deviation 1.
+    """
+    values = image.reshape(-1, image.shape[-1]).astype(np.float32)
+    low, high = np.percentile(values, (10, 99), axis=0)
+    clipped = np.clip(values, low, high)
+    mean, std = clipped.mean(axis=0, dtype=np.float64), clipped.std(axis=0, dtype=np.float64)
+    return np.stack([low, high, mean, np.where(std > 1e-6, std, 1.0)]).astype(np.float32)
+
+
+# uint8 RGB to what an ImageNet network was trained on, in the shape of `measure_intensity`.
+IMAGENET_INTENSITY = 255.0 * np.array(
+    [[0, 0, 0], [1, 1, 1], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32
+)
+
+
+def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
+    """... C uint8 -> float32: clipped to low..high, minus mean, over deviation."""
+    low, high, mean, std = intensity
+    return (np.clip(image.astype(np.float32), low, high) - mean) / std

@@ -1,0 +1,29 @@
+"""What can be wrong from outside: each message names the value, the limit and the remedy.
+
+Commands print these as one line and exit with status 1; anything else is a bug of
+ours and keeps its traceback.
+"""
+
+
+class PspnetError(ValueError):
+    """An input that can't be used as it is."""
+
+
+class ConfigError(PspnetError):
+    """A key that nothing reads, one that is missing, or a value that isn't allowed."""
+
+
+class DataError(PspnetError):
+    """A data set or picture that is missing, damaged or inconsistent."""
+
+
+class CheckpointError(PspnetError):
+    """No checkpoint, none that is sound, or one of another model."""
+
+
+class PretrainedError(PspnetError):
+    """A weight file that can't be read or does not fit."""
+
+
+class NonFiniteLossError(PspnetError):
+    """Loss or gradient stopped being a number."""

@@ -1,0 +1,59 @@
+"""What a run writes down: metrics.jsonl, and the same to TensorBoard."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+class MetricLog:
+    """Appends to WORKDIR/metrics.jsonl, one line a record, and to TensorBoard.
+
+    Lines after `first_step` are of a run that was stopped and is now run again from
+    there: they are cut off, so each step stands there once.
+    """
+
+    def __init__(self, workdir: str | Path, first_step: int):
+        path = Path(workdir) / 'metrics.jsonl'
+        if path.exists():
+            kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= first_step]
+            aside = path.with_suffix('.tmp')
+            aside.write_text(''.join(f'{line}\n' for line in kept))
+            os.replace(aside, path)
+        self._file = path.open('a')
+        self._board = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=first_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        """One record; None where a figure is undefined."""
+        self._file.write(json.dumps({'step': step, **values}, allow_nan=False) + '\n')
+        self._file.flush()
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def timings(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard only: they differ from run to run, so metrics.jsonl leaves them out."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        """A uint8 RGB picture, TensorBoard only."""
+        self._board.add_image(name, picture_HWC, step, dataformats='HWC')
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that parse: a killed process may have left half a line at the end."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        lines.append(line)
+    return lines

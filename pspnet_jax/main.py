@@ -1,0 +1,26 @@
+"""Train, validate, checkpoint and evaluate what a config describes.
+
+  python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/lgg
+
+A workdir that holds checkpoints is gone on with, from the step where it stopped.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from pspnet_jax import cli
+from pspnet_jax.errors import ConfigError
+from pspnet_jax.train import train_and_evaluate
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
+WORKDIR = flags.DEFINE_string('workdir', 'runs/last', 'checkpoints, metrics, evaluation')
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise ConfigError('--config is missing: --config=configs/phantom.py needs no data')
+    train_and_evaluate(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,83 @@
+"""Optimiser and learning-rate schedule from the config's plain values."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def learning_rate_schedule(
+    name: str, *, learning_rate: float, steps: int, warmup_steps: int = 0, power: float = 0.9
+) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, times poly, cosine or constant decay.
+
+    poly is (1 - step/steps)^power, of every iteration, as PSPNet's section 5.1 has it.
+    """
+    decays = {
+        'poly': lambda progress: (1.0 - progress) ** power,
+        'cosine': lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+        'constant': jnp.ones_like,
+    }
+    if name not in decays:
+        raise ValueError(f'optim.schedule {name!r} is not one of {", ".join(decays)}')
+    decay = decays[name]
+
+    def rate(step):
+        progress = jnp.minimum(step / max(steps, 1), 1.0)
+        warmup = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
+        return learning_rate * warmup * decay(progress)
+
+    return rate
+
+
+def create(
+    name: str,
+    *,
+    steps: int,
+    learning_rate: float,
+    schedule: str = 'poly',
+    warmup_steps: int = 0,
+    power: float = 0.9,
+    momentum: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.0,
+    decay_exclude: Sequence[str] = (),
+    new_layer_factor: float = 1.0,
+    clip_norm: float = 0.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """SGD with momentum or AdamW, and its learning rate by step.
+
+    Weight decay spares parameters whose last name is in `decay_exclude` ('bias',
+    'scale'). SGD adds it to the gradient (PyTorch's, so the momentum sees it), AdamW
+    decouples it. Layers outside the backbone learn `new_layer_factor` times faster.
+    Gradients longer than `clip_norm` are scaled to it; 0 leaves them.
+    Raises ValueError for an unknown optimiser or schedule.
+    """
+    rate = learning_rate_schedule(
+        schedule,
+        learning_rate=learning_rate,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        power=power,
+    )
+    decay = optax.add_decayed_weights(
+        weight_decay,
+        mask=lambda params: _map_path(params, lambda path: path[-1] not in decay_exclude),
+    )
+    if name == 'sgd':
+        body = (decay, optax.trace(decay=momentum))
+    elif name == 'adamw':
+        body = (optax.scale_by_adam(b1=momentum, b2=beta2), decay)
+    else:
+        raise ValueError(f"optim.name {name!r} is not one of 'sgd', 'adamw'")
+    clip = (optax.clip_by_global_norm(clip_norm),) if clip_norm > 0 else ()
+    faster = optax.masked(
+        optax.scale(new_layer_factor),
+        lambda params: _map_path(params, lambda path: path[0] != 'backbone'),
+    )
+    return optax.chain(*clip, *body, faster, optax.scale_by_learning_rate(rate)), rate
+
+
+def _map_path(params, fn):
+    return jax.tree_util.tree_map_with_path(lambda path, _: fn([p.key for p in path]), params)

@@ -1,0 +1,69 @@
+"""Pictures: uint8 arrays in, uint8 RGB arrays out."""
+
+import numpy as np
+from scipy import ndimage
+
+from pspnet_jax.data.volumes import Volume
+
+# Okabe and Ito's colours, told apart by colour-blind eyes: class 1, 2, ...
+COLORS = np.array(
+    [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
+     [0, 114, 178], [213, 94, 0], [204, 121, 167]], np.uint8
+)  # fmt: skip
+
+
+def class_color(label: int) -> np.ndarray:
+    """RGB uint8 of class `label` >= 1; they repeat after seven."""
+    return COLORS[(label - 1) % len(COLORS)]
+
+
+def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
+    """H W 3 uint8 to look at: three channels as they are, else the first in grey."""
+    if image_HWC.shape[-1] == 3:
+        return image_HWC.copy()
+    return np.repeat(image_HWC[..., :1], 3, axis=-1)
+
+
+def overlay(image_HWC: np.ndarray, mask_HW: np.ndarray, alpha: float = 0.45) -> np.ndarray:
+    """The picture with each class tinted in its colour."""
+    picture = to_rgb(image_HWC).astype(np.float32)
+    for label in np.unique(mask_HW[mask_HW > 0]):
+        inside = mask_HW == label
+        picture[inside] = (1 - alpha) * picture[inside] + alpha * class_color(label)
+    return picture.astype(np.uint8)
+
+
+def outline(
+    image_HWC: np.ndarray, mask_HW: np.ndarray, color: np.ndarray | None = None
+) -> np.ndarray:
+    """The picture with a one-pixel line along the inner edge of each class."""
+    picture = to_rgb(image_HWC)
+    for label in np.unique(mask_HW[mask_HW > 0]):
+        inside = mask_HW == label
+        edge = inside & ~ndimage.binary_erosion(inside)
+        picture[edge] = class_color(label) if color is None else color
+    return picture
+
+
+def mask_picture(mask_HW: np.ndarray) -> np.ndarray:
+    """Class 1 white, further classes in their colours, on black."""
+    picture = np.zeros((*mask_HW.shape, 3), np.uint8)
+    picture[mask_HW == 1] = 255
+    for label in np.unique(mask_HW[mask_HW > 1]):
+        picture[mask_HW == label] = class_color(label)
+    return picture
+
+
+def three_panels(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """H 3W+gaps 3: original, predicted mask, outline on the original (the blog's figure)."""
+    gap = np.full((image_HWC.shape[0], 4, 3), 255, np.uint8)
+    panels = (to_rgb(image_HWC), gap, mask_picture(mask_HW), gap, outline(image_HWC, mask_HW))
+    return np.concatenate(panels, axis=1)
+
+
+def volume_picture(volume: Volume, pred_DHW: np.ndarray) -> np.ndarray:
+    """H 3W 3: the slice with most lesion, with its true and its predicted outline."""
+    d = int((volume.mask > 0).sum((1, 2)).argmax()) or len(volume.mask) // 2
+    image, gap = volume.image[d], np.full((volume.image.shape[1], 4, 3), 255, np.uint8)
+    panels = (to_rgb(image), gap, outline(image, volume.mask[d]), gap, outline(image, pred_DHW[d]))
+    return np.concatenate(panels, axis=1)

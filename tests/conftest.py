@@ -1,0 +1,55 @@
+"""Paths and small things that several tests share."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get('PSPNET_SHARED', ROOT.parent / 'shared'))
+
+needs_shared = pytest.mark.skipif(
+    not (SHARED / 'weights').is_dir(), reason=f'the shared data is not at {SHARED}'
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def write_case(root: Path, patient: str, slices: int = 4, first: int = 1, lesion: int = 2) -> Path:
+    """A case in the Kaggle layout: noise, and a square lesion in `lesion` of the slices."""
+    rng = np.random.default_rng(sum(map(ord, patient)))
+    folder = root / patient
+    folder.mkdir(parents=True)
+    for n in range(first, first + slices):
+        image = rng.integers(0, 60, (256, 256, 3), np.uint8)
+        mask = np.zeros((256, 256), np.uint8)
+        if n < first + lesion:
+            mask[100:140, 90:150] = 255
+            image[mask > 0] += 150
+        Image.fromarray(image).save(folder / f'{patient}_{n}.tif')
+        Image.fromarray(mask).save(folder / f'{patient}_{n}_mask.tif')
+    return folder
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    """A folder with kaggle_3m of six small cases of three sites, one of them held out."""
+    root = tmp_path / 'raw' / 'kaggle_3m'
+    for patient in (
+        'TCGA_CS_4941_19960909',
+        'TCGA_CS_4944_20010208',  # of the public hold-out
+        'TCGA_DU_5849_19950405',
+        'TCGA_DU_5852_19950709',
+        'TCGA_HT_7473_19970826',
+        'TCGA_HT_7475_19970918',
+    ):
+        write_case(root, patient)
+    return tmp_path / 'raw'

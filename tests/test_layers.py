@@ -1,0 +1,80 @@
+"""Pooling, resizing and convolutions against independent statements of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax.models import layers
+
+
+@pytest.mark.parametrize(('size', 'bins'), [(6, 3), (17, 6), (32, 6), (5, 6), (1, 3)])
+def test_adaptive_pool_averages_pytorchs_bins(rng, size, bins):
+    x = rng.standard_normal((2, size, size + 3, 4)).astype(np.float32)
+    pooled = np.asarray(layers.adaptive_pool(jnp.asarray(x), bins))
+    for i in range(bins):
+        for j in range(bins):
+            rows = slice(int(np.floor(i * size / bins)), int(np.ceil((i + 1) * size / bins)))
+            wide = size + 3
+            columns = slice(int(np.floor(j * wide / bins)), int(np.ceil((j + 1) * wide / bins)))
+            np.testing.assert_allclose(
+                pooled[:, i, j], x[:, rows, columns].mean((1, 2)), rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize(('size', 'bins'), [(17, 1), (17, 6), (60, 6), (7, 3)])
+def test_adaptive_pool_equals_pytorch(rng, size, bins):
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    x = rng.standard_normal((2, 3, size, size)).astype(np.float32)
+    expected = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(x), bins).numpy()
+    ours = layers.adaptive_pool(jnp.asarray(x.transpose(0, 2, 3, 1)), bins)
+    np.testing.assert_allclose(np.asarray(ours).transpose(0, 3, 1, 2), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('align_corners', [True, False])
+@pytest.mark.parametrize('sizes', [((3, 5), (17, 33)), ((1, 1), (4, 7)), ((9, 8), (4, 4))])
+def test_resize_equals_pytorch(rng, sizes, align_corners):
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    (h, w), out = sizes
+    x = rng.standard_normal((2, 3, h, w)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(x), size=out, mode='bilinear', align_corners=align_corners
+    ).numpy()
+    ours = layers.resize(jnp.asarray(x.transpose(0, 2, 3, 1)), out, align_corners=align_corners)
+    np.testing.assert_allclose(np.asarray(ours).transpose(0, 3, 1, 2), expected, atol=1e-5)
+
+
+def test_resize_with_aligned_corners_keeps_a_plane(rng):
+    rows, columns = np.mgrid[0:1:5j, 0:1:4j]
+    plane = (2 * rows - 3 * columns + 1)[None, :, :, None]
+    rows, columns = np.mgrid[0:1:33j, 0:1:50j]
+    resized = layers.resize(jnp.asarray(plane, jnp.float32), (33, 50))
+    np.testing.assert_allclose(resized[0, :, :, 0], 2 * rows - 3 * columns + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'stride', 'dilation'), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 1, 2), (3, 2, 1)]
+)
+def test_conv_and_its_gradients_equal_the_plain_convolution(rng, kernel, stride, dilation):
+    x = jnp.asarray(rng.standard_normal((2, 9, 7, 5)), jnp.float32)
+    k = jnp.asarray(rng.standard_normal((kernel, kernel, 5, 4)), jnp.float32)
+    pad = ((dilation * (kernel - 1) // 2,) * 2,) * 2
+    options = {'rhs_dilation': (dilation,) * 2, 'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
+
+    def scalar(convolve):
+        return lambda x, k: jnp.sin(convolve(x, k, (stride, stride), pad, **options)).sum()
+
+    ours = jax.value_and_grad(scalar(layers.conv_general_dilated), (0, 1))(x, k)
+    plain = jax.value_and_grad(scalar(jax.lax.conv_general_dilated), (0, 1))(x, k)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_drops_whole_channels_and_keeps_the_mean():
+    x = jnp.ones((64, 3, 3, 32))
+    y = layers.Dropout2d(0.25).apply({}, x, True, rngs={'dropout': jax.random.key(0)})
+    y = np.asarray(y)
+    assert (y == y[:, :1, :1]).all()  # a channel of an example is kept or dropped whole
+    assert set(np.unique(y).round(4)) == {0.0, np.float32(4 / 3).round(4)}
+    assert abs(y.mean() - 1) < 0.05
+    assert (np.asarray(layers.Dropout2d(0.25).apply({}, x, False)) == 1).all()
