@@ -19,6 +19,7 @@ def get_config(arg: str = '') -> ConfigDict:
     model.num_classes = 2  # background included
     model.output_stride = 8  # 8 (the paper), 16, 32: coarser is faster
     model.deep_stem = False  # semseg's three 3x3s in place of ResNet's 7x7
+    model.dilate_first_block = True  # semseg; False: torchvision's dilated ResNets
     model.width = 64  # base channels; the networks' own is 64
     model.bins = (1, 2, 3, 6)  # pyramid levels
     model.dropout = 0.1  # of whole channels, before each classifier

@@ -64,6 +64,7 @@ RULES: dict[str, Rule] = {
     ),
     'model.output_stride': _one_of(*OUTPUT_STRIDES),
     'model.deep_stem': _BOOL,
+    'model.dilate_first_block': _BOOL,
     'model.width': _integer(4),
     'model.bins': _all(_integer(1), least=1),
     'model.dropout': _number(0, 0.99),

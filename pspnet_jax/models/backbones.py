@@ -60,10 +60,11 @@ class VGG16(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 -> 3x3 (stride, dilation) -> 1x1 of 4x the width, and the shortcut."""
+    """1x1 -> 3x3 (stride, first dilation) -> 1x1 of 4x the width, and the shortcut."""
 
     width: int
     stride: int
+    first_dilation: int
     dilation: int
     project: bool
     dtype: jnp.dtype
@@ -77,7 +78,11 @@ class Bottleneck(nn.Module):
         y = conv(self.width, 1, dtype=self.dtype, name='conv1')(x)
         y = nn.relu(norm('bn1')(y))
         y = conv(
-            self.width, stride=self.stride, dilation=self.dilation, dtype=self.dtype, name='conv2'
+            self.width,
+            stride=self.stride,
+            dilation=self.first_dilation,
+            dtype=self.dtype,
+            name='conv2',
         )(y)
         y = nn.relu(norm('bn2')(y))
         y = norm('bn3')(conv(4 * self.width, 1, dtype=self.dtype, name='conv3')(y))
@@ -88,10 +93,11 @@ class Bottleneck(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """3x3 (stride, dilation) -> 3x3 (dilation), and the shortcut."""
+    """3x3 (stride, first dilation) -> 3x3 (dilation), and the shortcut."""
 
     width: int
     stride: int
+    first_dilation: int
     dilation: int
     project: bool
     dtype: jnp.dtype
@@ -103,7 +109,11 @@ class BasicBlock(nn.Module):
             return batch_norm(train, self.dtype, self.axis_name, name)
 
         y = conv(
-            self.width, stride=self.stride, dilation=self.dilation, dtype=self.dtype, name='conv1'
+            self.width,
+            stride=self.stride,
+            dilation=self.first_dilation,
+            dtype=self.dtype,
+            name='conv1',
         )(x)
         y = nn.relu(norm('bn1')(y))
         y = conv(self.width, dilation=self.dilation, dtype=self.dtype, name='conv2')(y)
@@ -125,15 +135,16 @@ RESNETS = {
 class ResNet(nn.Module):
     """B H W C -> {2, 4, 8, 16, 32: B h w C'}; `deep_stem` is semseg's three 3x3s.
 
-    Every 3x3 of a dilated layer has that layer's dilation, its first block's
-    included (semseg); torchvision's `replace_stride_with_dilation` keeps the
-    previous dilation in that first block instead.
+    With `dilate_first_block` every 3x3 of a dilated layer has that layer's dilation
+    (semseg, the paper's authors). Without, the first block keeps the dilation before it
+    (torchvision): then the network computes on its grid exactly what the strided one does.
     """
 
     name_of_depth: str = 'resnet50'
     output_stride: int = 8
     width: int = 64
     deep_stem: bool = False
+    dilate_first_block: bool = True
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
@@ -158,13 +169,17 @@ class ResNet(nn.Module):
         for layer, depth in enumerate(depths, start=1):
             width = self.width * 2 ** (layer - 1)
             stride = 1 if layer == 1 else 2
+            first_dilation = dilation
             if true_stride * stride > self.output_stride:
                 stride, dilation = 1, 2 * dilation
+            if self.dilate_first_block:
+                first_dilation = dilation
             true_stride *= stride
             for i in range(depth):
                 x = block(
                     width=width,
                     stride=stride if i == 0 else 1,
+                    first_dilation=dilation if i else first_dilation,
                     dilation=dilation,
                     project=i == 0 and (layer > 1 or x.shape[-1] != expansion * width),
                     dtype=self.dtype,
@@ -184,6 +199,7 @@ def create(
     output_stride: int,
     width: int = 64,
     deep_stem: bool = False,
+    dilate_first_block: bool = True,
     dtype: jnp.dtype = jnp.float32,
     axis_name: str | None = None,
 ) -> nn.Module:
@@ -200,4 +216,13 @@ def create(
         return VGG16(output_stride, width, dtype, name='backbone')
     if name not in RESNETS:
         raise ValueError(f'backbone {name!r} is not one of {", ".join(BACKBONES)}')
-    return ResNet(name, output_stride, width, deep_stem, dtype, axis_name, name='backbone')
+    return ResNet(
+        name,
+        output_stride,
+        width,
+        deep_stem,
+        dilate_first_block,
+        dtype,
+        axis_name,
+        name='backbone',
+    )

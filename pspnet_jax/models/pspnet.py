@@ -66,6 +66,7 @@ class PSPNet(nn.Module):
     backbone: str = 'resnet50'
     output_stride: int = 8
     deep_stem: bool = False
+    dilate_first_block: bool = True
     width: int = 64
     bins: tuple[int, ...] = (1, 2, 3, 6)
     dropout: float = 0.1
@@ -81,6 +82,7 @@ class PSPNet(nn.Module):
             output_stride=self.output_stride,
             width=self.width,
             deep_stem=self.deep_stem,
+            dilate_first_block=self.dilate_first_block,
             dtype=self.dtype,
             axis_name=self.axis_name,
         )(image.astype(self.dtype), train)

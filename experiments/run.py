@@ -1,0 +1,92 @@
+"""Run an experiment and add its line to a results file.
+
+  python -m experiments.run --config=configs/lgg.py:vgg_pspnet --workdir=runs/vgg \\
+      --results=experiments/results/lgg.jsonl --config.data.source=FOLDER ...
+
+The line says what was run (config, overrides, commit, seed, device, seconds of
+training and evaluation) and what came out (summary, patients). A run from a changed
+working tree is marked '+changes' behind the commit.
+"""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from pspnet_jax import checkpoint, cli
+from pspnet_jax.train import train_and_evaluate
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
+WORKDIR = flags.DEFINE_string('workdir', None, 'checkpoints, metrics, evaluation', required=True)
+RESULTS = flags.DEFINE_string('results', None, 'the .jsonl that gets the line', required=True)
+LOCAL_PATHS = ('data.source', 'data.root', 'model.pretrained')  # this machine's business
+
+
+def commit() -> str:
+    """The checked-out commit, with '+changes' where tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ('git', *arguments), check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.')
+    return git('rev-parse', 'HEAD') + ('+changes' if changed else '')
+
+
+def device() -> str:
+    """'1 x NVIDIA H200', or '2 cores, Intel(R) Xeon(R) ...' on a CPU."""
+    first = jax.devices()[0]
+    if first.platform != 'cpu':
+        return f'{jax.device_count()} x {first.device_kind}'
+    info = Path('/proc/cpuinfo')
+    text = info.read_text() if info.exists() else ''
+    name = re.search(r'model name\s*: (.*)', text)
+    return f'{text.count("processor")} cores, {name[1] if name else platform.processor()}'
+
+
+def overrides(argv: list[str]) -> dict[str, str]:
+    """What the command line changed in the config; local paths by their last part."""
+    pairs = (re.fullmatch(r'--?config\.([\w.]+)=(.*)', argument) for argument in argv)
+    found = {pair[1]: pair[2] for pair in pairs if pair}
+    return {
+        key: f'.../{Path(value).name}' if key in LOCAL_PATHS else value
+        for key, value in found.items()
+    }
+
+
+def main() -> None:
+    config_name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
+    start, made_by = time.time(), commit()
+    first_step = max(checkpoint.steps(WORKDIR.value), default=0)  # above 0: a run gone on with
+    result = train_and_evaluate(CONFIG.value, WORKDIR.value)
+    line = {
+        'experiment': Path(WORKDIR.value).name,
+        'config': config_name,
+        'overrides': overrides(sys.argv),
+        'commit': made_by,
+        'seed': CONFIG.value.seed,
+        'device': device(),
+        'seconds': round(time.time() - start, 1),
+        'first_step': first_step,
+        'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+        'step': result['checkpoint']['step'],
+        'data': {**result['data'], 'source': CONFIG.value.data.name},
+        'summary': result['summary'],
+        'baseline': result['baseline'],
+        'patients': result['patients'],
+    }
+    with open(RESULTS.value, 'a') as file:
+        file.write(json.dumps(line) + '\n')
+    print(f'line added to {RESULTS.value}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
