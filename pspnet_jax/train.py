@@ -5,6 +5,7 @@ devices, `under_pmap` maps it; both give the same numbers (tests/test_parallel.p
 """
 
 import collections
+import contextlib
 import functools
 import math
 import sys
@@ -333,64 +334,66 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     batch_shape = (batch_size, *slices.read(int(slices.key[0]))[0].shape)
     logging.info('%.1f GFLOP a step', step_flops(step_fn, state, batch_shape) / 1e9)
     predict = infer.compile_predict(models.create(**config.model))
-    writer = checkpoint.open_writer(workdir)
-    log = MetricLog(workdir, first_step)
     interval = 1 if sys.stderr.isatty() else 60
-    bar = tqdm(total=total, initial=first_step, unit='step', mininterval=interval)
     state = placed.put_state(state)
     pending, waited, window = [], 0.0, time.perf_counter()
 
-    for step in range(first_step + 1, total + 1):
-        if 0 < config.train.patience <= progress['stale']:
-            logging.info('no better Dice in %d validations: stopping', progress['stale'])
-            break
+    # Closing waits for a checkpoint that is still being written, whatever ends the loop.
+    with (
+        contextlib.closing(checkpoint.open_writer(workdir)) as writer,
+        contextlib.closing(MetricLog(workdir, first_step)) as log,
+        tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
+    ):
+        for step in range(first_step + 1, total + 1):
+            if 0 < config.train.patience <= progress['stale']:
+                logging.info('no better Dice in %d validations: stopping', progress['stale'])
+                break
 
-        # Start this step, then read the one before: the device never waits for the host.
-        start = time.perf_counter()
-        batch = placed.put_batch(next(batches))
-        waited += time.perf_counter() - start
-        state, metrics = placed.step(state, batch)
-        record(pending, log, rate, config.train.log_every)
-        pending = [(step, metrics)]
-        bar.update()
-
-        if step % config.train.log_every == 0:
-            seconds = time.perf_counter() - window
-            bar.set_postfix(loss=f'{metrics["loss"]:.4f}', data_wait=f'{waited / seconds:.0%}')
-            log.timings(
-                step,
-                {
-                    'slices_per_second': config.train.log_every * batch_size / seconds,
-                    'data_wait': waited / seconds,
-                },
-            )
-            waited, window = 0.0, time.perf_counter()
-
-        # Validate on whole volumes, and keep the state with the Dice that ranks it.
-        if step % validate_every == 0 or step % checkpoint_every == 0 or step == total:
+            # Start this step, then read the one before: the device never waits for the host.
+            start = time.perf_counter()
+            batch = placed.put_batch(next(batches))
+            waited += time.perf_counter() - start
+            state, metrics = placed.step(state, batch)
             record(pending, log, rate, config.train.log_every)
-            pending, dice = [], None
-            single = placed.get_state(state)
-            if len(split['validation']) and (step % validate_every == 0 or step == total):
-                dice = validate_volumes(predict, single, split['validation'], config, log)
-                better = progress['best_dice'] is None or dice > progress['best_dice']
-                progress = {
-                    'best_dice': dice if better else progress['best_dice'],
-                    'stale': 0 if better else progress['stale'] + 1,
-                }
-                logging.info('step %d: validation Dice %.4f%s', step, dice, ' *' if better else '')
-            checkpoint.save(
-                writer,
-                step,
-                single,
-                config=to_dict(config),
-                progress=progress,
-                channels=slices.channels,
-                dice=dice,
-            )
-            waited, window = 0.0, time.perf_counter()
+            pending = [(step, metrics)]
+            bar.update()
 
-    bar.close()
-    writer.close()
-    log.close()
+            if step % config.train.log_every == 0:
+                seconds = time.perf_counter() - window
+                bar.set_postfix(loss=f'{metrics["loss"]:.4f}', data_wait=f'{waited / seconds:.0%}')
+                log.timings(
+                    step,
+                    {
+                        'slices_per_second': config.train.log_every * batch_size / seconds,
+                        'data_wait': waited / seconds,
+                    },
+                )
+                waited, window = 0.0, time.perf_counter()
+
+            # Validate on whole volumes, and keep the state with the Dice that ranks it.
+            if step % validate_every == 0 or step % checkpoint_every == 0 or step == total:
+                record(pending, log, rate, config.train.log_every)
+                pending, dice = [], None
+                single = placed.get_state(state)
+                if len(split['validation']) and (step % validate_every == 0 or step == total):
+                    dice = validate_volumes(predict, single, split['validation'], config, log)
+                    better = progress['best_dice'] is None or dice > progress['best_dice']
+                    progress = {
+                        'best_dice': dice if better else progress['best_dice'],
+                        'stale': 0 if better else progress['stale'] + 1,
+                    }
+                    logging.info(
+                        'step %d: validation Dice %.4f%s', step, dice, ' *' if better else ''
+                    )
+                checkpoint.save(
+                    writer,
+                    step,
+                    single,
+                    config=to_dict(config),
+                    progress=progress,
+                    channels=slices.channels,
+                    dice=dice,
+                )
+                waited, window = 0.0, time.perf_counter()
+
     return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')

@@ -53,3 +53,36 @@ def kaggle(tmp_path):
     ):
         write_case(root, patient)
     return tmp_path / 'raw'
+
+
+def tiny_config(**changes):
+    """A config that trains in seconds; `changes` by dotted key."""
+    from configs import phantom
+
+    config = phantom.get_config()
+    tiny = {
+        'model.width': 4,
+        'phantom.volumes': 6,
+        'phantom.slices': 4,
+        'phantom.size': 32,
+        'train.batch_size': 4,
+        'train.steps': 4,
+        'train.log_every': 1,
+        'train.validate_every': 2,
+        'train.checkpoint_every': 1,
+        'train.ema_decay': 0.9,
+        'optim.warmup_steps': 1,
+        'eval.batch_size': 4,
+        'eval.bootstrap': 50,
+    }
+    config.update_from_flattened_dict({**tiny, **changes})
+    return config
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """(workdir, evaluation) of one tiny run; tests must not change it."""
+    from pspnet_jax.train import train_and_evaluate
+
+    workdir = tmp_path_factory.mktemp('run')
+    return workdir, train_and_evaluate(tiny_config(), str(workdir))

@@ -66,12 +66,12 @@ def augment(
     def sample(picture, order, outside):
         return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)
 
-    lowest_C = image_HWC.min(axis=(0, 1))
-    above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_C)
-    image_HWC = above + lowest_C
+    lowest_11C = image_HWC.min(axis=(0, 1), keepdims=True)
+    above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_11C)
+    image_HWC = above + lowest_11C
     mask_HW = sample(mask_HW, 0, IGNORE_LABEL)
 
-    channels = image_HWC.shape[-1:]
+    channels = (1, 1, image_HWC.shape[-1])
     image_HWC = image_HWC * (1.0 + uniform(keys[5], gain, channels))
     image_HWC = image_HWC + uniform(keys[6], bias, channels)
     if noise > 0.0:

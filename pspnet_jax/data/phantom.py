@@ -54,7 +54,7 @@ def make_volume(seed: int, index: int, slices: int, size: int) -> Volume:
          [2, 155, 15, 105, 84, 32, 75, 95]], np.float64
     )  # fmt: skip
     table = table * rng.uniform(0.85, 1.15, table.shape)
-    table[1, 6] = rng.uniform(1.25, 1.6) * table[1, 4]  # tumour against gray matter, on FLAIR
+    table[1, 6] = rng.uniform(1.35, 1.7) * table[1, 4]  # tumour against gray matter, on FLAIR
     tissue = np.zeros(shape, np.int64)
     for label, where in enumerate((scalp, skull, brain, gray, fluid, tumor, spots), start=1):
         tissue[where] = label

@@ -1,0 +1,145 @@
+"""The Kaggle layout: what is read, every fault at once, and the tfds builder."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspnet_jax.data import lgg, volumes
+from pspnet_jax.errors import DataError
+from tests.conftest import SHARED, needs_shared, write_case
+
+
+def test_the_folder_is_found_from_above_from_itself_and_once_only(kaggle):
+    nested = kaggle / 'lgg-mri-segmentation' / 'kaggle_3m'
+    shutil.copytree(kaggle / 'kaggle_3m', nested)
+    for source in (kaggle, kaggle / 'kaggle_3m', kaggle / 'lgg-mri-segmentation'):
+        cases = lgg.find_cases(source)
+        assert len(cases) == 6
+        assert len({case.patient for case in cases}) == 6
+
+
+def test_slices_are_in_the_order_of_their_numbers(tmp_path):
+    write_case(tmp_path, 'case', slices=11)
+    (case,) = lgg.find_cases(tmp_path)
+    assert case.slices == tuple(range(1, 12))
+    volume = lgg.read_case(case)
+    direct = np.array(Image.open(tmp_path / 'case' / 'case_10.tif'))
+    assert (volume.image[9] == direct).all()
+    assert set(np.unique(volume.mask)) == {0, 1}
+
+
+def test_every_structural_fault_is_listed_at_once(kaggle):
+    root = kaggle / 'kaggle_3m'
+    (root / 'TCGA_CS_4941_19960909' / 'TCGA_CS_4941_19960909_2_mask.tif').unlink()
+    (root / 'TCGA_DU_5849_19950405' / 'TCGA_DU_5849_19950405_4.tif').unlink()
+    for kind in ('', '_mask'):
+        (root / 'TCGA_HT_7473_19970826' / f'TCGA_HT_7473_19970826_3{kind}.tif').unlink()
+    with pytest.raises(DataError) as caught:
+        lgg.find_cases(kaggle)
+    message = str(caught.value)
+    assert message.startswith('3 fault(s)')
+    assert 'TCGA_CS_4941_19960909_2.tif has no mask' in message
+    assert 'TCGA_DU_5849_19950405_4_mask.tif has no image' in message
+    assert 'lacks slices [3]' in message
+
+
+def test_every_fault_inside_the_files_is_listed_at_once(kaggle):
+    def path(patient, n, kind=''):
+        return kaggle / 'kaggle_3m' / patient / f'{patient}_{n}{kind}.tif'
+
+    size, values = path('TCGA_CS_4941_19960909', 1), path('TCGA_DU_5849_19950405', 2, '_mask')
+    truncated, grey = path('TCGA_HT_7473_19970826', 3), path('TCGA_HT_7475_19970918', 4)
+    Image.new('RGB', (128, 256)).save(size)
+    Image.new('L', (256, 256), 7).save(values)
+    truncated.write_bytes(truncated.read_bytes()[:1000])
+    Image.new('L', (256, 256)).save(grey)
+    with pytest.raises(DataError) as caught:
+        lgg.check(lgg.find_cases(kaggle))
+    message = str(caught.value)
+    assert message.startswith('4 fault(s)')
+    assert f'{size} is 256x128, not 256x256' in message
+    assert f'{values} has mask values [7]' in message
+    assert f'{truncated} is not a readable picture' in message
+    assert f'{grey} is L, not 8-bit RGB' in message
+
+
+def test_a_folder_that_is_none_says_what_to_download(tmp_path):
+    for source in (tmp_path / 'missing', tmp_path):
+        with pytest.raises(DataError, match=r'kaggle\.com/datasets/mateuszbuda') as caught:
+            lgg.find_cases(source)
+        assert str(source) in str(caught.value)
+
+
+def test_the_built_data_set_is_the_files(kaggle, tmp_path):
+    builder = lgg.build(kaggle, tmp_path / 'built')
+    assert set(builder.info.splits) == {'train', 'validation', 'test'}
+    test = {row['patient'] for row in builder.as_data_source('test')}
+    assert test == {b'TCGA_CS_4944_20010208'}
+
+    slices = lgg.load('', str(tmp_path / 'built'))
+    built = {volume.patient: volume for volume in volumes.iterate_volumes(slices)}
+    for case in lgg.find_cases(kaggle):
+        direct = lgg.read_case(case)
+        for field in ('image', 'mask', 'slices', 'intensity'):
+            assert (getattr(built[case.patient], field) == getattr(direct, field)).all()
+    lesions = [volumes.lesion_pixels(slices.read(int(key))[1]) for key in slices.key]
+    assert slices.lesion_pixels.tolist() == lesions
+
+
+def test_a_missing_sequence_is_noted(tmp_path):
+    folder = write_case(tmp_path / 'kaggle_3m', 'TCGA_CS_4941_19960909')
+    write_case(tmp_path / 'kaggle_3m', 'TCGA_DU_5849_19950405')
+    for path in folder.glob('*_?.tif'):
+        pixels = np.array(Image.open(path))
+        pixels[..., 2] = pixels[..., 1]  # FLAIR in place of post-contrast
+        Image.fromarray(pixels).save(path)
+    builder = lgg.build(tmp_path, tmp_path / 'built')
+    rows = [row for split in builder.info.splits for row in builder.as_data_source(split)]
+    for row in rows:
+        assert not row['missing_pre']
+        assert row['missing_post'] == (row['site'] == b'CS')
+
+
+def test_it_is_built_once_and_anew_when_the_files_change(kaggle, tmp_path):
+    def stamp():
+        folder = Path(lgg.build(kaggle, tmp_path / 'built').data_dir)
+        return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    first = stamp()
+    assert stamp() == first
+    write_case(kaggle / 'kaggle_3m', 'TCGA_FG_5964_20010511')
+    assert stamp() != first
+    assert len(lgg.load('', str(tmp_path / 'built')).intensity) == 7
+
+
+def test_a_fault_leaves_nothing_built(kaggle, tmp_path):
+    Image.new('L', (256, 256), 9).save(
+        kaggle / 'kaggle_3m' / 'TCGA_CS_4941_19960909' / 'TCGA_CS_4941_19960909_1_mask.tif'
+    )
+    with pytest.raises(DataError, match=r'1 fault\(s\)'):
+        lgg.build(kaggle, tmp_path / 'built')
+    assert not list((tmp_path / 'built').rglob('*.array_record*'))
+
+
+@needs_shared
+def test_the_shared_patients_have_the_published_counts(tmp_path):
+    """LGG.md: all ten of the public hold-out are among them."""
+    from zipfile import ZipFile
+
+    archives = sorted((SHARED / 'lgg').glob('TCGA_*.zip'))
+    patient = archives[0].stem
+    with ZipFile(archives[0]) as archive:
+        for name in archive.namelist():
+            target = tmp_path / patient / f'{name.rsplit("/", 1)[-1].rsplit(".", 1)[0]}.tif'
+            target.parent.mkdir(exist_ok=True)
+            Image.open(archive.open(name)).save(target)
+    volume = next(lgg.read_volumes(tmp_path))
+    assert volume.image.shape == (23, 256, 256, 3)
+    assert volume.mask.sum() == 14_379
+    from pspnet_jax.data import splits
+
+    parts = splits.holdout([path.stem for path in archives], test_patients=splits.LGG_HOLDOUT)
+    assert [len(part) for part in parts.values()] == [70, 8, 10]

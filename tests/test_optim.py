@@ -1,0 +1,90 @@
+"""Schedules at their ends, and optimisers against PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pspnet_jax import optim
+
+
+@pytest.mark.parametrize('name', ['poly', 'cosine'])
+def test_decay_starts_full_and_ends_at_zero(name):
+    rate = optim.learning_rate_schedule(name, learning_rate=0.1, steps=100)
+    values = np.array([rate(step) for step in range(101)])
+    assert values[0] == pytest.approx(0.1)
+    assert values[-1] == pytest.approx(0, abs=1e-7)
+    assert (np.diff(values) < 0).all()
+
+
+def test_poly_is_the_papers():
+    rate = optim.learning_rate_schedule('poly', learning_rate=0.01, steps=200, power=0.9)
+    assert float(rate(50)) == pytest.approx(0.01 * (1 - 50 / 200) ** 0.9)
+
+
+def test_warm_up_rises_evenly_to_the_constant():
+    rate = optim.learning_rate_schedule('constant', learning_rate=1.0, steps=9, warmup_steps=4)
+    assert [float(rate(step)) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_optimiser_follows_pytorchs(rng, name):
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    start = rng.standard_normal((4, 3)).astype(np.float32)
+    theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    if name == 'sgd':
+        peer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
+    else:
+        peer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.999), weight_decay=0.01)
+    tx, _ = optim.create(name, steps=10, learning_rate=0.1, schedule='constant', weight_decay=0.01)
+    params = {'backbone': {'kernel': jnp.asarray(start)}}
+    state = tx.init(params)
+    for _ in range(6):
+        grad = rng.standard_normal((4, 3)).astype(np.float32)
+        theirs.grad = torch.from_numpy(grad)
+        peer.step()
+        updates, state = tx.update({'backbone': {'kernel': jnp.asarray(grad)}}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params['backbone']['kernel'], theirs.detach().numpy(), atol=1e-5)
+
+
+def step(options, params, grads):
+    tx, _ = optim.create('sgd', steps=10, learning_rate=1.0, schedule='constant', **options)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    return jax.tree.map(float, updates)
+
+
+PARAMS = {'backbone': {'kernel': 2.0, 'bias': 2.0}, 'head': {'kernel': 2.0, 'scale': 2.0}}
+PARAMS = jax.tree.map(jnp.float32, PARAMS)
+
+
+def test_new_layers_learn_ten_times_faster():
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    updates = step({'new_layer_factor': 10.0}, PARAMS, ones)
+    assert updates == {
+        'backbone': {'kernel': -1.0, 'bias': -1.0},
+        'head': {'kernel': -10.0, 'scale': -10.0},
+    }
+
+
+def test_weight_decay_spares_the_excluded():
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    options = {'weight_decay': 0.5, 'decay_exclude': ('bias', 'scale')}
+    assert step(options, PARAMS, zeros) == {
+        'backbone': {'kernel': -1.0, 'bias': 0.0},
+        'head': {'kernel': -1.0, 'scale': 0.0},
+    }
+
+
+def test_clipping_keeps_the_direction_and_caps_the_length():
+    grads = jax.tree.map(lambda x: 3.0 * x, jax.tree.map(jnp.ones_like, PARAMS))  # length 6
+    updates = step({'clip_norm': 1.5}, PARAMS, grads)
+    assert jax.tree.leaves(updates) == pytest.approx([-0.75] * 4)
+
+
+@pytest.mark.parametrize('change', [{'name': 'lion'}, {'schedule': 'linear'}])
+def test_unknown_names_are_refused(change):
+    options = {'name': 'sgd', 'schedule': 'poly', **change}
+    with pytest.raises(ValueError, match='is not one of'):
+        optim.create(**options, steps=1, learning_rate=0.1)

@@ -1,0 +1,159 @@
+"""The step and the loop: resume is exact, micro-batches add up, nonsense stops it."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import checkpoint, optim, train
+from pspnet_jax.data import pipeline
+from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
+from tests.conftest import tiny_config
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, monkeypatch):
+    workdir, evaluation = trained
+    real = pipeline.batches
+
+    def power_cut(*args, first_step, **options):
+        batches = real(*args, first_step=first_step, **options)
+        yield from (next(batches) for _ in range(3 - first_step))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, 'batches', power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(tiny_config(), str(tmp_path))
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path)[-1] == 3
+    resumed = train.train_and_evaluate(tiny_config(), str(tmp_path))
+
+    # The digests cover parameters, batch statistics, their average and the optimiser's state.
+    parts = {'params', 'batch_stats', 'ema_params', 'opt_state'}
+    ours, theirs = (checkpoint.metadata(folder, 4)['sha256'] for folder in (tmp_path, workdir))
+    assert ours == theirs
+    assert set(ours) == parts
+    logs = [(folder / 'metrics.jsonl').read_text() for folder in (tmp_path, workdir)]
+    assert logs[0] == logs[1]
+    assert resumed['patients'] == evaluation['patients']
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(trained, tmp_path):
+    workdir, evaluation = trained
+    before = (workdir / 'metrics.jsonl').read_text()
+    again = train.train_and_evaluate(tiny_config(), str(workdir))
+    assert again['patients'] == evaluation['patients']
+    assert (workdir / 'metrics.jsonl').read_text() == before
+
+
+def test_the_log_has_each_step_once(trained):
+    workdir, _ = trained
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    losses = [line for line in lines if 'loss' in line]
+    assert [line['step'] for line in losses] == [1, 2, 3, 4]
+    assert all(line['learning_rate'] > 0 and line['gradient_norm'] > 0 for line in losses)
+    assert [line['step'] for line in lines if 'validation/dice' in line] == [2, 4]
+
+
+def test_another_models_workdir_is_refused(trained):
+    workdir, _ = trained
+    config = tiny_config(**{'model.width': 8, 'model.backbone': 'resnet34'})
+    with pytest.raises(CheckpointError) as caught:
+        train.train_and_evaluate(config, str(workdir))
+    assert "model.backbone is 'resnet18' there, 'resnet34' here" in str(caught.value)
+    assert 'model.width is 4 there, 8 here' in str(caught.value)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    config = tiny_config(**{'optim.learning_rate': 1e30, 'optim.clip_norm': 0.0})
+    with pytest.raises(NonFiniteLossError, match=r'step \d: .*optim\.learning_rate'):
+        train.train_and_evaluate(config, str(tmp_path))
+    for step in checkpoint.steps(tmp_path):
+        lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+        assert step <= max(json.loads(line)['step'] for line in lines)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 3)
+    with pytest.raises(ConfigError, match='batch_size 4 does not divide over 3 devices'):
+        train.train_and_evaluate(tiny_config(), str(tmp_path))
+
+
+class Pixelwise(nn.Module):
+    """A network without BatchNorm: a 3x3 and a 1x1."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return {'logits': nn.Dense(3)(nn.relu(nn.Conv(8, (3, 3))(x)))}
+
+
+def one_step(accumulate, loss_options, batch):
+    model = Pixelwise()
+    tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
+    state = train.create_state(model, tx, seed=0, channels=3, ema=True)
+    step = functools.partial(
+        train.train_step,
+        model=model,
+        tx=tx,
+        loss_options=loss_options,
+        augment_options={},
+        seed=0,
+        accumulate=accumulate,
+        ema_decay=0.5,
+    )
+    return state, jax.jit(step)(state, batch)
+
+
+CE_ONLY = {'cross_entropy': 1.0, 'dice': 0.0, 'aux': 0.4, 'class_weights': (), 'ignore_label': 255}
+
+
+def batch_of(rng):
+    return {
+        'image': jnp.asarray(rng.standard_normal((8, 6, 6, 3)), jnp.float32),
+        'mask': jnp.asarray(rng.integers(0, 3, (8, 6, 6)), jnp.int32),
+    }
+
+
+@pytest.mark.parametrize('k', [2, 4])
+def test_k_micro_batches_equal_one_big_batch(rng, k):
+    batch = batch_of(rng)
+    _, (big, big_metrics) = one_step(1, CE_ONLY, batch)
+    _, (small, small_metrics) = one_step(k, CE_ONLY, batch)
+    assert float(big_metrics['loss']) == pytest.approx(float(small_metrics['loss']), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(big.params), jax.tree.leaves(small.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_average_of_the_parameters_is_a_half_step_behind(rng):
+    start, (state, _) = one_step(1, CE_ONLY, batch_of(rng))
+    leaves = (jax.tree.leaves(t) for t in (start.params, state.params, state.ema_params))
+    for before, after, average in zip(*leaves, strict=True):
+        np.testing.assert_allclose(average, (before + after) / 2, atol=1e-6)
+
+
+def test_the_loss_is_the_weighted_sum_and_the_auxiliary(rng):
+    batch = batch_of(rng)
+    logits = jnp.asarray(rng.standard_normal((8, 6, 6, 3)), jnp.float32)
+    options = {'class_weights': (), 'ignore_label': 255, 'axis_name': None}
+
+    def loss(out, ce, dice, aux):
+        return float(
+            train.segmentation_loss(
+                out, batch['mask'], cross_entropy=ce, dice=dice, aux=aux, **options
+            )
+        )
+
+    ce, dice = loss({'logits': logits}, 1, 0, 0), loss({'logits': logits}, 0, 1, 0)
+    assert loss({'logits': logits}, 2, 3, 0.4) == pytest.approx(2 * ce + 3 * dice, rel=1e-5)
+    both = loss({'logits': logits, 'aux': logits}, 1, 1, 0.4)
+    assert both == pytest.approx(1.4 * (ce + dice), rel=1e-5)
+
+
+def test_quarter_size_logits_meet_every_fourth_label(rng):
+    labels = jnp.asarray(rng.integers(0, 2, (1, 16, 16)))
+    logits = 100.0 * jax.nn.one_hot(labels[:, ::4, ::4], 2)
+    options = {**CE_ONLY, 'axis_name': None}
+    assert float(train.segmentation_loss({'logits': logits}, labels, **options)) < 1e-6

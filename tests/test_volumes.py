@@ -1,0 +1,89 @@
+"""Slices, volumes and their intensity scale."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspnet_jax.data import volumes
+from pspnet_jax.errors import DataError
+
+
+def two_volumes(rng):
+    return [
+        volumes.Volume(
+            name,
+            rng.integers(0, 255, (depth, 8, 6, 3), np.uint8),
+            rng.integers(0, 2, (depth, 8, 6)).astype(np.uint8),
+            np.arange(1, depth + 1),
+            np.ones((4, 3), np.float32),
+        )
+        for name, depth in (('a', 3), ('b', 5))
+    ]
+
+
+def test_slices_of_volumes_are_the_volumes(rng):
+    there = two_volumes(rng)
+    slices = volumes.from_volumes(there)
+    back = list(volumes.iterate_volumes(slices))
+    for one, other in zip(there, back, strict=True):
+        assert one.patient == other.patient
+        for field in ('image', 'mask', 'slices'):
+            assert (getattr(one, field) == getattr(other, field)).all()
+
+
+def test_select_keeps_a_patient_whole(rng):
+    there = two_volumes(rng)
+    part = volumes.select(volumes.from_volumes(there), ['b'])
+    (only,) = volumes.iterate_volumes(part)
+    assert (only.image == there[1].image).all()
+    assert volumes.describe(part) == '1 patients, 5 slices, 5 with lesion'
+
+
+def test_normalize_is_a_clipped_z_score(rng):
+    image = rng.gamma(2, 20, (4, 32, 32, 2)).clip(0, 255).astype(np.uint8)
+    intensity = volumes.measure_intensity(image)
+    for c in range(2):
+        values = image[..., c].astype(np.float64)
+        clipped = values.clip(*np.percentile(values, (10, 99)))
+        expected = (clipped - clipped.mean()) / clipped.std()
+        np.testing.assert_allclose(volumes.normalize(image, intensity)[..., c], expected, atol=1e-4)
+
+
+def test_the_scale_of_a_scan_does_not_matter(rng):
+    """MRI has no unit: twice as bright is the same picture."""
+    image = rng.integers(0, 120, (3, 16, 16, 3)).astype(np.uint8)
+    once, twice = image, 2 * image
+    np.testing.assert_allclose(
+        volumes.normalize(once, volumes.measure_intensity(once)),
+        volumes.normalize(twice, volumes.measure_intensity(twice)),
+        atol=1e-5,
+    )
+
+
+def test_a_constant_channel_is_zero_not_nan():
+    image = np.full((2, 4, 4, 3), 7, np.uint8)
+    assert (volumes.normalize(image, volumes.measure_intensity(image)) == 0).all()
+
+
+def test_imagenet_intensity_is_torchvisions():
+    pixel = np.array([[255, 0, 128]], np.uint8)
+    expected = (pixel / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(
+        volumes.normalize(pixel, volumes.IMAGENET_INTENSITY), expected, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'P', '1'])
+def test_read_picture_gives_rgb(tmp_path, mode):
+    Image.new('RGB', (5, 4), (255, 255, 255)).convert(mode).save(tmp_path / 'a.png')
+    pixels = volumes.read_picture(tmp_path / 'a.png')
+    assert pixels.shape == (4, 5, 3)
+    assert (pixels == 255).all()
+
+
+def test_read_picture_refuses_what_it_can_not_read(tmp_path):
+    (tmp_path / 'text.png').write_text('no picture')
+    Image.new('I;16', (4, 4)).save(tmp_path / 'deep.png')
+    for name, message in (('text.png', 'not a readable picture'), ('deep.png', '8 bits')):
+        with pytest.raises(DataError, match=message):
+            volumes.read_picture(tmp_path / name)
