@@ -102,9 +102,12 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
     """The config, progress, Dice and digests that were saved with `step`."""
     path = Path(workdir).absolute() / FOLDER / str(step)
     try:
-        return ocp.checkpointables_metadata(path).custom_metadata
+        found = ocp.checkpointables_metadata(path).custom_metadata
     except Exception as error:  # Orbax raises what its storage layer does
         raise CheckpointError(f'{path} has no readable metadata: {_first_line(error)}') from error
+    if not found or not {'config', 'progress', 'channels', 'sha256'} <= found.keys():
+        raise CheckpointError(f'{path} is not a checkpoint of ours: its metadata is missing')
+    return found
 
 
 def restore(

@@ -7,6 +7,7 @@ classes), NAME_overlay.png, and NAME_panels.png: original, mask, outline on the
 original. All at the picture's own size.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -99,9 +100,13 @@ def _neighbours(path: Path, image: np.ndarray) -> np.ndarray:
     match = re.fullmatch(r'(.+)_(\d+)', path.stem)
     if not match:
         return image
-    beside = [p for p in path.parent.iterdir() if p.suffix == path.suffix and p != path]
-    slices = [p for p in beside if re.fullmatch(rf'{re.escape(match[1])}_\d+', p.stem)]
-    others = [pixels for pixels in map(read_picture, slices) if pixels.shape == image[0].shape]
+    others = []
+    for beside in path.parent.iterdir():
+        pattern = rf'{re.escape(match[1])}_\d+{re.escape(path.suffix)}'
+        if beside != path and re.fullmatch(pattern, beside.name):
+            with contextlib.suppress(DataError):  # one that can't be read is no help
+                others.append(read_picture(beside))
+    others = [pixels for pixels in others if pixels.shape == image[0].shape]
     if others:
         logging.info('%s: intensity scale of the %d slices beside it', path.name, len(others) + 1)
     return np.stack([image[0], *others])

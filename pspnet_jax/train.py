@@ -156,7 +156,7 @@ def train_step(
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
-    metrics = {'loss': loss, 'gradient_norm': optax.global_norm(grads)}
+    metrics = {'loss': loss, 'gradient_norm': optax.tree.norm(grads)}
     state = TrainState(state.step + 1, params, batch_stats, opt_state, ema_params)
     return state, metrics
 

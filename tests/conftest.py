@@ -1,6 +1,9 @@
 """Paths and small things that several tests share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -9,6 +12,12 @@ import pytest
 from PIL import Image
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Many tests compile the same tiny programs: once a session is enough.
+_CACHE = tempfile.mkdtemp(prefix='pspnet_jax_tests_')
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+jax.config.update('jax_compilation_cache_dir', _CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('PSPNET_SHARED', ROOT.parent / 'shared'))

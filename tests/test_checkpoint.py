@@ -1,0 +1,117 @@
+"""Checkpoints: what comes back is what was saved, or it is not taken."""
+
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import checkpoint, models, optim, train
+from pspnet_jax.config import to_dict
+from pspnet_jax.errors import CheckpointError
+from tests.conftest import tiny_config
+
+
+def new_state(config):
+    model = models.create(**config.model)
+    tx, _ = optim.create(steps=4, **config.optim)
+    return train.create_state(model, tx, seed=9, channels=3, ema=True)
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """The tiny run's folder, to be damaged."""
+    return shutil.copytree(trained[0], tmp_path / 'copy')
+
+
+def flip_a_byte(folder):
+    path = max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_best_and_last_are_kept(trained):
+    workdir, evaluation = trained
+    found = checkpoint.steps(workdir)
+    assert found[-1] == 4
+    assert checkpoint.choose(workdir, 'last') == 4
+    best = checkpoint.choose(workdir, 'best')
+    dice = {step: checkpoint.metadata(workdir, step)['dice'] for step in found}
+    assert dice[best] == max(value for value in dice.values() if value is not None)
+    assert evaluation['checkpoint']['step'] == best
+    assert checkpoint.choose(workdir, str(best)) == best
+
+
+def test_the_whole_state_comes_back(trained):
+    workdir, _ = trained
+    config = tiny_config()
+    state, progress = checkpoint.restore(workdir, new_state(config), to_dict(config))
+    saved = checkpoint.metadata(workdir, 4)['sha256']
+    for name, digest in saved.items():
+        assert checkpoint.digest(jax.device_get(getattr(state, name))) == digest
+    assert int(state.step) == 4
+    assert progress['best_dice'] is not None
+
+
+def test_inference_takes_the_averaged_parameters(trained):
+    workdir, _ = trained
+    config = tiny_config()
+    state, _ = checkpoint.restore(workdir, new_state(config), to_dict(config))
+    model = models.create(**config.model)
+    shapes = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
+    )
+    variables = checkpoint.restore_variables(workdir, 4, shapes)
+    for a, b in zip(
+        jax.tree.leaves(variables['params']), jax.tree.leaves(state.ema_params), strict=True
+    ):
+        assert (np.asarray(a) == np.asarray(b)).all()
+
+
+@pytest.mark.parametrize('part', ['params', 'opt_state', 'batch_stats'])
+def test_a_flipped_byte_is_noticed(copy, part):
+    """In the newest step: it is passed over where there is another, else it is an error."""
+    config, found = tiny_config(), checkpoint.steps(copy)
+    for count, step in enumerate(reversed(found), start=1):
+        flip_a_byte(copy / 'checkpoints' / str(step) / part)
+        if count < len(found):
+            state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
+            assert int(state.step) < step
+    with pytest.raises(CheckpointError, match='is sound'):
+        checkpoint.restore(copy, new_state(config), to_dict(config))
+    assert checkpoint.steps(copy) == found  # nothing was deleted
+
+
+def test_an_empty_newer_step_is_passed_over(copy):
+    (copy / 'checkpoints' / '99').mkdir()
+    config = tiny_config()
+    state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
+    assert int(state.step) == 4
+
+
+def test_the_digest_sees_values_names_shapes_and_types():
+    tree = {'a': np.arange(6.0), 'b': np.ones(2)}
+    others = [
+        {'a': np.arange(6.0), 'b': np.array([1, 1 + 1e-15])},
+        {'a': np.arange(6.0), 'c': np.ones(2)},
+        {'a': np.arange(6.0).reshape(2, 3), 'b': np.ones(2)},
+        {'a': np.arange(6.0).astype(np.float32), 'b': np.ones(2)},
+    ]
+    assert checkpoint.digest(tree) == checkpoint.digest(jax.tree.map(np.copy, tree))
+    assert len({checkpoint.digest(tree), *map(checkpoint.digest, others)}) == 5
+
+
+@pytest.mark.parametrize('which', ['best', 'last', '7'])
+def test_a_folder_without_checkpoints_says_what_was_expected(tmp_path, which):
+    with pytest.raises(
+        CheckpointError, match=r'holds no checkpoint: expected .*/checkpoints/<step>'
+    ):
+        checkpoint.choose(tmp_path, which)
+
+
+def test_an_unknown_step_lists_those_there(trained):
+    with pytest.raises(CheckpointError, match=r"'7' is not one of 'best', 'last', \[.*4\]"):
+        checkpoint.choose(trained[0], '7')

@@ -1,0 +1,79 @@
+"""The commands as a person types them: one clear line and exit status 1."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, write_case
+
+
+def run(module, *arguments):
+    return subprocess.run(
+        [sys.executable, '-m', f'pspnet_jax.{module}', *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+PHANTOM = '--config=configs/phantom.py'
+
+
+@pytest.mark.parametrize(
+    ('module', 'arguments', 'words'),
+    [
+        ('main', [], '--config is missing'),
+        ('main', ['--config=nowhere.py'], '--config=nowhere.py is not a file'),
+        ('main', [PHANTOM, '--config.model.bacbone=vgg16'], 'did you mean model.backbone?'),
+        ('main', [PHANTOM, '--config.model.width=wide'], 'must be a whole number of at least 4'),
+        ('main', [PHANTOM, '--config.model.output_stride=12'], 'must be one of 8, 16, 32'),
+        ('main', ['--config=configs/lgg.py:segnext'], 'configs/lgg.py:segnext is not known'),
+        ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),
+        ('evaluate', ['--workdir=/no'], '/no holds no checkpoint'),
+        ('predict', ['--workdir=/no', '--input=/no', '--output=x'], '/no is neither a file nor'),
+        ('data.lgg', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(module, arguments, words, tmp_path):
+    workdir = tmp_path / 'run'
+    if module == 'main':
+        arguments = [*arguments, f'--workdir={workdir}']
+    done = run(module, *arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert done.returncode == 1
+    assert len(errors) == 1
+    assert words in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not workdir.exists()
+
+
+def test_build_reports_every_fault_and_builds_nothing(tmp_path):
+    folder = write_case(tmp_path / 'raw', 'TCGA_CS_4941_19960909')
+    write_case(tmp_path / 'raw', 'TCGA_DU_5849_19950405')
+    broken = folder / 'TCGA_CS_4941_19960909_2.tif'
+    broken.write_bytes(broken.read_bytes()[:500])
+    done = run('data.lgg', f'--source={tmp_path / "raw"}', f'--out={tmp_path / "built"}')
+    assert done.returncode == 1
+    assert f'{broken} is not a readable picture' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not list(tmp_path.rglob('*.array_record*'))
+
+
+def test_build_then_evaluate_then_predict(trained, tmp_path):
+    for patient in ('TCGA_CS_4941_19960909', 'TCGA_DU_5849_19950405'):
+        write_case(tmp_path / 'raw', patient, slices=2)
+    done = run('data.lgg', f'--source={tmp_path / "raw"}', f'--out={tmp_path / "built"}')
+    assert done.returncode == 0, done.stderr
+    assert 'train: 2 slices' in done.stdout
+    done = run('evaluate', f'--workdir={trained[0]}', '--split=validation')
+    assert done.returncode == 0, done.stderr
+    assert 'per-volume Dice' in done.stdout
+    assert 'all background' in done.stdout
+    done = run(
+        'predict', f'--workdir={trained[0]}', f'--input={tmp_path / "raw"}',
+        f'--output={tmp_path / "out"}',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / 'out').rglob('*_mask.png'))) == 4

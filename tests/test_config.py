@@ -1,0 +1,94 @@
+"""Configs: every one runs its checks, every knob has its rule, errors name the remedy."""
+
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import config_flags  # noqa: F401  the loader that main uses
+
+from configs import base, lgg, phantom
+from pspnet_jax import config as rules
+from pspnet_jax.data.sources import SOURCES
+from pspnet_jax.errors import ConfigError
+from tests.conftest import ROOT, tiny_config
+
+LGG_ARGUMENTS = (
+    '', 'pspnet_resnet18', 'pspnet_resnet34', 'pspnet_resnet50', 'pspnet_resnet101',
+    'vgg_pspnet', 'vgg_pspnet_blog',
+)  # fmt: skip
+
+
+def test_base_has_a_default_for_every_rule_and_a_rule_for_every_key():
+    assert set(rules.flatten(base.get_config().to_dict())) == set(rules.RULES)
+
+
+@pytest.mark.parametrize('get', [base, phantom, *LGG_ARGUMENTS])
+def test_every_config_is_valid_and_locked(get):
+    config = lgg.get_config(get) if isinstance(get, str) else get.get_config()
+    rules.validate(config)
+    with pytest.raises(AttributeError, match='backbone'):
+        config.model.bacbone = 'vgg16'
+
+
+def test_the_sources_named_are_the_sources_there():
+    for name in SOURCES:
+        rules.validate(tiny_config(**{'data.name': name}))
+    assert repr(sorted(SOURCES))[1:-1] in rules.RULES['data.name'][1]
+
+
+def test_it_survives_json():
+    config = lgg.get_config('vgg_pspnet')
+    back = rules.from_dict(rules.to_dict(config))
+    assert back == config
+    assert back.model.bins == (1, 2, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'words'),
+    [
+        ('model.output_stride', 12, 'model.output_stride is 12: it must be one of 8, 16, 32'),
+        ('model.num_classes', 1, 'background is a class too, one structure needs 2'),
+        ('train.batch_size', 0, 'train.batch_size is 0: it must be a whole number of at least 1'),
+        ('augment.flip', 1.5, 'augment.flip is 1.5: it must be a number from 0 to 1'),
+        ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),
+        ('model.bins', (), 'model.bins is (): it must be a tuple of at least 1 values'),
+        ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
+        ('model.pretrained', 'a.npz', 'model.pretrained is for vgg16'),
+        ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
+    ],
+)
+def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
+    config = tiny_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        rules.validate(config)
+
+
+def test_every_fault_is_listed_at_once():
+    config = tiny_config(**{'seed': -1, 'optim.learning_rate': 0.0})
+    with config.unlocked():
+        config.model.bacbone = 'vgg16'
+        del config.train.steps
+    with pytest.raises(ConfigError) as caught:
+        rules.validate(config)
+    for words in (
+        'model.bacbone is not a key: did you mean model.backbone?',
+        'train.steps is missing',
+        'seed is -1',
+        'optim.learning_rate is 0.0',
+    ):
+        assert words in str(caught.value)
+
+
+def test_every_knob_is_read():
+    """A key that stands nowhere in the code steers nothing."""
+    code = '\n'.join(
+        path.read_text() for path in (ROOT / 'pspnet_jax').rglob('*.py') if path.name != 'config.py'
+    )
+    for key in rules.RULES:
+        assert re.search(rf'\b{key.split(".")[-1]}\b', code), f'{key} is read by nothing'
+
+
+def test_no_knob_has_a_second_home():
+    for path in (ROOT / 'pspnet_jax').rglob('*.py'):
+        assert 'config.get(' not in Path(path).read_text(), f'{path}: a default belongs in base.py'

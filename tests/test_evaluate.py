@@ -1,0 +1,131 @@
+"""Evaluation: the numbers by hand, their names, and the command on a folder."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pspnet_jax import evaluate
+from pspnet_jax.data.volumes import Volume
+from pspnet_jax.errors import CheckpointError, DataError
+from tests.conftest import write_case
+
+OPTIONS = {
+    'batch_size': 2,
+    'normalization': 'volume',
+    'num_classes': 2,
+    'ignore_label': 255,
+    'spacing': (1.0, 1.0, 1.0),
+    'bootstrap': 100,
+}
+
+
+def volume(name, mask):
+    mask = np.asarray(mask, np.uint8)
+    image = np.repeat(mask[..., None], 3, axis=-1)
+    intensity = np.array([[0], [255], [0], [1]], np.float32) * np.ones((1, 3), np.float32)
+    return Volume(name, image, mask, np.arange(len(mask)), intensity)
+
+
+def oracle(image):
+    """Calls every pixel what channel 0 says: the images above carry their own truth."""
+    return np.stack([image[..., 0] != 1, image[..., 0] == 1], axis=-1).astype(np.float32)
+
+
+def nothing(image):
+    return np.stack([np.ones(image.shape[:3]), np.zeros(image.shape[:3])], axis=-1)
+
+
+MASK = np.zeros((3, 6, 6), int)
+MASK[1, 1:4, 1:4] = 1
+
+
+def test_the_truth_scores_one():
+    result = evaluate.evaluate_volumes(oracle, [volume('a', MASK)], **OPTIONS)
+    (row,) = result['patients']
+    assert row['dice'] == row['dice_largest'] == row['iou'] == 1
+    assert row['hd95'] == 0
+    assert row['lesion_voxels'] == row['predicted_voxels'] == 9
+    assert result['summary']['dice'] == {
+        'mean': 1, 'median': 1, 'sd': None, 'ci95': [1, 1], 'n': 1
+    }  # fmt: skip
+
+
+def test_predicting_nothing_is_the_baseline():
+    result = evaluate.evaluate_volumes(nothing, [volume('a', MASK)], **OPTIONS)
+    summary, baseline = result['summary'], result['baseline']
+    assert summary['dice']['mean'] == baseline['dice'] == 0
+    assert summary['hd95'] == {'mean': None, 'median': None, 'sd': None, 'ci95': None, 'n': 0}
+    # Two of three slices are empty and count 1 where empty slices do.
+    for part in (summary, baseline):
+        assert part['per_slice_dice_empty_is_1'] == pytest.approx(2 / 3)
+    assert baseline['pooled_pixel_accuracy'] == pytest.approx(1 - 9 / 108)
+    assert baseline['pooled_mean_iou'] == pytest.approx((99 / 108 + 0) / 2)
+
+
+def test_a_mean_over_patients_is_not_the_pooled_figure():
+    big = np.zeros((3, 6, 6), int)
+    big[:, :5, :5] = 1
+    half = volume('half', MASK)
+    half = half._replace(image=half.image * (np.arange(6) < 3)[:, None])  # sees 3 of 3x3 no more
+    result = evaluate.evaluate_volumes(oracle, [volume('big', big), half], **OPTIONS)
+    dice = [row['dice'] for row in result['patients']]
+    assert dice == [1, pytest.approx(2 * 6 / (6 + 9))]
+    assert result['summary']['dice']['mean'] == pytest.approx(np.mean(dice))
+    assert result['summary']['dice']['sd'] == pytest.approx(np.std(dice, ddof=1))
+    pooled = 2 * (75 + 6) / (75 + 75 + 6 + 9)
+    assert result['summary']['pooled']['dice'] == pytest.approx(pooled)
+
+
+def test_the_largest_component_drops_a_stray():
+    stray = volume('a', MASK)
+    stray.image[2, 5, 5] = 1
+    (row,) = evaluate.evaluate_volumes(oracle, [stray], **OPTIONS)['patients']
+    assert row['dice'] == pytest.approx(18 / 19)
+    assert row['dice_largest'] == 1
+
+
+def test_a_volume_without_lesion_is_undefined_not_one():
+    result = evaluate.evaluate_volumes(
+        oracle, [volume('a', MASK), volume('none', 0 * MASK)], **OPTIONS
+    )
+    assert result['patients'][1]['dice'] is None
+    assert result['summary']['dice']['n'] == 1
+    assert '(bootstrap over 1 of 2 patients)' in evaluate.table(result)
+
+
+def test_labels_outside_the_model_and_no_volume_are_errors():
+    with pytest.raises(DataError, match=r'a has labels \[2\], the model has classes 0 to 1'):
+        evaluate.evaluate_volumes(oracle, [volume('a', 2 * MASK)], **OPTIONS)
+    with pytest.raises(DataError, match='no volume'):
+        evaluate.evaluate_volumes(oracle, [], **OPTIONS)
+
+
+def test_evaluation_json_has_what_is_promised(trained):
+    workdir, evaluation = trained
+    written = json.loads((workdir / 'evaluation.json').read_text())
+    assert written == json.loads(json.dumps(evaluation))
+    assert {'summary', 'patients', 'baseline', 'checkpoint', 'data'} <= set(written)
+    for name in ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95'):
+        assert set(written['summary'][name]) == {'mean', 'median', 'sd', 'ci95', 'n'}
+        assert name in written['patients'][0]
+    assert written['checkpoint']['config']['model']['name'] == 'pspnet'
+    names = {path.stem for path in (workdir / 'pictures').iterdir()}
+    assert names == {row['patient'] for row in written['patients']}
+
+
+def test_a_folder_in_the_kaggle_layout_is_evaluated_from_the_checkpoint_alone(trained, tmp_path):
+    import shutil
+
+    alone = tmp_path / 'alone'
+    shutil.copytree(trained[0] / 'checkpoints', alone / 'checkpoints')
+    write_case(tmp_path / 'kaggle_3m', 'someone', slices=3)
+    result = evaluate.evaluate_checkpoint(alone, data=str(tmp_path))
+    assert [row['patient'] for row in result['patients']] == ['someone']
+    assert result['patients'][0]['lesion_voxels'] == 2 * 40 * 60
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match='holds no checkpoint'):
+        evaluate.evaluate_checkpoint(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,78 @@
+"""Who may import whom: downwards only, so that each file can be read by itself."""
+
+import ast
+
+import pytest
+
+from tests.conftest import ROOT
+
+# File -> what of ours it may import; a folder stands for its files.
+ALLOWED = {
+    'errors': set(),
+    'losses': set(),
+    'metrics': set(),
+    'optim': set(),
+    'models.layers': set(),
+    'models.backbones': {'models.layers'},
+    'models.pspnet': {'models.layers', 'models.backbones'},
+    'models.pretrained': {'errors'},
+    'models.__init__': {'models.pspnet'},
+    'data.volumes': {'errors'},
+    'data.splits': set(),
+    'data.augment': {'data.volumes'},
+    'data.phantom': {'data.volumes'},
+    'data.lgg': {'data', 'data.splits', 'data.volumes', 'errors'},
+    'data.pipeline': {'data.volumes', 'errors'},
+    'data.sources': {'data', 'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
+    'infer': {'models.layers'},
+    'visualize': {'data.volumes'},
+    'log': set(),
+    'checkpoint': {'errors'},
+    'config': {'errors', 'models', 'models.backbones'},
+    'cli': {'config', 'errors'},
+}
+COMMANDS = {'main', 'train', 'evaluate', 'predict'}  # these bring the others together
+FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))
+
+
+def name_of(path):
+    return '.'.join(path.relative_to(ROOT / 'pspnet_jax').with_suffix('').parts)
+
+
+def imports(path):
+    """Modules imported when the file is, those under `if __name__` left out."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            if node.module in ('pspnet_jax', 'pspnet_jax.data', 'pspnet_jax.models'):
+                found |= {f'{node.module}.{alias.name}' for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize('path', FILES, ids=name_of)
+def test_imports_point_downwards(path):
+    name, found = name_of(path), imports(path)
+    assert not any(module.startswith(('configs', 'experiments', 'tests')) for module in found)
+    ours = {
+        module.removeprefix('pspnet_jax.') for module in found if module.startswith('pspnet_jax.')
+    }
+    if name in ALLOWED:
+        assert ours <= ALLOWED[name], f'{name} imports {ours - ALLOWED[name]}: see ALLOWED here'
+    else:
+        assert name in COMMANDS | {'__init__', 'data.__init__'}, f'say in ALLOWED what {name} may'
+    if name == 'evaluate':
+        assert 'train' not in ours
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if 'data' in p.parts[-2]], ids=name_of)
+def test_data_never_starts_a_jax_backend(path):
+    if name_of(path) != 'data.augment':  # runs on the device
+        assert not any(module.split('.')[0] in ('jax', 'flax') for module in imports(path))
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
+def test_configs_import_ml_collections_and_each_other_only(path):
+    assert {module.split('.')[0] for module in imports(path)} <= {'ml_collections', 'configs'}
