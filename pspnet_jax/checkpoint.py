@@ -144,7 +144,7 @@ def restore(
 def restore_variables(workdir: str | Path, step: int, variables: dict[str, Any]) -> dict[str, Any]:
     """{'params', 'batch_stats'} for inference; the averaged parameters where kept.
 
-    `variables` gives shapes and dtypes; arrays land on the default device.
+    `variables` gives shapes and dtypes; the arrays are numpy's.
     """
     meta = metadata(workdir, step)
     averaged = 'ema_params' in meta['sha256']
@@ -186,6 +186,8 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
         parts = ocp.load_checkpointables(path, abstract)
     except Exception as error:  # Orbax raises what its storage layer does
         raise CheckpointError(f'{path} does not load: {_first_line(error)}') from error
+    # On the host: whoever asked places them, on however many devices there are.
+    parts = jax.tree.map(np.asarray, parts)
     for name, tree in parts.items():
         if digest(tree) != meta['sha256'][name]:
             raise CheckpointError(f'{path}/{name} is not what was saved: its sha256 differs')

@@ -112,6 +112,8 @@ def train_step(
     With `accumulate` = k the gradient is the mean over k micro-batches, every k-th
     example each, in one compiled loop; BatchNorm then sees B/k images at a time.
     """
+    if axis_name is not None:
+        model = model.clone(axis_name=axis_name)  # BatchNorm and dropout over all devices
     augment_key, dropout_key = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), state.step)
     )
@@ -202,7 +204,7 @@ def under_pmap(step: Callable) -> Placed:
         put_batch=lambda batch: jax.tree.map(
             lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
         ),
-        get_state=first,
+        get_state=lambda state: jax.device_get(first(state)),
     )
 
 
@@ -225,12 +227,17 @@ def step_flops(step: Callable, state: TrainState, batch_shape: tuple[int, ...]) 
     return cost.get('flops', float('nan'))
 
 
-def record(
+def read_metrics(
     pending: list[tuple[int, dict[str, jax.Array]]], log: MetricLog, rate, every: int
-) -> None:
-    """Log each `every`-th of these steps; raise NonFiniteLossError at one that is not finite."""
+) -> float:
+    """Wait for these steps, log each `every`-th, return the last loss (0 of no steps).
+
+    Raises NonFiniteLossError at a step whose loss or gradient is not finite.
+    """
+    loss = 0.0
     for step, metrics in pending:
         values = {name: float(value) for name, value in metrics.items()}
+        loss = values['loss']
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteLossError(
                 f'step {step}: {values}. Nothing after the last checkpoint was kept. Look at the '
@@ -239,6 +246,25 @@ def record(
             )
         if step % every == 0:
             log.scalars(step, {**values, 'learning_rate': float(rate(step - 1))})
+    return loss
+
+
+def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
+    """(state, progress): from the newest sound checkpoint, else new, pretrained if asked for."""
+    ema = config.train.ema_decay > 0
+    state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
+    logging.info('parameters:\n%s', parameter_table(state.params))
+    restored = checkpoint.restore(workdir, state, to_dict(config))
+    if restored:
+        logging.info('going on from step %d', restored[0].step)
+        return restored
+    if config.model.pretrained:
+        params, report = pretrained.load_vgg16(state.params, config.model.pretrained)
+        logging.info(report)
+        # A copy of the average: the step donates both, and a buffer can be donated once.
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        state = state.replace(params=params, ema_params=average)
+    return state, {'best_dice': None, 'stale': 0}
 
 
 def validate_volumes(predict, state: TrainState, slices: volumes.Slices, config, log) -> float:
@@ -289,23 +315,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     total = config.train.steps or round(config.train.epochs * len(split['train']) / batch_size)
     validate_every = config.train.validate_every or max(total // 10, 1)
     checkpoint_every = config.train.checkpoint_every or validate_every
+    log_every = config.train.log_every
 
     # Model, optimiser, state: restored, or new with pretrained weights.
-    axis_name = 'data' if config.parallel == 'pmap' else None
-    model = models.create(**config.model, axis_name=axis_name)
+    model = models.create(**config.model)
     tx, rate = optim.create(steps=total, **config.optim)
-    ema = config.train.ema_decay > 0
-    state = create_state(model, tx, seed=config.seed, channels=slices.channels, ema=ema)
-    logging.info('parameters:\n%s', parameter_table(state.params))
-    progress = {'best_dice': None, 'stale': 0}
-    restored = checkpoint.restore(workdir, state, to_dict(config))
-    if restored:
-        state, progress = restored
-        logging.info('going on from step %d', state.step)
-    elif config.model.pretrained:
-        params, report = pretrained.load_vgg16(state.params, config.model.pretrained)
-        logging.info(report)
-        state = state.replace(params=params, ema_params=params if ema else None)
+    state, progress = start_or_resume(config, model, tx, slices.channels, workdir)
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
@@ -333,10 +348,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     )
     batch_shape = (batch_size, *slices.read(int(slices.key[0]))[0].shape)
     logging.info('%.1f GFLOP a step', step_flops(step_fn, state, batch_shape) / 1e9)
-    predict = infer.compile_predict(models.create(**config.model))
+    predict = infer.compile_predict(model)
     interval = 1 if sys.stderr.isatty() else 60
     state = placed.put_state(state)
-    pending, waited, window = [], 0.0, time.perf_counter()
+    pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()
 
     # Closing waits for a checkpoint that is still being written, whatever ends the loop.
     with (
@@ -354,46 +369,39 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
             batch = placed.put_batch(next(batches))
             waited += time.perf_counter() - start
             state, metrics = placed.step(state, batch)
-            record(pending, log, rate, config.train.log_every)
+            loss = read_metrics(pending, log, rate, log_every) or loss
             pending = [(step, metrics)]
             bar.update()
-
-            if step % config.train.log_every == 0:
+            if step % log_every == 0:
                 seconds = time.perf_counter() - window
-                bar.set_postfix(loss=f'{metrics["loss"]:.4f}', data_wait=f'{waited / seconds:.0%}')
-                log.timings(
-                    step,
-                    {
-                        'slices_per_second': config.train.log_every * batch_size / seconds,
-                        'data_wait': waited / seconds,
-                    },
-                )
+                speed = {
+                    'slices_per_second': log_every * batch_size / seconds,
+                    'data_wait': waited / seconds,
+                }
+                log.timings(step, speed)
+                bar.set_postfix(loss=loss, data_wait=f'{speed["data_wait"]:.0%}')
                 waited, window = 0.0, time.perf_counter()
 
             # Validate on whole volumes, and keep the state with the Dice that ranks it.
-            if step % validate_every == 0 or step % checkpoint_every == 0 or step == total:
-                record(pending, log, rate, config.train.log_every)
-                pending, dice = [], None
-                single = placed.get_state(state)
-                if len(split['validation']) and (step % validate_every == 0 or step == total):
-                    dice = validate_volumes(predict, single, split['validation'], config, log)
-                    better = progress['best_dice'] is None or dice > progress['best_dice']
-                    progress = {
-                        'best_dice': dice if better else progress['best_dice'],
-                        'stale': 0 if better else progress['stale'] + 1,
-                    }
-                    logging.info(
-                        'step %d: validation Dice %.4f%s', step, dice, ' *' if better else ''
-                    )
-                checkpoint.save(
-                    writer,
-                    step,
-                    single,
-                    config=to_dict(config),
-                    progress=progress,
-                    channels=slices.channels,
-                    dice=dice,
-                )
-                waited, window = 0.0, time.perf_counter()
+            if step % validate_every and step % checkpoint_every and step < total:
+                continue
+            read_metrics(pending, log, rate, log_every)
+            pending, dice, whole = [], None, placed.get_state(state)
+            if len(split['validation']) and (step % validate_every == 0 or step == total):
+                dice = validate_volumes(predict, whole, split['validation'], config, log)
+                best = max(dice, progress['best_dice'] or -1.0)
+                stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
+                progress = {'best_dice': best, 'stale': stale}
+                logging.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
+            checkpoint.save(
+                writer,
+                step,
+                whole,
+                config=to_dict(config),
+                progress=progress,
+                channels=slices.channels,
+                dice=dice,
+            )
+            waited, window = 0.0, time.perf_counter()
 
     return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')

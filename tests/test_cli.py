@@ -1,5 +1,6 @@
 """The commands as a person types them: one clear line and exit status 1."""
 
+import shutil
 import subprocess
 import sys
 
@@ -62,17 +63,18 @@ def test_build_reports_every_fault_and_builds_nothing(tmp_path):
 
 
 def test_build_then_evaluate_then_predict(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / 'run')
     for patient in ('TCGA_CS_4941_19960909', 'TCGA_DU_5849_19950405'):
         write_case(tmp_path / 'raw', patient, slices=2)
     done = run('data.lgg', f'--source={tmp_path / "raw"}', f'--out={tmp_path / "built"}')
     assert done.returncode == 0, done.stderr
     assert 'train: 2 slices' in done.stdout
-    done = run('evaluate', f'--workdir={trained[0]}', '--split=validation')
+    done = run('evaluate', f'--workdir={workdir}', '--split=validation')
     assert done.returncode == 0, done.stderr
     assert 'per-volume Dice' in done.stdout
     assert 'all background' in done.stdout
     done = run(
-        'predict', f'--workdir={trained[0]}', f'--input={tmp_path / "raw"}',
+        'predict', f'--workdir={workdir}', f'--input={tmp_path / "raw"}',
         f'--output={tmp_path / "out"}',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,14 @@
 """One step on 1 device equals one step on 8, by jit over a mesh and by pmap."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
+import pytest
+
+from pspnet_jax import checkpoint
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -18,16 +23,14 @@ mask = rng.integers(0, 2, (16, 33, 33)).astype(np.int32)
 mask[3, :20] = 255  # an uneven share of ignored pixels
 batch = {'image': rng.standard_normal((16, 33, 33, 3)).astype(np.float32), 'mask': mask}
 
-def run(place, axis_name, accumulate=1, steps=2):
-    model = models.create(**config.model, axis_name=axis_name)
+def run(place, steps=2):
+    model = models.create(**config.model)
     tx, _ = optim.create(steps=10, **{**config.optim, 'name': 'sgd', 'learning_rate': 0.01})
     step = functools.partial(
         train.train_step, model=model, tx=tx, seed=0, loss_options=config.loss.to_dict(),
-        augment_options=config.augment.to_dict(), accumulate=accumulate, ema_decay=0.9,
+        augment_options=config.augment.to_dict(), ema_decay=0.9,
     )
-    state = train.create_state(
-        models.create(**config.model), tx, seed=0, channels=3, ema=True
-    )
+    state = train.create_state(model, tx, seed=0, channels=3, ema=True)
     placed = place(step)
     state = placed.put_state(state)
     for _ in range(steps):
@@ -46,20 +49,20 @@ def compare(name, a, b):
         assert worst < 2e-4, (name, jax.tree_util.keystr(path), worst)
     print(name, 'equal')
 
-alone = run(one_device, None)
-compare('mesh', alone, run(train.over_mesh, None))
-compare('pmap', alone, run(train.under_pmap, 'data'))
+alone = run(one_device)
+compare('mesh', alone, run(train.over_mesh))
+compare('pmap', alone, run(train.under_pmap))
 """
 
 
-def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
+def on_eight_devices(script):
     environment = {
         **os.environ,
         'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
         'JAX_PLATFORMS': 'cpu',
     }
     done = subprocess.run(
-        [sys.executable, '-c', SCRIPT],
+        [sys.executable, '-c', script],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -67,4 +70,33 @@ def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ['mesh', 'equal', 'pmap', 'equal']
+    return done.stdout
+
+
+def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
+    assert on_eight_devices(SCRIPT).split() == ['mesh', 'equal', 'pmap', 'equal']
+
+
+def test_a_checkpoint_is_evaluated_and_gone_on_with_on_another_device_count(trained, tmp_path):
+    """Trained on one device: on eight the same figures, and training goes on."""
+    workdir, evaluation = trained
+    copy = shutil.copytree(workdir, tmp_path / 'copy')
+    script = f"""
+from pspnet_jax.evaluate import evaluate_checkpoint
+from pspnet_jax.train import train_and_evaluate
+from tests.conftest import tiny_config
+import json
+print(json.dumps(evaluate_checkpoint({str(copy)!r})['patients']))
+for parallel in ('jit', 'pmap'):
+    steps = {{'jit': 5, 'pmap': 6}}[parallel]
+    more = {{'parallel': parallel, 'train.steps': steps, 'train.batch_size': 8}}
+    train_and_evaluate(tiny_config(**more), {str(copy)!r})
+"""
+    patients = json.loads(
+        next(line for line in on_eight_devices(script).splitlines() if line.startswith('['))
+    )
+    for ours, theirs in zip(patients, evaluation['patients'], strict=True):
+        assert ours['patient'] == theirs['patient']
+        assert ours['dice'] == pytest.approx(theirs['dice'], rel=0.02)
+        assert ours['predicted_voxels'] == pytest.approx(theirs['predicted_voxels'], rel=0.02)
+    assert checkpoint.steps(copy)[-1] == 6

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pspnet_jax import models
+from pspnet_jax import models, optim, train
 from pspnet_jax.errors import PretrainedError
 from pspnet_jax.models import pretrained
 from pspnet_jax.models.backbones import VGG16
-from tests.conftest import SHARED, needs_shared
+from tests.conftest import SHARED, needs_shared, tiny_config
 
 SHAPES = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256),
           (512, 256), (512, 512), (512, 512), (512, 512), (512, 512), (512, 512)]  # fmt: skip
@@ -46,6 +46,23 @@ def test_every_array_lands_in_its_place(arrays, tmp_path, kind):
     assert (loaded['backbone']['conv5_3']['bias'] == arrays['features.28.bias']).all()
     assert '26 arrays of the backbone loaded' in report
     assert 'random: aux, head, pyramid' in report
+
+
+def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
+    """Parameters and average are donated apart: neither may be the other's buffer."""
+    save_file(arrays, tmp_path / 'w.safetensors')
+    config = tiny_config(
+        **{'model.backbone': 'vgg16', 'model.width': 64, 'model.output_stride': 32}
+    )
+    config.model.pretrained = str(tmp_path / 'w.safetensors')
+    model = models.create(**config.model)
+    tx, _ = optim.create(steps=4, **config.optim)
+    state, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    expected = arrays['features.0.weight'].transpose(2, 3, 1, 0)
+    for tree in (state.params, state.ema_params):
+        assert (np.asarray(tree['backbone']['conv1_1']['kernel']) == expected).all()
+    placed = train.over_mesh(lambda state, batch: (state, batch))
+    placed.step(placed.put_state(state), placed.put_batch(np.zeros((8, 1))))
 
 
 def test_both_sides_of_a_difference_are_listed(arrays, tmp_path):

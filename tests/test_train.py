@@ -82,6 +82,31 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
         train.train_and_evaluate(tiny_config(), str(tmp_path))
 
 
+def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
+    """Two validations without a better Dice: the best is kept, and the run stays stopped."""
+    dice = iter([0.5, 0.6, 0.6, 0.4, 0.9])
+    monkeypatch.setattr(train, 'validate_volumes', lambda *_: next(dice))
+    changes = {'train.patience': 2, 'train.validate_every': 1, 'train.steps': 9}
+    for _ in range(2):
+        train.train_and_evaluate(tiny_config(**changes), str(tmp_path))
+        assert checkpoint.choose(tmp_path, 'last') == 4
+        assert checkpoint.metadata(tmp_path, 4)['progress'] == {'best_dice': 0.6, 'stale': 2}
+        assert checkpoint.choose(tmp_path, 'best') in (2, 3)  # of equal Dice
+
+
+def test_pmap_trains_and_checkpoints_like_jit(trained, tmp_path):
+    """On one device: the same run to rounding (tests/test_parallel.py has eight)."""
+    train.train_and_evaluate(tiny_config(parallel='pmap'), str(tmp_path))
+    ours, theirs = (
+        [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        for folder in (tmp_path, trained[0])
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a['step'] == b['step']
+        if 'loss' in a:
+            assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+
+
 class Pixelwise(nn.Module):
     """A network without BatchNorm: a 3x3 and a 1x1."""
 

@@ -2,6 +2,7 @@
 
 import inspect
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from pspnet_jax.models.pspnet import PSPNet, VGGPSPNetBlog
@@ -12,7 +13,7 @@ MODELS = {
 }
 
 
-def create(name: str, *, dtype: str = 'float32', axis_name: str | None = None, **options):
+def create(name: str, *, dtype: str = 'float32', **options) -> nn.Module:
     """The network `name` as a Flax module: B H W C float -> {'logits': B H W K, ...}.
 
     `options` are plain values (the config's `model` section); those that the network
@@ -29,7 +30,7 @@ def create(name: str, *, dtype: str = 'float32', axis_name: str | None = None, *
         )
     known = inspect.signature(MODELS[name]).parameters
     options = {key: value for key, value in options.items() if key in known}
-    return MODELS[name](dtype=jnp.dtype(dtype), axis_name=axis_name, **options)
+    return MODELS[name](dtype=jnp.dtype(dtype), **options)
 
 
 __all__ = ['MODELS', 'PSPNet', 'VGGPSPNetBlog', 'create']
