@@ -48,11 +48,10 @@ def test_ratios_by_hand():
 
 
 def test_largest_component_connects_corners_and_slices():
-    mask = np.zeros((3, 4, 4), bool)
-    mask[0, 0, 0] = mask[1, 1, 1] = mask[2, 2, 2] = True  # one diagonal of three
-    mask[0, 3, 2:] = True  # one of two
+    mask = np.zeros((3, 5, 5), bool)
+    mask[0, 2, 2] = mask[1, 3, 3] = mask[2, 4, 4] = True  # one diagonal of three
     expected = mask.copy()
-    expected[0, 3, 2:] = False
+    mask[0, 0, :2] = True  # one of two, the first that a scan meets
     assert (metrics.largest_component(mask) == expected).all()
     assert not metrics.largest_component(np.zeros((2, 2, 2), bool)).any()
 
