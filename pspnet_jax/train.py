@@ -71,7 +71,7 @@ def segmentation_loss(
     ignore_label: int,
     axis_name: str | None,
 ) -> jax.Array:
-    """cross_entropy * CE + dice * soft Dice, and `aux` times the same for the auxiliary head.
+    """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
 
     Logits at 1/s of the labels' size meet every s-th label: labels are never resized.
     """
@@ -90,7 +90,9 @@ def segmentation_loss(
         return total
 
     total = one_head(out['logits'])
-    return total + aux * one_head(out['aux']) if 'aux' in out and aux else total
+    if aux:
+        total += aux * sum(one_head(x) for name, x in out.items() if name != 'logits')
+    return total
 
 
 def train_step(
@@ -113,7 +115,7 @@ def train_step(
     example each, in one compiled loop; BatchNorm then sees B/k images at a time.
     """
     if axis_name is not None:
-        model = model.clone(axis_name=axis_name)  # BatchNorm and dropout over all devices
+        model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
     augment_key, dropout_key = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), state.step)
     )
