@@ -42,7 +42,7 @@ def get_config(arg: str = '') -> ConfigDict:
     data.name = 'phantom'  # phantom, lgg
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
-    data.normalize = 'volume'  # 'volume': z-score of each; 'imagenet': RGB mean and std
+    data.normalize = 'volume'  # z-score of each; 'weights': what the pretrained were fed
     data.test_fraction = 0.15  # of patients, where the data has no public hold-out
     data.validation_fraction = 0.1  # of the other patients, site by site
     data.split_seed = 0
@@ -96,6 +96,16 @@ def get_config(arg: str = '') -> ConfigDict:
     train.validate_every = 0  # steps; 0: ten times a run
     train.checkpoint_every = 0  # steps; 0: at each validation
     train.patience = 0  # validations without a better Dice before stopping; 0: never
+
+    config.crf = crf = ConfigDict()  # fully connected, on evaluation and prediction
+    crf.kernel = 'none'  # 'exact': all pairs, to 128 x 128 pixels; 'windowed': beyond
+    crf.window = 16  # pixels each way, of the windowed one
+    crf.iterations = 10
+    crf.spatial_weight = 3.0
+    crf.spatial_sigma = 3.0  # pixels
+    crf.bilateral_weight = 4.0
+    crf.bilateral_sigma = 49.0  # pixels
+    crf.color_sigma = 0.3  # of the normalised image
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 16

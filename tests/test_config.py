@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from ml_collections import config_flags  # noqa: F401  the loader that main uses
 
 from configs import base, lgg, phantom
 from pspnet_jax import config as rules

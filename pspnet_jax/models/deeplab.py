@@ -148,8 +148,8 @@ class ASPP(nn.Module):
     def __call__(self, x, train: bool):
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         branches = [ConvNorm(self.features, 1, **shared, name='conv1x1')(x, train)]
-        for rate in self.rates:
-            options = {'dilation': rate, **shared, 'name': f'dilated{rate}'}
+        for i, rate in enumerate(self.rates, start=1):
+            options = {'dilation': rate, **shared, 'name': f'dilated{i}'}
             if self.separable:
                 branch = SeparableConvNorm(self.features, norm_between=self.norm_between, **options)
             else:

@@ -69,6 +69,13 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> 
     )
 
 
+def resize_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """B h w C -> B H W C; cell i takes floor(i h / H), PyTorch's `mode='nearest'`."""
+    _, h, w, _ = x.shape
+    rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
+    return x[:, rows][:, :, columns]
+
+
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     """`lax.conv_general_dilated`, stated so that XLA's CPU backend runs it well.
 

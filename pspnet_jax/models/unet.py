@@ -7,8 +7,8 @@ itself padded at its far edges to a multiple of 16; BatchNorm behind each convol
 unless `batch_norm` is off (the paper has none). `unet_mini` has 2 levels from 32 features.
 
 `BackboneUNet` puts the decoder on a classifier's features, as segmentation_models_pytorch
-0.6 does (its `Unet`, the same numbers): twofold nearest upsampling, skips at strides 16, 8,
-4, 2 and, where the backbone has it, 1.
+0.6 does (its `Unet`, the same numbers): nearest upsampling to the size of the skip, skips at
+strides 16, 8, 4, 2 and, where the backbone has it, 1.
 """
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ from pspnet_jax.models.layers import (
     batch_norm,
     conv,
     pad_to_multiple,
+    resize_nearest,
     score,
 )
 
@@ -78,12 +79,12 @@ class BackboneUNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        H, W = image.shape[1:3]
-        features = self.backbone(pad_to_multiple(image, 32).astype(self.dtype), train)
+        size = image.shape[1:3]
+        features = self.backbone(image.astype(self.dtype), train)
         skips = [features[stride] for stride in (16, 8, 4, 2)] + [features.get('block1')]
         x = features[32]
         for i, skip in enumerate(skips):
-            x = x.repeat(2, axis=1).repeat(2, axis=2)
+            x = resize_nearest(x, size if skip is None else skip.shape[1:3])
             if skip is not None:
                 x = jnp.concatenate([x, skip], axis=-1)
             for j in (1, 2):
@@ -93,4 +94,4 @@ class BackboneUNet(nn.Module):
                     axis_name=self.axis_name,
                     name=f'up{i}_{j}',
                 )(x, train)
-        return {'logits': score(x, self.num_classes, 3, name='classifier')[:, :H, :W]}
+        return {'logits': score(x, self.num_classes, 3, name='classifier')}
