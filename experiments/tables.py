@@ -1,0 +1,110 @@
+"""Write the README's tables of results from the committed lines in experiments/results.
+
+  python -m experiments.tables
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_readme.py
+holds that the README has what this makes.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / 'results'
+README = Path(__file__).parent.parent / 'README.md'
+
+
+def read_lines(name: str) -> list[dict[str, Any]]:
+    """The lines of results/NAME.jsonl, none where there is no such file."""
+    path = RESULTS / f'{name}.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def lgg() -> str:
+    """Dice and HD95 on the ten held-out patients, a row a run, and the command of each."""
+    rows = [
+        '| config | Dice mean | median | 95 % interval | largest component | HD95 | minutes |',
+        '|---|---:|---:|---:|---:|---:|---:|',
+    ]
+    notes = []
+    for line in read_lines('lgg'):
+        dice, hd95 = line['summary']['dice'], line['summary']['hd95']
+        low, high = dice['ci95']
+        rows.append(
+            f'| {line["config"].removeprefix("configs/")} | {dice["mean"]:.3f} | '
+            f'{dice["median"]:.3f} | {low:.3f} to {high:.3f} | '
+            f'{line["summary"]["dice_largest"]["mean"]:.3f} | {hd95["mean"]:.1f} | '
+            f'{line["seconds"] / 60:.0f} |'
+        )
+        flags = ' '.join(f'--config.{key}={value}' for key, value in line['overrides'].items())
+        notes.append(
+            f'- {line["config"]}: `python -m experiments.run --config={line["config"]} '
+            f'--workdir=runs/{line["experiment"]} --results=experiments/results/lgg.jsonl {flags}`, '
+            f'commit {line["commit"][:7]}, seed {line["seed"]}, step {line["step"]} of the run, '
+            f'{line["device"]}'
+        )
+    return '\n'.join([*rows, '', *notes])
+
+
+# What is published for 21 classes, to which digit, and where.
+PUBLISHED = {
+    'fcn32s': (134e6, 1e6, 'Long 2015, table 3'),
+    'fcn': (35_322_218, 1, 'torchvision, fcn_resnet50'),
+    'segnet': (29.45e6, 0.01e6, 'Badrinarayanan 2017, table 6'),
+    'deeplab_v1': (20.5e6, 0.1e6, 'Chen 2015, table 2'),
+}
+
+
+def architectures() -> str:
+    """Parameters, cost and the phantom Dice of every network."""
+    dice = {
+        line['experiment'].removeprefix('phantom_'): line['summary']['dice']['mean']
+        for line in read_lines('architectures')
+        if line['experiment'].startswith('phantom_')
+    }
+    lines = read_lines('costs')
+    rows = [
+        '| name | backbone | parameters, K = 2 | K = 21 | published, K = 21 | GFLOP a slice | '
+        'ms a slice | phantom Dice |',
+        '|---|---|---:|---:|---|---:|---:|---:|',
+    ]
+    for line in lines:
+        name = line['name']
+        number, unit, where = PUBLISHED.get(name, (0, 0, ''))
+        published = f'{number:,.0f} ({where})' if unit == 1 else f'{number / 1e6:g} M ({where})'
+        rows.append(
+            f'| {name} | {line["backbone"]} | {line["parameters"]["2"]:,} | '
+            f'{line["parameters"]["21"]:,} | {published if number else ""} | '
+            f'{line["gflop"]:.1f} | {line["ms"]:.0f} | '
+            f'{f"{dice[name]:.3f}" if name in dice else ""} |'
+        )
+    if lines:
+        first = lines[0]
+        rows += [
+            '',
+            f'Inference at {first["size"]}x{first["size"]}, batch {first["batch"]}, float32 '
+            f'(`python -m experiments.architectures --cost`, commit {first["commit"][:7]}, '
+            f'{first["device"]}); Dice on the phantoms\' test volumes, half-width networks from '
+            'random weights (`python -m experiments.architectures --quick`).',
+        ]
+    return '\n'.join(rows)
+
+
+TABLES = {'lgg': lgg, 'architectures': architectures}
+
+
+def fill(text: str) -> str:
+    """`text` with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = rf'(<!-- table: {name} -->\n).*?(<!-- end -->)'
+        text, found = re.subn(
+            pattern, lambda match, table=make(): f'{match[1]}{table}\n{match[2]}', text, flags=re.S
+        )
+        if found != 1:
+            raise ValueError(f'the README has {found} places for the table {name}, not 1')
+    return text
+
+
+if __name__ == '__main__':
+    README.write_text(fill(README.read_text()))
