@@ -334,6 +334,9 @@ def test_the_deep_stem_is_semsegs():
         ({'name': 'pspnet', 'num_classes': 1}, 'needs num_classes=2'),
         ({'name': 'pspnet', 'num_classes': 2, 'backbone': 'vgg19'}, "'vgg19' is not one of vgg16"),
         ({'name': 'pspnet', 'num_classes': 2, 'output_stride': 4}, 'output_stride 4 is not one of'),
+        ({'name': 'fcn8s', 'num_classes': 2, 'output_stride': 8}, 'has output stride 32, not 8'),
+        ({'name': 'fcn', 'num_classes': 2, 'variant': 'smp'}, "fcn has only 'paper'"),
+        ({'name': 'fcn8s', 'num_classes': 2, 'deep_stem': True}, 'is a ResNet option: set it to'),
     ],
 )
 def test_create_refuses(options, message):

@@ -34,7 +34,9 @@ MODELS: dict[str, tuple[type[nn.Module], str | None, dict[str, Any]]] = {
     'deeplab_v3plus': (DeepLabV3Plus, 'resnet50', {'output_stride': 16}),
     'vgg_pspnet_blog': (VGGPSPNetBlog, 'vgg16', {'output_stride': 32}),
 }
-FIXED_STRIDE = ('fcn32s', 'fcn16s', 'fcn8s', 'segnet', 'refinenet', 'unet', 'vgg_pspnet_blog')
+# Their decoders undo five halvings, so that no other output stride than 32 fits.
+FIXED_STRIDE = ('fcn32s', 'fcn16s', 'fcn8s', 'segnet', 'vgg_pspnet_blog')
+VARIANTS = {'torchvision': 'deeplab_v3', 'smp': 'deeplab_v3plus'}
 
 # image-segmentation-keras' names -> ours; docs/models.md says what differs.
 ALIASES: dict[str, dict[str, Any]] = {
@@ -77,8 +79,10 @@ def resolve(
     alias = dict(ALIASES.get(name, {}))
     options = {key: value for key, value in options.items() if value is not None}
     if backbone is not None and backbone != alias.get('backbone', backbone):
-        raise ValueError(f'{name} stands on {alias["backbone"]}, not on {backbone}: leave '
-                         f'model.backbone as None, or use model.name={alias["name"]}')
+        raise ValueError(
+            f'{name} stands on {alias["backbone"]}, not on {backbone}: leave model.backbone '
+            f'as None, or use model.name={alias["name"]}'
+        )
     name, backbone = alias.pop('name', name), alias.pop('backbone', backbone)
     make, own_backbone, defaults = MODELS[name]
     if name == 'unet' and backbone is not None:
@@ -87,6 +91,15 @@ def resolve(
         raise ValueError(f'{name} has its own encoder, no {backbone}: use unet')
     if name == 'vgg_pspnet_blog' and backbone not in (None, 'vgg16'):
         raise ValueError(f'vgg_pspnet_blog stands on vgg16, not on {backbone}: use pspnet')
+    if name in FIXED_STRIDE and options.get('output_stride', 32) != 32:
+        raise ValueError(
+            f'{name} has output stride 32, not {options["output_stride"]}: leave it as None'
+        )
+    if VARIANTS.get(options.get('variant'), name) != name:
+        raise ValueError(
+            f"variant {options['variant']!r} is one of {VARIANTS[options['variant']]}, {name} has "
+            "only 'paper'"
+        )
     return make, backbone or own_backbone, {**defaults, **options, **alias}
 
 

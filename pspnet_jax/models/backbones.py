@@ -308,7 +308,8 @@ BACKBONES = {
 def create(name: str, *, output_stride: int, **options) -> nn.Module:
     """The backbone called `name`; options that it does not have are left out.
 
-    Raises ValueError for an unknown name, or an output stride other than 8, 16 or 32.
+    Raises ValueError for an unknown name, an output stride other than 8, 16 or 32, or an
+    option of ResNets asked of another.
     """
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f'output_stride {output_stride} is not one of {OUTPUT_STRIDES}')
@@ -316,5 +317,8 @@ def create(name: str, *, output_stride: int, **options) -> nn.Module:
         raise ValueError(f'backbone {name!r} is not one of {", ".join(BACKBONES)}')
     make, own = BACKBONES[name]
     known = inspect.signature(make).parameters
+    for key in ('deep_stem', 'stride_in_1x1'):
+        if options.get(key) and key not in known:
+            raise ValueError(f'{key} is a ResNet option: set it to False for {name}')
     options = {key: value for key, value in options.items() if key in known}
     return make(output_stride=output_stride, **options, **own)
