@@ -33,7 +33,11 @@ RESULTS = Path('experiments/results')
 
 def done(path: Path, key: str) -> set[str]:
     """The values of `key` in the lines that are there."""
-    return {json.loads(line)[key] for line in path.read_text().splitlines()} if path.exists() else set()
+    return (
+        {json.loads(line)[key] for line in path.read_text().splitlines()}
+        if path.exists()
+        else set()
+    )
 
 
 def train(name: str, passed_on: list[str]) -> None:
@@ -57,7 +61,9 @@ def cost(name: str, *, size: int = 256, batch: int = 4, repeats: int = 5) -> dic
     counts = {}
     for num_classes in (21, 2):
         model = models.create(name, num_classes=num_classes)
-        shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
+        shapes = jax.eval_shape(
+            functools.partial(model.init, train=False), jax.random.key(0), image
+        )
         counts[num_classes] = sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
     variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), image)
     compiled = jax.jit(model.apply).lower(variables, image).compile()

@@ -37,12 +37,15 @@ def lgg() -> str:
             f'{line["summary"]["dice_largest"]["mean"]:.3f} | {hd95["mean"]:.1f} | '
             f'{line["seconds"] / 60:.0f} |'
         )
-        flags = ' '.join(f'--config.{key}={value}' for key, value in line['overrides'].items())
+        flags = [
+            f'--workdir=runs/{line["experiment"]}',
+            '--results=experiments/results/lgg.jsonl',
+            *(f'--config.{key}={value}' for key, value in line['overrides'].items()),
+        ]
         notes.append(
-            f'- {line["config"]}: `python -m experiments.run --config={line["config"]} '
-            f'--workdir=runs/{line["experiment"]} --results=experiments/results/lgg.jsonl {flags}`, '
-            f'commit {line["commit"][:7]}, seed {line["seed"]}, step {line["step"]} of the run, '
-            f'{line["device"]}'
+            f'- {line["config"]}, commit {line["commit"][:7]}, seed {line["seed"]}, '
+            f'{line["device"]}, step {line["step"]}: `python -m experiments.run '
+            f'--config={line["config"]} {" ".join(flags)}`'
         )
     return '\n'.join([*rows, '', *notes])
 
@@ -85,7 +88,7 @@ def architectures() -> str:
             '',
             f'Inference at {first["size"]}x{first["size"]}, batch {first["batch"]}, float32 '
             f'(`python -m experiments.architectures --cost`, commit {first["commit"][:7]}, '
-            f'{first["device"]}); Dice on the phantoms\' test volumes, half-width networks from '
+            f"{first['device']}); Dice on the phantoms' test volumes, half-width networks from "
             'random weights (`python -m experiments.architectures --quick`).',
         ]
     return '\n'.join(rows)
@@ -97,10 +100,9 @@ TABLES = {'lgg': lgg, 'architectures': architectures}
 def fill(text: str) -> str:
     """`text` with every marked table made anew."""
     for name, make in TABLES.items():
-        pattern = rf'(<!-- table: {name} -->\n).*?(<!-- end -->)'
-        text, found = re.subn(
-            pattern, lambda match, table=make(): f'{match[1]}{table}\n{match[2]}', text, flags=re.S
-        )
+        before, after = f'<!-- table: {name} -->\n', '<!-- end -->'
+        table = f'{before}{make()}\n{after}'
+        text, found = re.subn(f'{before}.*?{after}', lambda _, t=table: t, text, flags=re.DOTALL)
         if found != 1:
             raise ValueError(f'the README has {found} places for the table {name}, not 1')
     return text

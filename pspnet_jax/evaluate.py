@@ -77,9 +77,7 @@ def evaluate_volumes(
                 f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
                 f'{num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
             )
-        pred = predict_volume(
-            predict_fn, volume, batch_size=batch_size, intensity=intensity
-        )
+        pred = predict_volume(predict_fn, volume, batch_size=batch_size, intensity=intensity)
         each(volume, pred)
         patients.append(_patient_row(pred, volume, num_classes, ignore_label, spacing))
         for labels, truth in zip(pred, volume.mask, strict=True):

@@ -14,7 +14,6 @@ from pspnet_jax import crf
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.layers import resize
 
-
 EXACT_CRF_PIXELS = 128 * 128  # a matrix of 1 GiB
 
 

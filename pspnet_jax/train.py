@@ -411,9 +411,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
             read_metrics(pending, log, rate, log_every)
             pending, dice, whole = [], None, placed.get_state(state)
             if len(split['validation']) and (step % validate_every == 0 or step == total):
-                dice = validate_volumes(
-                    predict, whole, split['validation'], fixed, config, log
-                )
+                dice = validate_volumes(predict, whole, split['validation'], fixed, config, log)
                 best = max(dice, progress['best_dice'] or -1.0)
                 stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
                 progress = {'best_dice': best, 'stale': stale}

@@ -52,9 +52,7 @@ def test_every_array_lands_in_its_place(arrays, tmp_path, kind):
         torch.save({name: torch.from_numpy(x) for name, x in arrays.items()}, path)
     else:
         write_keras_vgg16(arrays, path)
-    loaded, normalization, report = pretrained.load_backbone(
-        variables(backbone='vgg16'), str(path)
-    )
+    loaded, normalization, report = pretrained.load_backbone(variables(backbone='vgg16'), str(path))
     backbone = loaded['params']['backbone']
     assert (backbone['conv3_2']['kernel'] == expected).all()
     assert (backbone['conv5_3']['bias'] == arrays['features.28.bias']).all()
@@ -124,7 +122,9 @@ def test_both_sides_of_a_difference_are_listed(arrays, tmp_path):
 
 
 def test_a_name_that_no_table_has_is_listed_with_the_nearest_table(arrays):
-    with pytest.raises(PretrainedError, match=r'vgg16 comes nearest, without .* features\.99\.weight'):
+    with pytest.raises(
+        PretrainedError, match=r'vgg16 comes nearest, without .* features\.99\.weight'
+    ):
         pretrained.detect({**arrays, 'features.99.weight': np.zeros(1)}, pretrained.SOURCES)
 
 
@@ -239,7 +239,7 @@ def test_without_network_it_says_which_file_to_fetch(monkeypatch):
         raise ConnectionError('no route')
 
     monkeypatch.setattr(hub, 'hf_hub_download', offline)
-    with pytest.raises(PretrainedError, match='download w.npz of https://huggingface.co/a/b in'):
+    with pytest.raises(PretrainedError, match=r'download w\.npz of https://huggingface\.co/a/b in'):
         pretrained.fetch('hf:a/b/w.npz')
     monkeypatch.setattr(hub, 'hf_hub_download', lambda repo, file: f'/{repo}/{file}')
     assert str(pretrained.fetch('hf:timm/resnet18')) == '/timm/resnet18/model.safetensors'
@@ -266,7 +266,11 @@ def test_there_and_back_is_the_same(kind, rng):
     shapes = variables(name, **options)
     source = pretrained.SOURCES[kind]
     if kind in pretrained.BACKBONE_SOURCES:
-        shapes = {top: {'backbone': tree['backbone']} for top, tree in shapes.items() if 'backbone' in tree}
+        shapes = {
+            top: {'backbone': tree['backbone']}
+            for top, tree in shapes.items()
+            if 'backbone' in tree
+        }
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
     theirs = pretrained.to_torch(values, source)
     assert pretrained.detect(theirs, pretrained.SOURCES).split()[0] == kind.split()[0]

@@ -97,7 +97,7 @@ def resolve(
         )
     if VARIANTS.get(options.get('variant'), name) != name:
         raise ValueError(
-            f"variant {options['variant']!r} is one of {VARIANTS[options['variant']]}, {name} has "
+            f'variant {options["variant"]!r} is one of {VARIANTS[options["variant"]]}, {name} has '
             "only 'paper'"
         )
     return make, backbone or own_backbone, {**defaults, **options, **alias}

@@ -91,9 +91,9 @@ class Bottleneck(nn.Module):
         first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
         y = conv(self.width, 1, stride=first, dtype=self.dtype, name='conv1')(x)
         y = nn.relu(norm('bn1')(y))
-        y = conv(
-            self.width, stride=second, dilation=self.dilation, dtype=self.dtype, name='conv2'
-        )(y)
+        y = conv(self.width, stride=second, dilation=self.dilation, dtype=self.dtype, name='conv2')(
+            y
+        )
         y = nn.relu(norm('bn2')(y))
         y = norm('bn3')(conv(4 * self.width, 1, dtype=self.dtype, name='conv3')(y))
         if self.project:

@@ -223,9 +223,9 @@ class DeepLabV3Plus(nn.Module):
         features = self.backbone(image.astype(self.dtype), train)
         low = features[4]
         rates = _rates(self.rates, self.backbone.output_stride)
-        x = ASPP(
-            wide, rates, separable=True, dropout=self.dropout, **separable, name='aspp'
-        )(features[32], train)
+        x = ASPP(wide, rates, separable=True, dropout=self.dropout, **separable, name='aspp')(
+            features[32], train
+        )
         if smp:
             x = SeparableConvNorm(wide, **separable, name='fuse1')(x, train)
         low = ConvNorm(3 * self.width // 4, 1, **shared, name='low')(low, train)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+HE_NORMAL = nn.initializers.he_normal()
+
 
 def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray:
     """(bins, size) matrix of adaptive average pooling; PyTorch's bin edges.
@@ -162,7 +164,7 @@ def conv(
     dilation: int = 1,
     groups: int = 1,
     use_bias: bool = False,
-    kernel_init: Callable = nn.initializers.he_normal(),
+    kernel_init: Callable = HE_NORMAL,
     dtype: jnp.dtype = jnp.float32,
     name: str | None = None,
 ) -> nn.Conv:
@@ -212,9 +214,9 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        x = conv(
-            self.features, self.kernel, dilation=self.dilation, dtype=self.dtype, name='conv'
-        )(x)
+        x = conv(self.features, self.kernel, dilation=self.dilation, dtype=self.dtype, name='conv')(
+            x
+        )
         return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
 
 

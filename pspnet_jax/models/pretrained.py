@@ -362,9 +362,11 @@ def _read_h5(path: Path) -> Arrays:
 
     arrays = {}
     with h5py.File(path, 'r') as file:
-        root = file['model_weights'] if 'model_weights' in file else file
+        root = file.get('model_weights', file)
         if 'layer_names' not in root.attrs:
-            raise PretrainedError(f'{path} has no layer names: save it in the .h5 format of Keras 2')
+            raise PretrainedError(
+                f'{path} has no layer names: save it in the .h5 format of Keras 2'
+            )
         for layer in map(_text, root.attrs['layer_names']):
             for weight in map(_text, root[layer].attrs['weight_names']):
                 kind = weight.rpartition('/')[2].partition(':')[0]
@@ -522,7 +524,9 @@ def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
     for key in [key for key in found if key.endswith('/bias') and key not in wanted]:
         module = key.removeprefix('params/').removesuffix('/bias')
         norm = (
-            f'{module}_bn' if module.endswith('downsample') else re.sub(r'conv(\d+)$', r'bn\1', module)
+            f'{module}_bn'
+            if module.endswith('downsample')
+            else re.sub(r'conv(\d+)$', r'bn\1', module)
         )
         mean = f'batch_stats/{norm}/mean'
         if norm != module and mean in found:
@@ -595,9 +599,7 @@ def load_backbone(
             notes.append(f'{name} from 3 to {here[2]} channels by {stem}')
     faults = _differences(wanted, found)
     if faults:
-        raise PretrainedError(
-            '\n  '.join([f'{path} ({kind}) does not fit the backbone:', *faults])
-        )
+        raise PretrainedError('\n  '.join([f'{path} ({kind}) does not fit the backbone:', *faults]))
     loaded = {name: np.asarray(found[name], np.float32) for name in wanted}
     random = sorted({name.split('/')[1] for name in everything.keys() - loaded.keys()})
     report = (
