@@ -346,6 +346,6 @@ def max_unpool(x: jax.Array, before: jax.Array) -> jax.Array:
     """
     B, h, w, C = x.shape
     largest = jnp.argmax(windows_2x2(before), axis=3)  # B h w C
-    placed = x[:, :, :, None] * (largest[:, :, :, None] == jnp.arange(4)[:, None]).astype(x.dtype)
+    placed = x[:, :, :, None] * jax.nn.one_hot(largest, 4, axis=3, dtype=x.dtype)
     placed = jnp.moveaxis(placed.reshape(B, h, w, 2, 2, C), 2, 3)
     return placed.reshape(B, 2 * h, 2 * w, C)
