@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from experiments import tables
 from pspnet_jax.config import RULES
 from tests.conftest import ROOT
 
@@ -36,3 +37,7 @@ def test_modules_configs_and_knobs_exist(command):
         assert key in RULES, key
     for path in re.findall(r'-r (\S+)', command):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    assert tables.fill(README) == README, 'run python -m experiments.tables'

@@ -1,0 +1,68 @@
+"""Write the README's tables of results from the committed lines in experiments/results.
+
+  python -m experiments.tables
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_readme.py
+holds that the README has what this makes.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / 'results'
+README = Path(__file__).parent.parent / 'README.md'
+
+
+def read_lines(name: str) -> list[dict[str, Any]]:
+    """The lines of results/NAME.jsonl, none where there is no such file."""
+    path = RESULTS / f'{name}.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def lgg() -> str:
+    """Dice and HD95 on the ten held-out patients, a row a run, and the command of each."""
+    rows = [
+        '| config | Dice mean | median | 95 % interval | largest component | HD95 | minutes |',
+        '|---|---:|---:|---:|---:|---:|---:|',
+    ]
+    notes = []
+    for line in read_lines('lgg'):
+        dice, hd95 = line['summary']['dice'], line['summary']['hd95']
+        low, high = dice['ci95']
+        rows.append(
+            f'| {line["config"].removeprefix("configs/")} | {dice["mean"]:.3f} | '
+            f'{dice["median"]:.3f} | {low:.3f} to {high:.3f} | '
+            f'{line["summary"]["dice_largest"]["mean"]:.3f} | {hd95["mean"]:.1f} | '
+            f'{line["seconds"] / 60:.0f} |'
+        )
+        flags = [
+            f'--workdir=runs/{line["experiment"]}',
+            '--results=experiments/results/lgg.jsonl',
+            *(f'--config.{key}={value}' for key, value in line['overrides'].items()),
+        ]
+        notes.append(
+            f'- {line["config"]}, commit {line["commit"][:7]}, seed {line["seed"]}, '
+            f'{line["device"]}, step {line["step"]}: `python -m experiments.run '
+            f'--config={line["config"]} {" ".join(flags)}`'
+        )
+    return '\n'.join([*rows, '', *notes])
+
+
+TABLES = {'lgg': lgg}
+
+
+def fill(text: str) -> str:
+    """`text` with every marked table made anew."""
+    for name, make in TABLES.items():
+        before, after = f'<!-- table: {name} -->\n', '<!-- end -->'
+        table = f'{before}{make()}\n{after}'
+        text, found = re.subn(f'{before}.*?{after}', lambda _, t=table: t, text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f'the README has {found} places for the table {name}, not 1')
+    return text
+
+
+if __name__ == '__main__':
+    README.write_text(fill(README.read_text()))
