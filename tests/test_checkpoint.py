@@ -56,6 +56,19 @@ def test_the_whole_state_comes_back(trained):
     assert progress['best_dice'] is not None
 
 
+def test_the_newest_sound_step_is_taken(copy):
+    folder = copy / 'checkpoints'
+    for path in folder.iterdir():
+        if path.name != '4':
+            shutil.rmtree(path)
+    shutil.copytree(folder / '4', folder / '3')
+    config = tiny_config()
+    for expected in (4, 3):
+        state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
+        assert int(state.step) == expected
+        flip_a_byte(folder / '4' / 'params')
+
+
 def test_inference_takes_the_averaged_parameters(trained):
     workdir, _ = trained
     config = tiny_config()
