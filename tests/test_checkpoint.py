@@ -57,6 +57,28 @@ def test_the_whole_state_comes_back(trained):
     assert meta['inputs'] == {'channels': 3, 'intensity': None}
 
 
+def test_the_newest_sound_step_is_taken(copy):
+    folder = copy / 'checkpoints'
+    for path in folder.iterdir():
+        if path.name != '4':
+            shutil.rmtree(path)
+    shutil.copytree(folder / '4', folder / '3')
+    config = tiny_config()
+    for expected in (4, 3):
+        state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
+        assert int(state.step) == expected
+        flip_a_byte(folder / '4' / 'params')
+
+
+def test_best_is_by_dice_and_last_where_none_was_measured(monkeypatch):
+    dice = {1: 0.3, 2: 0.7, 3: 0.5, 4: None}
+    monkeypatch.setattr(checkpoint, 'steps', lambda _: list(dice))
+    monkeypatch.setattr(checkpoint, 'metadata', lambda _, step: {'dice': dice[step]})
+    assert checkpoint.choose('run', 'best') == 2
+    dice.update(dict.fromkeys(dice))
+    assert checkpoint.choose('run', 'best') == 4
+
+
 def test_inference_takes_the_averaged_parameters(trained):
     workdir, _ = trained
     config = tiny_config()

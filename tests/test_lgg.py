@@ -16,14 +16,14 @@ def test_the_folder_is_found_from_above_from_itself_and_once_only(kaggle):
     nested = kaggle / 'lgg-mri-segmentation' / 'kaggle_3m'
     shutil.copytree(kaggle / 'kaggle_3m', nested)
     for source in (kaggle, kaggle / 'kaggle_3m', kaggle / 'lgg-mri-segmentation'):
-        cases = lgg.find_cases(source)
+        cases = lgg.check(source)
         assert len(cases) == 6
         assert len({case.patient for case in cases}) == 6
 
 
 def test_slices_are_in_the_order_of_their_numbers(tmp_path):
     write_case(tmp_path, 'case', slices=11)
-    (case,) = lgg.find_cases(tmp_path)
+    (case,) = lgg.check(tmp_path)
     assert case.slices == tuple(range(1, 12))
     volume = lgg.read_case(case)
     direct = np.array(Image.open(tmp_path / 'case' / 'case_10.tif'))
@@ -31,45 +31,50 @@ def test_slices_are_in_the_order_of_their_numbers(tmp_path):
     assert set(np.unique(volume.mask)) == {0, 1}
 
 
-def test_every_structural_fault_is_listed_at_once(kaggle):
-    root = kaggle / 'kaggle_3m'
-    (root / 'TCGA_CS_4941_19960909' / 'TCGA_CS_4941_19960909_2_mask.tif').unlink()
-    (root / 'TCGA_DU_5849_19950405' / 'TCGA_DU_5849_19950405_4.tif').unlink()
-    for kind in ('', '_mask'):
-        (root / 'TCGA_HT_7473_19970826' / f'TCGA_HT_7473_19970826_3{kind}.tif').unlink()
-    with pytest.raises(DataError) as caught:
-        lgg.find_cases(kaggle)
-    message = str(caught.value)
-    assert message.startswith('3 fault(s)')
-    assert 'TCGA_CS_4941_19960909_2.tif has no mask' in message
-    assert 'TCGA_DU_5849_19950405_4_mask.tif has no image' in message
-    assert 'lacks slices [3]' in message
-
-
-def test_every_fault_inside_the_files_is_listed_at_once(kaggle):
+def test_every_fault_of_layout_and_content_is_listed_at_once(kaggle, tmp_path):
     def path(patient, n, kind=''):
         return kaggle / 'kaggle_3m' / patient / f'{patient}_{n}{kind}.tif'
 
+    no_mask = path('TCGA_CS_4941_19960909', 2)
+    no_image = path('TCGA_DU_5849_19950405', 4, '_mask')
+    path('TCGA_CS_4941_19960909', 2, '_mask').unlink()
+    path('TCGA_DU_5849_19950405', 4).unlink()
+    for kind in ('', '_mask'):
+        path('TCGA_HT_7473_19970826', 3, kind).unlink()
     size, values = path('TCGA_CS_4941_19960909', 1), path('TCGA_DU_5849_19950405', 2, '_mask')
-    truncated, grey = path('TCGA_HT_7473_19970826', 3), path('TCGA_HT_7475_19970918', 4)
+    truncated, grey = path('TCGA_HT_7473_19970826', 2), path('TCGA_HT_7475_19970918', 4)
     Image.new('RGB', (128, 256)).save(size)
     Image.new('L', (256, 256), 7).save(values)
     truncated.write_bytes(truncated.read_bytes()[:1000])
     Image.new('L', (256, 256)).save(grey)
-    with pytest.raises(DataError) as caught:
-        lgg.check(lgg.find_cases(kaggle))
-    message = str(caught.value)
-    assert message.startswith('4 fault(s)')
-    assert f'{size} is 256x128, not 256x256' in message
-    assert f'{values} has mask values [7]' in message
-    assert f'{truncated} is not a readable picture' in message
-    assert f'{grey} is L, not 8-bit RGB' in message
+    for find in (lgg.check, lambda source: lgg.build(source, tmp_path / 'built')):
+        with pytest.raises(DataError) as caught:
+            find(kaggle)
+        message = str(caught.value)
+        assert message.startswith('7 fault(s)')
+        assert f'{no_mask} has no mask' in message
+        assert f'{no_image} has no image' in message
+        assert 'lacks slices [3]' in message
+        assert f'{size} is 256x128, not 256x256' in message
+        assert f'{values} has mask values [7]' in message
+        assert f'{truncated} is not a readable picture' in message
+        assert f'{grey} is L, not 8-bit RGB' in message
+    assert not list(tmp_path.rglob('*.array_record*'))
+
+
+def test_a_data_set_with_faults_does_not_replace_the_one_that_is_there(kaggle, tmp_path):
+    there = Path(lgg.build(kaggle, tmp_path / 'built').data_dir)
+    before = sorted(path.name for path in there.iterdir())
+    next((kaggle / 'kaggle_3m').rglob('*_1.tif')).write_bytes(b'broken')
+    with pytest.raises(DataError, match='is not a readable picture'):
+        lgg.build(kaggle, tmp_path / 'built')
+    assert sorted(path.name for path in there.iterdir()) == before
 
 
 def test_a_folder_that_is_none_says_what_to_download(tmp_path):
     for source in (tmp_path / 'missing', tmp_path):
         with pytest.raises(DataError, match=r'kaggle\.com/datasets/mateuszbuda') as caught:
-            lgg.find_cases(source)
+            lgg.check(source)
         assert str(source) in str(caught.value)
 
 
@@ -81,7 +86,7 @@ def test_the_built_data_set_is_the_files(kaggle, tmp_path):
 
     slices = lgg.load('', str(tmp_path / 'built'))
     built = {volume.patient: volume for volume in volumes.iterate_volumes(slices)}
-    for case in lgg.find_cases(kaggle):
+    for case in lgg.check(kaggle):
         direct = lgg.read_case(case)
         for field in ('image', 'mask', 'slices', 'intensity'):
             assert (getattr(built[case.patient], field) == getattr(direct, field)).all()

@@ -227,18 +227,17 @@ def test_logits_have_the_images_size_in_bfloat16_too(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(values))
 
 
-@pytest.mark.parametrize('name', models.MODELS)
-@pytest.mark.parametrize('backbone', backbones.BACKBONES)
-def test_every_backbone_under_every_decoder(name, backbone):
-    if name == 'unet_mini' or (name == 'vgg_pspnet_blog' and backbone != 'vgg16'):
-        with pytest.raises(ValueError, match=r'use (unet|pspnet)'):
-            models.create(name, num_classes=2, backbone=backbone)
-        return
-    model = models.create(name, num_classes=2, backbone=backbone)
+@pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2'])
+def test_every_kind_of_backbone_under_every_decoder(backbone):
     image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
-    out, _ = jax.eval_shape(lambda x: model.init_with_output(key(), x), image)
-    size = (16, 24) if name == 'vgg_pspnet_blog' else (64, 96)
-    assert out['logits'].shape == (1, *size, 2)
+    for name in models.MODELS:
+        if name in ('unet_mini', 'vgg_pspnet_blog'):  # these have encoders of their own
+            with pytest.raises(ValueError, match=r'use (unet|pspnet)'):
+                small(name, num_classes=2, backbone=backbone)
+            continue
+        model = small(name, num_classes=2, backbone=backbone)
+        out, _ = jax.eval_shape(lambda x, m=model: m.init_with_output(key(), x), image)
+        assert out['logits'].shape == (1, 64, 96, 2), name
 
 
 # image-segmentation-keras 0.3.0, its table of models.

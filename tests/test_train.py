@@ -152,6 +152,22 @@ def test_k_micro_batches_equal_one_big_batch(rng, k):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_randomness_is_of_the_seed_and_the_step(rng):
+    """The same state and batch: the same noise at the same step, another at the next."""
+    batch = batch_of(rng)
+
+    def loss(step, seed):
+        model = Pixelwise()
+        tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
+        state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+        options = {'model': model, 'tx': tx, 'loss_options': CE_ONLY, 'seed': seed}
+        run = functools.partial(train.train_step, augment_options={'noise': 0.5}, **options)
+        return float(jax.jit(run)(state.replace(step=jnp.int32(step)), batch)[1]['loss'])
+
+    assert loss(3, 0) == loss(3, 0)
+    assert len({loss(3, 0), loss(4, 0), loss(3, 1)}) == 3
+
+
 def test_the_average_of_the_parameters_is_a_half_step_behind(rng):
     start, (state, _) = one_step(1, CE_ONLY, batch_of(rng))
     leaves = (jax.tree.leaves(t) for t in (start.params, state.params, state.ema_params))

@@ -45,11 +45,12 @@ class Case(NamedTuple):
     masks: tuple[Path, ...]
 
 
-def find_cases(source: str | Path) -> list[Case]:
-    """The cases below `source`: a folder that holds kaggle_3m, or is one.
+def scan(source: str | Path) -> tuple[list[Case], list[str]]:
+    """The cases below `source`, a folder that holds kaggle_3m or is one, and their faults.
 
-    The Kaggle zip holds the folder twice; the outer copy is taken. Raises DataError
-    with every image without mask, mask without image and gap in the numbering.
+    The Kaggle zip holds the folder twice; the outer copy is taken. The faults are every
+    image without mask, mask without image and gap in the numbering; the cases hold the
+    slices that have both. Raises DataError where there is no case at all.
     """
     source = Path(source).expanduser()
     if not source.is_dir():
@@ -69,22 +70,23 @@ def find_cases(source: str | Path) -> list[Case]:
         if order and order != list(range(order[0], order[0] + len(order))):
             missing = sorted(set(range(order[0], order[-1])) - set(order))
             faults.append(f'{folder} lacks slices {missing}: a volume must be whole')
+        pairs = [n for n in order if n in masks]
+        if not pairs:
+            continue
         cases.append(
             Case(
                 folder.name,
-                tuple(order),
-                tuple(images[n] for n in order),
-                tuple(masks[n] for n in order if n in masks),
+                tuple(pairs),
+                tuple(images[n] for n in pairs),
+                tuple(masks[n] for n in pairs),
             )
         )
-    if faults:
-        raise _all_faults(root, faults)
-    if not cases:
+    if not cases and not faults:
         raise DataError(
             f'{root} holds no case: expected <case>/<case>_<n>.tif and <case>_<n>_mask.tif; '
             f'{DOWNLOAD_HELP}'
         )
-    return cases
+    return cases, faults
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
@@ -93,8 +95,8 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match}
 
 
-def _all_faults(root: Path, faults: Sequence[str]) -> DataError:
-    return DataError('\n  '.join([f'{len(faults)} fault(s) in {root}:', *faults]))
+def _all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
+    return DataError('\n  '.join([f'{len(faults)} fault(s) in {source}:', *faults]))
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -147,20 +149,21 @@ def read_case(case: Case, size: tuple[int, int] | None = SIZE) -> Volume:
 
 
 def read_volumes(source: str | Path) -> Iterator[Volume]:
-    """Volumes of any folder in the Kaggle layout, read as they are asked for."""
-    return (read_case(case, size=None) for case in find_cases(source))
+    """Volumes of any folder in the Kaggle layout and of any size, checked before the first."""
+    return (read_case(case, size=None) for case in check(source, size=None))
 
 
-def check(cases: Sequence[Case]) -> None:
-    """Read every file; raise one DataError that lists every fault."""
-    faults = []
+def check(source: str | Path, size: tuple[int, int] | None = SIZE) -> list[Case]:
+    """The cases below `source`, every file read; one DataError lists every fault."""
+    cases, faults = scan(source)
     for case in cases:
         try:
-            read_case(case)
+            read_case(case, size)
         except DataError as error:
             faults += str(error).split('\n  ')[1:]
     if faults:
-        raise _all_faults(cases[0].images[0].parent.parent, faults)
+        raise _all_faults(source, faults)
+    return cases
 
 
 class Lgg(tfds.core.GeneratorBasedBuilder):
@@ -193,8 +196,7 @@ class Lgg(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        cases = find_cases(dl_manager.manual_dir)
-        check(cases)
+        cases = check(dl_manager.manual_dir)
         self.info.metadata['fingerprint'] = fingerprint(cases)
         by_name = {case.patient: case for case in cases}
         parts = splits.holdout(list(by_name), test_patients=splits.LGG_HOLDOUT)
@@ -253,10 +255,11 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     if builder.is_prepared() and not source:
         return builder
     source = Path(source).expanduser() if source else fetch()
-    cases = find_cases(source)
+    cases, _ = scan(source)
     if builder.is_prepared():
         if builder.info.metadata.get('fingerprint') == fingerprint(cases):
             return builder
+        check(source)  # the old data set goes only where a new one can be built
         logging.info('%s is of other files than %s: building anew', builder.data_dir, source)
         epath.Path(builder.data_dir).rmtree()
         builder = Lgg(data_dir=data_dir, file_format='array_record')
