@@ -43,7 +43,7 @@ def test_it_survives_json():
 @pytest.mark.parametrize(
     ('key', 'value', 'words'),
     [
-        ('model.output_stride', 12, 'model.output_stride is 12: it must be one of 8, 16, 32'),
+        ('data.threads', 0, 'data.threads is 0: it must be a whole number of at least 1'),
         ('model.num_classes', 1, 'background is a class too, one structure needs 2'),
         ('train.batch_size', 0, 'train.batch_size is 0: it must be a whole number of at least 1'),
         ('augment.flip', 1.5, 'augment.flip is 1.5: it must be a number from 0 to 1'),

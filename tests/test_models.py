@@ -38,7 +38,7 @@ BACKBONE_COUNTS = {  # pyramid, heads and auxiliary of pspnet beside each backbo
     'resnet50': (48_943_172, 48_957_802),
     'resnet101': (67_935_300, 67_949_930),
     'resnet152': (83_578_948, 83_593_578),
-    'mobilenet_v2': (0, 0),
+    'mobilenet_v2': (15_885_572, 15_900_202),
 }
 
 

@@ -165,7 +165,7 @@ class Features(nn.Module):
     backbone: nn.Module
 
     def __call__(self, x, train=False):
-        return {str(k): v for k, v in self.backbone(x, train).items() if isinstance(k, int)}
+        return {'32': self.backbone(x, train)[32]}
 
 
 def torch_features(kind, module, x):

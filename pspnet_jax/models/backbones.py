@@ -16,7 +16,7 @@ min(key, output_stride). No decoder needs to know which backbone it stands on.
 | 16  | pool4 (see below)    | layer3  | block 13           | 512, 1024, 96                    |
 | 32  | pool5 (see below)    | layer4  | block 18, the head | 512, 2048, 1280                  |
 
-VGG16 also gives 'block1' .. 'block5', the blocks before they are pooled. At output
+VGG16 also gives, at -2 .. -32, what was pooled into 2 .. 32: the blocks themselves. At output
 stride 8 it leaves out pool4 and pool5 and dilates block 5 by 2, at 16 it leaves out pool5
 (there is no convolution behind it to dilate); so features 16 and 32 are then the
 outputs of blocks 4 and 5 themselves. With `pool` 3 it pools as DeepLab's VGG16 does, 3x3,
@@ -34,7 +34,7 @@ OUTPUT_STRIDES = (8, 16, 32)
 
 
 class VGG16(nn.Module):
-    """B H W C -> {2, 4, 8, 16, 32: B h w C', 'block1'..}, C' = width * (1, 2, 4, 8, 8)."""
+    """B H W C -> {2 .. 32, -2 .. -32: B h w C'}, C' = width * (1, 2, 4, 8, 8)."""
 
     output_stride: int = 32
     width: int = 64
@@ -59,7 +59,7 @@ class VGG16(nn.Module):
                 if self.norm:
                     x = batch_norm(train, self.dtype, self.axis_name, f'bn{block}_{i}')(x)
                 x = nn.relu(x)
-            features[f'block{block}'] = x
+            features[-(2**block)] = x
             pad = ((self.pool // 2,) * 2,) * 2 if self.pool % 2 else 'VALID'
             if stride < self.output_stride:
                 x = nn.max_pool(x, (self.pool,) * 2, (2, 2), pad)
@@ -209,6 +209,7 @@ class InvertedResidual(nn.Module):
 
     features: int
     expand: int
+    shortcut: bool
     stride: int
     dilation: int
     dtype: jnp.dtype
@@ -233,7 +234,7 @@ class InvertedResidual(nn.Module):
         )(y)
         y = nn.relu6(norm('depthwise_bn', y))
         y = norm('project_bn', conv(self.features, 1, dtype=self.dtype, name='project')(y))
-        return x + y if self.stride == 1 and x.shape[-1] == self.features else y
+        return x + y if self.shortcut else y
 
 
 class MobileNetV2(nn.Module):
@@ -284,6 +285,7 @@ class MobileNetV2(nn.Module):
                 x = InvertedResidual(
                     features=scaled(channels),
                     expand=expand,
+                    shortcut=i > 0,
                     stride=stride if i == 0 else 1,
                     dilation=before if i == 0 and not self.dilate_first_block else dilation,
                     name=f'block{number}',

@@ -30,7 +30,7 @@ class SegNet(nn.Module):
         features = self.backbone(pad_to_multiple(image, 32).astype(self.dtype), train)
         x = features[32]
         for block, depth in ((5, 3), (4, 3), (3, 3), (2, 2), (1, 1)):
-            before = features.get(f'block{block}')
+            before = features.get(-(2**block))
             if before is not None:
                 x = max_unpool(x, before)
             else:

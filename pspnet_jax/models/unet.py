@@ -81,7 +81,7 @@ class BackboneUNet(nn.Module):
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         size = image.shape[1:3]
         features = self.backbone(image.astype(self.dtype), train)
-        skips = [features[stride] for stride in (16, 8, 4, 2)] + [features.get('block1')]
+        skips = [features[stride] for stride in (16, 8, 4, 2)] + [features.get(-2)]
         x = features[32]
         for i, skip in enumerate(skips):
             x = resize_nearest(x, size if skip is None else skip.shape[1:3])
