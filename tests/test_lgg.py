@@ -65,7 +65,13 @@ def test_every_fault_of_layout_and_content_is_listed_at_once(kaggle, tmp_path):
 def test_a_data_set_with_faults_does_not_replace_the_one_that_is_there(kaggle, tmp_path):
     there = Path(lgg.build(kaggle, tmp_path / 'built').data_dir)
     before = sorted(path.name for path in there.iterdir())
-    next((kaggle / 'kaggle_3m').rglob('*_1.tif')).write_bytes(b'broken')
+    (image, *_) = sorted((kaggle / 'kaggle_3m').rglob('*_1.tif'))
+    extra = image.with_name(image.name.replace('_1.tif', '_5.tif'))
+    shutil.copy(image, extra)
+    with pytest.raises(DataError, match='has no mask'):
+        lgg.build(kaggle, tmp_path / 'built')
+    extra.unlink()
+    image.write_bytes(b'broken')
     with pytest.raises(DataError, match='is not a readable picture'):
         lgg.build(kaggle, tmp_path / 'built')
     assert sorted(path.name for path in there.iterdir()) == before

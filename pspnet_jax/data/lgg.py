@@ -255,9 +255,9 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     if builder.is_prepared() and not source:
         return builder
     source = Path(source).expanduser() if source else fetch()
-    cases, _ = scan(source)
+    cases, faults = scan(source)
     if builder.is_prepared():
-        if builder.info.metadata.get('fingerprint') == fingerprint(cases):
+        if not faults and builder.info.metadata.get('fingerprint') == fingerprint(cases):
             return builder
         check(source)  # the old data set goes only where a new one can be built
         logging.info('%s is of other files than %s: building anew', builder.data_dir, source)
