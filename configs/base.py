@@ -5,6 +5,7 @@ so a misspelt key in a variant is an error and not a knob that nothing reads.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -14,24 +15,34 @@ def get_config(arg: str = '') -> ConfigDict:
     config.parallel = 'jit'  # 'jit' over a mesh of all devices, or 'pmap'
 
     config.model = model = ConfigDict()
-    model.name = 'pspnet'
-    model.backbone = 'resnet50'  # vgg16, resnet18, resnet34, resnet50, resnet101
+    model.name = 'pspnet'  # README: every network and alias
     model.num_classes = 2  # background included
-    model.output_stride = 8  # 8 (the paper), 16, 32: coarser is faster
-    model.deep_stem = False  # semseg's three 3x3s in place of ResNet's 7x7
-    model.dilate_first_block = True  # semseg; False: torchvision's dilated ResNets
     model.width = 64  # base channels; the networks' own is 64
-    model.bins = (1, 2, 3, 6)  # pyramid levels
-    model.dropout = 0.1  # of whole channels, before each classifier
-    model.aux_head = True  # second head on layer3 (VGG: block 4), training only
     model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
-    model.pretrained = ''  # VGG16 weights in torchvision's names, .safetensors or .npz
+    model.pretrained = ''  # weights of the backbone: a file, or hf:REPO[/FILE]
+    model.stem = 'cycle'  # pretrained RGB filters for other channels: 'cycle' or 'mean'
+    # None: what the network's paper has (pspnet_jax/models/__init__.py).
+    model.backbone = placeholder(str)  # vgg16, vgg16_bn, resnet18 .. 152, mobilenet_v2
+    model.output_stride = placeholder(int)  # 8, 16, 32, where the network leaves a choice
+    model.dropout = placeholder(float)  # before the classifiers
+    model.rates = placeholder(tuple)  # dilations of the ASPP
+    model.multi_grid = placeholder(tuple)  # times the dilation of ResNet's layer4, in turn
+    model.fc_features = placeholder(int)  # of fc6 and fc7; light: 512; none: 0
+    model.dilate_first_block = placeholder(bool)  # True: semseg; False: torchvision
+    model.deep_stem = placeholder(bool)  # semseg's three 3x3s in place of ResNet's 7x7
+    model.stride_in_1x1 = placeholder(bool)  # of ResNet's bottlenecks: Caffe's and Keras' weights
+    model.bins = (1, 2, 3, 6)  # pyramid levels of pspnet
+    model.aux_head = True  # of pspnet, fcn, deeplab_v3: second head, training only
+    model.context = 'basic'  # module of dilated: 'basic', 'large', 'none'
+    model.scales = (0.5, 0.75, 1.0)  # at which deeplab_v2 reads the image
+    model.batch_norm = True  # of unet; the paper has none
+    model.variant = 'paper'  # 'torchvision' (deeplab_v3), 'smp' (deeplab_v3plus): theirs
 
     config.data = data = ConfigDict()
     data.name = 'phantom'  # phantom, lgg
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
-    data.normalize = 'volume'  # 'volume': z-score of each; 'imagenet': RGB mean and std
+    data.normalize = 'volume'  # z-score of each; 'weights': what the pretrained were fed
     data.test_fraction = 0.15  # of patients, where the data has no public hold-out
     data.validation_fraction = 0.1  # of the other patients, site by site
     data.split_seed = 0
@@ -85,6 +96,16 @@ def get_config(arg: str = '') -> ConfigDict:
     train.validate_every = 0  # steps; 0: ten times a run
     train.checkpoint_every = 0  # steps; 0: at each validation
     train.patience = 0  # validations without a better Dice before stopping; 0: never
+
+    config.crf = crf = ConfigDict()  # fully connected, on evaluation and prediction
+    crf.kernel = 'none'  # 'exact': all pairs, to 128 x 128 pixels; 'windowed': beyond
+    crf.window = 16  # pixels each way, of the windowed one
+    crf.iterations = 10
+    crf.spatial_weight = 3.0
+    crf.spatial_sigma = 3.0  # pixels
+    crf.bilateral_weight = 4.0
+    crf.bilateral_sigma = 49.0  # pixels
+    crf.color_sigma = 0.3  # of the normalised image
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 16

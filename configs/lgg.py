@@ -6,9 +6,10 @@
 
 | argument         | network                                                       |
 |------------------|---------------------------------------------------------------|
-| pspnet_resnet50  | the default; also _resnet18, _resnet34, _resnet101            |
+| pspnet_resnet50  | the default; also _resnet18, _resnet34, _resnet101, _resnet152 |
 | vgg_pspnet       | dilated VGG16 at output stride 8, full-resolution output      |
 | vgg_pspnet_blog  | image-segmentation-keras' geometry: stride 32, quarter output |
+| fcn8s, unet, ... | every other name of model.name, on its own backbone           |
 """
 
 from configs import base
@@ -18,16 +19,10 @@ def get_config(arg: str = ''):
     config = base.get_config()
     config.data.name = 'lgg'
     arg = arg or 'pspnet_resnet50'
-    if arg == 'vgg_pspnet':
-        config.model.backbone = 'vgg16'
-    elif arg == 'vgg_pspnet_blog':
-        config.model.name = 'vgg_pspnet_blog'
-        config.model.backbone = 'vgg16'
-    elif arg.startswith('pspnet_resnet'):
-        config.model.backbone = arg.removeprefix('pspnet_')
+    if arg.startswith('pspnet_resnet'):
+        config.model.name, config.model.backbone = arg.split('_')
     else:
-        raise ValueError(
-            f'configs/lgg.py:{arg} is not known: use pspnet_resnet18, _resnet34, _resnet50, '
-            '_resnet101, vgg_pspnet or vgg_pspnet_blog'
-        )
+        config.model.name = arg
+    if arg in ('deeplab_v1', 'deeplab_v2'):
+        config.crf.kernel = 'windowed'  # 256 x 256 pixels are too many for all pairs
     return config

@@ -1,16 +1,27 @@
 """The embedded default: synthetic heads, no download.
 
   python -m pspnet_jax.main --config=configs/phantom.py
+  python -m pspnet_jax.main --config=configs/phantom.py:fcn8s
 
-PSPNet on a half-width ResNet-18 from random weights.
+Half-width networks from random weights: PSPNet on a ResNet-18, or the network that the
+argument names, on a ResNet-18 too where its own backbone is a deeper one, on VGG16 with
+BatchNorm where it is VGG16, which does not start from random weights without.
 """
 
 from configs import base
 
+SHALLOW = ('pspnet', 'fcn', 'deeplab_v2', 'deeplab_v3', 'deeplab_v3plus', 'refinenet')
+VGG = ('fcn32s', 'fcn16s', 'fcn8s', 'dilated', 'deeplab_v1')
+
 
 def get_config(arg: str = ''):
-    config = base.get_config(arg)
-    config.model.backbone = 'resnet18'
+    config = base.get_config()
+    config.model.name = arg or 'pspnet'
+    if config.model.name in SHALLOW:
+        config.model.backbone = 'resnet18'
+    elif config.model.name in VGG:
+        config.model.backbone = 'vgg16_bn'
+        config.model.fc_features = 256
     config.model.width = 32
     config.train.batch_size = 8
     config.train.steps = 260

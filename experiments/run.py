@@ -11,7 +11,6 @@ working tree is marked '+changes' behind the commit.
 import json
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from experiments.provenance import commit, device
 from pspnet_jax import checkpoint, cli
 from pspnet_jax.train import train_and_evaluate
 
@@ -27,29 +27,6 @@ CONFIG = config_flags.DEFINE_config_file('config', None, 'what to run: FILE or F
 WORKDIR = flags.DEFINE_string('workdir', None, 'checkpoints, metrics, evaluation', required=True)
 RESULTS = flags.DEFINE_string('results', None, 'the .jsonl that gets the line', required=True)
 LOCAL_PATHS = ('data.source', 'data.root', 'model.pretrained')  # this machine's business
-
-
-def commit() -> str:
-    """The checked-out commit, with '+changes' where tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ('git', *arguments), check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.')
-    return git('rev-parse', 'HEAD') + ('+changes' if changed else '')
-
-
-def device() -> str:
-    """'1 x NVIDIA H200', or '2 cores, Intel(R) Xeon(R) ...' on a CPU."""
-    first = jax.devices()[0]
-    if first.platform != 'cpu':
-        return f'{jax.device_count()} x {first.device_kind}'
-    info = Path('/proc/cpuinfo')
-    text = info.read_text() if info.exists() else ''
-    name = re.search(r'model name\s*: (.*)', text)
-    return f'{text.count("processor")} cores, {name[1] if name else platform.processor()}'
 
 
 def overrides(argv: list[str]) -> dict[str, str]:

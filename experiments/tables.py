@@ -49,7 +49,51 @@ def lgg() -> str:
     return '\n'.join([*rows, '', *notes])
 
 
-TABLES = {'lgg': lgg}
+# What is published for 21 classes, to which digit, and where.
+PUBLISHED = {
+    'fcn32s': (134e6, 1e6, 'Long 2015, table 3'),
+    'fcn': (35_322_218, 1, 'torchvision, fcn_resnet50'),
+    'segnet': (29.45e6, 0.01e6, 'Badrinarayanan 2017, table 6'),
+    'deeplab_v1': (20.5e6, 0.1e6, 'Chen 2015, table 2'),
+}
+
+
+def architectures() -> str:
+    """Parameters, cost and the phantom Dice of every network."""
+    dice = {
+        line['experiment'].removeprefix('phantom_'): line['summary']['dice']['mean']
+        for line in read_lines('architectures')
+        if line['experiment'].startswith('phantom_')
+    }
+    lines = read_lines('costs')
+    rows = [
+        '| name | backbone | parameters, K = 2 | K = 21 | published, K = 21 | GFLOP a slice | '
+        'ms a slice | phantom Dice |',
+        '|---|---|---:|---:|---|---:|---:|---:|',
+    ]
+    for line in lines:
+        name = line['name']
+        number, unit, where = PUBLISHED.get(name, (0, 0, ''))
+        published = f'{number:,.0f} ({where})' if unit == 1 else f'{number / 1e6:g} M ({where})'
+        rows.append(
+            f'| {name} | {line["backbone"]} | {line["parameters"]["2"]:,} | '
+            f'{line["parameters"]["21"]:,} | {published if number else ""} | '
+            f'{line["gflop"]:.1f} | {line["ms"]:.0f} | '
+            f'{f"{dice[name]:.3f}" if name in dice else ""} |'
+        )
+    if lines:
+        first = lines[0]
+        rows += [
+            '',
+            f'Inference at {first["size"]}x{first["size"]}, batch {first["batch"]}, float32 '
+            f'(`python -m experiments.architectures --cost`, commit {first["commit"][:7]}, '
+            f"{first['device']}); Dice on the phantoms' test volumes, half-width networks from "
+            'random weights (`python -m experiments.architectures --quick`).',
+        ]
+    return '\n'.join(rows)
+
+
+TABLES = {'lgg': lgg, 'architectures': architectures}
 
 
 def fill(text: str) -> str:

@@ -48,14 +48,14 @@ def save(
     *,
     config: dict[str, Any],
     progress: dict[str, Any],
-    channels: int,
+    inputs: dict[str, Any],
     dice: float | None,
 ) -> None:
     """Start writing `state` (a TrainState); returns once it is copied to host memory.
 
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
-    `progress` is what the loop needs to go on that is not in the state; `channels` what
-    the network's input has.
+    `progress` is what the loop needs to go on that is not in the state; `inputs` what the
+    network takes: 'channels', and 'intensity' ((4, C), or None where each volume brings its own).
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
     parts = jax.tree.map(lambda x: np.array(x, copy=True), _parts(state))
@@ -66,7 +66,7 @@ def save(
         custom_metadata={
             'config': config,
             'progress': progress,
-            'channels': channels,
+            'inputs': inputs,
             'dice': dice,
             'sha256': {name: digest(tree) for name, tree in parts.items()},
         },
@@ -105,7 +105,7 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
         found = ocp.checkpointables_metadata(path).custom_metadata
     except Exception as error:  # Orbax raises what its storage layer does
         raise CheckpointError(f'{path} has no readable metadata: {_first_line(error)}') from error
-    if not found or not {'config', 'progress', 'channels', 'sha256'} <= found.keys():
+    if not found or not {'config', 'progress', 'inputs', 'sha256'} <= found.keys():
         raise CheckpointError(f'{path} is not a checkpoint of ours: its metadata is missing')
     return found
 
@@ -113,7 +113,7 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
 def restore(
     workdir: str | Path, state: Any, config: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    """`state` with every array from the newest sound checkpoint, and its progress.
+    """`state` with every array from the newest sound checkpoint, and its metadata.
 
     None where there is no checkpoint at all. Unsound ones are warned of and passed
     over; raises CheckpointError when none is left, or for another model than config's.
@@ -132,7 +132,7 @@ def restore(
         except CheckpointError as error:
             logging.warning('checkpoint %d is passed over: %s', step, error)
             continue
-        return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta['progress']
+        return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta
     if found:
         raise CheckpointError(
             f'none of the checkpoints {found} in {Path(workdir) / FOLDER} is sound: '

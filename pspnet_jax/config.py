@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pspnet_jax import models
 from pspnet_jax.errors import ConfigError
-from pspnet_jax.models import MODELS
 from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
 
 Rule = tuple[Callable[[Any], bool], str]  # is it allowed, and in words what is
@@ -49,6 +49,11 @@ def _all(rule: Rule, length: int | None = None, least: int = 0) -> Rule:
     return check, f'a tuple of {size}, each {words}'
 
 
+def _or_none(rule: Rule) -> Rule:
+    allowed, words = rule
+    return (lambda x: x is None or allowed(x)), f"None (the network's own) or {words}"
+
+
 _BOOL: Rule = (lambda x: isinstance(x, bool)), 'True or False'
 _TEXT: Rule = (lambda x: isinstance(x, str)), 'a text'
 _POSITIVE: Rule = (lambda x: _is_number(x) and x > 0), 'a number above 0'
@@ -56,25 +61,34 @@ _POSITIVE: Rule = (lambda x: _is_number(x) and x > 0), 'a number above 0'
 RULES: dict[str, Rule] = {
     'seed': _integer(0),
     'parallel': _one_of('jit', 'pmap'),
-    'model.name': _one_of(*MODELS),
-    'model.backbone': _one_of(*BACKBONES),
+    'model.name': _one_of(*models.NAMES),
     'model.num_classes': (
         lambda x: _is_int(x) and 2 <= x <= 255,
         'a whole number from 2 to 255: background is a class too, one structure needs 2',
     ),
-    'model.output_stride': _one_of(*OUTPUT_STRIDES),
-    'model.deep_stem': _BOOL,
-    'model.dilate_first_block': _BOOL,
     'model.width': _integer(4),
-    'model.bins': _all(_integer(1), least=1),
-    'model.dropout': _number(0, 0.99),
-    'model.aux_head': _BOOL,
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.pretrained': _TEXT,
+    'model.stem': _one_of('cycle', 'mean'),
+    'model.backbone': _or_none(_one_of(*BACKBONES)),
+    'model.output_stride': _or_none(_one_of(*OUTPUT_STRIDES)),
+    'model.dropout': _or_none(_number(0, 0.99)),
+    'model.rates': _or_none(_all(_integer(1), least=1)),
+    'model.multi_grid': _or_none(_all(_integer(1), least=1)),
+    'model.dilate_first_block': _or_none(_BOOL),
+    'model.deep_stem': _or_none(_BOOL),
+    'model.stride_in_1x1': _or_none(_BOOL),
+    'model.bins': _all(_integer(1), least=1),
+    'model.aux_head': _BOOL,
+    'model.fc_features': _or_none(_integer(0)),
+    'model.context': _one_of('basic', 'large', 'none'),
+    'model.scales': _all(_POSITIVE, least=1),
+    'model.batch_norm': _BOOL,
+    'model.variant': _one_of('paper', 'torchvision', 'smp'),
     'data.name': _one_of('lgg', 'phantom'),
     'data.source': _TEXT,
     'data.root': _TEXT,
-    'data.normalize': _one_of('volume', 'imagenet'),
+    'data.normalize': _one_of('volume', 'weights'),
     'data.test_fraction': _number(0, 0.9),
     'data.validation_fraction': _number(0, 0.9),
     'data.split_seed': _integer(0),
@@ -118,6 +132,14 @@ RULES: dict[str, Rule] = {
     'train.validate_every': _integer(0),
     'train.checkpoint_every': _integer(0),
     'train.patience': _integer(0),
+    'crf.kernel': _one_of('none', 'exact', 'windowed'),
+    'crf.window': _integer(1),
+    'crf.iterations': _integer(1),
+    'crf.spatial_weight': _number(0),
+    'crf.spatial_sigma': _POSITIVE,
+    'crf.bilateral_weight': _number(0),
+    'crf.bilateral_sigma': _POSITIVE,
+    'crf.color_sigma': _POSITIVE,
     'eval.batch_size': _integer(1),
     'eval.spacing': _all(_POSITIVE, length=3),
     'eval.bootstrap': _integer(1),
@@ -153,10 +175,10 @@ def _contradictions(config: ConfigDict):
             f'loss.class_weights has {len(loss.class_weights)} values: '
             f'it must have one for each of {model.num_classes} classes'
         )
-    if model.deep_stem and not model.backbone.startswith('resnet'):
-        yield f'model.deep_stem is a ResNet option: set it to False for {model.backbone}'
-    if model.pretrained and model.backbone != 'vgg16':
-        yield f'model.pretrained is for vgg16: leave it empty for {model.backbone}'
+    try:
+        models.create(**model)
+    except ValueError as error:
+        yield f'model: {error}'
     if train.batch_size % train.accumulate:
         yield (
             f'train.batch_size {train.batch_size} is not a multiple of '

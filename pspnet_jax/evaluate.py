@@ -31,10 +31,10 @@ PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K 
 
 
 def predict_volume(
-    predict_fn: PredictFn, volume: Volume, *, batch_size: int, normalization: str
+    predict_fn: PredictFn, volume: Volume, *, batch_size: int, intensity: np.ndarray | None
 ) -> np.ndarray:
     """D H W uint8 labels: the most probable class of each pixel."""
-    batches = pipeline.eval_batches(volume, batch_size, normalization)
+    batches = pipeline.eval_batches(volume, batch_size, intensity)
     labels = [np.asarray(predict_fn(batch)).argmax(-1).astype(np.uint8) for batch in batches]
     return np.concatenate(labels)[: len(volume.image)]
 
@@ -43,7 +43,6 @@ def evaluate_options(config) -> dict[str, Any]:
     """The keyword arguments of `evaluate_volumes` that a config decides."""
     return {
         'batch_size': config.eval.batch_size,
-        'normalization': config.data.normalize,
         'num_classes': config.model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'spacing': config.eval.spacing,
@@ -56,7 +55,7 @@ def evaluate_volumes(
     data: Iterable[Volume],
     *,
     batch_size: int,
-    normalization: str,
+    intensity: np.ndarray | None,
     num_classes: int,
     ignore_label: int,
     spacing: tuple[float, float, float],
@@ -78,9 +77,7 @@ def evaluate_volumes(
                 f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
                 f'{num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
             )
-        pred = predict_volume(
-            predict_fn, volume, batch_size=batch_size, normalization=normalization
-        )
+        pred = predict_volume(predict_fn, volume, batch_size=batch_size, intensity=intensity)
         each(volume, pred)
         patients.append(_patient_row(pred, volume, num_classes, ignore_label, spacing))
         for labels, truth in zip(pred, volume.mask, strict=True):
@@ -164,7 +161,7 @@ def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
 
 
 def restore_model(workdir: str | Path, which: str = ''):
-    """(config, module, variables, step) of a training run's checkpoint folder alone.
+    """(config, module, variables, intensity, step) of a training run's checkpoint folder alone.
 
     `which` is 'best', 'last' or a step; '' takes the config's `eval.checkpoint`.
     """
@@ -174,9 +171,12 @@ def restore_model(workdir: str | Path, which: str = ''):
     if not which:
         step = checkpoint.choose(workdir, config.eval.checkpoint)
     model = models.create(**config.model)
-    image = jax.ShapeDtypeStruct((1, 64, 64, meta['channels']), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, 64, 64, meta['inputs']['channels']), jnp.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
-    return config, model, checkpoint.restore_variables(workdir, step, shapes), step
+    intensity = meta['inputs']['intensity']
+    if intensity is not None:
+        intensity = np.array(intensity, np.float32)
+    return config, model, checkpoint.restore_variables(workdir, step, shapes), intensity, step
 
 
 def evaluate_checkpoint(
@@ -187,7 +187,7 @@ def evaluate_checkpoint(
     `data` is a folder in the Kaggle layout; without it, the patients of `split` in the
     data set that the run was trained on. Returns what evaluation.json holds.
     """
-    config, model, variables, step = restore_model(workdir, which)
+    config, model, variables, intensity, step = restore_model(workdir, which)
     if data:
         source = lgg.read_volumes(data)
     else:
@@ -203,8 +203,9 @@ def evaluate_checkpoint(
         Image.fromarray(picture).save(folder / f'{volume.patient}.png')
 
     result = evaluate_volumes(
-        functools.partial(infer.compile_predict(model), variables),
+        functools.partial(infer.compile_predict(model, **config.crf), variables),
         source,
+        intensity=intensity,
         **evaluate_options(config),
         each=save_picture,
     )

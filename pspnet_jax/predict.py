@@ -63,8 +63,8 @@ def predict_pictures(workdir: str | Path, source: str | Path, output: str | Path
     scales), else its own. Raises DataError or CheckpointError before anything is written.
     """
     pictures = find_pictures(source)
-    config, model, variables, _ = restore_model(workdir, which)
-    predict_fn = functools.partial(infer.compile_predict(model), variables)
+    config, model, variables, intensity, _ = restore_model(workdir, which)
+    predict_fn = functools.partial(infer.compile_predict(model, **config.crf), variables)
     root = Path(source).expanduser()
     root = root if root.is_dir() else root.parent
     faults = []
@@ -87,7 +87,7 @@ def predict_pictures(workdir: str | Path, source: str | Path, output: str | Path
                 predict_fn,
                 volume,
                 batch_size=min(config.eval.batch_size, len(image)),
-                normalization=config.data.normalize,
+                intensity=intensity,
             )
             for i, pixels, mask in zip(same, image, labels, strict=True):
                 folder = Path(output) / good[i].relative_to(root).parent

@@ -17,6 +17,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from jax.sharding import AxisType, NamedSharding
@@ -71,7 +72,7 @@ def segmentation_loss(
     ignore_label: int,
     axis_name: str | None,
 ) -> jax.Array:
-    """cross_entropy * CE + dice * soft Dice, and `aux` times the same for the auxiliary head.
+    """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
 
     Logits at 1/s of the labels' size meet every s-th label: labels are never resized.
     """
@@ -90,7 +91,9 @@ def segmentation_loss(
         return total
 
     total = one_head(out['logits'])
-    return total + aux * one_head(out['aux']) if 'aux' in out and aux else total
+    if aux:
+        total += aux * sum(one_head(x) for name, x in out.items() if name != 'logits')
+    return total
 
 
 def train_step(
@@ -113,7 +116,7 @@ def train_step(
     example each, in one compiled loop; BatchNorm then sees B/k images at a time.
     """
     if axis_name is not None:
-        model = model.clone(axis_name=axis_name)  # BatchNorm and dropout over all devices
+        model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
     augment_key, dropout_key = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), state.step)
     )
@@ -250,24 +253,42 @@ def read_metrics(
 
 
 def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
-    """(state, progress): from the newest sound checkpoint, else new, pretrained if asked for."""
+    """(state, progress, intensity): from the newest sound checkpoint, else new, pretrained
+    if asked for. `intensity` (4, C) normalises every image alike; None: each volume its own.
+    """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
     logging.info('parameters:\n%s', parameter_table(state.params))
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
-        logging.info('going on from step %d', restored[0].step)
-        return restored
+        state, meta = restored
+        logging.info('going on from step %d', state.step)
+        return state, meta['progress'], meta['inputs']['intensity']
+    normalization = pretrained.IMAGENET
     if config.model.pretrained:
-        params, report = pretrained.load_vgg16(state.params, config.model.pretrained)
+        variables, normalization, report = pretrained.load_backbone(
+            {'params': state.params, 'batch_stats': state.batch_stats},
+            config.model.pretrained,
+            stem=config.model.stem,
+            options=config.model,
+        )
         logging.info(report)
+        params = variables['params']
         # A copy of the average: the step donates both, and a buffer can be donated once.
         average = jax.tree.map(jnp.copy, params) if ema else None
-        state = state.replace(params=params, ema_params=average)
-    return state, {'best_dice': None, 'stale': 0}
+        state = state.replace(
+            params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
+        )
+    intensity = None
+    if config.data.normalize == 'weights':
+        intensity = normalization.intensity(channels).tolist()
+        logging.info('images are normalised as the weights were trained: %s', normalization)
+    return state, {'best_dice': None, 'stale': 0}, intensity
 
 
-def validate_volumes(predict, state: TrainState, slices: volumes.Slices, config, log) -> float:
+def validate_volumes(
+    predict, state: TrainState, slices: volumes.Slices, intensity, config, log
+) -> float:
     """Mean Dice over the validation volumes; logs it with a few pictures."""
     params = state.params if state.ema_params is None else state.ema_params
     variables = {'params': params, 'batch_stats': state.batch_stats}
@@ -275,6 +296,7 @@ def validate_volumes(predict, state: TrainState, slices: volumes.Slices, config,
     result = evaluate_volumes(
         functools.partial(predict, variables),
         volumes.iterate_volumes(slices),
+        intensity=intensity,
         **evaluate_options(config),
         each=lambda volume, pred: pictures.append(visualize.volume_picture(volume, pred)),
     )
@@ -320,7 +342,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # Model, optimiser, state: restored, or new with pretrained weights.
     model = models.create(**config.model)
     tx, rate = optim.create(steps=total, **config.optim)
-    state, progress = start_or_resume(config, model, tx, slices.channels, workdir)
+    state, progress, intensity = start_or_resume(config, model, tx, slices.channels, workdir)
+    fixed = None if intensity is None else np.array(intensity, np.float32)
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
@@ -342,7 +365,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         seed=config.seed,
         sampling=config.data.sampling,
         lesion_floor=config.data.lesion_floor,
-        normalization=config.data.normalize,
+        intensity=fixed,
         threads=config.data.threads,
         shard=(jax.process_index(), jax.process_count()),
     )
@@ -388,7 +411,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
             read_metrics(pending, log, rate, log_every)
             pending, dice, whole = [], None, placed.get_state(state)
             if len(split['validation']) and (step % validate_every == 0 or step == total):
-                dice = validate_volumes(predict, whole, split['validation'], config, log)
+                dice = validate_volumes(predict, whole, split['validation'], fixed, config, log)
                 best = max(dice, progress['best_dice'] or -1.0)
                 stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
                 progress = {'best_dice': best, 'stale': stale}
@@ -399,7 +422,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 whole,
                 config=to_dict(config),
                 progress=progress,
-                channels=slices.channels,
+                inputs={'channels': slices.channels, 'intensity': intensity},
                 dice=dice,
             )
             waited, window = 0.0, time.perf_counter()

@@ -48,12 +48,13 @@ def test_best_and_last_are_kept(trained):
 def test_the_whole_state_comes_back(trained):
     workdir, _ = trained
     config = tiny_config()
-    state, progress = checkpoint.restore(workdir, new_state(config), to_dict(config))
+    state, meta = checkpoint.restore(workdir, new_state(config), to_dict(config))
     saved = checkpoint.metadata(workdir, 4)['sha256']
     for name, digest in saved.items():
         assert checkpoint.digest(jax.device_get(getattr(state, name))) == digest
     assert int(state.step) == 4
-    assert progress['best_dice'] is not None
+    assert meta['progress']['best_dice'] is not None
+    assert meta['inputs'] == {'channels': 3, 'intensity': None}
 
 
 def test_the_newest_sound_step_is_taken(copy):

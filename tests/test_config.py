@@ -4,18 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
-from ml_collections import config_flags  # noqa: F401  the loader that main uses
 
 from configs import base, lgg, phantom
 from pspnet_jax import config as rules
+from pspnet_jax import models
 from pspnet_jax.data.sources import SOURCES
 from pspnet_jax.errors import ConfigError
 from tests.conftest import ROOT, tiny_config
 
-LGG_ARGUMENTS = (
-    '', 'pspnet_resnet18', 'pspnet_resnet34', 'pspnet_resnet50', 'pspnet_resnet101',
-    'vgg_pspnet', 'vgg_pspnet_blog',
-)  # fmt: skip
+LGG_ARGUMENTS = ('', 'pspnet_resnet18', 'pspnet_resnet101', *models.NAMES)
 
 
 def test_base_has_a_default_for_every_rule_and_a_rule_for_every_key():
@@ -46,14 +43,15 @@ def test_it_survives_json():
 @pytest.mark.parametrize(
     ('key', 'value', 'words'),
     [
-        ('model.output_stride', 12, 'model.output_stride is 12: it must be one of 8, 16, 32'),
+        ('data.threads', 0, 'data.threads is 0: it must be a whole number of at least 1'),
         ('model.num_classes', 1, 'background is a class too, one structure needs 2'),
         ('train.batch_size', 0, 'train.batch_size is 0: it must be a whole number of at least 1'),
         ('augment.flip', 1.5, 'augment.flip is 1.5: it must be a number from 0 to 1'),
         ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),
         ('model.bins', (), 'model.bins is (): it must be a tuple of at least 1 values'),
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
-        ('model.pretrained', 'a.npz', 'model.pretrained is for vgg16'),
+        ('model.name', 'vgg_unet', 'vgg_unet stands on vgg16, not on resnet18'),
+        ('model.dropout', 2.0, "model.dropout is 2.0: it must be None (the network's own) or a"),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
     ],
 )

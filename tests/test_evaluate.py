@@ -12,7 +12,7 @@ from tests.conftest import write_case
 
 OPTIONS = {
     'batch_size': 2,
-    'normalization': 'volume',
+    'intensity': None,
     'num_classes': 2,
     'ignore_label': 255,
     'spacing': (1.0, 1.0, 1.0),

@@ -72,9 +72,86 @@ def test_conv_and_its_gradients_equal_the_plain_convolution(rng, kernel, stride,
 
 def test_dropout_drops_whole_channels_and_keeps_the_mean():
     x = jnp.ones((64, 3, 3, 32))
-    y = layers.Dropout2d(0.25).apply({}, x, True, rngs={'dropout': jax.random.key(0)})
+    y = layers.Dropout(0.25, True).apply({}, x, True, rngs={'dropout': jax.random.key(0)})
     y = np.asarray(y)
     assert (y == y[:, :1, :1]).all()  # a channel of an example is kept or dropped whole
     assert set(np.unique(y).round(4)) == {0.0, np.float32(4 / 3).round(4)}
     assert abs(y.mean() - 1) < 0.05
-    assert (np.asarray(layers.Dropout2d(0.25).apply({}, x, False)) == 1).all()
+    assert (np.asarray(layers.Dropout(0.25, True).apply({}, x, False)) == 1).all()
+
+
+def test_dropout_of_single_values():
+    x = jnp.ones((4, 16, 16, 8))
+    y = np.asarray(layers.Dropout(0.5).apply({}, x, True, rngs={'dropout': jax.random.key(0)}))
+    assert set(np.unique(y)) == {0.0, 2.0}
+    assert abs(y.mean() - 1) < 0.05
+    assert not (y == y[:, :1, :1]).all()
+
+
+@pytest.mark.parametrize('sizes', [((3, 5), (6, 10)), ((3, 4), (5, 9)), ((7, 8), (3, 4))])
+def test_resize_nearest_equals_pytorch(rng, sizes):
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    (h, w), out = sizes
+    x = rng.standard_normal((2, 3, h, w)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(x), size=out, mode='nearest')
+    ours = layers.resize_nearest(jnp.asarray(x.transpose(0, 2, 3, 1)), out)
+    np.testing.assert_array_equal(np.asarray(ours).transpose(0, 3, 1, 2), expected.numpy())
+
+
+def test_max_unpool_equals_pytorch(rng):
+    """With ties too: PyTorch and we take a window's first maximum."""
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    before = rng.integers(0, 4, (2, 3, 8, 6)).astype(np.float32)
+    pooled, indices = torch.nn.functional.max_pool2d(
+        torch.from_numpy(before), 2, return_indices=True
+    )
+    values = torch.from_numpy(rng.standard_normal(pooled.shape).astype(np.float32))
+    expected = torch.nn.functional.max_unpool2d(values, indices, 2).numpy()
+    ours = jax.jit(layers.max_unpool)(
+        values.numpy().transpose(0, 2, 3, 1), before.transpose(0, 2, 3, 1)
+    )
+    np.testing.assert_array_equal(np.asarray(ours).transpose(0, 3, 1, 2), expected)
+
+
+@pytest.mark.parametrize('stride', [2, 4, 8])
+def test_bilinear_upsampling_equals_pytorchs_transposed_convolution(rng, stride):
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    x = rng.standard_normal((2, 5, 6, 3)).astype(np.float32)
+    module = layers.bilinear_upsample(3, stride)
+    values = module.init(jax.random.key(0), x)
+    kernel = np.asarray(values['params']['kernel'])
+    random = rng.standard_normal(kernel.shape).astype(np.float32)  # and as it is once trained
+    for k in (kernel, random):
+        # PyTorch has (in, out, rows, columns), and turned round against a correlation.
+        weight = torch.from_numpy(k[::-1, ::-1].transpose(2, 3, 0, 1).copy())
+        expected = torch.nn.functional.conv_transpose2d(
+            torch.from_numpy(x.transpose(0, 3, 1, 2)), weight, stride=stride, padding=stride // 2
+        ).numpy()
+        ours = module.apply({'params': {'kernel': k}}, x)
+        assert ours.shape == (2, 5 * stride, 6 * stride, 3)
+        np.testing.assert_allclose(np.asarray(ours).transpose(0, 3, 1, 2), expected, atol=1e-4)
+
+
+def test_bilinear_upsampling_starts_as_interpolation(rng):
+    """Away from the border, where zeros come in, it is the half-pixel resize."""
+    x = jnp.asarray(rng.standard_normal((1, 6, 7, 2)), jnp.float32)
+    module = layers.bilinear_upsample(2, 4)
+    ours = module.apply(module.init(jax.random.key(0), x), x)
+    resized = layers.resize(x, (24, 28), align_corners=False)
+    np.testing.assert_allclose(ours[:, 4:-4, 4:-4], resized[:, 4:-4, 4:-4], atol=1e-5)
+
+
+def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one(rng):
+    x = jnp.asarray(rng.standard_normal((2, 9, 8, 4)), jnp.float32)
+    module = layers.SeparableConvNorm(5, dilation=2, norm_between=False)
+    values = jax.tree.map(jnp.asarray, module.init(jax.random.key(0), x, False))
+    depthwise = np.asarray(values['params']['depthwise']['kernel'])  # 3 3 1 4
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    expected = np.zeros(x.shape)
+    for i in range(3):
+        for j in range(3):
+            window = padded[:, 2 * i : 2 * i + 9, 2 * j : 2 * j + 8]
+            expected += window * depthwise[i, j, 0]
+    pointwise = np.asarray(values['params']['pointwise']['kernel'])[0, 0]
+    expected = np.maximum(expected @ pointwise / np.sqrt(1 + 1e-5), 0)
+    np.testing.assert_allclose(module.apply(values, x, False), expected, rtol=1e-4, atol=1e-5)

@@ -8,23 +8,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.tables import PUBLISHED
 from pspnet_jax import models
-from pspnet_jax.models import backbones
+from pspnet_jax.models import backbones, dilated, refinenet
 
-# Parameters for 2 and 21 classes. If you meant to change a network, update this table.
+# Parameters for 2 and 21 classes on the network's own backbone. Update if a change was meant.
 COUNTS = {
-    ('pspnet', 'vgg16'): (20_879_172, 20_893_802),
-    ('pspnet', 'resnet18'): (16_751_172, 16_765_802),
-    ('pspnet', 'resnet34'): (26_859_332, 26_873_962),
-    ('pspnet', 'resnet50'): (48_943_172, 48_957_802),
-    ('pspnet', 'resnet101'): (67_935_300, 67_949_930),
-    ('vgg_pspnet_blog', 'vgg16'): (17_088_322, 17_175_893),
+    'fcn32s': (134_268_738, 134_346_581),
+    'fcn16s': (134_269_828, 134_364_410),
+    'fcn8s': (134_270_406, 134_376_863),
+    'fcn': (35_307_588, 35_322_218),
+    'unet': (31_037_698, 31_038_933),
+    'unet_mini': (467_202, 467_829),
+    'segnet': (29_440_450, 29_451_413),
+    'dilated': (134_269_010, 134_374_973),
+    'deeplab_v1': (20_485_954, 20_505_429),
+    'deeplab_v2': (42_647_624, 44_048_532),
+    'refinenet': (109_762_882, 109_806_677),
+    'pspnet': (48_943_172, 48_957_802),
+    'deeplab_v3': (41_403_972, 41_413_738),
+    'deeplab_v3plus': (26_691_250, 26_696_133),
+    'vgg_pspnet_blog': (17_088_322, 17_175_893),
+}
+BACKBONE_COUNTS = {  # pyramid, heads and auxiliary of pspnet beside each backbone, 2 and 21
+    'vgg16': (20_879_172, 20_893_802),
+    'vgg16_bn': (20_887_620, 20_902_250),
+    'resnet18': (16_751_172, 16_765_802),
+    'resnet34': (26_859_332, 26_873_962),
+    'resnet50': (48_943_172, 48_957_802),
+    'resnet101': (67_935_300, 67_949_930),
+    'resnet152': (83_578_948, 83_593_578),
+    'mobilenet_v2': (15_885_572, 15_900_202),
 }
 
 
 @functools.cache
-def variables(name, backbone, num_classes=2, **options):
-    model = models.create(name, backbone=backbone, num_classes=num_classes, **options)
+def variables(name, num_classes=2, **options):
+    model = models.create(name, num_classes=num_classes, **options)
     image = jnp.zeros((1, 33, 33, 3))
     return model, jax.eval_shape(functools.partial(model.init, train=False), key(), image)
 
@@ -37,40 +57,58 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize(('name', 'backbone'), COUNTS)
-def test_parameter_count(name, backbone):
-    for num_classes, expected in zip((2, 21), COUNTS[name, backbone], strict=True):
-        _, shapes = variables(name, backbone, num_classes)
-        assert count(shapes['params']) == expected, 'if this was meant, update COUNTS in this file'
+@pytest.mark.parametrize('name', COUNTS)
+def test_parameter_count(name):
+    for num_classes, number in zip((2, 21), COUNTS[name], strict=True):
+        _, shapes = variables(name, num_classes)
+        assert count(shapes['params']) == number, 'if this was meant, update COUNTS in this file'
 
 
-def test_the_table_of_counts_is_complete():
-    assert {name for name, _ in COUNTS} == set(models.MODELS)
-    assert {backbone for name, backbone in COUNTS if name == 'pspnet'} == set(backbones.BACKBONES)
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_parameter_count_is_the_published_one(name):
+    number, unit, _ = PUBLISHED[name]
+    assert abs(COUNTS[name][1] - number) < unit
+
+
+@pytest.mark.parametrize('backbone', BACKBONE_COUNTS)
+def test_parameter_count_on_each_backbone(backbone):
+    for num_classes, number in zip((2, 21), BACKBONE_COUNTS[backbone], strict=True):
+        _, shapes = variables('pspnet', num_classes, backbone=backbone)
+        assert count(shapes['params']) == number, 'if this was meant, update BACKBONE_COUNTS'
+
+
+def test_the_tables_of_counts_are_complete():
+    assert set(COUNTS) == set(models.MODELS)
+    assert set(BACKBONE_COUNTS) == set(backbones.BACKBONES)
 
 
 def test_the_blogs_network_has_the_published_size_and_geometry():
-    model, shapes = variables('vgg_pspnet_blog', 'vgg16')
+    model, shapes = variables('vgg_pspnet_blog')
     assert count(shapes) == 17_093_442  # image-segmentation-keras counts BN statistics too
     out = jax.eval_shape(model.apply, shapes, jnp.zeros((1, 384, 384, 3)))
     assert out['logits'].shape == (1, 96, 96, 2)
 
 
-def test_resnet_sizes_are_torchvisions():
-    # torchvision's ResNets have a classifier of 1000 classes behind the same layers.
+def test_backbone_sizes_are_torchvisions():
+    # torchvision's networks have a classifier of 1000 classes behind the same layers.
     published = {
+        'vgg16': 138_357_544 - 123_642_856,
+        'vgg16_bn': 138_365_992 - 123_642_856,
         'resnet18': 11_689_512 - 513_000,
         'resnet34': 21_797_672 - 513_000,
         'resnet50': 25_557_032 - 2_049_000,
         'resnet101': 44_549_160 - 2_049_000,
+        'resnet152': 60_192_808 - 2_049_000,
+        'mobilenet_v2': 3_504_872 - 1_281_000,
     }
+    assert set(published) == set(backbones.BACKBONES)
     for name, expected in published.items():
-        _, shapes = variables('pspnet', name)
+        _, shapes = variables('pspnet', backbone=name)
         assert count(shapes['params']['backbone']) == expected
 
 
 class Backbone(nn.Module):
-    """`backbones.create` makes a submodule: this is the module around it."""
+    """A narrow backbone by name."""
 
     name_of: str
     options: dict
@@ -80,7 +118,7 @@ class Backbone(nn.Module):
         return backbones.create(self.name_of, width=8, **self.options)(x)
 
 
-@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50'])
+@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'mobilenet_v2'])
 @pytest.mark.parametrize('stride', [8, 16])
 def test_dilated_equals_strided_on_the_sub_grid(backbone, stride):
     """A dilated network computes at each of its cells what the strided one computes at its own."""
@@ -114,23 +152,57 @@ def test_dilated_vgg_looks_as_far_as_the_strided_one():
 def test_features_have_the_promised_strides(backbone, stride):
     net = Backbone(backbone, {'output_stride': stride})
     out, _ = jax.eval_shape(lambda x: net.init_with_output(key(), x), jnp.zeros((1, 96, 64, 3)))
-    assert {nominal: value.shape[1:3] for nominal, value in out.items()} == {
+    assert {nominal: out[nominal].shape[1:3] for nominal in (2, 4, 8, 16, 32)} == {
         nominal: (96 // min(nominal, stride), 64 // min(nominal, stride))
         for nominal in (2, 4, 8, 16, 32)
     }
 
 
+def test_multi_grid_multiplies_the_dilation_of_layer4():
+    """A single bright pixel reaches further by layer4's four 3x3s, each dilated 2 * grid."""
+    image = jnp.zeros((1, 1024, 32, 3)).at[0, 512, 16].set(1.0)
+
+    def reach(grid):
+        net = Backbone('resnet18', {'output_stride': 16, 'multi_grid': grid})
+        positive = jax.tree.map(jnp.abs, jax.jit(net.init)(key(), image))
+        lit = jax.jit(net.apply)(positive, image)
+        before, behind = (np.count_nonzero(np.asarray(lit[n][0]).sum((1, 2))) for n in (16, 32))
+        return behind - before
+
+    assert reach((1, 1)) == 2 * 2 * (1 + 1 + 1 + 1)
+    assert reach((1, 2, 4)) == 2 * 2 * (1 + 1 + 2 + 2)
+
+
+# Narrow, so that a test takes seconds; each on its own backbone or a shallower one of the kind.
 SMALL = {
-    'pspnet': {'backbone': 'resnet18', 'width': 8, 'dropout': 0.0},
-    'vgg_pspnet_blog': {'backbone': 'vgg16'},
+    'fcn32s': {'fc_features': 16},
+    'fcn16s': {'fc_features': 16},
+    'fcn8s': {'fc_features': 16},
+    'dilated': {'fc_features': 16, 'context': 'large'},
+    'fcn': {'backbone': 'resnet18'},
+    'pspnet': {'backbone': 'resnet18'},
+    'deeplab_v2': {'backbone': 'resnet18'},
+    'refinenet': {'backbone': 'resnet18'},
+    'deeplab_v3': {'backbone': 'resnet18'},
+    'deeplab_v3plus': {'backbone': 'resnet18'},
 }
+
+
+def small(name, **options):
+    return models.create(name, **{'width': 8, 'dropout': 0.0, **SMALL.get(name, {}), **options})
 
 
 @pytest.mark.parametrize('name', models.MODELS)
 def test_every_parameter_reaches_the_output(name):
-    model = models.create(name, num_classes=3, **SMALL[name])
+    """Also where a layer starts out as zero or as the identity: the values are shaken first."""
+    model = small(name, num_classes=3)
     image = jax.random.normal(key(), (2, 64, 64, 3))
     values = jax.jit(functools.partial(model.init, train=False))(key(), image)
+    leaves, tree = jax.tree.flatten(values['params'])
+    keys = jax.random.split(key(), len(leaves))
+    shaken = tree.unflatten(
+        [x + 0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
 
     def loss(params):
         out, _ = model.apply(
@@ -138,25 +210,134 @@ def test_every_parameter_reaches_the_output(name):
         )
         return sum((value * jnp.arange(1.0, 4.0)[None, None, None]).std() for value in out.values())
 
-    grads = jax.jit(jax.grad(loss))(values['params'])
+    grads = jax.jit(jax.grad(loss))(shaken)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert jnp.abs(grad).max() > 0, f'{jax.tree_util.keystr(path)} changes nothing'
 
 
-@pytest.mark.parametrize('size', [(65, 97), (64, 48), (33, 31)])
-def test_logits_have_the_images_size_and_are_float32(size):
-    model = models.create('pspnet', num_classes=4, dtype='bfloat16', **SMALL['pspnet'])
-    image = jax.random.normal(key(), (1, *size, 3))
+@pytest.mark.parametrize('name', set(models.MODELS) - {'vgg_pspnet_blog'})
+def test_logits_have_the_images_size_in_bfloat16_too(name):
+    model = small(name, num_classes=4, dtype='bfloat16')
+    image = jax.random.normal(key(), (1, 49, 33, 5))
     values = jax.jit(functools.partial(model.init, train=False))(key(), image)
     logits = jax.jit(model.apply)(values, image)['logits']
-    assert logits.shape == (1, *size, 4)
+    assert logits.shape == (1, 49, 33, 4)
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(values))
 
 
+@pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2'])
+def test_every_kind_of_backbone_under_every_decoder(backbone):
+    image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    for name in models.MODELS:
+        if name in ('unet_mini', 'vgg_pspnet_blog'):  # these have encoders of their own
+            with pytest.raises(ValueError, match=r'use (unet|pspnet)'):
+                small(name, num_classes=2, backbone=backbone)
+            continue
+        model = small(name, num_classes=2, backbone=backbone)
+        out, _ = jax.eval_shape(lambda x, m=model: m.init_with_output(key(), x), image)
+        assert out['logits'].shape == (1, 64, 96, 2), name
+
+
+# image-segmentation-keras 0.3.0, its table of models.
+THEIRS = [
+    'fcn_8',
+    'fcn_32',
+    'fcn_8_vgg',
+    'fcn_32_vgg',
+    'fcn_8_resnet50',
+    'fcn_32_resnet50',
+    'fcn_8_mobilenet',
+    'fcn_32_mobilenet',
+    'pspnet',
+    'vgg_pspnet',
+    'resnet50_pspnet',
+    'pspnet_50',
+    'pspnet_101',
+    'unet_mini',
+    'unet',
+    'vgg_unet',
+    'resnet50_unet',
+    'mobilenet_unet',
+    'segnet',
+    'vgg_segnet',
+    'resnet50_segnet',
+    'mobilenet_segnet',
+]
+
+
+def test_the_keras_tools_names_are_known():
+    assert list(models.ALIASES) == THEIRS
+    assert len(THEIRS) == 22
+    for name in THEIRS:
+        models.create(name, num_classes=2)
+    assert models.resolve('vgg_unet')[1] == 'vgg16'
+    with pytest.raises(ValueError, match='vgg_unet stands on vgg16, not on resnet50'):
+        models.create('vgg_unet', num_classes=2, backbone='resnet50')
+
+
+@pytest.mark.parametrize('size', ['basic', 'large'])
+def test_the_untrained_context_module_passes_positive_scores_on(rng, size):
+    scores = jnp.asarray(rng.uniform(0.5, 2.0, (1, 40, 40, 3)), jnp.float32)
+    module = dilated.Context(size)
+    out = module.apply(jax.jit(module.init)(key(), scores), scores)
+    np.testing.assert_allclose(out, scores, atol={'basic': 1e-6, 'large': 0.5}[size])
+    assert np.abs(out - scores).mean() < 0.1
+
+
+def test_the_context_module_sees_67_cells():
+    scores = jnp.ones((1, 99, 99, 2))
+    module = dilated.Context('basic')
+    values = jax.tree.map(jnp.ones_like, jax.jit(module.init)(key(), scores))
+    changed = module.apply(values, scores.at[0, 49, 49].set(2.0)) != module.apply(values, scores)
+    assert int(np.asarray(changed[0, :, :, 0]).any(axis=0).sum()) == 67
+
+
+def test_a_residual_unit_without_weights_is_the_identity(rng):
+    x = jnp.asarray(rng.standard_normal((1, 9, 7, 4)), jnp.float32)
+    unit = refinenet.ResidualConvUnit()
+    zeros = jax.tree.map(jnp.zeros_like, unit.init(key(), x))
+    np.testing.assert_array_equal(unit.apply(zeros, x), x)
+
+
+def test_chained_pooling_reaches_two_poolings_far(rng):
+    """Two 5x5 maxima and 3x3s of centre weights alone: the bright cell spreads by 4, no more."""
+    x = jnp.zeros((1, 21, 21, 1)).at[0, 10, 10].set(1.0)
+    chain = refinenet.ChainedResidualPooling()
+    centre = jax.tree.map(jnp.zeros_like, chain.init(key(), x))
+    for name in ('conv1', 'conv2'):
+        kernel = centre['params'][name]['kernel'].at[1, 1].set(1.0)
+        centre['params'][name]['kernel'] = kernel
+    out = np.asarray(chain.apply(centre, x)[0, :, :, 0])
+    expected = np.zeros((21, 21))
+    expected[6:15, 6:15] += 1
+    expected[8:13, 8:13] += 1
+    expected[10, 10] += 1
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_the_largest_score_of_all_scales_wins():
+    """DeepLab v2: the fused scores are at least those of each scale, and one scale's."""
+    model = small('deeplab_v2', num_classes=3)
+    image = jax.random.normal(key(), (1, 64, 64, 3))
+    values = jax.jit(functools.partial(model.init, train=False))(key(), image)
+    out, _ = jax.jit(
+        functools.partial(model.apply, train=True, mutable=['batch_stats'])
+    )(values, image)  # fmt: skip
+    scales = np.stack([value for name, value in out.items() if name != 'logits'])
+    assert len(scales) == 3
+    np.testing.assert_allclose(out['logits'], scales.max(axis=0), atol=1e-6)
+
+
+def test_segnet_on_a_backbone_without_indices_still_decodes():
+    model = small('segnet', num_classes=2, backbone='resnet18')
+    out, _ = jax.eval_shape(lambda x: model.init_with_output(key(), x), jnp.zeros((1, 50, 70, 3)))
+    assert out['logits'].shape == (1, 50, 70, 2)
+
+
 def test_the_deep_stem_is_semsegs():
-    _, shapes = variables('pspnet', 'resnet50', deep_stem=True)
+    _, shapes = variables('pspnet', backbone='resnet50', deep_stem=True)
     backbone = shapes['params']['backbone']
     assert [backbone[f'conv{i}']['kernel'].shape for i in (1, 2, 3)] == [
         (3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 64, 128)
@@ -167,8 +348,13 @@ def test_the_deep_stem_is_semsegs():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'name': 'pspnett', 'num_classes': 2}, "model 'pspnett' is not one of pspnet"),
+        ({'name': 'pspnett', 'num_classes': 2}, "model 'pspnett' is not one of fcn32s"),
         ({'name': 'pspnet', 'num_classes': 1}, 'needs num_classes=2'),
+        ({'name': 'pspnet', 'num_classes': 2, 'backbone': 'vgg19'}, "'vgg19' is not one of vgg16"),
+        ({'name': 'pspnet', 'num_classes': 2, 'output_stride': 4}, 'output_stride 4 is not one of'),
+        ({'name': 'fcn8s', 'num_classes': 2, 'output_stride': 8}, 'has output stride 32, not 8'),
+        ({'name': 'fcn', 'num_classes': 2, 'variant': 'smp'}, "fcn has only 'paper'"),
+        ({'name': 'fcn8s', 'num_classes': 2, 'deep_stem': True}, 'is a ResNet option: set it to'),
     ],
 )
 def test_create_refuses(options, message):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from pspnet_jax.data import phantom, pipeline, volumes
-from pspnet_jax.errors import DataError
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +21,7 @@ def batches(slices, count, **change):
         'seed': 0,
         'sampling': 'lesion',
         'lesion_floor': 0.1,
-        'normalization': 'volume',
+        'intensity': None,
         'threads': 2,
         **change,
     }
@@ -89,12 +88,18 @@ def test_a_batch_is_the_normalised_slice(slices):
 
 def test_the_last_eval_batch_is_padded_never_dropped(slices):
     volume = next(volumes.iterate_volumes(slices))
-    shapes = [batch.shape for batch in pipeline.eval_batches(volume, 4, 'volume')]
+    shapes = [batch.shape for batch in pipeline.eval_batches(volume, 4, None)]
     assert shapes == [(4, 32, 32, 3)] * 2  # of six slices
-    last = list(pipeline.eval_batches(volume, 4, 'volume'))[-1]
+    last = list(pipeline.eval_batches(volume, 4, None))[-1]
     assert (last[2:] == 0).all()
 
 
-def test_imagenet_normalisation_needs_three_channels():
-    with pytest.raises(DataError, match="'imagenet' needs 3 channels, the images have 2"):
-        pipeline.intensity_of('imagenet', np.ones((4, 2)))
+def test_a_fixed_intensity_takes_the_place_of_the_volumes_own(slices):
+    fixed = np.array([[0] * 3, [255] * 3, [10, 20, 30], [2, 4, 8]], np.float32)
+    volume = next(volumes.iterate_volumes(slices))
+    batch = next(pipeline.eval_batches(volume, 4, fixed))
+    expected = (volume.image[:4].astype(np.float32) - [10, 20, 30]) / [2, 4, 8]
+    np.testing.assert_allclose(batch, expected, rtol=1e-5)
+    (batch,) = batches(slices, 1, intensity=fixed)
+    pixels = batch['image'] * fixed[3] + fixed[2]  # whole numbers again
+    np.testing.assert_allclose(pixels, pixels.round(), atol=1e-3)

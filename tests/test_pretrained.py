@@ -1,4 +1,4 @@
-"""VGG16 weights: torchvision's arrays in their places, strictly, both ways."""
+"""Published weights: their arrays in our places, strictly, both ways."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pspnet_jax import models, optim, train
+from pspnet_jax.data import volumes
 from pspnet_jax.errors import PretrainedError
 from pspnet_jax.models import pretrained
 from pspnet_jax.models.backbones import VGG16
@@ -30,74 +31,296 @@ def arrays():
     return found
 
 
-def params():
-    model = models.create('pspnet', backbone='vgg16', num_classes=2)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes['params'])
+def variables(name='pspnet', channels=3, **options):
+    """Zeros in place of the network's parameters and statistics."""
+    model = models.create(name, num_classes=2, **options)
+    image = jnp.zeros((1, 64, 64, channels))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
-@pytest.mark.parametrize('kind', ['safetensors', 'npz'])
+@pytest.mark.parametrize('kind', ['safetensors', 'npz', 'pth', 'h5'])
 def test_every_array_lands_in_its_place(arrays, tmp_path, kind):
     path = tmp_path / f'weights.{kind}'
-    save_file(arrays, path) if kind == 'safetensors' else np.savez(path, **arrays)
-    loaded, report = pretrained.load_vgg16(params(), path)
-    kernel = loaded['backbone']['conv3_2']['kernel']
-    assert (kernel == arrays['features.12.weight'].transpose(2, 3, 1, 0)).all()
-    assert (loaded['backbone']['conv5_3']['bias'] == arrays['features.28.bias']).all()
+    expected = arrays['features.12.weight'].transpose(2, 3, 1, 0)
+    if kind == 'safetensors':
+        save_file(arrays, path)
+    elif kind == 'npz':
+        np.savez(path, **arrays)
+    elif kind == 'pth':
+        torch = pytest.importorskip('torch', reason='PyTorch writes .pth')
+        torch.save({name: torch.from_numpy(x) for name, x in arrays.items()}, path)
+    else:
+        write_keras_vgg16(arrays, path)
+    loaded, normalization, report = pretrained.load_backbone(variables(backbone='vgg16'), str(path))
+    backbone = loaded['params']['backbone']
+    assert (backbone['conv3_2']['kernel'] == expected).all()
+    assert (backbone['conv5_3']['bias'] == arrays['features.28.bias']).all()
+    stem = arrays['features.0.weight'].transpose(2, 3, 1, 0)
+    turned = stem[:, :, ::-1] if kind == 'h5' else stem  # Keras' VGG16 reads BGR
+    assert (backbone['conv1_1']['kernel'] == turned).all()
+    assert normalization == (pretrained.CAFFE if kind == 'h5' else pretrained.IMAGENET)
     assert '26 arrays of the backbone loaded' in report
     assert 'random: aux, head, pyramid' in report
+
+
+def write_keras_vgg16(arrays, path):
+    """As `save_weights` of Keras 2 lays an .h5 file out."""
+    h5py = pytest.importorskip('h5py', reason='h5py writes .h5')
+    names = [f'block{b}_conv{i}' for b, n in enumerate((2, 2, 3, 3, 3), 1) for i in range(1, n + 1)]
+    with h5py.File(path, 'w') as file:
+        file.attrs['layer_names'] = [name.encode() for name in ('input_1', *names)]
+        file.create_group('input_1').attrs['weight_names'] = np.zeros(0, 'S1')
+        for name, number in zip(names, NUMBERS, strict=True):
+            group = file.create_group(name)
+            weight_names = [f'{name}/kernel:0', f'{name}/bias:0']
+            group.attrs['weight_names'] = [weight.encode() for weight in weight_names]
+            group[weight_names[0]] = arrays[f'features.{number}.weight'].transpose(2, 3, 1, 0)
+            group[weight_names[1]] = arrays[f'features.{number}.bias']
 
 
 def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     """Parameters and average are donated apart: neither may be the other's buffer."""
     save_file(arrays, tmp_path / 'w.safetensors')
     config = tiny_config(
-        **{'model.backbone': 'vgg16', 'model.width': 64, 'model.output_stride': 32}
+        **{
+            'model.backbone': 'vgg16',
+            'model.width': 64,
+            'model.output_stride': 32,
+            'model.pretrained': str(tmp_path / 'w.safetensors'),
+            'data.normalize': 'weights',
+        }
     )
-    config.model.pretrained = str(tmp_path / 'w.safetensors')
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    state, _, intensity = train.start_or_resume(config, model, tx, 3, str(tmp_path))
     expected = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     for tree in (state.params, state.ema_params):
         assert (np.asarray(tree['backbone']['conv1_1']['kernel']) == expected).all()
     placed = train.over_mesh(lambda state, batch: (state, batch))
     placed.step(placed.put_state(state), placed.put_batch(np.zeros((8, 1))))
+    pixel = np.array([[255, 0, 128]], np.uint8)
+    np.testing.assert_allclose(
+        volumes.normalize(pixel, np.array(intensity, np.float32)),
+        (pixel / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
+        atol=1e-5,
+    )
 
 
 def test_both_sides_of_a_difference_are_listed(arrays, tmp_path):
-    wrong = {**arrays, 'features.99.weight': np.zeros((1, 1, 3, 3), np.float32)}
+    wrong = {**arrays}
     del wrong['features.0.bias']
     wrong['features.2.weight'] = np.zeros((64, 32, 3, 3), np.float32)
+    wrong['features.2.gain'] = np.zeros(64, np.float32)
     save_file(wrong, tmp_path / 'w.safetensors')
     with pytest.raises(PretrainedError) as caught:
-        pretrained.load_vgg16(params(), tmp_path / 'w.safetensors')
+        pretrained.load_backbone(variables(backbone='vgg16'), str(tmp_path / 'w.safetensors'))
     message = str(caught.value)
-    assert 'the model has conv1_1/bias, the file has not' in message
-    assert 'the file has (unknown) features.99.weight, the model has not' in message
+    assert 'the model has params/backbone/conv1_1/bias, the file has not' in message
+    assert 'the file has params/backbone/conv1_2/gain, the model has not' in message
     assert 'conv1_2/kernel is (3, 3, 64, 64) in the model, (3, 3, 32, 64) in the file' in message
 
 
-def test_the_classifier_of_a_whole_vgg16_is_left_out(arrays, tmp_path):
-    whole = {**arrays, 'classifier.0.weight': np.zeros((2, 2), np.float32)}
-    save_file(whole, tmp_path / 'w.safetensors')
-    pretrained.load_vgg16(params(), tmp_path / 'w.safetensors')
+def test_a_name_that_no_table_has_is_listed_with_the_nearest_table(arrays):
+    with pytest.raises(
+        PretrainedError, match=r'vgg16 comes nearest, without .* features\.99\.weight'
+    ):
+        pretrained.detect({**arrays, 'features.99.weight': np.zeros(1)}, pretrained.SOURCES)
+
+
+def test_two_rows_for_a_name_and_two_names_for_a_module_are_errors():
+    twice = pretrained.Source((('a{}', 'x{}'), ('a1', 'y')))
+    with pytest.raises(PretrainedError, match='a1 could be x1 or y'):
+        pretrained.module_names(twice, {'a1'})
+    same = pretrained.Source((('a', 'x'), ('b', 'x')))
+    with pytest.raises(PretrainedError, match=r"x is named by \['a', 'b'\]"):
+        pretrained.module_names(same, {'a', 'b'})
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'random'),
+    [
+        ('fcn8s', {}, 'fully_connected, score16, score32, score8, up16, up8'),
+        ('segnet', {'backbone': 'vgg16'}, 'classifier, up1_1, up2_1'),
+        ('dilated', {}, 'classifier, context, fully_connected'),
+        ('deeplab_v1', {}, 'classifier, fully_connected'),
+        ('pspnet', {'backbone': 'vgg16'}, 'aux, head, pyramid'),
+    ],
+)
+def test_vgg16_starts_every_network_that_stands_on_it(arrays, tmp_path, name, options, random):
+    save_file(arrays, tmp_path / 'w.safetensors')
+    _, _, report = pretrained.load_backbone(
+        variables(name, **options), str(tmp_path / 'w.safetensors')
+    )
+    assert '26 arrays' in report
+    assert f'random: {random}' in report
+
+
+def test_the_classifier_of_a_whole_vgg16_becomes_fc6_and_fc7_where_they_fit(arrays, tmp_path):
+    rng = np.random.default_rng(0)
+    fc6 = rng.standard_normal((16, 25088)).astype(np.float32)
+    whole = {
+        **arrays,
+        'classifier.0.weight': fc6,
+        'classifier.0.bias': np.ones(16, np.float32),
+        'classifier.3.weight': rng.standard_normal((16, 16)).astype(np.float32),
+        'classifier.3.bias': np.ones(16, np.float32),
+        'classifier.6.weight': np.zeros((10, 16), np.float32),
+    }
+    path = tmp_path / 'w.safetensors'
+    save_file(whole, path)
+    loaded, _, _ = pretrained.load_backbone(variables('fcn8s', fc_features=16), str(path))
+    kernel = loaded['params']['fully_connected']['fc6']['kernel']
+    features = rng.standard_normal((7, 7, 512)).astype(np.float32)
+    np.testing.assert_allclose(  # on a 7x7 picture of features, what the dense layer computes
+        np.einsum('hwi,hwio->o', features, kernel),
+        fc6 @ features.transpose(2, 0, 1).ravel(),
+        rtol=1e-3,
+        atol=1e-2,
+    )
+    _, _, report = pretrained.load_backbone(variables(backbone='vgg16'), str(path))
+    assert 'left out or changed: fully_connected/fc6/bias' in report
+
+
+@pytest.mark.parametrize('how', ['cycle', 'mean'])
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_other_channels_than_three_get_filters_of_the_same_sum(arrays, tmp_path, channels, how):
+    save_file(arrays, tmp_path / 'w.safetensors')
+    loaded, _, report = pretrained.load_backbone(
+        variables(channels=channels, backbone='vgg16'), str(tmp_path / 'w.safetensors'), stem=how
+    )
+    assert f'conv1_1/kernel from 3 to {channels} channels by {how}' in report
+    kernel = loaded['params']['backbone']['conv1_1']['kernel']
+    rgb = arrays['features.0.weight'].transpose(2, 3, 1, 0)
+    assert kernel.shape == (3, 3, channels, 64)
+    if how == 'mean':
+        np.testing.assert_allclose(kernel.sum(2), rgb.sum(2), atol=1e-5)
+    else:
+        np.testing.assert_allclose(kernel[:, :, 0], rgb[:, :, 0] * 3 / channels, rtol=1e-6)
+    assert pretrained.IMAGENET.intensity(channels).shape == (4, channels)
 
 
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
         ('missing.npz', None, 'is not a file'),
-        ('weights.pth', b'x', 'ends in neither .safetensors nor .npz'),
+        ('weights.ckpt', b'x', 'ends in none of .safetensors, .npz'),
         ('broken.safetensors', b'not safetensors', 'is not a readable weight file'),
         ('broken.npz', b'not npz', 'is not a readable weight file'),
+        ('broken.h5', b'not h5', 'is not a readable weight file|need h5py'),
+        ('broken.pth', b'not pth', 'is not a readable weight file|need torch'),
     ],
 )
 def test_a_file_that_can_not_be_read_is_one_line(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(PretrainedError, match=message):
+    with pytest.raises(PretrainedError, match=message) as caught:
         pretrained.read_arrays(tmp_path / name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch reads .pth')
+
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'harm'), 'w'))
+
+    torch.save({'state_dict': Harm()}, tmp_path / 'w.pth')
+    with pytest.raises(PretrainedError, match='is not a readable weight file'):
+        pretrained.read_arrays(tmp_path / 'w.pth')
+    assert not (tmp_path / 'harm').exists()
+
+
+def test_without_network_it_says_which_file_to_fetch(monkeypatch):
+    hub = pytest.importorskip('huggingface_hub', reason='hf: is read by huggingface_hub')
+
+    def offline(*_):
+        raise ConnectionError('no route')
+
+    monkeypatch.setattr(hub, 'hf_hub_download', offline)
+    with pytest.raises(PretrainedError, match=r'download w\.npz of https://huggingface\.co/a/b in'):
+        pretrained.fetch('hf:a/b/w.npz')
+    monkeypatch.setattr(hub, 'hf_hub_download', lambda repo, file: f'/{repo}/{file}')
+    assert str(pretrained.fetch('hf:timm/resnet18')) == '/timm/resnet18/model.safetensors'
+
+
+# Of each table, a network that has all its modules: what is written backwards reads the same.
+ROUND_TRIPS = {
+    'vgg16': ('pspnet', {'backbone': 'vgg16'}),
+    'vgg16_bn': ('pspnet', {'backbone': 'vgg16_bn'}),
+    'resnet': ('pspnet', {'backbone': 'resnet50'}),
+    'mobilenet_v2': ('pspnet', {'backbone': 'mobilenet_v2'}),
+    'mobilenet_v2 of timm': ('pspnet', {'backbone': 'mobilenet_v2'}),
+    'fcn of torchvision': ('fcn', {}),
+    'deeplabv3 of torchvision': ('deeplab_v3', {'variant': 'torchvision'}),
+    'unet of segmentation_models_pytorch': ('unet', {'backbone': 'resnet34'}),
+    'deeplabv3plus of segmentation_models_pytorch': ('deeplab_v3plus', {'variant': 'smp'}),
+    'pspnet of semseg': ('pspnet', {'deep_stem': True}),
+}
+
+
+@pytest.mark.parametrize('kind', [k for k in pretrained.SOURCES if 'eras' not in k])
+def test_there_and_back_is_the_same(kind, rng):
+    name, options = ROUND_TRIPS[kind]
+    shapes = variables(name, **options)
+    source = pretrained.SOURCES[kind]
+    if kind in pretrained.BACKBONE_SOURCES:
+        shapes = {
+            top: {'backbone': tree['backbone']}
+            for top, tree in shapes.items()
+            if 'backbone' in tree
+        }
+    values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+    theirs = pretrained.to_torch(values, source)
+    assert pretrained.detect(theirs, pretrained.SOURCES).split()[0] == kind.split()[0]
+    back = pretrained.load_network(shapes, 'the test', kind, theirs)
+    for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def keras_file(path, layers):
+    """{layer: {kind: array}} as an .h5 file of Keras 2."""
+    h5py = pytest.importorskip('h5py', reason='h5py writes .h5')
+    with h5py.File(path, 'w') as file:
+        file.attrs['layer_names'] = [name.encode() for name in layers]
+        for layer, kinds in layers.items():
+            group = file.create_group(layer)
+            group.attrs['weight_names'] = [f'{layer}/{kind}:0'.encode() for kind in kinds]
+            for kind, array in kinds.items():
+                group[f'{layer}/{kind}:0'] = array
+
+
+def keras_layers(values, source):
+    """Our variables under a Keras table's names: gamma, beta, moving_mean, kernel ..."""
+    flat = pretrained._flat(values)
+    modules = {name.split('/', 1)[1].rpartition('/')[0] for name in flat}
+    theirs = pretrained.module_names(source, modules, back=True)
+    kinds = {'scale': 'gamma', 'mean': 'moving_mean', 'var': 'moving_variance'}
+    layers = {}
+    for name, array in flat.items():
+        module, _, kind = name.split('/', 1)[1].rpartition('/')
+        norm = f'params/{module}/scale' in flat
+        kind = 'beta' if norm and kind == 'bias' else kinds.get(kind, kind)
+        layers.setdefault(theirs[module], {})[kind] = array
+    return layers
+
+
+def test_the_blogs_network_converts_whatever_numbers_keras_gave_its_layers(tmp_path, rng):
+    source = pretrained.SOURCES['vgg_pspnet of image-segmentation-keras']
+    shapes = variables('vgg_pspnet_blog')
+    values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+    layers = {}
+    for name, kinds in keras_layers(values, source).items():
+        kind, _, rank = name.partition('#')
+        layers[f'{kind}_{int(rank) + 7}' if rank else name] = kinds
+    keras_file(tmp_path / 'w.h5', layers)
+    arrays = pretrained.read_arrays(tmp_path / 'w.h5')
+    kind = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    assert kind == 'vgg_pspnet of image-segmentation-keras'
+    back = pretrained.load_network(shapes, 'the test', kind, arrays)
+    for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def torch_vgg16(arrays, image):
@@ -114,10 +337,9 @@ def torch_vgg16(arrays, image):
 
 
 def check_against_torch(arrays, image):
-    converted = pretrained.vgg16_from_torchvision(arrays)
     tree = {}
-    for name, array in converted.items():
-        layer, kind = name.split('/')
+    for name, array in pretrained.translate(arrays, pretrained.SOURCES['vgg16'], {}).items():
+        *_, layer, kind = name.split('/')
         tree.setdefault(layer, {})[kind] = array
     features = jax.jit(VGG16(output_stride=32).apply)({'params': tree}, image)
     for stride, expected in zip((2, 4, 8, 16, 32), torch_vgg16(arrays, image), strict=True):
@@ -132,7 +354,15 @@ def test_features_equal_pytorchs(arrays, rng):
 @needs_shared
 def test_the_shared_imagenet_weights_load_and_equal_pytorchs(rng):
     path = SHARED / 'weights' / 'vgg16_imagenet.safetensors'
-    _, report = pretrained.load_vgg16(params(), path)
-    assert '14,714,688 values' in report
+    for name, options in (
+        ('fcn8s', {}),
+        ('segnet', {'backbone': 'vgg16'}),
+        ('dilated', {}),
+        ('deeplab_v1', {}),
+        ('vgg_pspnet', {}),
+    ):
+        _, _, report = pretrained.load_backbone(variables(name, **options), str(path))
+        assert '14,714,688 values' in report
+        assert 'random: ' in report
     image = rng.standard_normal((1, 64, 64, 3)).astype(np.float32)
     check_against_torch(pretrained.read_arrays(path), image)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from experiments import tables
+from pspnet_jax import models
 from pspnet_jax.config import RULES
 from tests.conftest import ROOT
 
@@ -41,3 +42,12 @@ def test_modules_configs_and_knobs_exist(command):
 
 def test_the_tables_are_those_of_the_committed_results():
     assert tables.fill(README) == README, 'run python -m experiments.tables'
+
+
+def test_the_page_of_names_has_every_name_of_the_keras_tool():
+    rows = re.findall(r'^\| `(\w+)` \| `([\w:]+)`', (ROOT / 'docs/models.md').read_text(), re.M)
+    assert [theirs for theirs, _ in rows] == list(models.ALIASES)
+    for theirs, ours in rows:
+        name, backbone = (*ours.split(':'), None)[:2]
+        alias = models.ALIASES[theirs]
+        assert (alias.get('name', theirs), alias.get('backbone')) == (name, backbone)

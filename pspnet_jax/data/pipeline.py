@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from pspnet_jax.data.volumes import IMAGENET_INTENSITY, Slices, Volume, normalize
-from pspnet_jax.errors import DataError
+from pspnet_jax.data.volumes import Slices, Volume, normalize
 
 
 def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
@@ -31,18 +30,6 @@ def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
     return weights
 
 
-def intensity_of(normalization: str, measured: np.ndarray) -> np.ndarray:
-    """(4, C) for `volumes.normalize`: the volume's own, or ImageNet's for RGB pictures."""
-    if normalization == 'volume':
-        return measured
-    if measured.shape[-1] != 3:
-        raise DataError(
-            f"data.normalize 'imagenet' needs 3 channels, the images have {measured.shape[-1]}: "
-            "use 'volume'"
-        )
-    return IMAGENET_INTENSITY
-
-
 def batches(
     slices: Slices,
     *,
@@ -51,14 +38,15 @@ def batches(
     seed: int,
     sampling: str,
     lesion_floor: float,
-    normalization: str,
+    intensity: np.ndarray | None,
     threads: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Training batches without end, from `first_step` on; `batch_size` is over all hosts.
 
     `shard` is (index, count) of this host. 'uniform' sampling shuffles each pass over
-    the slices; 'lesion' draws with `lesion_weights`.
+    the slices; 'lesion' draws with `lesion_weights`. `intensity` (4, C) normalises every image
+    alike; None takes each patient's own.
     """
     index, count = shard
     if sampling == 'uniform':
@@ -77,7 +65,7 @@ def batches(
         image, mask = slices.read(int(slices.key[row]))
         measured = slices.intensity[slices.patient[row]]
         return {
-            'image': normalize(image, intensity_of(normalization, measured)),
+            'image': normalize(image, measured if intensity is None else intensity),
             'mask': mask.astype(np.int32),
         }
 
@@ -88,9 +76,11 @@ def batches(
     return iter(dataset)
 
 
-def eval_batches(volume: Volume, batch_size: int, normalization: str) -> Iterator[np.ndarray]:
+def eval_batches(
+    volume: Volume, batch_size: int, intensity: np.ndarray | None
+) -> Iterator[np.ndarray]:
     """The volume's slices, normalised, in batches of one size: the last is padded by zeros."""
-    intensity = intensity_of(normalization, volume.intensity)
+    intensity = volume.intensity if intensity is None else intensity
     for start in range(0, len(volume.image), batch_size):
         image = normalize(volume.image[start : start + batch_size], intensity)
         yield np.pad(image, [(0, batch_size - len(image))] + [(0, 0)] * 3)

@@ -135,12 +135,6 @@ def measure_intensity(image: np.ndarray) -> np.ndarray:
     return np.stack([low, high, mean, np.where(std > 1e-6, std, 1.0)]).astype(np.float32)
 
 
-# uint8 RGB to what an ImageNet network was trained on, in the shape of `measure_intensity`.
-IMAGENET_INTENSITY = 255.0 * np.array(
-    [[0, 0, 0], [1, 1, 1], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32
-)
-
-
 def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
     """... C uint8 -> float32: clipped to low..high, minus mean, over deviation."""
     low, high, mean, std = intensity

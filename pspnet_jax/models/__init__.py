@@ -1,36 +1,147 @@
 """Segmentation networks by name."""
 
 import inspect
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from pspnet_jax.models import backbones
+from pspnet_jax.models.deeplab import DeepLabV1, DeepLabV2, DeepLabV3, DeepLabV3Plus
+from pspnet_jax.models.dilated import DilatedNet
+from pspnet_jax.models.fcn import FCN, DilatedFCN
 from pspnet_jax.models.pspnet import PSPNet, VGGPSPNetBlog
+from pspnet_jax.models.refinenet import RefineNet
+from pspnet_jax.models.segnet import SegNet
+from pspnet_jax.models.unet import BackboneUNet, UNet
 
-MODELS = {
-    'pspnet': PSPNet,
-    'vgg_pspnet_blog': VGGPSPNetBlog,
+# Name -> (module, its backbone where none is asked for, defaults). A default is what the
+# config's None stands for; those that are no knob of the config belong to the name.
+MODELS: dict[str, tuple[type[nn.Module], str | None, dict[str, Any]]] = {
+    'fcn32s': (FCN, 'vgg16', {'stride': 32, 'output_stride': 32}),
+    'fcn16s': (FCN, 'vgg16', {'stride': 16, 'output_stride': 32}),
+    'fcn8s': (FCN, 'vgg16', {'stride': 8, 'output_stride': 32}),
+    'fcn': (DilatedFCN, 'resnet50', {'output_stride': 8, 'dilate_first_block': False}),
+    'unet': (UNet, None, {}),
+    'unet_mini': (UNet, None, {'levels': (0.5, 1, 2)}),
+    'segnet': (SegNet, 'vgg16_bn', {'output_stride': 32}),
+    'dilated': (DilatedNet, 'vgg16', {'output_stride': 8}),
+    'deeplab_v1': (DeepLabV1, 'vgg16', {'output_stride': 8, 'pool': 3}),
+    'deeplab_v2': (DeepLabV2, 'resnet101', {'output_stride': 8, 'pool': 3}),
+    'refinenet': (RefineNet, 'resnet101', {'output_stride': 32}),
+    'pspnet': (PSPNet, 'resnet50', {'output_stride': 8}),
+    'deeplab_v3': (DeepLabV3, 'resnet50', {'output_stride': 16, 'multi_grid': (1, 2, 4)}),
+    'deeplab_v3plus': (DeepLabV3Plus, 'resnet50', {'output_stride': 16}),
+    'vgg_pspnet_blog': (VGGPSPNetBlog, 'vgg16', {'output_stride': 32}),
 }
+# What VGG16 brings beside its convolutions.
+ON_VGG: dict[str, dict[str, Any]] = {
+    'fcn32s': {'fc_features': 4096},
+    'fcn16s': {'fc_features': 4096},
+    'fcn8s': {'fc_features': 4096},
+    'dilated': {'fc_features': 4096},
+    'deeplab_v2': {'fc_features': 1024},
+    'unet': {'center': True},
+}
+# Their decoders undo five halvings, so that no other output stride than 32 fits.
+FIXED_STRIDE = ('fcn32s', 'fcn16s', 'fcn8s', 'segnet', 'vgg_pspnet_blog')
+VARIANTS = {'torchvision': 'deeplab_v3', 'smp': 'deeplab_v3plus'}
+
+# image-segmentation-keras' names -> ours; docs/models.md says what differs.
+ALIASES: dict[str, dict[str, Any]] = {
+    'fcn_8': {'name': 'fcn8s', 'backbone': 'vgg16_bn', 'fc_features': 1024},
+    'fcn_32': {'name': 'fcn32s', 'backbone': 'vgg16_bn', 'fc_features': 1024},
+    'fcn_8_vgg': {'name': 'fcn8s', 'backbone': 'vgg16'},
+    'fcn_32_vgg': {'name': 'fcn32s', 'backbone': 'vgg16'},
+    'fcn_8_resnet50': {'name': 'fcn8s', 'backbone': 'resnet50'},
+    'fcn_32_resnet50': {'name': 'fcn32s', 'backbone': 'resnet50'},
+    'fcn_8_mobilenet': {'name': 'fcn8s', 'backbone': 'mobilenet_v2'},
+    'fcn_32_mobilenet': {'name': 'fcn32s', 'backbone': 'mobilenet_v2'},
+    'pspnet': {},
+    'vgg_pspnet': {'name': 'pspnet', 'backbone': 'vgg16'},
+    'resnet50_pspnet': {'name': 'pspnet', 'backbone': 'resnet50'},
+    'pspnet_50': {'name': 'pspnet', 'backbone': 'resnet50', 'deep_stem': True},
+    'pspnet_101': {'name': 'pspnet', 'backbone': 'resnet101', 'deep_stem': True},
+    'unet_mini': {},
+    'unet': {},
+    'vgg_unet': {'name': 'unet', 'backbone': 'vgg16'},
+    'resnet50_unet': {'name': 'unet', 'backbone': 'resnet50'},
+    'mobilenet_unet': {'name': 'unet', 'backbone': 'mobilenet_v2'},
+    'segnet': {},
+    'vgg_segnet': {'name': 'segnet', 'backbone': 'vgg16'},
+    'resnet50_segnet': {'name': 'segnet', 'backbone': 'resnet50'},
+    'mobilenet_segnet': {'name': 'segnet', 'backbone': 'mobilenet_v2'},
+}
+NAMES = tuple(dict.fromkeys((*MODELS, *ALIASES)))
 
 
-def create(name: str, *, dtype: str = 'float32', **options) -> nn.Module:
+def resolve(
+    name: str, *, backbone: str | None = None, **options
+) -> tuple[type[nn.Module], str | None, dict[str, Any]]:
+    """(module, backbone, options) that a name and the config's values stand for.
+
+    Options that are None take the name's default, else the module's. Raises ValueError for
+    an unknown name, and for a value that the name has decided already.
+    """
+    if name not in NAMES:
+        raise ValueError(f'model {name!r} is not one of {", ".join(NAMES)}')
+    alias = dict(ALIASES.get(name, {}))
+    options = {key: value for key, value in options.items() if value is not None}
+    if backbone is not None and backbone != alias.get('backbone', backbone):
+        raise ValueError(
+            f'{name} stands on {alias["backbone"]}, not on {backbone}: leave model.backbone '
+            f'as None, or use model.name={alias["name"]}'
+        )
+    name, backbone = alias.pop('name', name), alias.pop('backbone', backbone)
+    make, own_backbone, defaults = MODELS[name]
+    if name == 'unet' and backbone is not None:
+        make, defaults = BackboneUNet, {'output_stride': 32}
+    elif own_backbone is None and backbone is not None:
+        raise ValueError(f'{name} has its own encoder, no {backbone}: use unet')
+    if name == 'vgg_pspnet_blog' and backbone not in (None, 'vgg16'):
+        raise ValueError(f'vgg_pspnet_blog stands on vgg16, not on {backbone}: use pspnet')
+    if name in FIXED_STRIDE and options.get('output_stride', 32) != 32:
+        raise ValueError(
+            f'{name} has output stride 32, not {options["output_stride"]}: leave it as None'
+        )
+    if VARIANTS.get(options.get('variant'), name) != name:
+        raise ValueError(
+            f'variant {options["variant"]!r} is one of {VARIANTS[options["variant"]]}, {name} has '
+            "only 'paper'"
+        )
+    backbone = backbone or own_backbone
+    if backbone is not None and backbone.startswith('vgg'):
+        defaults = defaults | ON_VGG.get(name, {})
+    return make, backbone, {**defaults, **alias, **options}
+
+
+def create(name: str, *, num_classes: int, dtype: str = 'float32', **options) -> nn.Module:
     """The network `name` as a Flax module: B H W C float -> {'logits': B H W K, ...}.
 
     `options` are plain values (the config's `model` section); those that the network
     does not have are left out, so that one section serves every network. Parameters,
     BatchNorm statistics and logits are float32 whatever `dtype` computes in.
-    Raises ValueError for an unknown name or fewer than two classes.
+    Raises ValueError for an unknown name or value, or fewer than two classes.
     """
-    if name not in MODELS:
-        raise ValueError(f'model {name!r} is not one of {", ".join(MODELS)}')
-    if options['num_classes'] < 2:
+    if num_classes < 2:
         raise ValueError(
-            f'num_classes {options["num_classes"]} is below 2: background is a class too, '
+            f'num_classes {num_classes} is below 2: background is a class too, '
             'so a single structure needs num_classes=2'
         )
-    known = inspect.signature(MODELS[name]).parameters
-    options = {key: value for key, value in options.items() if key in known}
-    return MODELS[name](dtype=jnp.dtype(dtype), **options)
+    make, backbone, options = resolve(name, **options)
+    options |= {'num_classes': num_classes, 'dtype': jnp.dtype(dtype)}
+    if backbone is not None:
+        options['backbone'] = backbones.create(backbone, **options)
+    known = inspect.signature(make).parameters
+    return make(**{key: value for key, value in options.items() if key in known})
 
 
-__all__ = ['MODELS', 'PSPNet', 'VGGPSPNetBlog', 'create']
+def over_axis(model: nn.Module, axis_name: str) -> nn.Module:
+    """The same network, its BatchNorm and dropout those of the batch over a mapped axis."""
+    changes = {'axis_name': axis_name}
+    if hasattr(model, 'backbone'):
+        changes['backbone'] = model.backbone.clone(axis_name=axis_name)
+    return model.clone(**changes)
+
+
+__all__ = ['ALIASES', 'MODELS', 'NAMES', 'create', 'over_axis', 'resolve']

@@ -1,25 +1,29 @@
-"""Dilated VGG16 and ResNet: image -> {nominal stride: features}.
+"""Backbones: image -> {nominal stride: features}, at output stride 8, 16 or 32.
 
-Simonyan and Zisserman 2015 (arXiv 1409.1556), configuration D; He et al. 2016
-(arXiv 1512.03385), with the stride in the 3x3 convolution as torchvision and
-semseg have it. Dilation as in Yu and Koltun 2016 and Zhao et al. 2017, section 3.
+VGG16 (Simonyan and Zisserman 2015, arXiv 1409.1556, configuration D), with and without
+BatchNorm; ResNet (He et al. 2016, arXiv 1512.03385); MobileNetV2 (Sandler et al. 2018,
+arXiv 1801.04381). Dilation as in Yu and Koltun 2016 and Zhao et al. 2017, section 3.
 
 A backbone returns the same dictionary whatever its output stride: the key is the
 stride that the undilated network has there, the value's true stride is
 min(key, output_stride). No decoder needs to know which backbone it stands on.
 
-| key | VGG16                | ResNet  |
-|-----|----------------------|---------|
-| 2   | pool1                | stem    |
-| 4   | pool2                | layer1  |
-| 8   | pool3                | layer2  |
-| 16  | pool4 (see below)    | layer3  |
-| 32  | pool5 (see below)    | layer4  |
+| key | VGG16                | ResNet  | MobileNetV2        | channels: VGG, ResNet-50, Mobile |
+|-----|----------------------|---------|--------------------|----------------------------------|
+| 2   | pool1                | stem    | block 1            | 64, 64, 16                       |
+| 4   | pool2                | layer1  | block 3            | 128, 256, 24                     |
+| 8   | pool3                | layer2  | block 6            | 256, 512, 32                     |
+| 16  | pool4 (see below)    | layer3  | block 13           | 512, 1024, 96                    |
+| 32  | pool5 (see below)    | layer4  | block 18, the head | 512, 2048, 1280                  |
 
-VGG16 at output stride 8 leaves out pool4 and pool5 and dilates block 5 by 2, at
-16 it leaves out pool5 (there is no convolution behind it to dilate); so features
-16 and 32 are then the outputs of blocks 4 and 5 themselves.
+VGG16 also gives, at -2 .. -32, what was pooled into 2 .. 32: the blocks themselves. At output
+stride 8 it leaves out pool4 and pool5 and dilates block 5 by 2, at 16 it leaves out pool5
+(there is no convolution behind it to dilate); so features 16 and 32 are then the
+outputs of blocks 4 and 5 themselves. With `pool` 3 it pools as DeepLab's VGG16 does, 3x3,
+and keeps the pools that it would leave out, at stride 1.
 """
+
+import inspect
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -30,11 +34,14 @@ OUTPUT_STRIDES = (8, 16, 32)
 
 
 class VGG16(nn.Module):
-    """B H W C -> {2, 4, 8, 16, 32: B h w C'}, C' = width * (1, 2, 4, 8, 8)."""
+    """B H W C -> {2 .. 32, -2 .. -32: B h w C'}, C' = width * (1, 2, 4, 8, 8)."""
 
-    output_stride: int = 8
+    output_stride: int = 32
     width: int = 64
+    norm: bool = False  # BatchNorm behind each convolution
+    pool: int = 2  # its window; its stride is 2
     dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -49,24 +56,30 @@ class VGG16(nn.Module):
                     dtype=self.dtype,
                     name=f'conv{block}_{i}',
                 )(x)
+                if self.norm:
+                    x = batch_norm(train, self.dtype, self.axis_name, f'bn{block}_{i}')(x)
                 x = nn.relu(x)
+            features[-(2**block)] = x
+            pad = ((self.pool // 2,) * 2,) * 2 if self.pool % 2 else 'VALID'
             if stride < self.output_stride:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = nn.max_pool(x, (self.pool,) * 2, (2, 2), pad)
                 stride *= 2
             else:
                 dilation *= 2
+                if self.pool % 2:
+                    x = nn.max_pool(x, (self.pool,) * 2, (1, 1), pad)
             features[2**block] = x
         return features
 
 
 class Bottleneck(nn.Module):
-    """1x1 -> 3x3 (stride, first dilation) -> 1x1 of 4x the width, and the shortcut."""
+    """1x1 -> 3x3 (stride, dilation) -> 1x1 of 4x the width, and the shortcut."""
 
     width: int
     stride: int
-    first_dilation: int
     dilation: int
     project: bool
+    stride_in_1x1: bool
     dtype: jnp.dtype
     axis_name: str | None
 
@@ -75,15 +88,12 @@ class Bottleneck(nn.Module):
         def norm(name):
             return batch_norm(train, self.dtype, self.axis_name, name)
 
-        y = conv(self.width, 1, dtype=self.dtype, name='conv1')(x)
+        first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
+        y = conv(self.width, 1, stride=first, dtype=self.dtype, name='conv1')(x)
         y = nn.relu(norm('bn1')(y))
-        y = conv(
-            self.width,
-            stride=self.stride,
-            dilation=self.first_dilation,
-            dtype=self.dtype,
-            name='conv2',
-        )(y)
+        y = conv(self.width, stride=second, dilation=self.dilation, dtype=self.dtype, name='conv2')(
+            y
+        )
         y = nn.relu(norm('bn2')(y))
         y = norm('bn3')(conv(4 * self.width, 1, dtype=self.dtype, name='conv3')(y))
         if self.project:
@@ -93,12 +103,12 @@ class Bottleneck(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """3x3 (stride, first dilation) -> 3x3 (dilation), and the shortcut."""
+    """3x3 (stride, dilation) -> 3x3 (next dilation), and the shortcut."""
 
     width: int
     stride: int
-    first_dilation: int
     dilation: int
+    next_dilation: int
     project: bool
     dtype: jnp.dtype
     axis_name: str | None
@@ -109,14 +119,10 @@ class BasicBlock(nn.Module):
             return batch_norm(train, self.dtype, self.axis_name, name)
 
         y = conv(
-            self.width,
-            stride=self.stride,
-            dilation=self.first_dilation,
-            dtype=self.dtype,
-            name='conv1',
+            self.width, stride=self.stride, dilation=self.dilation, dtype=self.dtype, name='conv1'
         )(x)
         y = nn.relu(norm('bn1')(y))
-        y = conv(self.width, dilation=self.dilation, dtype=self.dtype, name='conv2')(y)
+        y = conv(self.width, dilation=self.next_dilation, dtype=self.dtype, name='conv2')(y)
         y = norm('bn2')(y)
         if self.project:
             x = conv(self.width, 1, stride=self.stride, dtype=self.dtype, name='downsample')(x)
@@ -125,10 +131,11 @@ class BasicBlock(nn.Module):
 
 
 RESNETS = {
-    'resnet18': (BasicBlock, 1, (2, 2, 2, 2)),
-    'resnet34': (BasicBlock, 1, (3, 4, 6, 3)),
-    'resnet50': (Bottleneck, 4, (3, 4, 6, 3)),
-    'resnet101': (Bottleneck, 4, (3, 4, 23, 3)),
+    'resnet18': (2, 2, 2, 2),
+    'resnet34': (3, 4, 6, 3),
+    'resnet50': (3, 4, 6, 3),
+    'resnet101': (3, 4, 23, 3),
+    'resnet152': (3, 8, 36, 3),
 }
 
 
@@ -138,13 +145,17 @@ class ResNet(nn.Module):
     With `dilate_first_block` every 3x3 of a dilated layer has that layer's dilation
     (semseg, the paper's authors). Without, the first block keeps the dilation before it
     (torchvision): then the network computes on its grid exactly what the strided one does.
+    `multi_grid` multiplies the dilation of layer4's blocks in turn (DeepLab v3).
+    `stride_in_1x1` puts a bottleneck's stride where He et al. and Keras have it.
     """
 
     name_of_depth: str = 'resnet50'
-    output_stride: int = 8
+    output_stride: int = 32
     width: int = 64
     deep_stem: bool = False
     dilate_first_block: bool = True
+    stride_in_1x1: bool = False
+    multi_grid: tuple[int, ...] = (1, 1, 1)
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
@@ -164,65 +175,152 @@ class ResNet(nn.Module):
         features = {2: x}
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
-        block, expansion, depths = RESNETS[self.name_of_depth]
+        bottleneck = self.name_of_depth not in ('resnet18', 'resnet34')
+        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         true_stride, dilation = 4, 1
-        for layer, depth in enumerate(depths, start=1):
+        for layer, depth in enumerate(RESNETS[self.name_of_depth], start=1):
             width = self.width * 2 ** (layer - 1)
-            stride = 1 if layer == 1 else 2
-            first_dilation = dilation
+            stride, before = 1 if layer == 1 else 2, dilation
             if true_stride * stride > self.output_stride:
                 stride, dilation = 1, 2 * dilation
-            if self.dilate_first_block:
-                first_dilation = dilation
             true_stride *= stride
             for i in range(depth):
-                x = block(
-                    width=width,
-                    stride=stride if i == 0 else 1,
-                    first_dilation=dilation if i else first_dilation,
-                    dilation=dilation,
-                    project=i == 0 and (layer > 1 or x.shape[-1] != expansion * width),
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    name=f'layer{layer}_{i}',
-                )(x, train)
+                first = before if i == 0 and not self.dilate_first_block else dilation
+                grid = self.multi_grid[i % len(self.multi_grid)] if layer == 4 else 1
+                block = {
+                    'width': width,
+                    'stride': stride if i == 0 else 1,
+                    'dilation': first * grid,
+                    'project': i == 0
+                    and (layer > 1 or x.shape[-1] != (4 if bottleneck else 1) * width),
+                    'name': f'layer{layer}_{i}',
+                    **shared,
+                }
+                if bottleneck:
+                    x = Bottleneck(stride_in_1x1=self.stride_in_1x1, **block)(x, train)
+                else:
+                    x = BasicBlock(next_dilation=dilation * grid, **block)(x, train)
             features[2 ** (layer + 1)] = x
         return features
 
 
-BACKBONES = ('vgg16', *RESNETS)
+class InvertedResidual(nn.Module):
+    """1x1 to `expand` times the channels -> depthwise 3x3 -> linear 1x1, and the shortcut."""
+
+    features: int
+    expand: int
+    shortcut: bool
+    stride: int
+    dilation: int
+    dtype: jnp.dtype
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        def norm(name, x):
+            return batch_norm(train, self.dtype, self.axis_name, name)(x)
+
+        y, wide = x, self.expand * x.shape[-1]
+        if self.expand > 1:
+            y = conv(wide, 1, dtype=self.dtype, name='expand')(y)
+            y = nn.relu6(norm('expand_bn', y))
+        y = conv(
+            wide,
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=wide,
+            dtype=self.dtype,
+            name='depthwise',
+        )(y)
+        y = nn.relu6(norm('depthwise_bn', y))
+        y = norm('project_bn', conv(self.features, 1, dtype=self.dtype, name='project')(y))
+        return x + y if self.shortcut else y
 
 
-def create(
-    name: str,
-    *,
-    output_stride: int,
-    width: int = 64,
-    deep_stem: bool = False,
-    dilate_first_block: bool = True,
-    dtype: jnp.dtype = jnp.float32,
-    axis_name: str | None = None,
-) -> nn.Module:
-    """The backbone called `name`, as submodule 'backbone' of the model that calls.
+class MobileNetV2(nn.Module):
+    """B H W C -> {2, 4, 8, 16, 32: B h w C'}; `width` 64 is the published width 1.0.
 
-    Raises ValueError for an unknown name, an output stride other than 8, 16 or 32,
-    or a deep stem on VGG16.
+    `dilate_first_block` as in `ResNet`: whether the depthwise 3x3 that has lost its stride
+    takes the new dilation.
+    """
+
+    # expansion, channels, blocks, stride; the nominal stride behind them
+    layout = (
+        (1, 16, 1, 1, 2),
+        (6, 24, 2, 2, 4),
+        (6, 32, 3, 2, 8),
+        (6, 64, 4, 2, 16),
+        (6, 96, 3, 1, 16),
+        (6, 160, 3, 2, 32),
+        (6, 320, 1, 1, 32),
+    )
+
+    output_stride: int = 32
+    width: int = 64
+    dilate_first_block: bool = True
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+
+        def scaled(channels):  # to a multiple of 8, not below 90 % of what was asked for
+            wanted = channels * self.width / 64
+            nearest = max(8, int(wanted + 4) // 8 * 8)
+            return nearest if nearest >= 0.9 * wanted else nearest + 8
+
+        def conv_norm(x, features, kernel, stride, name):
+            x = conv(features, kernel, stride=stride, dtype=self.dtype, name=name)(x)
+            return nn.relu6(batch_norm(train, **shared, name=f'{name}_bn')(x))
+
+        x = conv_norm(x, scaled(32), 3, 2, 'stem')
+        features, true_stride, dilation, number = {}, 2, 1, 1
+        for expand, channels, depth, stride, nominal in self.layout:
+            before = dilation
+            if true_stride * stride > self.output_stride:
+                stride, dilation = 1, 2 * dilation
+            true_stride *= stride
+            for i in range(depth):
+                x = InvertedResidual(
+                    features=scaled(channels),
+                    expand=expand,
+                    shortcut=i > 0,
+                    stride=stride if i == 0 else 1,
+                    dilation=before if i == 0 and not self.dilate_first_block else dilation,
+                    name=f'block{number}',
+                    **shared,
+                )(x, train)
+                number += 1
+            features[nominal] = x
+        # Narrower than published, the head keeps its 1280 channels in the paper; here it
+        # shrinks too, since small networks are what a small width is asked for.
+        features[32] = conv_norm(x, scaled(1280), 1, 1, 'head')
+        return features
+
+
+BACKBONES = {
+    'vgg16': (VGG16, {}),
+    'vgg16_bn': (VGG16, {'norm': True}),
+    **{name: (ResNet, {'name_of_depth': name}) for name in RESNETS},
+    'mobilenet_v2': (MobileNetV2, {}),
+}
+
+
+def create(name: str, *, output_stride: int, **options) -> nn.Module:
+    """The backbone called `name`; options that it does not have are left out.
+
+    Raises ValueError for an unknown name, an output stride other than 8, 16 or 32, or an
+    option of ResNets asked of another.
     """
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f'output_stride {output_stride} is not one of {OUTPUT_STRIDES}')
-    if name == 'vgg16':
-        if deep_stem:
-            raise ValueError('deep_stem is a ResNet option: set it to False for vgg16')
-        return VGG16(output_stride, width, dtype, name='backbone')
-    if name not in RESNETS:
+    if name not in BACKBONES:
         raise ValueError(f'backbone {name!r} is not one of {", ".join(BACKBONES)}')
-    return ResNet(
-        name,
-        output_stride,
-        width,
-        deep_stem,
-        dilate_first_block,
-        dtype,
-        axis_name,
-        name='backbone',
-    )
+    make, own = BACKBONES[name]
+    known = inspect.signature(make).parameters
+    for key in ('deep_stem', 'stride_in_1x1'):
+        if options.get(key) and key not in known:
+            raise ValueError(f'{key} is a ResNet option: set it to False for {name}')
+    options = {key: value for key, value in options.items() if key in known}
+    return make(output_stride=output_stride, **options, **own)

@@ -5,12 +5,14 @@ so with static shapes each is a small constant matrix and both are two einsums:
 exact, differentiable, exportable, and the same on every platform.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+HE_NORMAL = nn.initializers.he_normal()
 
 
 def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray:
@@ -67,6 +69,13 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> 
         resize_matrix(h, size[0], align_corners=align_corners),
         resize_matrix(w, size[1], align_corners=align_corners),
     )
+
+
+def resize_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """B h w C -> B H W C; cell i takes floor(i h / H), PyTorch's `mode='nearest'`."""
+    _, h, w, _ = x.shape
+    rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
+    return x[:, rows][:, :, columns]
 
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
@@ -153,7 +162,9 @@ def conv(
     *,
     stride: int = 1,
     dilation: int = 1,
+    groups: int = 1,
     use_bias: bool = False,
+    kernel_init: Callable = HE_NORMAL,
     dtype: jnp.dtype = jnp.float32,
     name: str | None = None,
 ) -> nn.Conv:
@@ -165,9 +176,10 @@ def conv(
         strides=stride,
         padding=((pad, pad), (pad, pad)),
         kernel_dilation=dilation,
+        feature_group_count=groups,
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=nn.initializers.he_normal(),
+        kernel_init=kernel_init,
         conv_general_dilated=conv_general_dilated,
         name=name,
     )
@@ -196,23 +208,51 @@ class ConvNorm(nn.Module):
 
     features: int
     kernel: int = 3
+    dilation: int = 1
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train: bool):
-        x = conv(self.features, self.kernel, dtype=self.dtype, name='conv')(x)
+        x = conv(self.features, self.kernel, dilation=self.dilation, dtype=self.dtype, name='conv')(
+            x
+        )
         return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
 
 
-class Dropout2d(nn.Module):
-    """Drop whole channels of whole examples (`torch.nn.Dropout2d`).
+class SeparableConvNorm(nn.Module):
+    """Depthwise 3x3 -> 1x1 -> BatchNorm -> ReLU, with BatchNorm and ReLU between if asked for."""
+
+    features: int
+    dilation: int = 1
+    norm_between: bool = True
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = conv(
+            x.shape[-1],
+            dilation=self.dilation,
+            groups=x.shape[-1],
+            dtype=self.dtype,
+            name='depthwise',
+        )(x)
+        if self.norm_between:
+            x = nn.relu(batch_norm(train, self.dtype, self.axis_name, 'depthwise_bn')(x))
+        x = conv(self.features, 1, dtype=self.dtype, name='pointwise')(x)
+        return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
+
+
+class Dropout(nn.Module):
+    """`torch.nn.Dropout`; with `whole_channels`, of whole channels (`torch.nn.Dropout2d`).
 
     Each example of the global batch has its own key, so the mask does not depend
     on how many devices share the batch, nor on jit or pmap.
     """
 
     rate: float
+    whole_channels: bool = False
     axis_name: str | None = None
 
     @nn.compact
@@ -220,13 +260,92 @@ class Dropout2d(nn.Module):
         if not train or self.rate == 0.0:
             return x
         key, keep = self.make_rng('dropout'), 1.0 - self.rate
+        shape = (1, 1, x.shape[-1]) if self.whole_channels else x.shape[1:]
         index = global_indices(x.shape[0], self.axis_name)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-        mask = jax.vmap(lambda k: jax.random.bernoulli(k, keep, x.shape[-1:]))(keys)
-        return x * (mask[:, None, None, :] / keep).astype(x.dtype)
+        mask = jax.vmap(lambda k: jax.random.bernoulli(k, keep, shape))(keys)
+        return x * (mask / keep).astype(x.dtype)
+
+
+def score(x: jax.Array, num_classes: int, kernel: int = 1, **options) -> jax.Array:
+    """Convolution with bias to K classes, in float32 whatever computed x."""
+    return conv(num_classes, kernel, use_bias=True, **options)(x.astype(jnp.float32))
+
+
+class Head(nn.Module):
+    """3x3 ConvNorm -> dropout -> 1x1 to K classes; logits are float32.
+
+    semseg drops whole channels in both its heads, torchvision single values in its FCN's.
+    """
+
+    features: int
+    num_classes: int
+    dropout: float
+    whole_channels: bool = True
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+        x = ConvNorm(self.features, 3, **shared, name='project')(x, train)
+        x = Dropout(self.dropout, self.whole_channels, self.axis_name)(x, train)
+        return score(x, self.num_classes, name='classifier')
 
 
 def global_indices(batch: int, axis_name: str | None) -> jax.Array:
     """Place of each local example in the global batch, (batch,) int32."""
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch
     return first + jnp.arange(batch)
+
+
+def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+    """B H W C, zeros below and to the right up to the next multiple of both sizes."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, -x.shape[2] % multiple), (0, 0)))
+
+
+def bilinear_kernel(key, shape, dtype=jnp.float32):
+    """(2s, 2s, C, C) that interpolates by s, each channel from itself (Long 2015, section 3.3)."""
+    size, _, features_in, features_out = shape
+    ramp = 1.0 - np.abs(np.arange(size) + 0.5 - size / 2) / (size / 2)
+    return jnp.asarray(
+        np.outer(ramp, ramp)[:, :, None, None] * np.eye(features_in, features_out), dtype
+    )
+
+
+def bilinear_upsample(features: int, stride: int, name: str | None = None) -> nn.ConvTranspose:
+    """Learned transposed convolution, `stride` times as large, that starts out bilinear.
+
+    `torch.nn.ConvTranspose2d(features, features, 2 * stride, stride, stride // 2, bias=False)`.
+    """
+    size = 2 * stride
+    pad = size - 1 - stride // 2
+    return nn.ConvTranspose(
+        features,
+        (size, size),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        kernel_init=bilinear_kernel,
+        name=name,
+    )
+
+
+def windows_2x2(x: jax.Array) -> jax.Array:
+    """B 2h 2w C -> B h w 4 C, each window's cells in reading order."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // 2, 2, W // 2, 2, C)
+    return jnp.moveaxis(x, 3, 2).reshape(B, H // 2, W // 2, 4, C)
+
+
+def max_unpool(x: jax.Array, before: jax.Array) -> jax.Array:
+    """B h w C -> B 2h 2w C: each value to where its window of `before` had its maximum.
+
+    `torch.nn.MaxUnpool2d(2)` with the indices of `MaxPool2d(2)` on `before`, B 2h 2w C;
+    of equal values the first counts. No gather, no scatter: it jits and exports anywhere.
+    """
+    B, h, w, C = x.shape
+    largest = jnp.argmax(windows_2x2(before), axis=3)  # B h w C
+    placed = x[:, :, :, None] * jax.nn.one_hot(largest, 4, axis=3, dtype=x.dtype)
+    placed = jnp.moveaxis(placed.reshape(B, h, w, 2, 2, C), 2, 3)
+    return placed.reshape(B, 2 * h, 2 * w, C)

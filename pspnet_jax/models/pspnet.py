@@ -18,8 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pspnet_jax.models import backbones
-from pspnet_jax.models.layers import ConvNorm, Dropout2d, adaptive_pool, conv, resize
+from pspnet_jax.models.layers import ConvNorm, Head, adaptive_pool, conv, resize, score
 
 
 class PyramidPooling(nn.Module):
@@ -32,41 +31,20 @@ class PyramidPooling(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         _, h, w, channels = x.shape
+        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         branches = [x]
         for bins in self.bins:
             y = adaptive_pool(x, bins)
-            y = ConvNorm(
-                channels // len(self.bins), 1, self.dtype, self.axis_name, name=f'bin{bins}'
-            )(y, train)
+            y = ConvNorm(channels // len(self.bins), 1, **shared, name=f'bin{bins}')(y, train)
             branches.append(resize(y, (h, w)))
         return jnp.concatenate(branches, axis=-1)
-
-
-class Head(nn.Module):
-    """3x3 ConvNorm -> Dropout2d -> 1x1 to K classes; logits are float32."""
-
-    features: int
-    num_classes: int
-    dropout: float
-    dtype: jnp.dtype = jnp.float32
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = ConvNorm(self.features, 3, self.dtype, self.axis_name, name='project')(x, train)
-        x = Dropout2d(self.dropout, self.axis_name)(x, train)
-        classifier = conv(self.num_classes, 1, use_bias=True, dtype=jnp.float32, name='classifier')
-        return classifier(x.astype(jnp.float32))
 
 
 class PSPNet(nn.Module):
     """B H W C -> {'logits': B H W K, and in training 'aux': B H W K}, float32."""
 
     num_classes: int
-    backbone: str = 'resnet50'
-    output_stride: int = 8
-    deep_stem: bool = False
-    dilate_first_block: bool = True
+    backbone: nn.Module
     width: int = 64
     bins: tuple[int, ...] = (1, 2, 3, 6)
     dropout: float = 0.1
@@ -77,22 +55,20 @@ class PSPNet(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         size = image.shape[1:3]
-        features = backbones.create(
-            self.backbone,
-            output_stride=self.output_stride,
-            width=self.width,
-            deep_stem=self.deep_stem,
-            dilate_first_block=self.dilate_first_block,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )(image.astype(self.dtype), train)
-        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
-        x = PyramidPooling(self.bins, **shared, name='pyramid')(features[32], train)
-        x = Head(8 * self.width, self.num_classes, self.dropout, **shared, name='head')(x, train)
-        out = {'logits': resize(x, size)}
+        features = self.backbone(image.astype(self.dtype), train)
+        head = {
+            'num_classes': self.num_classes,
+            'dropout': self.dropout,
+            'dtype': self.dtype,
+            'axis_name': self.axis_name,
+        }
+        x = PyramidPooling(self.bins, self.dtype, self.axis_name, name='pyramid')(
+            features[32], train
+        )
+        out = {'logits': resize(Head(8 * self.width, **head, name='head')(x, train), size)}
         if self.aux_head and (train or self.is_initializing()):
-            aux = Head(4 * self.width, self.num_classes, self.dropout, **shared, name='aux')
-            out['aux'] = resize(aux(features[16], train), size)
+            x = Head(4 * self.width, **head, name='aux')(features[16], train)
+            out['aux'] = resize(x, size)
         return out
 
 
@@ -100,6 +76,7 @@ class VGGPSPNetBlog(nn.Module):
     """B H W C -> {'logits': B H/4 W/4 K}, float32 (`vgg_pspnet` as the blog ran it)."""
 
     num_classes: int
+    backbone: nn.Module
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
@@ -117,13 +94,12 @@ class VGGPSPNetBlog(nn.Module):
             )(x)
             return nn.relu(x)
 
-        backbone = backbones.create('vgg16', output_stride=32, dtype=self.dtype)
-        x = backbone(image.astype(self.dtype), train)[32]  # B H/32 W/32 512
+        x = self.backbone(image.astype(self.dtype), train)[32]  # B H/32 W/32 512
         _, h, w, _ = x.shape
         branches = [x]
         for bins in (1, 2, 3, 6):
             y = conv_norm(512, f'bin{bins}', adaptive_pool(x, bins))
             branches.append(resize(y, (h, w), align_corners=False))
         x = conv_norm(512, 'project', jnp.concatenate(branches, axis=-1))
-        x = conv(self.num_classes, 3, use_bias=True, name='classifier')(x.astype(jnp.float32))
+        x = score(x, self.num_classes, 3, name='classifier')
         return {'logits': resize(x, (8 * h, 8 * w), align_corners=False)}  # B H/4 W/4 K

@@ -1,0 +1,102 @@
+"""U-Net (Ronneberger, Fischer and Brox 2015, arXiv 1505.04597).
+
+`UNet` is figure 1: 64 to 1024 features, two 3x3s a level, max pooling down, 2x2 transposed
+convolutions up, skips concatenated, dropout at the end of the contracting path.
+Deviations: the convolutions are padded, so that the output has the image's size, which is
+itself padded at its far edges to a multiple of 16; BatchNorm behind each convolution
+unless `batch_norm` is off (the paper has none). `unet_mini` has 2 levels from 32 features.
+
+`BackboneUNet` puts the decoder on a classifier's features, as segmentation_models_pytorch
+0.6 does (its `Unet`, the same numbers): nearest upsampling to the size of the skip, skips at
+strides 16, 8, 4, 2 and, where the backbone has features there, 1; from VGG16 each block as it
+is before its pooling, and two more 3x3s at the bottom (`center`).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pspnet_jax.models.layers import (
+    ConvNorm,
+    Dropout,
+    batch_norm,
+    conv,
+    pad_to_multiple,
+    resize_nearest,
+    score,
+)
+
+
+class UNet(nn.Module):
+    """B H W C -> {'logits': B H W K}, float32."""
+
+    num_classes: int
+    width: int = 64
+    levels: tuple[float, ...] = (1, 2, 4, 8, 16)  # features of each, times the width
+    batch_norm: bool = True
+    dropout: float = 0.5
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        options = {'use_bias': not self.batch_norm, 'dtype': self.dtype}
+
+        def two_convs(x, features, name):
+            for i in (1, 2):
+                x = conv(features, **options, name=f'{name}_conv{i}')(x)
+                if self.batch_norm:
+                    x = batch_norm(train, self.dtype, self.axis_name, f'{name}_bn{i}')(x)
+                x = nn.relu(x)
+            return x
+
+        H, W = image.shape[1:3]
+        *widths, deepest = (int(self.width * level) for level in self.levels)
+        x = pad_to_multiple(image, 2 ** len(widths)).astype(self.dtype)
+        skips = []
+        for level, features in enumerate(widths):
+            x = two_convs(x, features, f'down{level}')
+            skips.append(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = two_convs(x, deepest, 'deepest')
+        x = Dropout(self.dropout, axis_name=self.axis_name)(x, train)
+        for level, features in reversed(list(enumerate(widths))):
+            x = nn.ConvTranspose(
+                features, (2, 2), (2, 2), 'VALID', dtype=self.dtype, name=f'up{level}'
+            )(x)
+            x = jnp.concatenate([skips[level], x], axis=-1)
+            x = two_convs(x, features, f'up{level}')
+        return {'logits': score(x, self.num_classes, name='classifier')[:, :H, :W]}
+
+
+class BackboneUNet(nn.Module):
+    """B H W C -> {'logits': B H W K}, float32."""
+
+    num_classes: int
+    backbone: nn.Module
+    width: int = 64
+    center: bool = False
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        size = image.shape[1:3]
+        features = self.backbone(image.astype(self.dtype), train)
+
+        def two_convs(x, channels, name):
+            for j in (1, 2):
+                shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+                x = ConvNorm(channels, **shared, name=f'{name}_{j}')(x, train)
+            return x
+
+        x = features[32]
+        if self.center:
+            x = two_convs(x, x.shape[-1], 'center')
+        for i, stride in enumerate((16, 8, 4, 2, 1)):
+            skip = features.get(-2 * stride, features.get(stride))
+            x = resize_nearest(x, size if skip is None else skip.shape[1:3])
+            if skip is not None:
+                x = jnp.concatenate([x, skip], axis=-1)
+            x = two_convs(x, 4 * self.width // 2**i, f'up{i}')
+        return {'logits': score(x, self.num_classes, 3, name='classifier')}

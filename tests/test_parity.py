@@ -1,0 +1,414 @@
+"""Converted weights compute what the original computes: forward in both modes, and gradients.
+
+Random weights and random BatchNorm statistics, float32. The originals are PyTorch's and
+Keras' own; each is skipped where it is not installed.
+"""
+
+import functools
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import models
+from pspnet_jax.models import backbones, pretrained
+
+torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+SIZES = (65, 97, 128)
+# Quick to compile; the numbers are those of the default to rounding.
+FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+
+
+def import_torchvision():
+    """torchvision's models are pure Python; two operators must be known before its import."""
+    if not hasattr(torch.ops.torchvision, 'nms'):
+        library = torch.library.Library('torchvision', 'DEF')
+        for name in ('nms', 'qnms'):
+            library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        import_torchvision.library = library  # its definitions live as long as it does
+    return pytest.importorskip('torchvision', reason='torchvision is the reference')
+
+
+def randomize(module, seed=0):
+    """Random weights and BatchNorm statistics, which stay as they are; no dropout.
+
+    The scales are those at which a network fifty layers deep does not amplify rounding:
+    at larger ones PyTorch's own float32 is 1e-4 away from its float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        return tensor.uniform_(low, high, generator=generator)
+
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                layer.momentum = 0.0  # a pass in training mode leaves the statistics
+                uniform(layer.weight, 0.2, 0.6)
+                uniform(layer.bias, -0.3, 0.3)
+                uniform(layer.running_mean, -0.3, 0.3)
+                uniform(layer.running_var, 0.5, 1.5)
+            elif isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                fan_in = layer.weight[0].numel()
+                layer.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+                if layer.bias is not None:
+                    uniform(layer.bias, -0.1, 0.1)
+            elif isinstance(layer, torch.nn.modules.dropout._DropoutNd):
+                layer.p = 0.0
+    return module
+
+
+def arrays_of(module):
+    return {
+        name: tensor.numpy()
+        for name, tensor in module.state_dict().items()
+        if not name.endswith('num_batches_tracked')
+    }
+
+
+def converted(model, arrays, sources=pretrained.SOURCES):
+    """The network's variables, every one from `arrays`."""
+    kind = pretrained.detect(arrays, sources)
+    shapes = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
+    )
+    return pretrained.load_network(shapes, 'the test', kind, arrays)
+
+
+def picture(size, batch=3):
+    return np.random.default_rng(size).standard_normal((batch, 3, size, size)).astype(np.float32)
+
+
+def nhwc(x):
+    return np.asarray(x).transpose(0, 2, 3, 1)
+
+
+def assert_close(ours, theirs, limit=1e-4):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert worst <= limit, f'the largest difference is {worst:.1e} of the scale'
+
+
+def both_modes(model):
+    """Compiled: variables, image -> outputs in evaluation and in training mode."""
+
+    def run(variables, image):
+        evaluated = model.apply(variables, image, train=False)
+        trained, _ = model.apply(variables, image, train=True, mutable=['batch_stats'])
+        return evaluated, trained
+
+    return jax.jit(run, compiler_options=FAST)
+
+
+def check_network(module, model, variables, keys, sizes=SIZES):
+    """Outputs in both modes at each size; `keys` maps theirs to ours."""
+    run = both_modes(model)
+    for size in sizes:
+        image = picture(size)
+        outs = run(variables, nhwc(image))
+        for train, out in zip((False, True), outs, strict=True):
+            module.train(train)
+            with torch.no_grad():
+                theirs = module(torch.from_numpy(image))
+            theirs = theirs if isinstance(theirs, dict) else {'out': theirs}
+            for their_key, our_key in keys.items():
+                if our_key in out:
+                    assert_close(out[our_key], nhwc(theirs[their_key]))
+        module.eval()
+
+
+def check_gradients(module, model, variables, source, keys, size=65, limit=1e-3):
+    """The gradient of one loss with respect to every converted parameter, in training mode."""
+    image = picture(size)
+    labels = np.random.default_rng(1).integers(0, 2, (len(image), size, size))
+    module.train()
+    out = module(torch.from_numpy(image))
+    out = out if isinstance(out, dict) else {'out': out}
+    loss = sum(
+        torch.nn.functional.cross_entropy(out[key], torch.from_numpy(labels)) for key in keys
+    )
+    module.zero_grad()
+    loss.backward()
+
+    def our_loss(params):
+        out, _ = model.apply(
+            {**variables, 'params': params}, nhwc(image), train=True, mutable=['batch_stats']
+        )
+        total = 0.0
+        for key in keys.values():
+            logs = jax.nn.log_softmax(out[key])
+            total -= jnp.take_along_axis(logs, labels[..., None], axis=-1).mean()
+        return total
+
+    ours, grads = jax.jit(jax.value_and_grad(our_loss), compiler_options=FAST)(variables['params'])
+    assert float(ours) == pytest.approx(float(loss.detach()), rel=1e-4)
+    named = pretrained.to_torch({'params': grads}, source)
+    theirs = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
+    assert named.keys() == theirs.keys()
+    scale = max(np.abs(g).max() for g in theirs.values())
+    for name, gradient in theirs.items():
+        own = max(np.abs(gradient).max(), 1e-3 * scale)
+        worst = np.abs(named[name] - gradient).max() / own
+        assert worst <= limit, f'{name}: {worst:.1e} of its scale'
+
+
+# ---- torchvision ------------------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """A backbone by itself, as 'backbone'."""
+
+    backbone: nn.Module
+
+    def __call__(self, x, train=False):
+        return {'32': self.backbone(x, train)[32]}
+
+
+def torch_features(kind, module, x):
+    """{'32': ...} of a torchvision classifier, without its pooling and classifier."""
+    if 'resnet' in kind:
+        x = module.maxpool(module.relu(module.bn1(module.conv1(x))))
+        for layer in (module.layer1, module.layer2, module.layer3, module.layer4):
+            x = layer(x)
+        return {'32': x}
+    return {'32': module.features(x)}
+
+
+@pytest.mark.parametrize('kind', ['vgg16', 'vgg16_bn', 'resnet18', 'resnet50', 'mobilenet_v2'])
+def test_backbones_equal_torchvisions(kind):
+    vision = import_torchvision()
+    module = randomize(getattr(vision.models, kind)(weights=None))
+    model = Features(backbones.create(kind, output_stride=32))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    arrays = arrays_of(module)
+    source = pretrained.SOURCES[pretrained.detect(arrays, pretrained.SOURCES)]
+    found = pretrained.translate(arrays, source, {})
+    variables = pretrained.flax.traverse_util.unflatten_dict(
+        {name: found[name] for name in pretrained._flat(shapes)}, sep='/'
+    )
+    run = both_modes(model)
+    for size in SIZES:
+        image = picture(size)
+        for train, out in zip((False, True), run(variables, nhwc(image)), strict=True):
+            module.train(train)
+            with torch.no_grad():
+                theirs = torch_features(kind, module, torch.from_numpy(image))
+            assert_close(out['32'], nhwc(theirs['32']))
+
+
+@pytest.mark.parametrize('kind', ['fcn_resnet50', 'deeplabv3_resnet50'])
+def test_networks_equal_torchvisions(kind):
+    vision = import_torchvision()
+    build = getattr(vision.models.segmentation, kind)
+    module = build(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
+    module = randomize(module)
+    arrays = arrays_of(module)
+    source = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    options = pretrained.network_options(arrays, source)
+    assert options.pop('channels') == 3
+    model = models.create(**options, dropout=0.0)
+    variables = converted(model, arrays)
+    keys = {'out': 'logits', 'aux': 'aux'}
+    check_network(module, model, variables, keys)
+    check_gradients(module, model, variables, pretrained.SOURCES[source], keys)
+
+
+# ---- segmentation_models_pytorch --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('kind', 'backbone', 'sizes'),
+    [
+        ('Unet', 'resnet34', SIZES),
+        ('DeepLabV3Plus', 'resnet50', (64, 96, 128)),  # it takes multiples of 16 only
+    ],
+)
+def test_networks_equal_segmentation_models(kind, backbone, sizes):
+    import_torchvision()
+    smp = pytest.importorskip('segmentation_models_pytorch', reason='smp is the reference')
+    module = randomize(getattr(smp, kind)(backbone, encoder_weights=None, classes=2))
+    arrays = arrays_of(module)
+    source = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    options = pretrained.network_options(arrays, source)
+    assert options['backbone'] == backbone
+    options.pop('channels')
+    model = models.create(**options, dropout=0.0)
+    variables = converted(model, arrays)
+    check_network(module, model, variables, {'out': 'logits'}, sizes)
+    check_gradients(
+        module, model, variables, pretrained.SOURCES[source], {'out': 'logits'}, sizes[0]
+    )
+
+
+# ---- semseg -----------------------------------------------------------------------------
+
+
+class Bottleneck(torch.nn.Module):
+    def __init__(self, into, width, stride, dilation, project):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(into, width, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(width)
+        self.conv2 = torch.nn.Conv2d(
+            width, width, 3, stride, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn2 = torch.nn.BatchNorm2d(width)
+        self.conv3 = torch.nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = torch.nn.BatchNorm2d(4 * width)
+        self.downsample = None
+        if project:
+            self.downsample = torch.nn.Sequential(
+                torch.nn.Conv2d(into, 4 * width, 1, stride, bias=False),
+                torch.nn.BatchNorm2d(4 * width),
+            )
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + (self.downsample(x) if self.downsample else x))
+
+
+class PyramidPool(torch.nn.Module):
+    def __init__(self, into, bins=(1, 2, 3, 6)):
+        super().__init__()
+        self.features = torch.nn.ModuleList(
+            torch.nn.Sequential(
+                torch.nn.AdaptiveAvgPool2d(n),
+                torch.nn.Conv2d(into, into // len(bins), 1, bias=False),
+                torch.nn.BatchNorm2d(into // len(bins)),
+                torch.nn.ReLU(),
+            )
+            for n in bins
+        )
+
+    def forward(self, x):
+        size = x.shape[2:]
+        up = functools.partial(
+            torch.nn.functional.interpolate, size=size, mode='bilinear', align_corners=True
+        )
+        return torch.cat([x, *(up(branch(x)) for branch in self.features)], dim=1)
+
+
+class TorchPSPNet(torch.nn.Module):
+    """PSPNet-50 with semseg's names, from the paper and its description."""
+
+    def __init__(self, classes, depths=(3, 4, 6, 3)):
+        super().__init__()
+
+        def conv_norm(into, out, stride=1):
+            return (
+                torch.nn.Conv2d(into, out, 3, stride, padding=1, bias=False),
+                torch.nn.BatchNorm2d(out),
+                torch.nn.ReLU(),
+            )
+
+        def head(into, features):
+            return torch.nn.Sequential(
+                torch.nn.Conv2d(into, features, 3, padding=1, bias=False),
+                torch.nn.BatchNorm2d(features),
+                torch.nn.ReLU(),
+                torch.nn.Dropout2d(0.1),
+                torch.nn.Conv2d(features, classes, 1),
+            )
+
+        self.layer0 = torch.nn.Sequential(
+            *conv_norm(3, 64, 2), *conv_norm(64, 64), *conv_norm(64, 128),
+            torch.nn.MaxPool2d(3, 2, 1),
+        )  # fmt: skip
+        into = 128
+        geometry = zip((64, 128, 256, 512), (1, 2, 1, 1), (1, 1, 2, 4), depths, strict=True)
+        for number, (width, stride, dilation, depth) in enumerate(geometry, start=1):
+            blocks = []
+            for i in range(depth):
+                blocks.append(Bottleneck(into, width, stride if i == 0 else 1, dilation, i == 0))
+                into = 4 * width
+            setattr(self, f'layer{number}', torch.nn.Sequential(*blocks))
+        self.ppm = PyramidPool(2048)
+        self.cls = head(4096, 512)
+        self.aux = head(1024, 256)
+
+    def forward(self, image):
+        up = functools.partial(
+            torch.nn.functional.interpolate,
+            size=image.shape[2:], mode='bilinear', align_corners=True,
+        )  # fmt: skip
+        middle = self.layer3(self.layer2(self.layer1(self.layer0(image))))
+        x = self.ppm(self.layer4(middle))
+        return {'out': up(self.cls(x)), 'aux': up(self.aux(middle))}
+
+
+def test_pspnet_equals_semsegs(tmp_path):
+    """By way of a file as semseg's training leaves it, 'module.' in front of each name."""
+    module = randomize(TorchPSPNet(classes=4))
+    path = tmp_path / 'train_epoch_1.pth'
+    state = {f'module.{name}': tensor for name, tensor in module.state_dict().items()}
+    torch.save({'epoch': 1, 'state_dict': state}, path)
+    arrays = pretrained.read_arrays(path)
+    source = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    assert source == 'pspnet of semseg'
+    options = pretrained.network_options(arrays, source)
+    options.pop('channels')
+    model = models.create(**options, dropout=0.0)
+    variables = converted(model, arrays)
+    keys = {'out': 'logits', 'aux': 'aux'}
+    check_network(module, model, variables, keys)
+    check_gradients(module, model, variables, pretrained.SOURCES[source], keys)
+    back = pretrained.to_torch(variables, pretrained.SOURCES[source])
+    assert back.keys() == arrays.keys()
+    assert all((back[name] == arrays[name]).all() for name in arrays)
+
+
+# ---- Keras ------------------------------------------------------------------------------
+
+
+def import_keras():
+    os.environ.setdefault('KERAS_BACKEND', 'jax')
+    pytest.importorskip('h5py', reason='Keras writes .h5 by h5py')
+    return pytest.importorskip('keras', reason='Keras is the reference')
+
+
+def randomize_keras(model):
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        new = []
+        for variable in layer.weights:
+            shape, name = variable.shape, variable.name
+            if name == 'kernel':
+                value = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))
+            elif name in ('gamma', 'moving_variance'):
+                value = rng.uniform(0.3, 0.8, shape)
+            else:
+                value = rng.uniform(-0.2, 0.2, shape)
+            new.append(value.astype(np.float32))
+        layer.set_weights(new)
+        if type(layer).__name__ == 'BatchNormalization':
+            layer.momentum = 1.0
+
+
+@pytest.mark.parametrize(('kind', 'backbone'), [('VGG16', 'vgg16'), ('ResNet50', 'resnet50')])
+def test_backbones_equal_keras(kind, backbone, tmp_path):
+    """Keras computes on BGR, we on the same image in RGB: the first kernel is turned round."""
+    keras = import_keras()
+    theirs = getattr(keras.applications, kind)(
+        weights=None, include_top=False, input_shape=(None, None, 3)
+    )
+    randomize_keras(theirs)
+    theirs.save(tmp_path / 'theirs.h5')
+    resnet = backbone != 'vgg16'
+    options = {'stride_in_1x1': True} if resnet else {}
+    model = Features(backbones.create(backbone, output_stride=32, **options))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables, normalization, _ = pretrained.load_backbone(
+        shapes, str(tmp_path / 'theirs.h5'), options=options
+    )
+    assert normalization.trained_order == 'BGR'
+    run = both_modes(model)
+    for size in SIZES:
+        image = nhwc(picture(size))
+        for train, out in zip((False, True), run(variables, image), strict=True):
+            expected = theirs(image[..., ::-1], training=train)
+            assert_close(out['32'], expected)
