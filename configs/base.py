@@ -31,18 +31,19 @@ def get_config(arg: str = '') -> ConfigDict:
     model.dilate_first_block = placeholder(bool)  # True: semseg; False: torchvision
     model.deep_stem = placeholder(bool)  # semseg's three 3x3s in place of ResNet's 7x7
     model.stride_in_1x1 = placeholder(bool)  # of ResNet's bottlenecks: Caffe's and Keras' weights
+    model.same_padding = placeholder(bool)  # of mobilenet_v2: Keras' weights
     model.bins = (1, 2, 3, 6)  # pyramid levels of pspnet
     model.aux_head = True  # of pspnet, fcn, deeplab_v3: second head, training only
     model.context = 'basic'  # module of dilated: 'basic', 'large', 'none'
     model.scales = (0.5, 0.75, 1.0)  # at which deeplab_v2 reads the image
     model.batch_norm = True  # of unet; the paper has none
-    model.variant = 'paper'  # 'torchvision' (deeplab_v3), 'smp' (deeplab_v3plus): theirs
+    model.variant = 'paper'  # of deeplab_v3 and v3plus: 'torchvision' and 'smp', their own
 
     config.data = data = ConfigDict()
     data.name = 'phantom'  # phantom, lgg
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
-    data.normalize = 'volume'  # z-score of each; 'weights': what the pretrained were fed
+    data.normalize = placeholder(str)  # None: 'weights' with pretrained ones, else 'volume'
     data.test_fraction = 0.15  # of patients, where the data has no public hold-out
     data.validation_fraction = 0.1  # of the other patients, site by site
     data.split_seed = 0

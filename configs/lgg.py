@@ -18,6 +18,7 @@ from configs import base
 def get_config(arg: str = ''):
     config = base.get_config()
     config.data.name = 'lgg'
+    config.data.normalize = 'volume'  # z-scores (Buda 2019): intensities of MRI have no unit
     arg = arg or 'pspnet_resnet50'
     if arg.startswith('pspnet_resnet'):
         config.model.name, config.model.backbone = arg.split('_')

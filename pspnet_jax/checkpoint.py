@@ -55,7 +55,7 @@ def save(
 
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
     `progress` is what the loop needs to go on that is not in the state; `inputs` what the
-    network takes: 'channels', and 'intensity' ((4, C), or None where each volume brings its own).
+    network takes: 'channels', and 'normalization' (None where each volume brings its own).
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
     parts = jax.tree.map(lambda x: np.array(x, copy=True), _parts(state))

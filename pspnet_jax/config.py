@@ -51,7 +51,9 @@ def _all(rule: Rule, length: int | None = None, least: int = 0) -> Rule:
 
 def _or_none(rule: Rule) -> Rule:
     allowed, words = rule
-    return (lambda x: x is None or allowed(x)), f"None (the network's own) or {words}"
+    return (
+        lambda x: x is None or allowed(x)
+    ), f'None (configs/base.py says what that is) or {words}'
 
 
 _BOOL: Rule = (lambda x: isinstance(x, bool)), 'True or False'
@@ -78,6 +80,7 @@ RULES: dict[str, Rule] = {
     'model.dilate_first_block': _or_none(_BOOL),
     'model.deep_stem': _or_none(_BOOL),
     'model.stride_in_1x1': _or_none(_BOOL),
+    'model.same_padding': _or_none(_BOOL),
     'model.bins': _all(_integer(1), least=1),
     'model.aux_head': _BOOL,
     'model.fc_features': _or_none(_integer(0)),
@@ -88,7 +91,7 @@ RULES: dict[str, Rule] = {
     'data.name': _one_of('lgg', 'phantom'),
     'data.source': _TEXT,
     'data.root': _TEXT,
-    'data.normalize': _one_of('volume', 'weights'),
+    'data.normalize': _or_none(_one_of('volume', 'weights')),
     'data.test_fraction': _number(0, 0.9),
     'data.validation_fraction': _number(0, 0.9),
     'data.split_seed': _integer(0),

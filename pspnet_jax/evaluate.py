@@ -26,6 +26,7 @@ from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import lgg, pipeline, sources, volumes
 from pspnet_jax.data.volumes import Volume
 from pspnet_jax.errors import DataError
+from pspnet_jax.models.published import fixed_intensity
 
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
 
@@ -173,10 +174,8 @@ def restore_model(workdir: str | Path, which: str = ''):
     model = models.create(**config.model)
     image = jax.ShapeDtypeStruct((1, 64, 64, meta['inputs']['channels']), jnp.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
-    intensity = meta['inputs']['intensity']
-    if intensity is not None:
-        intensity = np.array(intensity, np.float32)
-    return config, model, checkpoint.restore_variables(workdir, step, shapes), intensity, step
+    variables = checkpoint.restore_variables(workdir, step, shapes)
+    return config, model, variables, fixed_intensity(meta['inputs']), step
 
 
 def evaluate_checkpoint(

@@ -17,7 +17,6 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import logging
 from jax.sharding import AxisType, NamedSharding
@@ -32,7 +31,7 @@ from pspnet_jax.data.augment import augment
 from pspnet_jax.errors import ConfigError, NonFiniteLossError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog
-from pspnet_jax.models import pretrained
+from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.layers import global_indices
 
 
@@ -252,9 +251,15 @@ def read_metrics(
     return loss
 
 
+def normalize_by_weights(config: ConfigDict) -> bool:
+    """Whether images are normalised as the pretrained weights were fed, not by volume."""
+    own_choice = 'weights' if config.model.pretrained else 'volume'
+    return (config.data.normalize or own_choice) == 'weights'
+
+
 def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
-    """(state, progress, intensity): from the newest sound checkpoint, else new, pretrained
-    if asked for. `intensity` (4, C) normalises every image alike; None: each volume its own.
+    """(state, progress, inputs): from the newest sound checkpoint, else new, pretrained if
+    asked for. `inputs` is what the network takes, `checkpoint.save`'s.
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
@@ -263,13 +268,15 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     if restored:
         state, meta = restored
         logging.info('going on from step %d', state.step)
-        return state, meta['progress'], meta['inputs']['intensity']
-    normalization = pretrained.IMAGENET
+        return state, meta['progress'], meta['inputs']
+    normalization = published.IMAGENET
+    by_weights = normalize_by_weights(config)
     if config.model.pretrained:
         variables, normalization, report = pretrained.load_backbone(
             {'params': state.params, 'batch_stats': state.batch_stats},
             config.model.pretrained,
             stem=config.model.stem,
+            unit_deviation=not by_weights,
             options=config.model,
         )
         logging.info(report)
@@ -279,11 +286,15 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
         state = state.replace(
             params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
         )
-    intensity = None
-    if config.data.normalize == 'weights':
-        intensity = normalization.intensity(channels).tolist()
-        logging.info('images are normalised as the weights were trained: %s', normalization)
-    return state, {'best_dice': None, 'stale': 0}, intensity
+    logging.info(
+        'images are normalised %s',
+        f'as the weights were trained: {normalization}' if by_weights else 'volume by volume',
+    )
+    inputs = {
+        'channels': channels,
+        'normalization': normalization._asdict() if by_weights else None,
+    }
+    return state, {'best_dice': None, 'stale': 0}, inputs
 
 
 def validate_volumes(
@@ -342,8 +353,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # Model, optimiser, state: restored, or new with pretrained weights.
     model = models.create(**config.model)
     tx, rate = optim.create(steps=total, **config.optim)
-    state, progress, intensity = start_or_resume(config, model, tx, slices.channels, workdir)
-    fixed = None if intensity is None else np.array(intensity, np.float32)
+    state, progress, inputs = start_or_resume(config, model, tx, slices.channels, workdir)
+    intensity = published.fixed_intensity(inputs)
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
@@ -365,7 +376,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         seed=config.seed,
         sampling=config.data.sampling,
         lesion_floor=config.data.lesion_floor,
-        intensity=fixed,
+        intensity=intensity,
         threads=config.data.threads,
         shard=(jax.process_index(), jax.process_count()),
     )
@@ -411,7 +422,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
             read_metrics(pending, log, rate, log_every)
             pending, dice, whole = [], None, placed.get_state(state)
             if len(split['validation']) and (step % validate_every == 0 or step == total):
-                dice = validate_volumes(predict, whole, split['validation'], fixed, config, log)
+                dice = validate_volumes(predict, whole, split['validation'], intensity, config, log)
                 best = max(dice, progress['best_dice'] or -1.0)
                 stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
                 progress = {'best_dice': best, 'stale': stale}
@@ -422,7 +433,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 whole,
                 config=to_dict(config),
                 progress=progress,
-                inputs={'channels': slices.channels, 'intensity': intensity},
+                inputs=inputs,
                 dice=dice,
             )
             waited, window = 0.0, time.perf_counter()

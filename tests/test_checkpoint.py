@@ -54,7 +54,7 @@ def test_the_whole_state_comes_back(trained):
         assert checkpoint.digest(jax.device_get(getattr(state, name))) == digest
     assert int(state.step) == 4
     assert meta['progress']['best_dice'] is not None
-    assert meta['inputs'] == {'channels': 3, 'intensity': None}
+    assert meta['inputs'] == {'channels': 3, 'normalization': None}
 
 
 def test_the_newest_sound_step_is_taken(copy):

@@ -51,7 +51,11 @@ def test_it_survives_json():
         ('model.bins', (), 'model.bins is (): it must be a tuple of at least 1 values'),
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
         ('model.name', 'vgg_unet', 'vgg_unet stands on vgg16, not on resnet18'),
-        ('model.dropout', 2.0, "model.dropout is 2.0: it must be None (the network's own) or a"),
+        (
+            'model.dropout',
+            2.0,
+            'model.dropout is 2.0: it must be None (configs/base.py says what that is) or a',
+        ),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
     ],
 )

@@ -207,7 +207,7 @@ def test_networks_equal_torchvisions(kind):
     module = build(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
     module = randomize(module)
     arrays = arrays_of(module)
-    source = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    source = pretrained.detect(arrays, pretrained.NETWORKS)
     options = pretrained.network_options(arrays, source)
     assert options.pop('channels') == 3
     model = models.create(**options, dropout=0.0)
@@ -232,7 +232,7 @@ def test_networks_equal_segmentation_models(kind, backbone, sizes):
     smp = pytest.importorskip('segmentation_models_pytorch', reason='smp is the reference')
     module = randomize(getattr(smp, kind)(backbone, encoder_weights=None, classes=2))
     arrays = arrays_of(module)
-    source = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    source = pretrained.detect(arrays, pretrained.NETWORKS)
     options = pretrained.network_options(arrays, source)
     assert options['backbone'] == backbone
     options.pop('channels')
@@ -348,7 +348,7 @@ def test_pspnet_equals_semsegs(tmp_path):
     state = {f'module.{name}': tensor for name, tensor in module.state_dict().items()}
     torch.save({'epoch': 1, 'state_dict': state}, path)
     arrays = pretrained.read_arrays(path)
-    source = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    source = pretrained.detect(arrays, pretrained.NETWORKS)
     assert source == 'pspnet of semseg'
     options = pretrained.network_options(arrays, source)
     options.pop('channels')

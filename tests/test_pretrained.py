@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from pspnet_jax import models, optim, train
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import PretrainedError
-from pspnet_jax.models import pretrained
+from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.backbones import VGG16
 from tests.conftest import SHARED, needs_shared, tiny_config
 
@@ -59,7 +59,7 @@ def test_every_array_lands_in_its_place(arrays, tmp_path, kind):
     stem = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     turned = stem[:, :, ::-1] if kind == 'h5' else stem  # Keras' VGG16 reads BGR
     assert (backbone['conv1_1']['kernel'] == turned).all()
-    assert normalization == (pretrained.CAFFE if kind == 'h5' else pretrained.IMAGENET)
+    assert normalization == (published.CAFFE if kind == 'h5' else published.IMAGENET)
     assert '26 arrays of the backbone loaded' in report
     assert 'random: aux, head, pyramid' in report
 
@@ -93,7 +93,7 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     )
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, intensity = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    state, _, inputs = train.start_or_resume(config, model, tx, 3, str(tmp_path))
     expected = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     for tree in (state.params, state.ema_params):
         assert (np.asarray(tree['backbone']['conv1_1']['kernel']) == expected).all()
@@ -101,7 +101,7 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     placed.step(placed.put_state(state), placed.put_batch(np.zeros((8, 1))))
     pixel = np.array([[255, 0, 128]], np.uint8)
     np.testing.assert_allclose(
-        volumes.normalize(pixel, np.array(intensity, np.float32)),
+        volumes.normalize(pixel, published.fixed_intensity(inputs)),
         (pixel / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
         atol=1e-5,
     )
@@ -129,10 +129,10 @@ def test_a_name_that_no_table_has_is_listed_with_the_nearest_table(arrays):
 
 
 def test_two_rows_for_a_name_and_two_names_for_a_module_are_errors():
-    twice = pretrained.Source((('a{}', 'x{}'), ('a1', 'y')))
+    twice = published.Source((('a{}', 'x{}'), ('a1', 'y')))
     with pytest.raises(PretrainedError, match='a1 could be x1 or y'):
         pretrained.module_names(twice, {'a1'})
-    same = pretrained.Source((('a', 'x'), ('b', 'x')))
+    same = published.Source((('a', 'x'), ('b', 'x')))
     with pytest.raises(PretrainedError, match=r"x is named by \['a', 'b'\]"):
         pretrained.module_names(same, {'a', 'b'})
 
@@ -197,7 +197,7 @@ def test_other_channels_than_three_get_filters_of_the_same_sum(arrays, tmp_path,
         np.testing.assert_allclose(kernel.sum(2), rgb.sum(2), atol=1e-5)
     else:
         np.testing.assert_allclose(kernel[:, :, 0], rgb[:, :, 0] * 3 / channels, rtol=1e-6)
-    assert pretrained.IMAGENET.intensity(channels).shape == (4, channels)
+    assert published.IMAGENET.intensity(channels).shape == (4, channels)
 
 
 @pytest.mark.parametrize(
@@ -250,13 +250,24 @@ ROUND_TRIPS = {
     'vgg16': ('pspnet', {'backbone': 'vgg16'}),
     'vgg16_bn': ('pspnet', {'backbone': 'vgg16_bn'}),
     'resnet': ('pspnet', {'backbone': 'resnet50'}),
+    'resnet of semseg': ('pspnet', {'deep_stem': True}),
+    'resnet with a deep stem of timm': ('pspnet', {'deep_stem': True}),
     'mobilenet_v2': ('pspnet', {'backbone': 'mobilenet_v2'}),
     'mobilenet_v2 of timm': ('pspnet', {'backbone': 'mobilenet_v2'}),
     'fcn of torchvision': ('fcn', {}),
     'deeplabv3 of torchvision': ('deeplab_v3', {'variant': 'torchvision'}),
-    'unet of segmentation_models_pytorch': ('unet', {'backbone': 'resnet34'}),
-    'deeplabv3plus of segmentation_models_pytorch': ('deeplab_v3plus', {'variant': 'smp'}),
     'pspnet of semseg': ('pspnet', {'deep_stem': True}),
+    **{
+        kind: (
+            source.options['name'],
+            {
+                'backbone': source.options.get('backbone', 'resnet34'),
+                'variant': source.options.get('variant', 'paper'),
+                'aux_head': False,
+            },
+        )
+        for kind, source in published.SMP.items()
+    },
 }
 
 
@@ -265,7 +276,7 @@ def test_there_and_back_is_the_same(kind, rng):
     name, options = ROUND_TRIPS[kind]
     shapes = variables(name, **options)
     source = pretrained.SOURCES[kind]
-    if kind in pretrained.BACKBONE_SOURCES:
+    if kind in published.BACKBONES:
         shapes = {
             top: {'backbone': tree['backbone']}
             for top, tree in shapes.items()
@@ -273,7 +284,7 @@ def test_there_and_back_is_the_same(kind, rng):
         }
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
     theirs = pretrained.to_torch(values, source)
-    assert pretrained.detect(theirs, pretrained.SOURCES).split()[0] == kind.split()[0]
+    assert pretrained.detect(theirs, pretrained.SOURCES) == kind
     back = pretrained.load_network(shapes, 'the test', kind, theirs)
     for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -316,7 +327,7 @@ def test_the_blogs_network_converts_whatever_numbers_keras_gave_its_layers(tmp_p
         layers[f'{kind}_{int(rank) + 7}' if rank else name] = kinds
     keras_file(tmp_path / 'w.h5', layers)
     arrays = pretrained.read_arrays(tmp_path / 'w.h5')
-    kind = pretrained.detect(arrays, pretrained.NETWORK_SOURCES)
+    kind = pretrained.detect(arrays, pretrained.NETWORKS)
     assert kind == 'vgg_pspnet of image-segmentation-keras'
     back = pretrained.load_network(shapes, 'the test', kind, arrays)
     for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):

@@ -45,7 +45,7 @@ ON_VGG: dict[str, dict[str, Any]] = {
 }
 # Their decoders undo five halvings, so that no other output stride than 32 fits.
 FIXED_STRIDE = ('fcn32s', 'fcn16s', 'fcn8s', 'segnet', 'vgg_pspnet_blog')
-VARIANTS = {'torchvision': 'deeplab_v3', 'smp': 'deeplab_v3plus'}
+VARIANTS = {'torchvision': ('deeplab_v3',), 'smp': ('deeplab_v3', 'deeplab_v3plus')}
 
 # image-segmentation-keras' names -> ours; docs/models.md says what differs.
 ALIASES: dict[str, dict[str, Any]] = {
@@ -104,10 +104,11 @@ def resolve(
         raise ValueError(
             f'{name} has output stride 32, not {options["output_stride"]}: leave it as None'
         )
-    if VARIANTS.get(options.get('variant'), name) != name:
+    variant = options.get('variant', 'paper')
+    if name not in VARIANTS.get(variant, (name,)):
         raise ValueError(
-            f'variant {options["variant"]!r} is one of {VARIANTS[options["variant"]]}, {name} has '
-            "only 'paper'"
+            f'variant {variant!r} is one of {" and ".join(VARIANTS[variant])}, not of {name}: '
+            "use 'paper'"
         )
     backbone = backbone or own_backbone
     if backbone is not None and backbone.startswith('vgg'):

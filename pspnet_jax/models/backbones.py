@@ -212,6 +212,7 @@ class InvertedResidual(nn.Module):
     shortcut: bool
     stride: int
     dilation: int
+    same_padding: bool
     dtype: jnp.dtype
     axis_name: str | None
 
@@ -229,6 +230,7 @@ class InvertedResidual(nn.Module):
             stride=self.stride,
             dilation=self.dilation,
             groups=wide,
+            same_padding=self.same_padding,
             dtype=self.dtype,
             name='depthwise',
         )(y)
@@ -241,7 +243,7 @@ class MobileNetV2(nn.Module):
     """B H W C -> {2, 4, 8, 16, 32: B h w C'}; `width` 64 is the published width 1.0.
 
     `dilate_first_block` as in `ResNet`: whether the depthwise 3x3 that has lost its stride
-    takes the new dilation.
+    takes the new dilation. `same_padding` pads as Keras does, whose weights want it.
     """
 
     # expansion, channels, blocks, stride; the nominal stride behind them
@@ -258,12 +260,14 @@ class MobileNetV2(nn.Module):
     output_stride: int = 32
     width: int = 64
     dilate_first_block: bool = True
+    same_padding: bool = False
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+        padded = {'same_padding': self.same_padding}
 
         def scaled(channels):  # to a multiple of 8, not below 90 % of what was asked for
             wanted = channels * self.width / 64
@@ -271,7 +275,7 @@ class MobileNetV2(nn.Module):
             return nearest if nearest >= 0.9 * wanted else nearest + 8
 
         def conv_norm(x, features, kernel, stride, name):
-            x = conv(features, kernel, stride=stride, dtype=self.dtype, name=name)(x)
+            x = conv(features, kernel, stride=stride, **padded, dtype=self.dtype, name=name)(x)
             return nn.relu6(batch_norm(train, **shared, name=f'{name}_bn')(x))
 
         x = conv_norm(x, scaled(32), 3, 2, 'stem')
@@ -289,6 +293,7 @@ class MobileNetV2(nn.Module):
                     stride=stride if i == 0 else 1,
                     dilation=before if i == 0 and not self.dilate_first_block else dilation,
                     name=f'block{number}',
+                    **padded,
                     **shared,
                 )(x, train)
                 number += 1
@@ -305,13 +310,14 @@ BACKBONES = {
     **{name: (ResNet, {'name_of_depth': name}) for name in RESNETS},
     'mobilenet_v2': (MobileNetV2, {}),
 }
+OWN_OPTIONS = {'deep_stem': 'ResNet', 'stride_in_1x1': 'ResNet', 'same_padding': 'mobilenet_v2'}
 
 
 def create(name: str, *, output_stride: int, **options) -> nn.Module:
     """The backbone called `name`; options that it does not have are left out.
 
     Raises ValueError for an unknown name, an output stride other than 8, 16 or 32, or an
-    option of ResNets asked of another.
+    option that only another backbone has.
     """
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f'output_stride {output_stride} is not one of {OUTPUT_STRIDES}')
@@ -319,8 +325,8 @@ def create(name: str, *, output_stride: int, **options) -> nn.Module:
         raise ValueError(f'backbone {name!r} is not one of {", ".join(BACKBONES)}')
     make, own = BACKBONES[name]
     known = inspect.signature(make).parameters
-    for key in ('deep_stem', 'stride_in_1x1'):
+    for key, owner in OWN_OPTIONS.items():
         if options.get(key) and key not in known:
-            raise ValueError(f'{key} is a ResNet option: set it to False for {name}')
+            raise ValueError(f'{key} is an option of {owner}: leave it as None for {name}')
     options = {key: value for key, value in options.items() if key in known}
     return make(output_stride=output_stride, **options, **own)

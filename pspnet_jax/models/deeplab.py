@@ -15,8 +15,9 @@ authors keep it frozen.
 
 `DeepLabV3`: ASPP with BatchNorm and the image-level average (section 3.3, figure 5),
 rates 6, 12, 18 at output stride 16, twice that at 8, multi-grid (1, 2, 4) in the backbone.
-`torchvision` adds the 3x3 that torchvision's network has behind the ASPP and no paper; the
-auxiliary head, torchvision's too, is on the features of stride 16.
+The variants `torchvision` and `smp` add the 3x3 that those networks have behind the ASPP and
+the paper has not; torchvision resizes without align_corners. The auxiliary head,
+torchvision's, is on the features of stride 16.
 
 `DeepLabV3Plus` (section 3.1): the ASPP's output four or two times as large, next to 48 features of
 stride 4, through two separable 3x3s; the ASPP's 3x3s are separable too. With `smp` the order
@@ -182,23 +183,23 @@ class DeepLabV3(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        size, torchvision = image.shape[1:3], self.variant == 'torchvision'
+        size, align = image.shape[1:3], self.variant != 'torchvision'
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         features = self.backbone(image.astype(self.dtype), train)
         rates = _rates(self.rates, self.backbone.output_stride)
         x = ASPP(4 * self.width, rates, dropout=self.dropout, **shared, name='aspp')(
             features[32], train
         )
-        if torchvision:
+        if self.variant != 'paper':
             x = ConvNorm(4 * self.width, **shared, name='project')(x, train)
         x = score(x, self.num_classes, name='classifier')
-        out = {'logits': resize(x, size, align_corners=not torchvision)}
+        out = {'logits': resize(x, size, align_corners=align)}
         if self.aux_head and (train or self.is_initializing()):
             # torchvision's drops 0.1 of single values, whatever the main head drops
             drop = min(self.dropout, 0.1)
             head = Head(4 * self.width, self.num_classes, drop, False, **shared, name='aux')
             x = head(features[16], train)
-            out['aux'] = resize(x, size, align_corners=not torchvision)
+            out['aux'] = resize(x, size, align_corners=align)
         return out
 
 

@@ -88,7 +88,7 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     dilation = kwargs.get('rhs_dilation') or (1, 1)
     if kwargs.get('feature_group_count', 1) != 1:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
-    if kernel.shape[:2] == (1, 1) and all(pad == (0, 0) for pad in padding):
+    if kernel.shape[:2] == (1, 1) and tuple(padding) == ((0, 0), (0, 0)):
         x = x[:, :: strides[0], :: strides[1], :]
         return jnp.einsum('bhwi,io->bhwo', x, kernel[0, 0], precision=kwargs.get('precision'))
     same = ((dilation[0],) * 2, (dilation[1],) * 2)
@@ -164,17 +164,21 @@ def conv(
     dilation: int = 1,
     groups: int = 1,
     use_bias: bool = False,
+    same_padding: bool = False,
     kernel_init: Callable = HE_NORMAL,
     dtype: jnp.dtype = jnp.float32,
     name: str | None = None,
 ) -> nn.Conv:
-    """Square convolution, padded by dilation * (kernel - 1) / 2 on every side."""
+    """Square convolution, padded by dilation * (kernel - 1) / 2 on every side.
+
+    With `same_padding` as TensorFlow pads: a strided one has less above and to the left.
+    """
     pad = dilation * (kernel - 1) // 2
     return nn.Conv(
         features,
         (kernel, kernel),
         strides=stride,
-        padding=((pad, pad), (pad, pad)),
+        padding='SAME' if same_padding else ((pad, pad), (pad, pad)),
         kernel_dilation=dilation,
         feature_group_count=groups,
         use_bias=use_bias,

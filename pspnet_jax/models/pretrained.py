@@ -1,10 +1,9 @@
 """Published weights into our networks: named, strict both ways, and reported.
 
-Each source is a table of rows `theirs <-> ours`, in which {} is a number, and reads both
-ways. A file is of the source whose table has a place for each of its arrays. Then every
-array that the network (or its backbone) needs must be found once, with its shape, and
-every array of the file be used or known to be of no use here; any difference is an
-error that lists both sides.
+`published.py` has a table for each source. A file is of the source whose table has a place
+for each of its arrays. Then every array that the network (or its backbone) needs must be
+found once, with its shape, and every array of the file be used or known to be of no use
+here; any difference is an error that lists both sides.
 
   model.pretrained=FILE                         weights of a classifier into the backbone
   model.pretrained=hf:REPO[/FILE]               the same, by huggingface_hub
@@ -15,280 +14,21 @@ error that lists both sides.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import numpy as np
 
 from pspnet_jax.errors import PretrainedError
+from pspnet_jax.models.published import (
+    IMAGENET,
+    NETWORKS,
+    SOURCES,
+    Normalization,
+    Source,
+)
 
 Arrays = dict[str, np.ndarray]
-
-
-class Normalization(NamedTuple):
-    """What a network's input was in training: channels in RGB order, of images 0 to 255."""
-
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    trained_order: str = 'RGB'  # 'BGR': the first kernel is turned round when it is read
-
-    def intensity(self, channels: int) -> np.ndarray:
-        """(4, channels) for `data.volumes.normalize`: low, high, mean, deviation, in turn."""
-        rows = np.array([(0,) * 3, (255,) * 3, self.mean, self.std], np.float32)
-        return rows[:, np.arange(channels) % 3]
-
-
-IMAGENET = Normalization()
-CAFFE = Normalization((123.68, 116.779, 103.939), (1.0, 1.0, 1.0), 'BGR')
-
-
-class Source(NamedTuple):
-    """A table, and what goes with the weights that it names."""
-
-    rows: tuple[tuple[str, str], ...]  # their module <-> ours
-    unused: str = r'\b\B'  # keys that no network here has a place for; as it is, none
-    normalization: Normalization = IMAGENET
-    options: Mapping[str, Any] = {}  # that the config's model must have
-
-
-# ---- tables -----------------------------------------------------------------------------
-
-_RESNET = (
-    ('conv{}', 'conv{}'),  # conv1; conv1 to conv3 with a deep stem
-    ('bn{}', 'bn{}'),
-    ('layer{}.{}.conv{}', 'layer{}_{}/conv{}'),
-    ('layer{}.{}.bn{}', 'layer{}_{}/bn{}'),
-    ('layer{}.{}.downsample.0', 'layer{}_{}/downsample'),
-    ('layer{}.{}.downsample.1', 'layer{}_{}/downsample_bn'),
-)
-_VGG_DEPTHS = (2, 2, 3, 3, 3)
-_FC = (('classifier.0', 'fully_connected/fc6'), ('classifier.3', 'fully_connected/fc7'))
-_FC_TIMM = (('pre_logits.fc1', _FC[0][1]), ('pre_logits.fc2', _FC[1][1]))
-
-
-def _under(theirs: str, ours: str, rows) -> tuple[tuple[str, str], ...]:
-    return tuple((f'{theirs}{a}', f'{ours}{b}') for a, b in rows)
-
-
-def _vgg(norm: bool) -> tuple[tuple[str, str], ...]:
-    """torchvision numbers VGG16's layers in order: convolution, BatchNorm, ReLU, pooling."""
-    rows, n = [], 0
-    for block, depth in enumerate(_VGG_DEPTHS, start=1):
-        for i in range(1, depth + 1):
-            rows.append((f'features.{n}', f'backbone/conv{block}_{i}'))
-            if norm:
-                rows.append((f'features.{n + 1}', f'backbone/bn{block}_{i}'))
-            n += 3 if norm else 2
-        n += 1
-    return tuple(rows)
-
-
-def _mobilenet() -> tuple[tuple[str, str], ...]:
-    rows = [
-        ('features.0.0', 'stem'),
-        ('features.0.1', 'stem_bn'),
-        ('features.1.conv.0.0', 'block1/depthwise'),
-        ('features.1.conv.0.1', 'block1/depthwise_bn'),
-        ('features.1.conv.1', 'block1/project'),
-        ('features.1.conv.2', 'block1/project_bn'),
-        ('features.18.0', 'head'),
-        ('features.18.1', 'head_bn'),
-    ]
-    for n in range(2, 18):
-        for theirs, ours in (
-            ('0.0', 'expand'), ('0.1', 'expand_bn'), ('1.0', 'depthwise'),
-            ('1.1', 'depthwise_bn'), ('2', 'project'), ('3', 'project_bn'),
-        ):  # fmt: skip
-            rows.append((f'features.{n}.conv.{theirs}', f'block{n}/{ours}'))
-    return tuple(rows)
-
-
-def _mobilenet_timm() -> tuple[tuple[str, str], ...]:
-    rows = [
-        ('conv_stem', 'stem'), ('bn1', 'stem_bn'), ('conv_head', 'head'), ('bn2', 'head_bn'),
-        ('blocks.0.0.conv_dw', 'block1/depthwise'), ('blocks.0.0.bn1', 'block1/depthwise_bn'),
-        ('blocks.0.0.conv_pw', 'block1/project'), ('blocks.0.0.bn2', 'block1/project_bn'),
-    ]  # fmt: skip
-    number = 2
-    for stage, depth in enumerate((2, 3, 4, 3, 3, 1), start=1):
-        for i in range(depth):
-            for theirs, ours in (
-                ('conv_pw', 'expand'), ('bn1', 'expand_bn'), ('conv_dw', 'depthwise'),
-                ('bn2', 'depthwise_bn'), ('conv_pwl', 'project'), ('bn3', 'project_bn'),
-            ):  # fmt: skip
-                rows.append((f'blocks.{stage}.{i}.{theirs}', f'block{number}/{ours}'))
-            number += 1
-    return tuple(rows)
-
-
-def _head(theirs: str, ours: str) -> tuple[tuple[str, str], ...]:
-    """3x3, BatchNorm, ReLU, dropout, 1x1 as a torch Sequential."""
-    return (
-        (f'{theirs}.0', f'{ours}/project/conv'),
-        (f'{theirs}.1', f'{ours}/project/bn'),
-        (f'{theirs}.4', f'{ours}/classifier'),
-    )
-
-
-def _aspp(theirs: str, separable: bool) -> tuple[tuple[str, str], ...]:
-    rows = [
-        ('convs.0.0', 'conv1x1/conv'), ('convs.0.1', 'conv1x1/bn'),
-        ('convs.4.1', 'image/conv'), ('convs.4.2', 'image/bn'),
-        ('project.0', 'project/conv'), ('project.1', 'project/bn'),
-    ]  # fmt: skip
-    for n in (1, 2, 3):
-        if separable:
-            rows.append((f'convs.{n}.0.0', f'dilated{n}/depthwise'))
-            rows.append((f'convs.{n}.0.1', f'dilated{n}/pointwise'))
-        else:
-            rows.append((f'convs.{n}.0', f'dilated{n}/conv'))
-        rows.append((f'convs.{n}.1', f'dilated{n}/bn'))
-    return _under(f'{theirs}.', 'aspp/', rows)
-
-
-_SEMSEG_STEM = tuple(
-    (f'layer0.{3 * i + j}', f'backbone/{kind}{i + 1}')
-    for i in range(3)
-    for j, kind in enumerate(('conv', 'bn'))
-)
-_SEMSEG_PYRAMID = tuple(
-    (f'ppm.features.{i}.{j}', f'pyramid/bin{bins}/{kind}')
-    for i, bins in enumerate((1, 2, 3, 6))
-    for j, kind in ((1, 'conv'), (2, 'bn'))
-)
-_KERAS_VGG = tuple(
-    (f'block{block}_conv{i}', f'backbone/conv{block}_{i}')
-    for block, depth in enumerate(_VGG_DEPTHS, start=1)
-    for i in range(1, depth + 1)
-)
-_KERAS_RESNET = (
-    ('conv1_conv', 'backbone/conv1'),
-    ('conv1_bn', 'backbone/bn1'),
-    *(
-        (f'conv{layer + 1}_block{i + 1}_{n}_{kind}', f'backbone/layer{layer}_{i}/{ours}')
-        for layer in (1, 2, 3, 4)
-        for i in range(36)
-        for n, kind, ours in (
-            (0, 'conv', 'downsample'), (0, 'bn', 'downsample_bn'),
-            *((n, kind, f'{kind}{n}') for n in (1, 2, 3) for kind in ('conv', 'bn')),
-        )
-    ),
-)  # fmt: skip
-_CAFFE_RESNET = (
-    *((f'conv1_{i}_3x3{"_s2" if i == 1 else ""}', f'backbone/conv{i}') for i in (1, 2, 3)),
-    *((f'conv1_{i}_3x3{"_s2" if i == 1 else ""}_bn', f'backbone/bn{i}') for i in (1, 2, 3)),
-    *(
-        (f'conv{layer + 1}_{i + 1}_{theirs}{norm}', f'backbone/layer{layer}_{i}/{ours}')
-        for layer in (1, 2, 3, 4)
-        for i in range(36)
-        for theirs, conv, bn in (
-            ('1x1_reduce', 'conv1', 'bn1'), ('3x3', 'conv2', 'bn2'),
-            ('1x1_increase', 'conv3', 'bn3'), ('1x1_proj', 'downsample', 'downsample_bn'),
-        )
-        for norm, ours in (('', conv), ('_bn', bn))
-    ),
-)  # fmt: skip
-_SMP_ENCODER = _under('encoder.', 'backbone/', _RESNET)
-
-BACKBONE_SOURCES = {
-    'vgg16': Source((*_vgg(False), *_FC, *_FC_TIMM), r'(classifier\.6|head\.fc)\..*'),
-    'vgg16_bn': Source((*_vgg(True), *_FC, *_FC_TIMM), r'(classifier\.6|head\.fc)\..*'),
-    'resnet': Source(_under('', 'backbone/', _RESNET), r'fc\..*'),
-    'mobilenet_v2': Source(_under('', 'backbone/', _mobilenet()), r'classifier\..*'),
-    'mobilenet_v2 of timm': Source(_under('', 'backbone/', _mobilenet_timm()), r'classifier\..*'),
-    'vgg16 of Keras': Source(
-        (*_KERAS_VGG, ('fc1', _FC[0][1]), ('fc2', _FC[1][1])), r'predictions/.*', CAFFE
-    ),
-    'resnet of Keras': Source(
-        _KERAS_RESNET, r'(predictions|probs)/.*', CAFFE, {'stride_in_1x1': True}
-    ),
-}
-_TORCHVISION = {'dilate_first_block': False, 'output_stride': 8}
-_AUX = _head('aux_classifier', 'aux')
-NETWORK_SOURCES = {
-    'fcn of torchvision': Source(
-        (*_under('backbone.', 'backbone/', _RESNET), *_head('classifier', 'head'), *_AUX),
-        options={'name': 'fcn', **_TORCHVISION},
-    ),
-    'deeplabv3 of torchvision': Source(
-        (
-            *_under('backbone.', 'backbone/', _RESNET),
-            *_aspp('classifier.0', separable=False),
-            ('classifier.1', 'project/conv'),
-            ('classifier.2', 'project/bn'),
-            ('classifier.4', 'classifier'),
-            *_AUX,
-        ),
-        options={
-            'name': 'deeplab_v3',
-            'variant': 'torchvision',
-            'multi_grid': (1,),
-            'rates': (12, 24, 36),
-            **_TORCHVISION,
-        },
-    ),
-    'unet of segmentation_models_pytorch': Source(
-        (
-            *_SMP_ENCODER,
-            ('decoder.blocks.{}.conv{}.0', 'up{}_{}/conv'),
-            ('decoder.blocks.{}.conv{}.1', 'up{}_{}/bn'),
-            ('segmentation_head.0', 'classifier'),
-        ),
-        options={'name': 'unet'},
-    ),
-    'deeplabv3plus of segmentation_models_pytorch': Source(
-        (
-            *_SMP_ENCODER,
-            *_aspp('decoder.aspp.0', separable=True),
-            ('decoder.aspp.1.0', 'fuse1/depthwise'),
-            ('decoder.aspp.1.1', 'fuse1/pointwise'),
-            ('decoder.aspp.2', 'fuse1/bn'),
-            ('decoder.block1.0', 'low/conv'),
-            ('decoder.block1.1', 'low/bn'),
-            ('decoder.block2.0.0', 'fuse2/depthwise'),
-            ('decoder.block2.0.1', 'fuse2/pointwise'),
-            ('decoder.block2.1', 'fuse2/bn'),
-            ('segmentation_head.0', 'classifier'),
-        ),
-        options={'name': 'deeplab_v3plus', 'variant': 'smp', 'rates': (12, 24, 36)},
-    ),
-    'pspnet of semseg': Source(
-        (
-            *_SEMSEG_STEM,
-            *_under('', 'backbone/', _RESNET[2:]),
-            *_SEMSEG_PYRAMID,
-            *_head('cls', 'head'),
-            *_head('aux', 'aux'),
-        ),
-        options={'name': 'pspnet', 'deep_stem': True},
-    ),
-    'vgg_pspnet of image-segmentation-keras': Source(
-        (
-            *_KERAS_VGG,
-            *((f'conv2d#{i}', f'bin{bins}') for i, bins in enumerate((1, 2, 3, 6))),
-            *((f'batch_normalization#{i}', f'bin{bins}_bn') for i, bins in enumerate((1, 2, 3, 6))),
-            ('conv2d#4', 'project'),
-            ('batch_normalization#4', 'project_bn'),
-            ('conv2d#5', 'classifier'),
-        ),
-        normalization=CAFFE._replace(trained_order='RGB'),  # it feeds RGB to BGR's weights
-        options={'name': 'vgg_pspnet_blog'},
-    ),
-    'pspnet of image-segmentation-keras': Source(
-        (
-            *_CAFFE_RESNET,
-            *((f'conv5_3_pool{n}_conv', f'pyramid/bin{n}/conv') for n in (1, 2, 3, 6)),
-            *((f'conv5_3_pool{n}_conv_bn', f'pyramid/bin{n}/bn') for n in (1, 2, 3, 6)),
-            ('conv5_4', 'head/project/conv'),
-            ('conv5_4_bn', 'head/project/bn'),
-            ('conv6', 'head/classifier'),
-        ),
-        normalization=CAFFE,
-        options={'name': 'pspnet', 'deep_stem': True, 'aux_head': False, 'stride_in_1x1': True},
-    ),
-}
-SOURCES = {**BACKBONE_SOURCES, **NETWORK_SOURCES}
-
 
 # ---- reading files ----------------------------------------------------------------------
 
@@ -296,7 +36,8 @@ SOURCES = {**BACKBONE_SOURCES, **NETWORK_SOURCES}
 def read_arrays(path: str | Path) -> Arrays:
     """{name: array} of a .safetensors, .npz, .h5, .pth or .pt file. Nothing in it is executed.
 
-    'module.' of DataParallel and counters of batches are left out. Raises PretrainedError.
+    What wrappers put in front of every name ('module.' of DataParallel) and counters of
+    batches are left out. Raises PretrainedError.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -322,17 +63,22 @@ def read_arrays(path: str | Path) -> Arrays:
     except Exception as error:  # each reader raises its own kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PretrainedError(f'{path} is not a readable weight file: {reason}') from error
-    return {
-        name.removeprefix('module.'): array
-        for name, array in arrays.items()
-        if not name.endswith('num_batches_tracked')
-    }
+    arrays = {k: x for k, x in arrays.items() if not k.endswith('num_batches_tracked')}
+    wrappers = ('module.', 'model.', '_orig_mod.')
+    while prefix := next(
+        (w for w in wrappers if arrays and all(k.startswith(w) for k in arrays)), ''
+    ):
+        arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
+    return arrays
 
 
 def _read_safetensors(path: Path) -> Arrays:
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
-    return load_file(path)
+    # PyTorch's bfloat16 is no type of numpy's own; ml_dtypes, which JAX brings, has it.
+    with safe_open(path, 'flax') as file:
+        names = list(file.keys())
+        return {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
 
 
 def _read_npz(path: Path) -> Arrays:
@@ -354,33 +100,76 @@ def _read_torch(path: Path) -> Arrays:
 
 
 def _read_h5(path: Path) -> Arrays:
-    """Keras' weights by layer, 'block1_conv1/kernel', as `save_weights` of Keras 2 writes them.
+    """Keras' arrays as 'layer/kernel', of `save`, and of `save_weights` of Keras 1 to 3.
 
     Layers that Keras numbers by itself, conv2d_7, come as 'conv2d#0', 'conv2d#1' in order.
     """
     import h5py
 
-    arrays = {}
     with h5py.File(path, 'r') as file:
         root = file.get('model_weights', file)
-        if 'layer_names' not in root.attrs:
-            raise PretrainedError(
-                f'{path} has no layer names: save it in the .h5 format of Keras 2'
-            )
-        for layer in map(_text, root.attrs['layer_names']):
-            for weight in map(_text, root[layer].attrs['weight_names']):
-                kind = weight.rpartition('/')[2].partition(':')[0]
-                arrays[f'{layer}/{kind}'] = np.asarray(root[layer][weight])
-    numbered: dict[str, set[int]] = {}
-    for name in arrays:
-        if match := re.fullmatch(r'(conv2d|batch_normalization)(?:_(\d+))?/\w+', name):
-            numbered.setdefault(match[1], set()).add(int(match[2] or 0))
-    for kind, numbers in numbered.items():
-        for rank, number in enumerate(sorted(numbers)):
-            old = f'{kind}_{number}/' if number else f'{kind}/'
-            for name in [name for name in arrays if name.startswith(old)]:
-                arrays[f'{kind}#{rank}/{name.removeprefix(old)}'] = arrays.pop(name)
-    return arrays
+        layers = _keras_layers(root) if 'layer_names' in root.attrs else _keras_3_layers(file)
+    if not layers:
+        raise PretrainedError(f'{path} has no layers with weights: save it with Keras')
+    numbers: dict[str, set[int]] = {}
+    for layer in layers:
+        if match := re.fullmatch(r'(conv2d|batch_normalization)(?:_(\d+))?', layer):
+            numbers.setdefault(match[1], set()).add(int(match[2] or 0))
+    ranked = {
+        f'{kind}_{number}' if number else kind: f'{kind}#{rank}'
+        for kind, found in numbers.items()
+        for rank, number in enumerate(sorted(found))
+    }
+    return {
+        f'{ranked.get(layer, layer)}/{kind}': array
+        for layer, kinds in layers.items()
+        for kind, array in kinds.items()
+    }
+
+
+def _keras_layers(root) -> dict[str, Arrays]:
+    """{layer: {kind: array}} of the .h5 layout of Keras 1 and 2, which `Model.save` of 3 keeps."""
+    layers: dict[str, Arrays] = {}
+    for layer in map(_text, root.attrs['layer_names']):
+        names = [_text(name) for name in root[layer].attrs['weight_names']]
+        inside = {name.rpartition('/')[0].rpartition('/')[2] for name in names}
+        groups: dict[str, list[tuple[str, np.ndarray]]] = {}
+        for name in names:
+            # A model inside the model has several layers; its name alone would not do.
+            owner = name.rpartition('/')[0].rpartition('/')[2] if len(inside) > 1 else layer
+            kind = name.rpartition('/')[2].partition(':')[0]
+            groups.setdefault(owner, []).append((kind, np.asarray(root[layer][name])))
+        for owner, arrays in groups.items():
+            layers[owner] = _by_kind(arrays)
+    return layers
+
+
+def _keras_3_layers(file) -> dict[str, Arrays]:
+    """{layer: {kind: array}} of `save_weights` of Keras 3: numbered arrays, names as attributes."""
+    layers = {}
+
+    def visit(path: str, group) -> None:
+        if path.endswith('/vars') and len(group):
+            name = _text(group.attrs.get('name', path.split('/')[-2]))
+            layers[name] = _by_kind([('', group[i][()]) for i in sorted(group, key=int)])
+
+    file.visititems(visit)
+    return layers
+
+
+KINDS = ('gamma', 'beta', 'moving_mean', 'moving_variance')
+
+
+def _by_kind(arrays: list[tuple[str, np.ndarray]]) -> Arrays:
+    """A layer's arrays by Keras' word for each; by their order, which never changed, without."""
+    known = (*KINDS, 'kernel', 'depthwise_kernel', 'bias')
+    if all(kind in known for kind, _ in arrays):
+        return dict(arrays)
+    is_norm = len(arrays) == 4 and all(array.ndim == 1 for _, array in arrays)
+    words = KINDS if is_norm else ('kernel', 'bias')
+    if len(arrays) > len(words):
+        return {kind or str(i): array for i, (kind, array) in enumerate(arrays)}
+    return dict(zip(words, (array for _, array in arrays), strict=False))
 
 
 def _text(value: str | bytes) -> str:
@@ -487,33 +276,53 @@ def translate(arrays: Arrays, source: Source, wanted: Arrays) -> Arrays:
         if kind in ('running_mean', 'moving_mean'):
             found[f'batch_stats/{ours}/mean'] = array
         elif kind in ('running_var', 'moving_variance'):
-            found[f'batch_stats/{ours}/var'] = array
+            # Our 1e-5 added, it is what theirs is with their own.
+            found[f'batch_stats/{ours}/var'] = array + np.float32(source.epsilon - 1e-5)
         elif kind == 'gamma' or (kind == 'weight' and is_norm):
             found[f'params/{ours}/scale'] = array
         elif kind in ('bias', 'beta'):
             found[f'params/{ours}/bias'] = array
-        elif kind in ('kernel', 'weight'):
+        elif kind in ('kernel', 'depthwise_kernel', 'weight'):
             key = f'params/{ours}/kernel'
-            shape = getattr(wanted.get(key), 'shape', None)
-            found[key] = _kernel(array, keras, shape)
+            if kind == 'depthwise_kernel' or (keras and ours.endswith('/depthwise')):
+                array = array.swapaxes(2, 3)  # h w C 1
+            found[key] = _kernel(array, keras, getattr(wanted.get(key), 'shape', None))
         else:
             found[f'params/{ours}/{kind}'] = array  # unknown: a difference is an error later
-    if source.normalization.trained_order == 'BGR':
-        for stem in ('conv1', 'conv1_1', 'stem'):
-            if (key := f'params/backbone/{stem}/kernel') in found and found[key].shape[2] == 3:
-                found[key] = found[key][:, :, ::-1]
+    stem = _stem(found)
+    if source.normalization.trained_order == 'BGR' and stem and found[stem].shape[2] == 3:
+        found[stem] = found[stem][:, :, ::-1]
+    if source.pyramid != tuple(sorted(source.pyramid)):
+        key = 'params/head/project/conv/kernel'
+        found[key] = _reorder_pyramid(found[key], source.pyramid)
     return _fold_biases(found, wanted)
+
+
+STEMS = ('conv1', 'conv1_1', 'stem')
+
+
+def _stem(found: Mapping[str, Any]) -> str | None:
+    """The name of the kernel that sees the image."""
+    names = [f'params/backbone/{name}/kernel' for name in STEMS]
+    return next((name for name in names if name in found), None)
+
+
+def _reorder_pyramid(kernel: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """Inputs [features, bins in `order`] of PSPNet's head into [features, bins ascending]."""
+    features = kernel.shape[2] // 2
+    each = features // len(order)
+    blocks = [slice(features + i * each, features + (i + 1) * each) for i in range(len(order))]
+    ascending = [blocks[order.index(bins)] for bins in sorted(order)]
+    return np.concatenate([kernel[:, :, :features], *(kernel[:, :, b] for b in ascending)], axis=2)
 
 
 def _kernel(array: np.ndarray, keras: bool, wanted: tuple[int, ...] | None) -> np.ndarray:
     """HWIO of a convolution or of a dense layer on flattened features."""
     if array.ndim == 4:
         return array if keras else array.transpose(2, 3, 1, 0)
-    if array.ndim != 2 or wanted is None:
+    if array.ndim != 2 or wanted is None or array.size != np.prod(wanted):
         return array
     rows, columns, features_in, features_out = wanted
-    if array.size != np.prod(wanted):
-        return array
     if keras:  # (rows columns in, out)
         return array.reshape(wanted)
     return array.reshape(features_out, features_in, rows, columns).transpose(2, 3, 1, 0)
@@ -535,7 +344,7 @@ def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
 
 
 def adapt_stem(kernel: np.ndarray, channels: int, how: str) -> np.ndarray:
-    """(h, w, 3, O) filters for `channels` channels, scaled so that their sum stays as large.
+    """(h, w, 3, O) filters for `channels` channels, times 3 / channels: as much comes out.
 
     'cycle' takes R, G, B, R, ...; 'mean' their mean for each.
     """
@@ -563,19 +372,25 @@ def _differences(wanted: Arrays, found: Arrays) -> list[str]:
 
 
 def load_backbone(
-    variables: dict[str, Any], where: str, *, stem: str = 'cycle', options: Mapping[str, Any] = {}
+    variables: dict[str, Any],
+    where: str,
+    *,
+    stem: str = 'cycle',
+    unit_deviation: bool = False,
+    options: Mapping[str, Any] = {},
 ) -> tuple[dict[str, Any], Normalization, str]:
     """`variables` with the backbone from a classifier's weights, their normalisation, a report.
 
-    VGG16's fc6 and fc7 are taken too where the network has them at their size. `options`
-    is the config's model section, which some sources need to agree. Every other array of
-    the backbone must be in the file with its shape, and every array of the file in
-    the backbone; else PretrainedError lists both sides.
+    VGG16's fc6 and fc7 are taken too where the network has them at their size. With
+    `unit_deviation` the images will be z-scores, whatever the weights were fed: the first
+    kernel is scaled to them. `options` is the config's model section, which some
+    sources need to agree. Every other array of the backbone must be in the file with its
+    shape, and every array of the file in the backbone; else PretrainedError lists both sides.
     """
     path = fetch(where)
     arrays = read_arrays(path)
     kind = detect(arrays, SOURCES)
-    if kind in NETWORK_SOURCES:
+    if kind in NETWORKS:
         raise PretrainedError(
             f'{path} is a whole network ({kind}): convert it with python -m '
             'pspnet_jax.models.pretrained, or give the weights of a backbone'
@@ -592,11 +407,15 @@ def load_backbone(
             found.pop(name)
             notes.append(name.removeprefix('params/'))
     wanted = {name: x for name, x in everything.items() if '/backbone/' in name or name in found}
-    for name in wanted.keys() & found.keys():
-        (here, there) = (tuple(wanted[name].shape), found[name].shape)
-        if len(here) == 4 and here[2] != there[2] == 3 and here[3] == there[3]:
-            found[name] = adapt_stem(found[name], here[2], stem)
-            notes.append(f'{name} from 3 to {here[2]} channels by {stem}')
+    if (name := _stem(found)) and found[name].shape[2] == 3:
+        ratio = np.array(IMAGENET.std, np.float32) / np.array(source.normalization.std, np.float32)
+        if unit_deviation and (ratio != 1).any():
+            found[name] = found[name] * ratio[:, None]
+            notes.append(f'{name} scaled to z-scores')
+        channels = wanted[name].shape[2]
+        if channels != 3:
+            found[name] = adapt_stem(found[name], channels, stem)
+            notes.append(f'{name} from 3 to {channels} channels by {stem}')
     faults = _differences(wanted, found)
     if faults:
         raise PretrainedError('\n  '.join([f'{path} ({kind}) does not fit the backbone:', *faults]))
@@ -657,10 +476,9 @@ def _check_options(path: Path, source: Source, options: Mapping[str, Any]) -> No
 def network_options(arrays: Arrays, kind: str) -> dict[str, Any]:
     """The config's model section that a published network's arrays need, and 'channels'."""
     source = SOURCES[kind]
-    found = translate(arrays, source, {})
     kernels = {
         name.removeprefix('params/').removesuffix('/kernel'): array
-        for name, array in found.items()
+        for name, array in translate(arrays, source, {}).items()
         if name.endswith('/kernel')
     }
     depths = [0, 0, 0, 0]
@@ -668,10 +486,10 @@ def network_options(arrays: Arrays, kind: str) -> dict[str, Any]:
         if match := re.match(r'backbone/layer(\d)_(\d+)/', name):
             layer, block = int(match[1]) - 1, int(match[2])
             depths[layer] = max(depths[layer], block + 1)
-    stem = next(k for n, k in kernels.items() if n in ('backbone/conv1', 'backbone/conv1_1'))
-    heads = [k for n, k in kernels.items() if n in ('classifier', 'head/classifier')]
-    if not heads:
-        raise PretrainedError(f'the file has no classifier ({kind}): is it a backbone alone?')
+    stem = next((kernels[f'backbone/{n}'] for n in STEMS if f'backbone/{n}' in kernels), None)
+    heads = [kernels[n] for n in ('classifier', 'head/classifier') if n in kernels]
+    if stem is None or not heads:
+        raise PretrainedError(f'the file has no stem or no classifier ({kind}): is it a part?')
     options = {**source.options, 'num_classes': heads[0].shape[-1]}
     if any(depths):
         bottleneck = 'backbone/layer1_0/conv3' in kernels
@@ -689,6 +507,21 @@ def network_options(arrays: Arrays, kind: str) -> dict[str, Any]:
     return options | {'channels': stem.shape[2]}
 
 
+def goes_by(name: str, kind: str, options: Mapping[str, Any]) -> bool:
+    """Whether `name`, ours or theirs, is one of a network of this source and these options.
+
+    For semseg's PSPNet-50: pspnet, PSPNet, pspnet50, pspnet_resnet50, pspnet_50.
+    """
+
+    def plain(text: str) -> str:
+        return re.sub(r'[^a-z0-9]', '', text.lower()).replace('resnet', '')
+
+    ours, theirs = options['name'], re.split(' on | of ', kind)[0]
+    backbone = options.get('backbone', 'vgg16')
+    names = {ours, theirs, f'{ours}_{backbone}', f'{theirs}_{backbone}', f'{ours}:{backbone}'}
+    return plain(name) in map(plain, names)
+
+
 def main() -> None:
     """Write RUN/checkpoints/0 from a published network; see the module's docstring."""
     import functools
@@ -701,20 +534,21 @@ def main() -> None:
     from pspnet_jax.config import to_dict, validate
     from pspnet_jax.errors import ConfigError
 
-    options = flags.FLAGS
-    if checkpoint.steps(options.out):
-        raise ConfigError(f'{options.out} holds checkpoints already: give another --out')
-    path = fetch(options.source)
+    given = flags.FLAGS
+    if checkpoint.steps(given.out):
+        raise ConfigError(f'{given.out} holds checkpoints already: give another --out')
+    path = fetch(given.source)
     arrays = read_arrays(path)
-    kind = detect(arrays, NETWORK_SOURCES)
-    changes = network_options(arrays, kind)
-    channels = changes.pop('channels')
-    expected = [changes['name'], f'{changes["name"]}_{changes.get("backbone", "vgg16")}']
-    expected += [kind.split(' of ')[0], f'{kind.split(" of ")[0]}_{changes.get("backbone", "")}']
-    if options.model not in ('', *expected):
-        raise ConfigError(f'{path} holds {expected[-1]} ({kind}), not --model={options.model}')
-    config = options.config
-    config.model.update(changes)
+    kind = detect(arrays, NETWORKS)
+    options = network_options(arrays, kind)
+    if given.model and not goes_by(given.model, kind, options):
+        raise ConfigError(
+            f'{path} holds {options["name"]} on {options.get("backbone", "vgg16")} ({kind}), '
+            f'not --model={given.model}'
+        )
+    channels = options.pop('channels')
+    config = given.config
+    config.model.update(options)
     config.data.normalize = 'weights'
     validate(config)
     model = models.create(**config.model)
@@ -727,21 +561,21 @@ def main() -> None:
         ema_params=None,
         opt_state=None,
     )
-    intensity = SOURCES[kind].normalization.intensity(channels).tolist()
-    writer = checkpoint.open_writer(options.out)
+    normalization = SOURCES[kind].normalization
+    writer = checkpoint.open_writer(given.out)
     checkpoint.save(
         writer,
         0,
         state,
         config=to_dict(config),
         progress={'best_dice': None, 'stale': 0},
-        inputs={'channels': channels, 'intensity': intensity},
+        inputs={'channels': channels, 'normalization': normalization._asdict()},
         dice=None,
     )
     writer.close()
     print(
-        f'{len(arrays)} arrays of {path} ({kind}) are {changes["name"]} in {options.out}: '
-        f'{config.model.num_classes} classes, images as {SOURCES[kind].normalization}'
+        f'{len(arrays)} arrays of {path} ({kind}) are {options["name"]} in {given.out}: '
+        f'{config.model.num_classes} classes, images as {normalization}'
     )
 
 
