@@ -6,6 +6,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# Most of a test's time is compilation, so it is asked to optimise less. Read when JAX first
+# meets a device, and inherited by the commands that tests start.
+os.environ['XLA_FLAGS'] = ' '.join(
+    (
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_backend_optimization_level=0',
+        '--xla_llvm_disable_expensive_passes=true',
+    )
+)
+
 import jax
 import numpy as np
 import pytest

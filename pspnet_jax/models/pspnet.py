@@ -88,6 +88,7 @@ class VGGPSPNetBlog(nn.Module):
                 use_running_average=not train,
                 momentum=0.99,
                 epsilon=1e-3,
+                use_fast_variance=False,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
                 name=f'{name}_bn',

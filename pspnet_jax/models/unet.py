@@ -8,8 +8,8 @@ unless `batch_norm` is off (the paper has none). `unet_mini` has 2 levels from 3
 
 `BackboneUNet` puts the decoder on a classifier's features, as segmentation_models_pytorch
 0.6 does (its `Unet`, the same numbers): nearest upsampling to the size of the skip, skips at
-strides 16, 8, 4, 2 and, where the backbone has features there, 1; from VGG16 each block as it
-is before its pooling, and two more 3x3s at the bottom (`center`).
+strides 16, 8, 4, 2, none at 1; from VGG16 each block as it is before its pooling, and two
+more 3x3s at the bottom (`center`).
 """
 
 import flax.linen as nn
@@ -94,7 +94,7 @@ class BackboneUNet(nn.Module):
         if self.center:
             x = two_convs(x, x.shape[-1], 'center')
         for i, stride in enumerate((16, 8, 4, 2, 1)):
-            skip = features.get(-2 * stride, features.get(stride))
+            skip = features.get(-2 * stride, features.get(stride)) if stride > 1 else None
             x = resize_nearest(x, size if skip is None else skip.shape[1:3])
             if skip is not None:
                 x = jnp.concatenate([x, skip], axis=-1)
