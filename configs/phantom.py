@@ -11,7 +11,7 @@ BatchNorm where it is VGG16, which does not start from random weights without.
 from configs import base
 
 SHALLOW = ('pspnet', 'fcn', 'deeplab_v2', 'deeplab_v3', 'deeplab_v3plus', 'refinenet')
-COARSE = ('fcn32s', 'vgg_pspnet_blog')  # stride 32: of 128 pixels, 4 x 4 cells outline nothing
+COARSE = ('fcn32s', 'fcn16s', 'vgg_pspnet_blog')  # 4 x 4 cells of 32 pixels outline nothing
 VGG = ('fcn32s', 'fcn16s', 'fcn8s', 'dilated', 'deeplab_v1')
 
 
@@ -24,7 +24,7 @@ def get_config(arg: str = ''):
         config.model.backbone = 'vgg16_bn'
         config.model.fc_features = 256
     if config.model.name in COARSE:
-        config.phantom.size = 256
+        config.phantom.size = 256  # as large as LGG's slices
     config.model.width = 32
     config.train.batch_size = 8
     config.train.steps = 260
