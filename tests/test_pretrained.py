@@ -1,17 +1,21 @@
 """Published weights: their arrays in our places, strictly, both ways."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
-from pspnet_jax import models, optim, train
+from pspnet_jax import evaluate, models, optim, predict, train
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import PretrainedError
 from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.backbones import VGG16
-from tests.conftest import SHARED, needs_shared, tiny_config
+from tests.conftest import ROOT, SHARED, needs_shared, tiny_config
 
 SHAPES = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256),
           (512, 256), (512, 512), (512, 512), (512, 512), (512, 512), (512, 512)]  # fmt: skip
@@ -31,9 +35,9 @@ def arrays():
     return found
 
 
-def variables(name='pspnet', channels=3, **options):
+def variables(name='pspnet', channels=3, num_classes=2, **options):
     """Zeros in place of the network's parameters and statistics."""
-    model = models.create(name, num_classes=2, **options)
+    model = models.create(name, num_classes=num_classes, **options)
     image = jnp.zeros((1, 64, 64, channels))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -377,3 +381,227 @@ def test_the_shared_imagenet_weights_load_and_equal_pytorchs(rng):
         assert 'random: ' in report
     image = rng.standard_normal((1, 64, 64, 3)).astype(np.float32)
     check_against_torch(pretrained.read_arrays(path), image)
+
+
+def test_the_blogs_later_name_for_a_layer_is_known(tmp_path, rng):
+    """After 0.3 image-segmentation-keras calls its fifth convolution seg_feats."""
+    source = pretrained.SOURCES['vgg_pspnet of image-segmentation-keras after 0.3']
+    values = random_values(variables('vgg_pspnet_blog'), rng)
+    keras_file(tmp_path / 'w.h5', keras_layers(values, source))
+    back = load_whole(tmp_path / 'w.h5', variables('vgg_pspnet_blog'))
+    for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def random_values(shapes, rng):
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+def load_whole(path, shapes):
+    arrays = pretrained.read_arrays(path)
+    kind = pretrained.detect(arrays, pretrained.NETWORKS)
+    return pretrained.load_network(shapes, path, kind, arrays)
+
+
+def test_keras_pspnet_concatenates_its_pyramid_the_other_way_round(tmp_path, rng):
+    """On [x, p6, p3, p2, p1] its kernel gives what the converted one gives on [x, p1 .. p6]."""
+    source = pretrained.SOURCES['pspnet of image-segmentation-keras']
+    options = {'deep_stem': True, 'aux_head': False, 'stride_in_1x1': True}
+    shapes = variables('pspnet', **options)
+    values = random_values(shapes, rng)
+    keras_file(tmp_path / 'w.h5', keras_layers(values, source))
+    theirs = values['params']['head']['project']['conv']['kernel'][1, 1]
+    ours = load_whole(tmp_path / 'w.h5', shapes)['params']['head']['project']['conv']['kernel'][
+        1, 1
+    ]
+    x = rng.standard_normal(2048).astype(np.float32)
+    p1, p2, p3, p6 = rng.standard_normal((4, 512)).astype(np.float32)
+    np.testing.assert_allclose(
+        np.concatenate([x, p1, p2, p3, p6]) @ ours,
+        np.concatenate([x, p6, p3, p2, p1]) @ theirs,
+        atol=1e-2,
+    )
+
+
+def test_keras_pspnet_reads_bgr_and_says_so(tmp_path, rng):
+    source = pretrained.SOURCES['pspnet of image-segmentation-keras']
+    assert source.normalization.mean == (123.68, 116.779, 103.939)
+    options = {'deep_stem': True, 'aux_head': False, 'stride_in_1x1': True}
+    values = random_values(variables('pspnet', **options), rng)
+    keras_file(tmp_path / 'w.h5', keras_layers(values, source))
+    arrays = pretrained.read_arrays(tmp_path / 'w.h5')
+    found = pretrained.network_options(arrays, 'pspnet of image-segmentation-keras')
+    assert found['backbone'] == 'resnet50'
+    assert found['num_classes'] == 2
+    back = load_whole(tmp_path / 'w.h5', variables('pspnet', **options))
+    np.testing.assert_array_equal(
+        back['params']['backbone']['conv1']['kernel'],
+        values['params']['backbone']['conv1']['kernel'][:, :, ::-1],
+    )
+
+
+def test_a_resnet_of_keras_1_has_old_names_and_biases(tmp_path, rng):
+    """Its arrays are named in the style of bn2a_branch2a_running_std: their order counts."""
+    h5py = pytest.importorskip('h5py', reason='h5py writes .h5')
+    source = pretrained.SOURCES['resnet50 of Keras 1']
+    shapes = variables('pspnet', backbone='resnet50', stride_in_1x1=True)
+    values = {top: {'backbone': random_values(shapes[top]['backbone'], rng)} for top in shapes}
+    order = ('kernel', 'bias', 'gamma', 'beta', 'moving_mean', 'moving_variance')
+    with h5py.File(tmp_path / 'w.h5', 'w') as file:
+        layers = keras_layers(values, source)
+        file.attrs['layer_names'] = [name.encode() for name in layers]
+        for name, kinds in layers.items():
+            if 'kernel' in kinds:
+                kinds['bias'] = np.full(kinds['kernel'].shape[-1], 0.5, np.float32)
+            kinds = {kind: kinds[kind] for kind in order if kind in kinds}
+            group = file.create_group(name)
+            group.attrs['weight_names'] = [f'{name}_w{i}_1:0'.encode() for i in range(len(kinds))]
+            for i, array in enumerate(kinds.values()):
+                group[f'{name}_w{i}_1:0'] = array
+    loaded, normalization, _ = pretrained.load_backbone(
+        shapes, str(tmp_path / 'w.h5'), options={'stride_in_1x1': True}
+    )
+    assert normalization == published.CAFFE
+    ours, theirs = loaded['params']['backbone'], values['params']['backbone']
+    assert (ours['layer3_5']['conv2']['kernel'] == theirs['layer3_5']['conv2']['kernel']).all()
+    assert (ours['conv1']['kernel'] == theirs['conv1']['kernel'][:, :, ::-1]).all()
+    statistics = loaded['batch_stats']['backbone'], values['batch_stats']['backbone']
+    for name, norm in (('layer2_0', 'downsample_bn'), ('layer2_0', 'bn3')):
+        here, there = (tree[name][norm] for tree in statistics)
+        np.testing.assert_allclose(here['mean'], there['mean'] - 0.5, rtol=1e-6)
+        np.testing.assert_allclose(here['var'] + 1e-5, there['var'] + 1e-3, atol=1e-6)
+    with pytest.raises(PretrainedError, match=r'needs model\.stride_in_1x1=True'):
+        pretrained.load_backbone(shapes, str(tmp_path / 'w.h5'), options={'stride_in_1x1': None})
+
+
+def test_weights_fed_0_to_255_are_scaled_to_z_scores(arrays, tmp_path):
+    """A z-score through the new kernel is what 58 times it was through the old one."""
+    write_keras_vgg16(arrays, tmp_path / 'w.h5')
+    kernels = [
+        pretrained.load_backbone(
+            variables(backbone='vgg16'), str(tmp_path / 'w.h5'), unit_deviation=unit
+        )[0]['params']['backbone']['conv1_1']['kernel']
+        for unit in (False, True)
+    ]
+    z = np.random.default_rng(0).standard_normal((3, 3, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        np.einsum('hwi,hwio->o', z, kernels[1]),
+        np.einsum('hwi,hwio->o', z * np.float32([58.395, 57.12, 57.375]), kernels[0]),
+        rtol=1e-4,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize(
+    ('pretrained_file', 'normalize', 'by_weights'),
+    [('', None, False), ('w.npz', None, True), ('w.npz', 'volume', False), ('', 'weights', True)],
+)
+def test_pretrained_weights_bring_their_normalisation(pretrained_file, normalize, by_weights):
+    config = tiny_config(**{'model.pretrained': pretrained_file})
+    config.data.normalize = normalize
+    assert train.normalize_by_weights(config) == by_weights
+
+
+def test_what_wrappers_put_in_front_is_taken_off(arrays, tmp_path):
+    np.savez(tmp_path / 'w.npz', **{f'module.model.{name}': x for name, x in arrays.items()})
+    assert pretrained.read_arrays(tmp_path / 'w.npz').keys() == arrays.keys()
+    some = {**{f'module.{name}': x for name, x in arrays.items()}, 'other': np.zeros(1)}
+    np.savez(tmp_path / 'w.npz', **some)
+    assert pretrained.read_arrays(tmp_path / 'w.npz').keys() == some.keys()
+
+
+def test_bfloat16_files_are_read(tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch writes bfloat16')
+    from safetensors.torch import save_file as save_torch
+
+    save_torch({'w': torch.tensor([1.0, 0.3], dtype=torch.bfloat16)}, tmp_path / 'w.safetensors')
+    found = pretrained.read_arrays(tmp_path / 'w.safetensors')['w']
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [1.0, 0.3], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind', 'options', 'known'),
+    [
+        ('pspnet50', 'pspnet of semseg', {'name': 'pspnet', 'backbone': 'resnet50'}, True),
+        ('PSPNet', 'pspnet of semseg', {'name': 'pspnet', 'backbone': 'resnet50'}, True),
+        ('pspnet_resnet101', 'pspnet of semseg', {'name': 'pspnet', 'backbone': 'resnet50'}, False),
+        ('fcn_resnet50', 'fcn of torchvision', {'name': 'fcn', 'backbone': 'resnet50'}, True),
+        ('fcn8s', 'fcn of torchvision', {'name': 'fcn', 'backbone': 'resnet50'}, False),
+        (
+            'DeepLabV3Plus', 'deeplabv3plus on resnet of segmentation_models_pytorch',
+            {'name': 'deeplab_v3plus', 'backbone': 'resnet50'}, True,
+        ),
+        (
+            'vgg_pspnet', 'vgg_pspnet of image-segmentation-keras', {'name': 'vgg_pspnet_blog'},
+            True,
+        ),
+    ],
+)  # fmt: skip
+def test_a_network_goes_by_its_names(name, kind, options, known):
+    assert pretrained.goes_by(name, kind, options) == known
+
+
+@pytest.fixture(scope='module')
+def published_fcn(tmp_path_factory):
+    """(file, our variables): torchvision's FCN on a ResNet-18, five classes, random weights."""
+    rng = np.random.default_rng(0)
+    shapes = variables('fcn', backbone='resnet18', num_classes=5)
+    values = jax.tree.map(
+        lambda x: (0.05 * rng.standard_normal(x.shape)).astype(np.float32), shapes
+    )
+    values['batch_stats'] = jax.tree.map(lambda x: np.abs(x) + 0.5, values['batch_stats'])
+    path = tmp_path_factory.mktemp('published') / 'fcn.safetensors'
+    save_file(pretrained.to_torch(values, pretrained.SOURCES['fcn of torchvision']), path)
+    return path, values
+
+
+def convert(path, out, model):
+    return subprocess.run(
+        [
+            sys.executable, '-m', 'pspnet_jax.models.pretrained', f'--source={path}',
+            f'--model={model}', f'--out={out}',
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_published_network_becomes_a_checkpoint_that_predicts(published_fcn, tmp_path):
+    path, values = published_fcn
+    done = convert(path, tmp_path / 'run', 'fcn_resnet18')
+    assert done.returncode == 0, done.stderr
+    assert '5 classes' in done.stdout
+    config, model, loaded, intensity, step = evaluate.restore_model(tmp_path / 'run')
+    assert (config.model.name, config.model.backbone, step) == ('fcn', 'resnet18', 0)
+    for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+    pixel = np.array([[255, 0, 128]], np.uint8)
+    np.testing.assert_allclose(
+        volumes.normalize(pixel, intensity),
+        (pixel / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
+        atol=1e-5,
+    )
+    image = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / 'photo.png')
+    predict.predict_pictures(tmp_path / 'run', tmp_path / 'photo.png', tmp_path / 'out')
+    mask = np.array(Image.open(tmp_path / 'out' / 'photo_mask.png'))
+    normal = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    logits = jax.jit(model.apply)(values, jnp.asarray(normal[None], jnp.float32))['logits']
+    assert (mask == np.argmax(logits[0], axis=-1)).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ('model', 'message'),
+    [
+        ('pspnet50', 'holds fcn on resnet18 (fcn of torchvision), not --model=pspnet50'),
+        ('fcn', 'holds checkpoints already: give another --out'),
+    ],
+)
+def test_a_conversion_that_can_not_be_is_one_line(published_fcn, tmp_path, trained, model, message):
+    out = trained[0] if model == 'fcn' else tmp_path / 'run'
+    done = convert(published_fcn[0], out, model)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / 'run').exists()
