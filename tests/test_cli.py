@@ -29,7 +29,7 @@ PHANTOM = '--config=configs/phantom.py'
         ('main', ['--config=nowhere.py'], '--config=nowhere.py is not a file'),
         ('main', [PHANTOM, '--config.model.bacbone=vgg16'], 'did you mean model.backbone?'),
         ('main', [PHANTOM, '--config.model.width=wide'], 'must be a whole number of at least 4'),
-        ('main', [PHANTOM, '--config.model.output_stride=12'], 'must be one of 8, 16, 32'),
+        ('main', [PHANTOM, '--config.model.output_stride=12'], 'one of 8, 16, 32'),
         ('main', ['--config=configs/lgg.py:segnext'], "model.name is 'segnext': it must be one of"),
         ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),
         ('evaluate', ['--workdir=/no'], '/no holds no checkpoint'),
