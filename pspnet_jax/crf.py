@@ -6,8 +6,11 @@ the pixel itself included. Deviations: no permutohedral lattice. The kernel of p
 a product of two one-dimensional ones and always exact. The bilateral kernel is either
 
   exact     over all pairs of pixels, a matrix of (H W)**2 floats: 1 GiB for 128 x 128
-  windowed  over the pairs within a square window, those outside counting nothing
+  windowed  over the pairs within a square window, those outside counting nothing:
+            (2 window + 1)**2 H W floats, 285 MB for 256 x 256 and a window of 16
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +45,10 @@ def mean_field(
             flat = x_HWK.reshape(-1, x_HWK.shape[-1])
             return jnp.dot(kernel_NN, flat, precision='highest').reshape(x_HWK.shape)
     else:
+        kernel_OHW = _bilateral_window(image_HWC, bilateral_sigma, color_sigma, window)
 
         def bilateral(x_HWK):
-            return _bilateral_windowed(x_HWK, image_HWC, bilateral_sigma, color_sigma, window)
+            return _sum_window(x_HWK, kernel_OHW)
 
     ones_HW1 = jnp.ones((*logits_HWK.shape[:2], 1))
     terms = []
@@ -82,21 +86,39 @@ def _bilateral_matrix(image_HWC: jax.Array, sigma: float, color_sigma: float) ->
     return jnp.exp(-0.5 * exponent_NN)
 
 
-def _bilateral_windowed(
-    x_HWK: jax.Array, image_HWC: jax.Array, sigma: float, color_sigma: float, radius: int
+def _bilateral_window(
+    image_HWC: jax.Array, sigma: float, color_sigma: float, radius: int
 ) -> jax.Array:
-    """The same sum over the pixels at most `radius` rows and columns away."""
-    (H, W, K), C = x_HWK.shape, image_HWC.shape[-1]
-    around = ((radius, radius), (radius, radius), (0, 0))
-    padded_x, padded_image = jnp.pad(x_HWK, around), jnp.pad(image_HWC, around)
+    """(O, H, W) weights of the pixels at most `radius` rows and columns away, 0 outside."""
+    H, W, C = image_HWC.shape
     side = 2 * radius + 1
+    around = ((radius, radius), (radius, radius))
+    padded, inside = jnp.pad(image_HWC, (*around, (0, 0))), jnp.pad(jnp.ones((H, W)), around)
 
-    def add_offset(i, total_HWK):
-        row, column = i // side, i % side
-        near_HWC = jax.lax.dynamic_slice(padded_image, (row, column, 0), (H, W, C))
-        near_HWK = jax.lax.dynamic_slice(padded_x, (row, column, 0), (H, W, K))
+    def weights(offset):
+        row, column = offset // side, offset % side
+        near_HWC = jax.lax.dynamic_slice(padded, (row, column, 0), (H, W, C))
         distance = ((row - radius) ** 2 + (column - radius) ** 2) / sigma**2
-        color_HW1 = jnp.square((near_HWC - image_HWC) / color_sigma).sum(axis=-1, keepdims=True)
-        return total_HWK + jnp.exp(-0.5 * (distance + color_HW1)) * near_HWK
+        color_HW = jnp.square((near_HWC - image_HWC) / color_sigma).sum(axis=-1)
+        kernel_HW = jnp.exp(-0.5 * (distance + color_HW))
+        return kernel_HW * jax.lax.dynamic_slice(inside, (row, column), (H, W))
 
-    return jax.lax.fori_loop(0, side**2, add_offset, jnp.zeros_like(x_HWK))
+    return jax.lax.map(weights, jnp.arange(side**2))
+
+
+def _sum_window(x_HWK: jax.Array, kernel_OHW: jax.Array) -> jax.Array:
+    """Sum over each pixel's window, weighted by `_bilateral_window`."""
+    H, W, K = x_HWK.shape
+    side = math.isqrt(len(kernel_OHW))
+    radius = side // 2
+    padded = jnp.pad(x_HWK, ((radius, radius), (radius, radius), (0, 0)))
+
+    def add_row(total_HWK, row_and_kernels):  # a row of offsets a step: fewer passes
+        row, kernels_SHW = row_and_kernels
+        for column in range(side):
+            near_HWK = jax.lax.dynamic_slice(padded, (row, column, 0), (H, W, K))
+            total_HWK += kernels_SHW[column][:, :, None] * near_HWK
+        return total_HWK, None
+
+    rows = jnp.arange(side), kernel_OHW.reshape(side, side, H, W)
+    return jax.lax.scan(add_row, jnp.zeros_like(x_HWK), rows)[0]
