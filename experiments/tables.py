@@ -49,25 +49,31 @@ def lgg() -> str:
     return '\n'.join([*rows, '', *notes])
 
 
-# What is published for 21 classes, to which digit, and where.
+# Parameters that are published for 21 classes, to which digit, and where.
 PUBLISHED = {
     'fcn32s': (134e6, 1e6, 'Long 2015, table 3'),
     'fcn': (35_322_218, 1, 'torchvision, fcn_resnet50'),
     'segnet': (29.45e6, 0.01e6, 'Badrinarayanan 2017, table 6'),
     'deeplab_v1': (20.5e6, 0.1e6, 'Chen 2015, table 2'),
 }
+PUBLISHED_OTHERWISE = {
+    'vgg_pspnet_blog': '17,093,442 for K = 2, statistics included (image-segmentation-keras)'
+}
 
 
 def architectures() -> str:
     """Parameters, cost and the phantom Dice of every network."""
-    dice = {
-        line['experiment'].removeprefix('phantom_'): line['summary']['dice']['mean']
+    trained = {
+        line['experiment'].removeprefix('phantom_'): line
         for line in read_lines('architectures')
         if line['experiment'].startswith('phantom_')
     }
+    dice = {name: line['summary']['dice']['mean'] for name, line in trained.items()}
+    steps = [line['step'] for line in trained.values()]
+    least, most = min(steps, default=0), max(steps, default=0)
     lines = read_lines('costs')
     rows = [
-        '| name | backbone | parameters, K = 2 | K = 21 | published, K = 21 | GFLOP a slice | '
+        '| name | backbone | parameters, K = 2 | K = 21 | published | GFLOP a slice | '
         'ms a slice | phantom Dice |',
         '|---|---|---:|---:|---|---:|---:|---:|',
     ]
@@ -77,7 +83,8 @@ def architectures() -> str:
         published = f'{number:,.0f} ({where})' if unit == 1 else f'{number / 1e6:g} M ({where})'
         rows.append(
             f'| {name} | {line["backbone"]} | {line["parameters"]["2"]:,} | '
-            f'{line["parameters"]["21"]:,} | {published if number else ""} | '
+            f'{line["parameters"]["21"]:,} | '
+            f'{published if number else PUBLISHED_OTHERWISE.get(name, "")} | '
             f'{line["gflop"]:.1f} | {line["ms"]:.0f} | '
             f'{f"{dice[name]:.3f}" if name in dice else ""} |'
         )
@@ -87,8 +94,10 @@ def architectures() -> str:
             '',
             f'Inference at {first["size"]}x{first["size"]}, batch {first["batch"]}, float32 '
             f'(`python -m experiments.architectures --cost`, commit {first["commit"][:7]}, '
-            f"{first['device']}); Dice on the phantoms' test volumes, half-width networks from "
-            'random weights (`python -m experiments.architectures --quick`).',
+            f'{first["device"]}); published counts are for K = 21 where nothing else is said. '
+            "Per-volume Dice on the phantoms' six test volumes, half-width networks from random "
+            f'weights, {least} to {most} steps (`python -m experiments.architectures --quick`; '
+            'experiments/results/architectures.jsonl has the commit and overrides of each).',
         ]
     return '\n'.join(rows)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tables import PUBLISHED
+from experiments.tables import PUBLISHED, PUBLISHED_OTHERWISE, read_lines
 from pspnet_jax import models
-from pspnet_jax.models import backbones, dilated, refinenet
+from pspnet_jax.models import backbones, deeplab, dilated, fcn, refinenet
 
 # Parameters for 2 and 21 classes on the network's own backbone. Update if a change was meant.
 COUNTS = {
@@ -82,9 +82,38 @@ def test_the_tables_of_counts_are_complete():
     assert set(BACKBONE_COUNTS) == set(backbones.BACKBONES)
 
 
+@pytest.mark.parametrize('line', read_lines('costs'), ids=lambda line: line['name'])
+def test_the_readmes_table_has_these_counts(line):
+    assert (line['parameters']['2'], line['parameters']['21']) == COUNTS[line['name']]
+
+
+def test_every_network_has_its_cost_and_its_training_in_the_results():
+    assert [line['name'] for line in read_lines('costs')] == list(models.MODELS)
+    dice = {
+        line['experiment'].removeprefix('phantom_'): line['summary']['dice']['mean']
+        for line in read_lines('architectures')
+    }
+    assert set(dice) == set(models.MODELS)
+    assert min(dice.values()) >= 0.8
+
+
+@pytest.mark.parametrize(
+    ('options', 'number'),
+    [
+        ({'name': 'fcn', 'backbone': 'resnet101'}, 54_314_346),
+        ({'name': 'deeplab_v3', 'variant': 'torchvision'}, 42_004_074),
+        ({'name': 'deeplab_v3', 'variant': 'torchvision', 'backbone': 'resnet101'}, 60_996_202),
+    ],
+)
+def test_parameter_count_is_torchvisions(options, number):
+    _, shapes = variables(num_classes=21, **options)
+    assert count(shapes['params']) == number
+
+
 def test_the_blogs_network_has_the_published_size_and_geometry():
     model, shapes = variables('vgg_pspnet_blog')
     assert count(shapes) == 17_093_442  # image-segmentation-keras counts BN statistics too
+    assert PUBLISHED_OTHERWISE['vgg_pspnet_blog'].startswith('17,093,442')
     out = jax.eval_shape(model.apply, shapes, jnp.zeros((1, 384, 384, 3)))
     assert out['logits'].shape == (1, 96, 96, 2)
 
@@ -135,16 +164,18 @@ def test_dilated_equals_strided_on_the_sub_grid(backbone, stride):
         )
 
 
-def test_dilated_vgg_looks_as_far_as_the_strided_one():
+@pytest.mark.parametrize('pool', [2, 3])
+def test_dilated_vgg_looks_as_far_as_the_strided_one(pool):
     """Without pool4, the three convolutions of block 5 reach two cells each, not one."""
     image = jnp.zeros((1, 256, 256, 3)).at[0, 128, 128].set(1.0)
-    net = Backbone('vgg16', {'output_stride': 8})
+    net = Backbone('vgg16', {'output_stride': 8, 'pool': pool})
     values = jax.jit(net.init)(key(), image)
     positive = jax.tree.map(jnp.abs, values)  # so that nothing cancels and ReLU passes all
     lit = jax.jit(net.apply)(positive, image)
     reach = {n: int((np.asarray(lit[n][0]).sum(-1).any(0)).sum()) for n in (8, 16, 32)}
-    assert reach[16] - reach[8] == 2 * 3  # block 4: three dense 3x3s
-    assert reach[32] - reach[16] == 2 * 3 * 2  # block 5: three at dilation 2
+    kept = 2 if pool == 3 else 0  # DeepLab's pool4 and pool5 stay, 3x3 at stride 1
+    assert reach[16] - reach[8] == 2 * 3 + kept  # block 4: three dense 3x3s
+    assert reach[32] - reach[16] == 2 * 3 * 2 + kept  # block 5: three at dilation 2
 
 
 @pytest.mark.parametrize('backbone', backbones.BACKBONES)
@@ -317,6 +348,60 @@ def test_chained_pooling_reaches_two_poolings_far(rng):
     np.testing.assert_array_equal(out, expected)
 
 
+def lit_rows(module, x, *, train=False):
+    """Rows through the middle that a bright middle cell changes, all weights being 1."""
+    values = jax.tree.map(jnp.ones_like, module.init(key(), x, train))
+    middle = x.shape[1] // 2, x.shape[2] // 2
+    dark, bright = (
+        np.asarray(module.apply(values, x.at[0, *middle].add(more), train)) for more in (0.0, 1.0)
+    )
+    return np.flatnonzero((dark != bright)[0, :, middle[1]].any(-1)) - middle[0]
+
+
+@pytest.mark.parametrize('fc_features', [0, 4])
+def test_the_branches_of_deeplab_v2_look_at_their_rates_and_add(fc_features):
+    x = jnp.ones((1, 61, 61, 3))
+    both = deeplab.SummedASPP(2, (6, 24), fc_features)
+    assert lit_rows(both, x).tolist() == [-24, -6, 0, 6, 24]
+    image = jax.random.normal(key(), x.shape)
+    values = both.init(key(), image, False)
+    alone = [deeplab.SummedASPP(2, (rate,), fc_features) for rate in (6, 24)]
+    np.testing.assert_allclose(
+        both.apply(values, image, False),
+        sum(
+            module.apply(
+                {'params': {k: v for k, v in values['params'].items() if k.endswith(str(rate))}},
+                image,
+                False,
+            )
+            for module, rate in zip(alone, (6, 24), strict=True)
+        ),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize('separable', [False, True])
+def test_the_aspp_looks_at_its_rates_and_at_the_whole_image(separable):
+    x = jnp.ones((1, 31, 31, 3))
+    aspp = deeplab.ASPP(4, (6, 12), separable=separable)
+    rows = lit_rows(aspp, x)
+    assert rows.tolist() == list(range(-15, 16))  # the mean of the image is everywhere
+    values = jax.tree.map(jnp.ones_like, aspp.init(key(), x, False))
+    for name in ('conv', 'bn'):
+        values['params']['image'][name] = jax.tree.map(
+            jnp.zeros_like, values['params']['image'][name]
+        )
+    changed = aspp.apply(values, x.at[0, 15, 15].add(1.0), False) != aspp.apply(values, x, False)
+    assert (np.flatnonzero(changed[0, :, 15, 0]) - 15).tolist() == [-12, -6, 0, 6, 12]
+
+
+def test_fc6_is_a_dilated_convolution_of_its_kernel():
+    x = jnp.ones((1, 61, 61, 2))
+    assert lit_rows(fcn.FullyConnected(4, kernel=3, dilation=12), x).tolist() == [-12, 0, 12]
+    rows = [-12, -8, -4, 0, 4, 8, 12]
+    assert lit_rows(fcn.FullyConnected(4, kernel=7, dilation=4), x).tolist() == rows
+
+
 def test_the_largest_score_of_all_scales_wins():
     """DeepLab v2: the fused scores are at least those of each scale, and one scale's."""
     model = small('deeplab_v2', num_classes=3)
@@ -353,8 +438,11 @@ def test_the_deep_stem_is_semsegs():
         ({'name': 'pspnet', 'num_classes': 2, 'backbone': 'vgg19'}, "'vgg19' is not one of vgg16"),
         ({'name': 'pspnet', 'num_classes': 2, 'output_stride': 4}, 'output_stride 4 is not one of'),
         ({'name': 'fcn8s', 'num_classes': 2, 'output_stride': 8}, 'has output stride 32, not 8'),
-        ({'name': 'fcn', 'num_classes': 2, 'variant': 'smp'}, "fcn has only 'paper'"),
-        ({'name': 'fcn8s', 'num_classes': 2, 'deep_stem': True}, 'is a ResNet option: set it to'),
+        ({'name': 'fcn', 'num_classes': 2, 'variant': 'smp'}, "not of fcn: use 'paper'"),
+        (
+            {'name': 'fcn8s', 'num_classes': 2, 'deep_stem': True},
+            'deep_stem is an option of ResNet: leave',
+        ),
     ],
 )
 def test_create_refuses(options, message):
