@@ -89,25 +89,23 @@ def _bilateral_matrix(image_HWC: jax.Array, sigma: float, color_sigma: float) ->
 def _bilateral_window(
     image_HWC: jax.Array, sigma: float, color_sigma: float, radius: int
 ) -> jax.Array:
-    """(O, H, W) weights of the pixels at most `radius` rows and columns away, 0 outside."""
+    """(O, H, W) weights of the pixels at most `radius` rows and columns away, O in all."""
     H, W, C = image_HWC.shape
     side = 2 * radius + 1
-    around = ((radius, radius), (radius, radius))
-    padded, inside = jnp.pad(image_HWC, (*around, (0, 0))), jnp.pad(jnp.ones((H, W)), around)
+    padded = jnp.pad(image_HWC, ((radius, radius), (radius, radius), (0, 0)))
 
     def weights(offset):
         row, column = offset // side, offset % side
         near_HWC = jax.lax.dynamic_slice(padded, (row, column, 0), (H, W, C))
         distance = ((row - radius) ** 2 + (column - radius) ** 2) / sigma**2
         color_HW = jnp.square((near_HWC - image_HWC) / color_sigma).sum(axis=-1)
-        kernel_HW = jnp.exp(-0.5 * (distance + color_HW))
-        return kernel_HW * jax.lax.dynamic_slice(inside, (row, column), (H, W))
+        return jnp.exp(-0.5 * (distance + color_HW))
 
     return jax.lax.map(weights, jnp.arange(side**2))
 
 
 def _sum_window(x_HWK: jax.Array, kernel_OHW: jax.Array) -> jax.Array:
-    """Sum over each pixel's window, weighted by `_bilateral_window`."""
+    """Sum over each pixel's window, weighted by `_bilateral_window`; outside x is zero."""
     H, W, K = x_HWK.shape
     side = math.isqrt(len(kernel_OHW))
     radius = side // 2

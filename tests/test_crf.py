@@ -1,11 +1,13 @@
 """Mean field against a loop over all pairs of pixels, and against pydensecrf."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import crf
+from pspnet_jax import crf, infer
+from pspnet_jax.errors import ConfigError
 
 OPTIONS = {
     'spatial_weight': 2.0,
@@ -104,3 +106,30 @@ def test_it_agrees_with_pydensecrf(rng):
     assert (ours.argmax(-1) == expected.argmax(-1)).mean() > 0.99
     assert np.abs(ours - expected).mean() < 0.02
     assert (ours.argmax(-1) != truth).mean() < 0.02
+
+
+class Scores(nn.Module):
+    """A network without parameters: two scores from the image's first channel."""
+
+    def __call__(self, image, train=False):
+        return {'logits': jnp.stack([-image[..., 0], image[..., 0]], axis=-1)}
+
+
+@pytest.mark.parametrize(('kernel', 'window'), [('exact', None), ('windowed', 3)])
+def test_prediction_puts_it_behind_the_network_image_by_image(rng, kernel, window):
+    images = rng.standard_normal((3, 12, 10, 2)).astype(np.float32)
+    predict = infer.compile_predict(Scores(), kernel=kernel, window=3, iterations=4, **OPTIONS)
+    for image, probability in zip(images, predict({}, images), strict=True):
+        logits = Scores().apply({}, image)['logits']
+        expected = crf.mean_field(logits, image, window=window, iterations=4, **OPTIONS)
+        np.testing.assert_allclose(probability, expected, atol=1e-5)
+    plain = infer.compile_predict(Scores(), kernel='none', window=3, iterations=4, **OPTIONS)
+    np.testing.assert_allclose(
+        plain({}, images), jax.nn.softmax(Scores().apply({}, images)['logits']), atol=1e-6
+    )
+
+
+def test_all_pairs_of_a_large_image_are_refused():
+    predict = infer.compile_predict(Scores(), kernel='exact', window=3, iterations=4, **OPTIONS)
+    with pytest.raises(ConfigError, match=r"up to 16384 pixels, the images have 128 x 129: use 'w"):
+        predict({}, np.zeros((1, 128, 129, 1), np.float32))
