@@ -73,7 +73,7 @@ def converted(model, arrays, sources=pretrained.SOURCES):
     shapes = jax.eval_shape(
         functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
     )
-    return pretrained.load_network(shapes, 'the test', kind, arrays)
+    return pretrained.load_network(shapes, arrays, pretrained.SOURCES[kind])
 
 
 def picture(size, batch=4):

@@ -289,7 +289,7 @@ def test_there_and_back_is_the_same(kind, rng):
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
     theirs = pretrained.to_torch(values, source)
     assert pretrained.detect(theirs, pretrained.SOURCES) == kind
-    back = pretrained.load_network(shapes, 'the test', kind, theirs)
+    back = pretrained.load_network(shapes, theirs, source)
     for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -333,7 +333,7 @@ def test_the_blogs_network_converts_whatever_numbers_keras_gave_its_layers(tmp_p
     arrays = pretrained.read_arrays(tmp_path / 'w.h5')
     kind = pretrained.detect(arrays, pretrained.NETWORKS)
     assert kind == 'vgg_pspnet of image-segmentation-keras'
-    back = pretrained.load_network(shapes, 'the test', kind, arrays)
+    back = pretrained.load_network(shapes, arrays, source)
     for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -400,7 +400,7 @@ def random_values(shapes, rng):
 def load_whole(path, shapes):
     arrays = pretrained.read_arrays(path)
     kind = pretrained.detect(arrays, pretrained.NETWORKS)
-    return pretrained.load_network(shapes, path, kind, arrays)
+    return pretrained.load_network(shapes, arrays, pretrained.SOURCES[kind])
 
 
 def test_keras_pspnet_concatenates_its_pyramid_the_other_way_round(tmp_path, rng):
@@ -556,11 +556,11 @@ def published_fcn(tmp_path_factory):
     return path, values
 
 
-def convert(path, out, model):
+def convert(path, out, model, *more):
     return subprocess.run(
         [
             sys.executable, '-m', 'pspnet_jax.models.pretrained', f'--source={path}',
-            f'--model={model}', f'--out={out}',
+            f'--model={model}', f'--out={out}', *more,
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -605,3 +605,12 @@ def test_a_conversion_that_can_not_be_is_one_line(published_fcn, tmp_path, train
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_network_that_was_trained_on_bgr_reads_rgb_here(published_fcn, tmp_path):
+    path, values = published_fcn
+    done = convert(path, tmp_path / 'run', '', '--order=BGR')
+    assert done.returncode == 0, done.stderr
+    _, _, loaded, *_ = evaluate.restore_model(tmp_path / 'run')
+    stem, theirs = (tree['params']['backbone']['conv1']['kernel'] for tree in (loaded, values))
+    np.testing.assert_array_equal(stem, theirs[:, :, ::-1])

@@ -430,14 +430,12 @@ def load_backbone(
     return merged, source.normalization, report
 
 
-def load_network(
-    variables: dict[str, Any], path: str | Path, kind: str, arrays: Arrays
-) -> dict[str, Any]:
-    """`variables` with every array from a published network of source `kind`, strictly."""
+def load_network(variables: dict[str, Any], arrays: Arrays, source: Source) -> dict[str, Any]:
+    """`variables` with every array from a published network's, strictly."""
     wanted = _flat(variables)
-    found = translate(arrays, SOURCES[kind], wanted)
+    found = translate(arrays, source, wanted)
     if faults := _differences(wanted, found):
-        raise PretrainedError('\n  '.join([f'{path} ({kind}) does not fit the model:', *faults]))
+        raise PretrainedError('\n  '.join(['the file does not fit the model:', *faults]))
     return flax.traverse_util.unflatten_dict({name: found[name] for name in wanted}, sep='/')
 
 
@@ -541,7 +539,10 @@ def main() -> None:
     path = fetch(given.source)
     arrays = read_arrays(path)
     kind = detect(arrays, NETWORKS)
-    options = network_options(arrays, kind)
+    source, options = SOURCES[kind], network_options(arrays, kind)
+    if given.order:
+        fed = source.normalization._replace(trained_order=given.order)
+        source = source._replace(normalization=fed)
     if given.model and not goes_by(given.model, kind, options):
         raise ConfigError(
             f'{path} holds {options["name"]} on {options.get("backbone", "vgg16")} ({kind}), '
@@ -555,14 +556,13 @@ def main() -> None:
     model = models.create(**config.model)
     image = jax.ShapeDtypeStruct((1, 65, 65, channels), np.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
-    variables = load_network(shapes, path, kind, arrays)
+    variables = load_network(shapes, arrays, source)
     state = types.SimpleNamespace(
         params=variables['params'],
         batch_stats=variables.get('batch_stats', {}),
         ema_params=None,
         opt_state=None,
     )
-    normalization = SOURCES[kind].normalization
     writer = checkpoint.open_writer(given.out)
     checkpoint.save(
         writer,
@@ -570,13 +570,13 @@ def main() -> None:
         state,
         config=to_dict(config),
         progress={'best_dice': None, 'stale': 0},
-        inputs={'channels': channels, 'normalization': normalization._asdict()},
+        inputs={'channels': channels, 'normalization': source.normalization._asdict()},
         dice=None,
     )
     writer.close()
     print(
         f'{len(arrays)} arrays of {path} ({kind}) are {options["name"]} in {given.out}: '
-        f'{config.model.num_classes} classes, images as {normalization}'
+        f'{config.model.num_classes} classes, images as {source.normalization}'
     )
 
 
@@ -589,6 +589,7 @@ if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', 'configs/base.py', "the rest of the run's config")
     flags.DEFINE_string('source', None, "the network's weights: a file, or hf:REPO[/FILE]")
     flags.DEFINE_string('model', '', "what the file must hold, such as fcn_resnet50; '': any")
+    flags.DEFINE_enum('order', None, ['RGB', 'BGR'], "it was trained on, where not its source's")
     flags.DEFINE_string('out', None, 'workdir that gets the checkpoint')
     flags.mark_flags_as_required(['source', 'out'])
     cli.run(main)
