@@ -258,6 +258,16 @@ def test_logits_have_the_images_size_in_bfloat16_too(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(values))
 
 
+def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
+    model = small('vgg_pspnet_blog', num_classes=4, dtype='bfloat16')
+    image = jax.random.normal(key(), (1, 75, 97, 5))
+    values = jax.jit(functools.partial(model.init, train=False))(key(), image)
+    logits = jax.jit(model.apply)(values, image)['logits']
+    assert logits.shape == (1, 8 * 2, 8 * 3, 4)  # of whole cells of 32 pixels, a quarter
+    assert logits.dtype == jnp.float32
+    assert jnp.isfinite(logits).all()
+
+
 @pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2'])
 def test_every_kind_of_backbone_under_every_decoder(backbone):
     image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
