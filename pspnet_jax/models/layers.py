@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pspnet_jax.models.convolution import conv_general_dilated
+
 HE_NORMAL = nn.initializers.he_normal()
 
 
@@ -53,10 +55,22 @@ def apply_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.A
     return jnp.einsum('Ww,bHwc->bHWc', columns, x, precision='highest')
 
 
-def adaptive_pool(x: jax.Array, bins: int) -> jax.Array:
-    """B h w C -> B bins bins C, `torch.nn.AdaptiveAvgPool2d(bins)`."""
-    _, h, w, _ = x.shape
-    return apply_matrices(x, adaptive_pool_matrix(h, bins), adaptive_pool_matrix(w, bins))
+def adaptive_pools(x: jax.Array, bins: Sequence[int]) -> list[jax.Array]:
+    """B h w C -> B n n C for each n of `bins`, `torch.nn.AdaptiveAvgPool2d(n)`.
+
+    One product with all the bins' averages reads x once, and in the order it lies in.
+    """
+    B, h, w, C = x.shape
+    averages = np.concatenate(
+        [np.kron(adaptive_pool_matrix(h, n), adaptive_pool_matrix(w, n)) for n in bins]
+    )
+    averages = jnp.broadcast_to(averages.astype(x.dtype), (B, *averages.shape))
+    pooled = jnp.einsum('bnp,bpc->bnc', averages, x.reshape(B, h * w, C), precision='highest')
+    ends = np.cumsum([n * n for n in bins])
+    return [
+        part.reshape(B, n, n, C)
+        for n, part in zip(bins, jnp.split(pooled, ends[:-1], axis=1), strict=True)
+    ]
 
 
 def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> jax.Array:
@@ -76,84 +90,6 @@ def resize_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
     _, h, w, _ = x.shape
     rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
     return x[:, rows][:, :, columns]
-
-
-def conv_general_dilated(x, kernel, strides, padding, **kwargs):
-    """`lax.conv_general_dilated`, stated so that XLA's CPU backend runs it well.
-
-    A 1x1 kernel is a matrix product, which has the faster weight gradient. A dense 3x3
-    at stride 1 has a weight gradient of its own, below. On accelerators both are what XLA
-    makes of the plain convolution.
-    """
-    dilation = kwargs.get('rhs_dilation') or (1, 1)
-    if kwargs.get('feature_group_count', 1) != 1:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
-    if kernel.shape[:2] == (1, 1) and tuple(padding) == ((0, 0), (0, 0)):
-        x = x[:, :: strides[0], :: strides[1], :]
-        return jnp.einsum('bhwi,io->bhwo', x, kernel[0, 0], precision=kwargs.get('precision'))
-    same = ((dilation[0],) * 2, (dilation[1],) * 2)
-    if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and tuple(padding) == same:
-        return _conv3x3(x, kernel, tuple(dilation))
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
-
-
-def _plain_conv3x3(x, kernel, dilation):
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (1, 1),
-        tuple((d, d) for d in dilation),
-        rhs_dilation=dilation,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    )
-
-
-_conv3x3 = jax.custom_vjp(_plain_conv3x3, nondiff_argnums=(2,))
-
-
-def _conv3x3_forward(x, kernel, dilation):
-    return _plain_conv3x3(x, kernel, dilation), (x, kernel)
-
-
-def _conv3x3_backward(dilation, residuals, grad):
-    x, kernel = residuals
-    (grad_x,) = jax.linear_transpose(lambda x: _plain_conv3x3(x, kernel, dilation), x)(grad)
-
-    def plain(x, grad):
-        return jax.linear_transpose(lambda k: _plain_conv3x3(x, k, dilation), kernel)(grad)[0]
-
-    def products(x, grad):
-        return weight_gradient_3x3(x, grad, dilation)
-
-    return grad_x, jax.lax.platform_dependent(x, grad, cpu=products, default=plain)
-
-
-_conv3x3.defvjp(_conv3x3_forward, _conv3x3_backward)
-
-
-def weight_gradient_3x3(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
-    """3 3 I O from x: B H W I and the gradient B H W O of a stride-1 'same' 3x3.
-
-    One matrix product an image, (3 I, H W) by (H W, 3 O): the inputs at three column
-    offsets against the gradients at three row offsets meet in all nine taps. Each side
-    is copied three times rather than one side nine times, and both stay in the cache.
-    """
-    rows, columns = dilation
-    w, features_in, features_out = x.shape[2], x.shape[3], grad.shape[-1]
-
-    def add_image(total, pair):
-        x, grad = pair
-        x = jnp.pad(jnp.moveaxis(x, -1, 0), ((0, 0), (rows, rows), (columns, columns)))
-        shifted = [x[:, :, i * columns : i * columns + w] for i in range(3)]
-        moved = [jnp.pad(grad, ((i * rows, (2 - i) * rows), (0, 0), (0, 0))) for i in range(3)]
-        left = jnp.concatenate(shifted).reshape(3 * features_in, -1)
-        right = jnp.concatenate(moved, axis=-1).reshape(-1, 3 * features_out)
-        return total + jnp.dot(left, right, preferred_element_type=jnp.float32), None
-
-    zero = jnp.zeros((3 * features_in, 3 * features_out), jnp.float32)
-    total, _ = jax.lax.scan(add_image, zero, (x, grad))
-    taps = total.reshape(3, features_in, 3, features_out).transpose(2, 0, 1, 3)
-    return taps.astype(x.dtype)
 
 
 def conv(
@@ -209,8 +145,57 @@ def batch_norm(
     )
 
 
+class PyramidConv(nn.Module):
+    """Square convolution of maps B h_i w_i C_i, as if each were resized to the first's size
+    and all were concatenated.
+
+    The kernel is that of the concatenation. Resizing and convolving are both linear, so a
+    small map meets its part of the kernel before it is resized, one product a tap: exact,
+    and next to nothing where the map has a few cells.
+    """
+
+    features: int
+    kernel: int = 3
+    align_corners: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array]) -> jax.Array:
+        k, channels = self.kernel, [x.shape[-1] for x in maps]
+        kernel = self.param('kernel', HE_NORMAL, (k, k, sum(channels), self.features))
+        kernel = kernel.astype(self.dtype)
+        x, first = maps[0].astype(self.dtype), channels[0]
+        pad = ((k // 2, k // 2),) * 2
+        total = conv_general_dilated(
+            x, kernel[:, :, :first], (1, 1), pad, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+        for small, channel in zip(maps[1:], channels[1:], strict=True):
+            part = kernel[:, :, first : first + channel]
+            total = total + self._resized(small.astype(self.dtype), part, x.shape[1:3])
+            first += channel
+        return total
+
+    def _resized(self, small, kernel, size):
+        """B i j C -> B h w O: the convolution of `small` resized to `size`."""
+
+        def taps(cells, out):  # (out, taps, cells): the resized map as each tap sees it
+            pad = self.kernel // 2
+            matrix = np.pad(
+                resize_matrix(cells, out, align_corners=self.align_corners), ((pad, pad), (0, 0))
+            )
+            return np.stack([matrix[t : t + out] for t in range(self.kernel)], axis=1)
+
+        rows, columns = taps(small.shape[1], size[0]), taps(small.shape[2], size[1])
+        products = jnp.einsum('bijc,yxco->bijyxo', small, kernel)
+        x = jnp.einsum('hyi,bijyxo->bhjxo', rows.astype(small.dtype), products, precision='highest')
+        return jnp.einsum('wxj,bhjxo->bhwo', columns.astype(small.dtype), x, precision='highest')
+
+
 class ConvNorm(nn.Module):
-    """Convolution without bias -> BatchNorm -> ReLU, as submodules `conv`, `bn`."""
+    """Convolution without bias -> BatchNorm -> ReLU, as submodules `conv`, `bn`.
+
+    Of one map, or of a tuple of maps as `PyramidConv` takes them.
+    """
 
     features: int
     kernel: int = 3
@@ -219,10 +204,13 @@ class ConvNorm(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool):
-        x = conv(self.features, self.kernel, dilation=self.dilation, dtype=self.dtype, name='conv')(
-            x
-        )
+    def __call__(self, x: jax.Array | tuple[jax.Array, ...], train: bool):
+        if isinstance(x, tuple):
+            x = PyramidConv(self.features, self.kernel, dtype=self.dtype, name='conv')(x)
+        else:
+            x = conv(
+                self.features, self.kernel, dilation=self.dilation, dtype=self.dtype, name='conv'
+            )(x)
         return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
 
 

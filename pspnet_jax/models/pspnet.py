@@ -2,7 +2,8 @@
 
 `PSPNet` follows section 3.2 and figure 3 with the details of the authors' PyTorch
 code: pyramid of adaptive averages, each through a 1x1 convolution to C/N channels,
-resized with align_corners and concatenated behind the features; a 3x3 head; an
+resized with align_corners and concatenated behind the features (`layers.PyramidConv`
+computes that without making it); a 3x3 head; an
 auxiliary head on layer3's output (section 3.3) in training only.
 Deviations: the backbone may be VGG16 or narrower than 64 channels, and then the
 heads' 512 and 256 channels shrink in proportion.
@@ -18,26 +19,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pspnet_jax.models.layers import ConvNorm, Head, adaptive_pool, conv, resize, score
+from pspnet_jax.models.layers import (
+    ConvNorm,
+    Head,
+    PyramidConv,
+    adaptive_pools,
+    conv,
+    resize,
+    score,
+)
 
 
 class PyramidPooling(nn.Module):
-    """B h w C -> B h w (C + N * (C // N)) for N bins; 2C when N divides C."""
+    """B h w C -> the maps whose concatenation, once resized, has C + N * (C // N) channels:
+    the features, and B n n C // N for each of N bins.
+    """
 
     bins: tuple[int, ...] = (1, 2, 3, 6)
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool):
-        _, h, w, channels = x.shape
+    def __call__(self, x, train: bool) -> tuple[jax.Array, ...]:
+        channels = x.shape[-1] // len(self.bins)
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
-        branches = [x]
-        for bins in self.bins:
-            y = adaptive_pool(x, bins)
-            y = ConvNorm(channels // len(self.bins), 1, **shared, name=f'bin{bins}')(y, train)
-            branches.append(resize(y, (h, w)))
-        return jnp.concatenate(branches, axis=-1)
+        pooled = (
+            ConvNorm(channels, 1, **shared, name=f'bin{n}')(y, train)
+            for n, y in zip(self.bins, adaptive_pools(x, self.bins), strict=True)
+        )
+        return (x, *pooled)
 
 
 class PSPNet(nn.Module):
@@ -82,8 +92,7 @@ class VGGPSPNetBlog(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        def conv_norm(features, name, x):
-            x = conv(features, 1, dtype=self.dtype, name=name)(x)
+        def norm(x, name):
             x = nn.BatchNorm(
                 use_running_average=not train,
                 momentum=0.99,
@@ -91,16 +100,17 @@ class VGGPSPNetBlog(nn.Module):
                 use_fast_variance=False,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
-                name=f'{name}_bn',
+                name=name,
             )(x)
             return nn.relu(x)
 
         x = self.backbone(image.astype(self.dtype), train)[32]  # B H/32 W/32 512
         _, h, w, _ = x.shape
-        branches = [x]
-        for bins in (1, 2, 3, 6):
-            y = conv_norm(512, f'bin{bins}', adaptive_pool(x, bins))
-            branches.append(resize(y, (h, w), align_corners=False))
-        x = conv_norm(512, 'project', jnp.concatenate(branches, axis=-1))
+        maps, bins = [x], (1, 2, 3, 6)
+        for n, y in zip(bins, adaptive_pools(x, bins), strict=True):
+            y = conv(512, 1, dtype=self.dtype, name=f'bin{n}')(y)
+            maps.append(norm(y, f'bin{n}_bn'))
+        x = PyramidConv(512, 1, align_corners=False, dtype=self.dtype, name='project')(maps)
+        x = norm(x, 'project_bn')
         x = score(x, self.num_classes, 3, name='classifier')
         return {'logits': resize(x, (8 * h, 8 * w), align_corners=False)}  # B H/4 W/4 K

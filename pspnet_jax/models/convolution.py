@@ -1,0 +1,225 @@
+"""Convolutions, stated so that XLA's CPU backend runs them well.
+
+On accelerators each is the plain convolution of XLA (cuDNN's, the TPU's). On a CPU a 1x1
+is a matrix product, which has the faster weight gradient, and a 3x3 at stride 1 between
+wide maps is Winograd's F(2x2, 3x3) (Lavin and Gray 2016, arXiv 1509.09308): 16 products in
+place of 36, with 1/2 as the only coefficient, so its rounding is that of the plain form.
+experiments/README.md has what each gave.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Output tile = AT [(G kernel GT) * (BT input B)] A, for a 4x4 input and a 2x2 output tile.
+BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
+G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
+WINOGRAD_CHANNELS = 128  # in and out; below, moving the tiles costs more than the products save
+
+
+def conv_general_dilated(x, kernel, strides, padding, **kwargs):
+    """`lax.conv_general_dilated` for B H W C and 3 3 I O; other forms than those above pass."""
+    dilation = tuple(kwargs.get('rhs_dilation') or (1, 1))
+    if kwargs.get('feature_group_count', 1) != 1:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+    if kernel.shape[:2] == (1, 1) and tuple(padding) == ((0, 0), (0, 0)):
+        x = x[:, :: strides[0], :: strides[1], :]
+        return product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:3], -1)
+    same = tuple((d, d) for d in dilation)
+    if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and tuple(padding) == same:
+        return conv3x3(x, kernel, dilation)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """N I times I O. In its weight gradient the narrower side is the one that is transposed."""
+    return jnp.dot(x, kernel)
+
+
+def _product_backward(residuals, grad):
+    x, kernel = residuals
+    narrow_input = x.shape[1] <= grad.shape[1]
+    grad_kernel = jnp.dot(x.T, grad) if narrow_input else jnp.dot(grad.T, x).T
+    return contract_last(grad, kernel), grad_kernel
+
+
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
+
+
+def contract_last(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x @ y.T"""
+    return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())))
+
+
+def plain_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+    """B H W I and 3 3 I O -> B H W O, padded by the dilation: XLA's convolution."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        tuple((d, d) for d in dilation),
+        rhs_dilation=dilation,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+
+def _conv3x3(x, kernel, dilation):
+    plain, winograd = (functools.partial(f, dilation=dilation) for f in (plain_3x3, winograd_3x3))
+    if min(kernel.shape[2:]) < WINOGRAD_CHANNELS:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
+
+
+conv3x3 = jax.custom_vjp(_conv3x3, nondiff_argnums=(2,))
+
+
+def _conv3x3_backward(dilation, residuals, grad):
+    x, kernel = residuals
+    wide = min(kernel.shape[2:]) >= WINOGRAD_CHANNELS
+
+    def plain(x, kernel, grad):
+        linear = jax.linear_transpose(lambda x: plain_3x3(x, kernel, dilation), x)(grad)
+        return *linear, *jax.linear_transpose(lambda k: plain_3x3(x, k, dilation), kernel)(grad)
+
+    def on_cpu(x, kernel, grad):
+        if wide:
+            grad_x = winograd_3x3(grad, kernel, dilation, transpose=True)
+            return grad_x, winograd_weight_gradient(x, grad, dilation)
+        return plain(x, kernel, grad)[0], weight_gradient(x, grad, dilation)
+
+    return jax.lax.platform_dependent(x, kernel, grad, cpu=on_cpu, default=plain)
+
+
+conv3x3.defvjp(
+    lambda x, kernel, dilation: (_conv3x3(x, kernel, dilation), (x, kernel)), _conv3x3_backward
+)
+
+
+def combine(matrix: np.ndarray, arrays: list[jax.Array]) -> list[jax.Array]:
+    """matrix @ arrays, each entry a sum over arrays, written out."""
+
+    def row(coefficients):
+        terms = [x if c == 1 else c * x for c, x in zip(coefficients, arrays, strict=True) if c]
+        return functools.reduce(jnp.add, terms)
+
+    return [row(coefficients) for coefficients in matrix.tolist()]
+
+
+def on_both_axes(matrix: np.ndarray, grid: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    """matrix @ grid @ matrix.T, for a grid of arrays."""
+    rows = [combine(matrix, list(column)) for column in zip(*grid, strict=True)]
+    return [combine(matrix, list(row)) for row in zip(*rows, strict=True)]
+
+
+def tiles(x: jax.Array, size: int, count: tuple[int, int]) -> list[list[jax.Array]]:
+    """Cell (i, j) of the size x size tiles that start at every second row and column."""
+    rows, columns = count
+    return [
+        [
+            x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2].reshape(-1, x.shape[-1])
+            for j in range(size)
+        ]
+        for i in range(size)
+    ]
+
+
+def to_phases(x: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+    """B H W C -> (dy dx B) H/dy W/dx C: what a dilated kernel sees is dense in each phase."""
+    if dilation == (1, 1):
+        return x
+    (dy, dx), (B, H, W, C) = dilation, x.shape
+    x = jnp.pad(x, ((0, 0), (0, -H % dy), (0, -W % dx), (0, 0)))
+    x = x.reshape(B, -(-H // dy), dy, -(-W // dx), dx, C)
+    return x.transpose(2, 4, 0, 1, 3, 5).reshape(dy * dx * B, -(-H // dy), -(-W // dx), C)
+
+
+def from_phases(x: jax.Array, dilation: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
+    """Undoes `to_phases`; `shape` is B H W C."""
+    if dilation == (1, 1):
+        return x
+    (dy, dx), (B, H, W, C) = dilation, shape
+    h, w = x.shape[1:3]
+    x = x.reshape(dy, dx, B, h, w, C).transpose(2, 3, 0, 4, 1, 5)
+    return x.reshape(B, h * dy, w * dx, C)[:, :H, :W]
+
+
+def _input_tiles(x):
+    """(B, H, W, C) -> 4 x 4 of (B H/2 W/2, C), transformed."""
+    h, w = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+    below, right = 2 * h + 1 - x.shape[1], 2 * w + 1 - x.shape[2]
+    return on_both_axes(BT, tiles(jnp.pad(x, ((0, 0), (1, below), (1, right), (0, 0))), 4, (h, w)))
+
+
+def winograd_3x3(
+    x: jax.Array, kernel: jax.Array, dilation: tuple[int, int], transpose: bool = False
+) -> jax.Array:
+    """`plain_3x3` by Winograd's F(2x2, 3x3), in float32 whatever x is.
+
+    With `transpose` from B H W O to B H W I: the gradient of the input, which is the
+    convolution by the kernel turned round. Of the transformed kernel that is the first and the
+    last exchanged, so that no kernel is ever copied into another order.
+    """
+    shape, dtype = (*x.shape[:3], kernel.shape[2 if transpose else 3]), x.dtype
+    x = jax.lax.optimization_barrier(to_phases(x.astype(jnp.float32), dilation))
+    B, h, w = x.shape[0], -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+    kernel = kernel.astype(jnp.float32)
+    kernels = on_both_axes(G, [[kernel[i, j] for j in range(3)] for i in range(3)])
+    multiply = jnp.dot
+    if transpose:
+        order = (3, 1, 2, 0)
+        kernels = [[kernels[i][j] for j in order] for i in order]
+        multiply = contract_last
+    products = [
+        [multiply(v, u).reshape(B, h, w, -1) for v, u in zip(*pair, strict=True)]
+        for pair in zip(_input_tiles(x), kernels, strict=True)
+    ]
+    out = on_both_axes(AT, products)  # 2 x 2 of B h w O
+    out = jnp.stack([jnp.stack(row, axis=3) for row in out], axis=2)  # B h 2 w 2 O
+    out = out.reshape(B, 2 * h, 2 * w, -1)[:, : x.shape[1], : x.shape[2]]
+    return from_phases(out, dilation, shape).astype(dtype)
+
+
+def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+    """3 3 I O from x: B H W I and the gradient B H W O: the transpose of `winograd_3x3`."""
+    dtype = x.dtype
+    x, grad = jax.lax.optimization_barrier(
+        tuple(to_phases(a.astype(jnp.float32), dilation) for a in (x, grad))
+    )
+    h, w = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+    grad = jnp.pad(grad, ((0, 0), (0, -x.shape[1] % 2), (0, -x.shape[2] % 2), (0, 0)))
+    grads = on_both_axes(AT.T, tiles(grad, 2, (h, w)))
+    products = [
+        [jnp.dot(v.T, g) for v, g in zip(*pair, strict=True)]
+        for pair in zip(_input_tiles(x), grads, strict=True)
+    ]
+    taps = on_both_axes(G.T, products)
+    return jnp.stack([jnp.stack(row) for row in taps]).astype(dtype)
+
+
+def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+    """3 3 I O from x: B H W I and the gradient B H W O of a stride-1 'same' 3x3.
+
+    One matrix product an image, (3 I, H W) by (H W, 3 O): the inputs at three column
+    offsets against the gradients at three row offsets meet in all nine taps. Each side
+    is copied three times rather than one side nine times, and both stay in the cache.
+    """
+    rows, columns = dilation
+    w, features_in, features_out = x.shape[2], x.shape[3], grad.shape[-1]
+
+    def add_image(total, pair):
+        x, grad = pair
+        x = jnp.pad(jnp.moveaxis(x, -1, 0), ((0, 0), (rows, rows), (columns, columns)))
+        shifted = [x[:, :, i * columns : i * columns + w] for i in range(3)]
+        moved = [jnp.pad(grad, ((i * rows, (2 - i) * rows), (0, 0), (0, 0))) for i in range(3)]
+        left = jnp.concatenate(shifted).reshape(3 * features_in, -1)
+        right = jnp.concatenate(moved, axis=-1).reshape(-1, 3 * features_out)
+        return total + jnp.dot(left, right, preferred_element_type=jnp.float32), None
+
+    zero = jnp.zeros((3 * features_in, 3 * features_out), jnp.float32)
+    total, _ = jax.lax.scan(add_image, zero, (x, grad))
+    taps = total.reshape(3, features_in, 3, features_out).transpose(2, 0, 1, 3)
+    return taps.astype(x.dtype)
