@@ -17,7 +17,7 @@ import numpy as np
 BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
-WINOGRAD_CHANNELS = 128  # in and out; below, moving the tiles costs more than the products save
+WINOGRAD_CHANNELS = 256  # in and out; below, moving the tiles costs more than the products save
 
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
@@ -138,20 +138,23 @@ def to_phases(x: jax.Array, dilation: tuple[int, int]) -> jax.Array:
 
 
 def from_phases(x: jax.Array, dilation: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
-    """Undoes `to_phases`; `shape` is B H W C."""
-    if dilation == (1, 1):
-        return x
+    """Undoes `to_phases`, and cuts to `shape`, B H W C."""
     (dy, dx), (B, H, W, C) = dilation, shape
     h, w = x.shape[1:3]
-    x = x.reshape(dy, dx, B, h, w, C).transpose(2, 3, 0, 4, 1, 5)
+    if dilation != (1, 1):
+        x = x.reshape(dy, dx, B, h, w, C).transpose(2, 3, 0, 4, 1, 5)
     return x.reshape(B, h * dy, w * dx, C)[:, :H, :W]
 
 
-def _input_tiles(x):
-    """(B, H, W, C) -> 4 x 4 of (B H/2 W/2, C), transformed."""
-    h, w = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
-    below, right = 2 * h + 1 - x.shape[1], 2 * w + 1 - x.shape[2]
-    return on_both_axes(BT, tiles(jnp.pad(x, ((0, 0), (1, below), (1, right), (0, 0))), 4, (h, w)))
+def _input_tiles(x, dilation):
+    """B H W C -> 4 x 4 of (tiles, C), transformed, and the (images, rows, columns) of tiles."""
+    x = to_phases(x.astype(jnp.float32), dilation)
+    B, H, W, _ = x.shape
+    h, w = -(-H // 2), -(-W // 2)
+    x = jnp.pad(x, ((0, 0), (1, 2 * h + 1 - H), (1, 2 * w + 1 - W), (0, 0)))
+    # Without the barrier whatever made x, and the padding, would be computed 16 times.
+    x = jax.lax.optimization_barrier(x)
+    return on_both_axes(BT, tiles(x, 4, (h, w))), (B, h, w)
 
 
 def winograd_3x3(
@@ -163,9 +166,7 @@ def winograd_3x3(
     convolution by the kernel turned round. Of the transformed kernel that is the first and the
     last exchanged, so that no kernel is ever copied into another order.
     """
-    shape, dtype = (*x.shape[:3], kernel.shape[2 if transpose else 3]), x.dtype
-    x = jax.lax.optimization_barrier(to_phases(x.astype(jnp.float32), dilation))
-    B, h, w = x.shape[0], -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+    inputs, (B, h, w) = _input_tiles(x, dilation)
     kernel = kernel.astype(jnp.float32)
     kernels = on_both_axes(G, [[kernel[i, j] for j in range(3)] for i in range(3)])
     multiply = jnp.dot
@@ -175,29 +176,27 @@ def winograd_3x3(
         multiply = contract_last
     products = [
         [multiply(v, u).reshape(B, h, w, -1) for v, u in zip(*pair, strict=True)]
-        for pair in zip(_input_tiles(x), kernels, strict=True)
+        for pair in zip(inputs, kernels, strict=True)
     ]
     out = on_both_axes(AT, products)  # 2 x 2 of B h w O
     out = jnp.stack([jnp.stack(row, axis=3) for row in out], axis=2)  # B h 2 w 2 O
-    out = out.reshape(B, 2 * h, 2 * w, -1)[:, : x.shape[1], : x.shape[2]]
-    return from_phases(out, dilation, shape).astype(dtype)
+    out = out.reshape(B, 2 * h, 2 * w, -1)
+    features = kernel.shape[2 if transpose else 3]
+    return from_phases(out, dilation, (*x.shape[:3], features)).astype(x.dtype)
 
 
 def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
     """3 3 I O from x: B H W I and the gradient B H W O: the transpose of `winograd_3x3`."""
-    dtype = x.dtype
-    x, grad = jax.lax.optimization_barrier(
-        tuple(to_phases(a.astype(jnp.float32), dilation) for a in (x, grad))
-    )
-    h, w = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
-    grad = jnp.pad(grad, ((0, 0), (0, -x.shape[1] % 2), (0, -x.shape[2] % 2), (0, 0)))
-    grads = on_both_axes(AT.T, tiles(grad, 2, (h, w)))
+    inputs, (_, h, w) = _input_tiles(x, dilation)
+    grad = to_phases(grad.astype(jnp.float32), dilation)
+    grad = jnp.pad(grad, ((0, 0), (0, 2 * h - grad.shape[1]), (0, 2 * w - grad.shape[2]), (0, 0)))
+    grads = on_both_axes(AT.T, tiles(jax.lax.optimization_barrier(grad), 2, (h, w)))
     products = [
         [jnp.dot(v.T, g) for v, g in zip(*pair, strict=True)]
-        for pair in zip(_input_tiles(x), grads, strict=True)
+        for pair in zip(inputs, grads, strict=True)
     ]
     taps = on_both_axes(G.T, products)
-    return jnp.stack([jnp.stack(row) for row in taps]).astype(dtype)
+    return jnp.stack([jnp.stack(row) for row in taps]).astype(x.dtype)
 
 
 def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
