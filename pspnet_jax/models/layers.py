@@ -5,6 +5,7 @@ so with static shapes each is a small constant matrix and both are two einsums:
 exact, differentiable, exportable, and the same on every platform.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -125,24 +126,80 @@ def conv(
     )
 
 
+class BatchNorm(nn.Module):
+    """Over all but the last axis; PyTorch's constants; parameters and statistics are float32.
+
+    Under `jax.pmap`, `axis_name` makes the statistics those of the global batch; under `jit`
+    over a mesh they are global by construction. The variables are those of `nn.BatchNorm`,
+    from which it differs by its gradient, below, and by keeping to two passes.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        shape, ones, zeros = x.shape[-1:], nn.initializers.ones, nn.initializers.zeros
+        mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
+        var = self.variable('batch_stats', 'var', jnp.ones, shape)
+        scale, bias = self.param('scale', ones, shape), self.param('bias', zeros, shape)
+        if not train:
+            factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
+            return ((x - mean.value) * factor + bias).astype(self.dtype)
+        axis_name = None if self.is_initializing() else self.axis_name
+        x, batch_mean, batch_var = normalize(x, scale, bias, self.epsilon, axis_name)
+        if not self.is_initializing():
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
+            var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
+        return x.astype(self.dtype)
+
+
+def _means(axis_name: str | None, *arrays_BHWC: jax.Array) -> tuple[jax.Array, ...]:
+    """The mean of each over all but the last axis, and over the devices of `axis_name`."""
+    means = tuple(x.mean(axis=tuple(range(x.ndim - 1))) for x in arrays_BHWC)
+    return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(x, scale, bias, epsilon, axis_name):
+    """(x - mean) * rsqrt(var + epsilon) * scale + bias, mean and var of x; all float32.
+
+    The variance is that of x - mean: E[x**2] - mean**2 loses a digit or two in deep
+    networks. No gradient goes through the mean and the variance that are returned.
+    """
+    return _normalize_forward(x, scale, bias, epsilon, axis_name)[0]
+
+
+def _normalize_forward(x, scale, bias, epsilon, axis_name):
+    wide = x.astype(jnp.float32)
+    (mean,) = _means(axis_name, wide)
+    (var,) = _means(axis_name, jnp.square(wide - mean))
+    inverse = jax.lax.rsqrt(var + epsilon)
+    y = (wide - mean) * (inverse * scale) + bias
+    return (y, mean, var), (x, mean, inverse, scale)
+
+
+def _normalize_backward(epsilon, axis_name, residuals, grads):
+    """Ioffe and Szegedy 2015, section 3, with the two sums over the batch taken at once."""
+    (x, mean, inverse, scale), (grad, _, _) = residuals, grads
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    own = _means(None, grad, grad * normal)
+    mean_grad, mean_product = own if axis_name is None else jax.lax.pmean(own, axis_name)
+    grad_x = (grad - mean_grad - normal * mean_product) * (inverse * scale)
+    count = x.size // x.shape[-1]
+    return grad_x.astype(x.dtype), own[1] * count, own[0] * count
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
 def batch_norm(
     train: bool, dtype: jnp.dtype, axis_name: str | None, name: str | None = None
-) -> nn.BatchNorm:
-    """BatchNorm with PyTorch's constants; parameters and statistics are float32.
-
-    Under `jax.pmap`, `axis_name` makes the statistics those of the global batch;
-    under `jit` over a mesh they are global by construction. The variance is that of
-    x - mean: Flax's faster E[x**2] - mean**2 loses a digit or two in deep networks.
-    """
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        use_fast_variance=False,
-        dtype=dtype,
-        axis_name=axis_name,
-        name=name,
-    )
+) -> Callable[[jax.Array], jax.Array]:
+    """`BatchNorm` with PyTorch's constants, as a function of x alone."""
+    return functools.partial(BatchNorm(dtype=dtype, axis_name=axis_name, name=name), train=train)
 
 
 class PyramidConv(nn.Module):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pspnet_jax.models.layers import (
+    BatchNorm,
     ConvNorm,
     Head,
     PyramidConv,
@@ -93,15 +94,8 @@ class VGGPSPNetBlog(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         def norm(x, name):
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.99,
-                epsilon=1e-3,
-                use_fast_variance=False,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-                name=name,
-            )(x)
+            constants = {'momentum': 0.99, 'epsilon': 1e-3, 'dtype': self.dtype}
+            x = BatchNorm(**constants, axis_name=self.axis_name, name=name)(x, train)
             return nn.relu(x)
 
         x = self.backbone(image.astype(self.dtype), train)[32]  # B H/32 W/32 512
