@@ -28,6 +28,7 @@ import inspect
 import flax.linen as nn
 import jax.numpy as jnp
 
+from pspnet_jax.models.convolution import max_pool
 from pspnet_jax.models.layers import batch_norm, conv
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -60,14 +61,14 @@ class VGG16(nn.Module):
                     x = batch_norm(train, self.dtype, self.axis_name, f'bn{block}_{i}')(x)
                 x = nn.relu(x)
             features[-(2**block)] = x
-            pad = ((self.pool // 2,) * 2,) * 2 if self.pool % 2 else 'VALID'
+            pad = self.pool // 2 if self.pool % 2 else 0
             if stride < self.output_stride:
-                x = nn.max_pool(x, (self.pool,) * 2, (2, 2), pad)
+                x = max_pool(x, self.pool, pad)
                 stride *= 2
             else:
                 dilation *= 2
                 if self.pool % 2:
-                    x = nn.max_pool(x, (self.pool,) * 2, (1, 1), pad)
+                    x = nn.max_pool(x, (self.pool,) * 2, (1, 1), ((pad, pad),) * 2)
             features[2**block] = x
         return features
 
@@ -173,7 +174,7 @@ class ResNet(nn.Module):
             x = conv(self.width, 7, stride=2, dtype=self.dtype, name='conv1')(x)
             x = nn.relu(norm('bn1')(x))
         features = {2: x}
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool(x, 3, 1)
 
         bottleneck = self.name_of_depth not in ('resnet18', 'resnet34')
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}

@@ -9,6 +9,7 @@ experiments/README.md has what each gave.
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 WINOGRAD_CHANNELS = 256  # in and out; below, moving the tiles costs more than the products save
+LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient goes by bands of rows
 
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
@@ -202,23 +204,82 @@ def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int,
 def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
     """3 3 I O from x: B H W I and the gradient B H W O of a stride-1 'same' 3x3.
 
-    One matrix product an image, (3 I, H W) by (H W, 3 O): the inputs at three column
+    A matrix product a band of rows, (3 I, n W) by (n W, 3 O): the inputs at three column
     offsets against the gradients at three row offsets meet in all nine taps. Each side
     is copied three times rather than one side nine times, and both stay in the cache.
     """
     rows, columns = dilation
-    w, features_in, features_out = x.shape[2], x.shape[3], grad.shape[-1]
+    (B, H, W, I), O = x.shape, grad.shape[-1]
+    tall = H + 2 * rows  # rows of the padded input
+    band = tall if H * W <= LARGE_MAP else max(1, LARGE_MAP // 16 // W)
+    count = -(-tall // band)
+    spare = count * band - tall
+    x = jnp.pad(x, ((0, 0), (rows, rows + spare), (columns, columns), (0, 0)))
+    grad = jnp.pad(grad, ((0, 0), (2 * rows, 2 * rows + spare), (0, 0), (0, 0)))
 
-    def add_image(total, pair):
-        x, grad = pair
-        x = jnp.pad(jnp.moveaxis(x, -1, 0), ((0, 0), (rows, rows), (columns, columns)))
-        shifted = [x[:, :, i * columns : i * columns + w] for i in range(3)]
-        moved = [jnp.pad(grad, ((i * rows, (2 - i) * rows), (0, 0), (0, 0))) for i in range(3)]
-        left = jnp.concatenate(shifted).reshape(3 * features_in, -1)
-        right = jnp.concatenate(moved, axis=-1).reshape(-1, 3 * features_out)
-        return total + jnp.dot(left, right, preferred_element_type=jnp.float32), None
+    def add_band(total, n):
+        image, row = n // count, n % count * band
+        x_band = jax.lax.dynamic_slice(x, (image, row, 0, 0), (1, band, W + 2 * columns, I))[0]
+        g_band = jax.lax.dynamic_slice(grad, (image, row, 0, 0), (1, band + 2 * rows, W, O))[0]
+        left = jnp.concatenate([x_band[:, j * columns :][:, :W] for j in range(3)], axis=-1)
+        right = jnp.concatenate([g_band[i * rows :][:band] for i in (2, 1, 0)], axis=-1)
+        left, right = left.reshape(band * W, 3 * I), right.reshape(band * W, 3 * O)
+        return total + jnp.dot(left.T, right, preferred_element_type=jnp.float32), None
 
-    zero = jnp.zeros((3 * features_in, 3 * features_out), jnp.float32)
-    total, _ = jax.lax.scan(add_image, zero, (x, grad))
-    taps = total.reshape(3, features_in, 3, features_out).transpose(2, 0, 1, 3)
-    return taps.astype(x.dtype)
+    total, _ = jax.lax.scan(add_band, jnp.zeros((3 * I, 3 * O), jnp.float32), jnp.arange(B * count))
+    return total.reshape(3, I, 3, O).transpose(2, 0, 1, 3).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def max_pool(x: jax.Array, window: int, pad: int) -> jax.Array:
+    """B H W C -> B h w C at stride 2; of equal values the first one gets the gradient."""
+    return nn.max_pool(x, (window, window), (2, 2), ((pad, pad), (pad, pad)))
+
+
+def _max_pool_backward(window, pad, residuals, grad):
+    x, pooled = residuals
+
+    def plain(x, pooled, grad):
+        return jax.vjp(lambda x: nn.max_pool(x, (window,) * 2, (2, 2), ((pad, pad),) * 2), x)[1](
+            grad
+        )[0]
+
+    on_cpu = functools.partial(max_pool_gradient, window=window, pad=pad)
+    return (jax.lax.platform_dependent(x, pooled, grad, cpu=on_cpu, default=plain),)
+
+
+max_pool.defvjp(
+    lambda x, window, pad: ((y := max_pool(x, window, pad)), (x, y)), _max_pool_backward
+)
+
+
+def max_pool_gradient(
+    x: jax.Array, pooled: jax.Array, grad: jax.Array, *, window: int, pad: int
+) -> jax.Array:
+    """The gradient of x, B H W C, from that of `max_pool`, for windows of 2 and 3 cells.
+
+    XLA scatters by a search of every window. Here each window says which of its cells was
+    the first maximum; each cell of the four parities then asks the windows it lies in.
+    """
+    (B, H, W, C), (h, w) = x.shape, pooled.shape[1:3]
+    far = ((pad, 2 * h + 2 - H - pad), (pad, 2 * w + 2 - W - pad))
+    padded = jnp.pad(x, ((0, 0), *far, (0, 0)), constant_values=-jnp.inf)
+    cells = [(i, j) for i in range(window) for j in range(window)]
+    place = jnp.full(pooled.shape, -1, jnp.int8)
+    for number, (i, j) in reversed(list(enumerate(cells))):
+        cell = padded[:, i : i + 2 * h : 2, j : j + 2 * w : 2]
+        place = jnp.where(cell == pooled, jnp.int8(number), place)
+    place, grad = jax.lax.optimization_barrier((place, grad))
+
+    def parity(p, q):
+        total = 0.0
+        for number, (i, j) in enumerate(cells):
+            if (i % 2, j % 2) == (p, q):  # cell (i, j) of window (r, c) is at (r + i//2, c + j//2)
+                chosen = jnp.where(place == number, grad, 0)
+                before = ((0, 0), (i // 2, 1 - i // 2), (j // 2, 1 - j // 2), (0, 0))
+                total = total + jnp.pad(chosen, before)
+        return total  # B h+1 w+1 C
+
+    out = jnp.stack([jnp.stack([parity(p, q) for q in (0, 1)], axis=3) for p in (0, 1)], axis=2)
+    out = out.reshape(B, 2 * h + 2, 2 * w + 2, C)
+    return out[:, pad : pad + H, pad : pad + W]

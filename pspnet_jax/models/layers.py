@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspnet_jax.models.convolution import conv_general_dilated
+from pspnet_jax.models.convolution import conv_general_dilated, product
 
 HE_NORMAL = nn.initializers.he_normal()
 
@@ -380,6 +380,27 @@ def bilinear_upsample(features: int, stride: int, name: str | None = None) -> nn
         kernel_init=bilinear_kernel,
         name=name,
     )
+
+
+class DoubleSize(nn.Module):
+    """B h w C -> B 2h 2w features: `nn.ConvTranspose` with 2x2 windows at stride 2.
+
+    The windows do not overlap, so it is one product and a reordering.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        B, h, w, C = x.shape
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), (2, 2, C, self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        # Transposed convolutions of JAX correlate: the window's last tap is above and left.
+        taps = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(C, 4 * self.features)
+        x = product(x.reshape(-1, C).astype(self.dtype), taps.astype(self.dtype))
+        x = x.reshape(B, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(B, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
 
 
 def windows_2x2(x: jax.Array) -> jax.Array:

@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pspnet_jax.models.convolution import max_pool
 from pspnet_jax.models.layers import (
     ConvNorm,
+    DoubleSize,
     Dropout,
     batch_norm,
     conv,
@@ -57,13 +59,11 @@ class UNet(nn.Module):
         for level, features in enumerate(widths):
             x = two_convs(x, features, f'down{level}')
             skips.append(x)
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = max_pool(x, 2, 0)
         x = two_convs(x, deepest, 'deepest')
         x = Dropout(self.dropout, axis_name=self.axis_name)(x, train)
         for level, features in reversed(list(enumerate(widths))):
-            x = nn.ConvTranspose(
-                features, (2, 2), (2, 2), 'VALID', dtype=self.dtype, name=f'up{level}'
-            )(x)
+            x = DoubleSize(features, dtype=self.dtype, name=f'up{level}')(x)
             x = jnp.concatenate([skips[level], x], axis=-1)
             x = two_convs(x, features, f'up{level}')
         return {'logits': score(x, self.num_classes, name='classifier')[:, :H, :W]}
