@@ -17,17 +17,9 @@ from pspnet_jax import models
 from pspnet_jax.models import backbones, pretrained, published
 
 torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+peers = pytest.importorskip('experiments.peers', reason='PyTorch is the reference')
+
 SIZES = (65, 97, 128)
-
-
-def import_torchvision():
-    """torchvision's models are pure Python; two operators must be known before its import."""
-    if not hasattr(torch.ops.torchvision, 'nms'):
-        library = torch.library.Library('torchvision', 'DEF')
-        for name in ('nms', 'qnms'):
-            library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-        import_torchvision.library = library  # its definitions live as long as it does
-    return pytest.importorskip('torchvision', reason='torchvision is the reference')
 
 
 def randomize(module, seed=0):
@@ -241,7 +233,7 @@ def check_backbone(kind, module, features, sizes, *, gradients=False, **options)
 
 @pytest.mark.parametrize('kind', ['vgg16', 'vgg16_bn', 'resnet18', 'resnet50', 'mobilenet_v2'])
 def test_backbones_equal_torchvisions(kind):
-    vision = import_torchvision()
+    vision = peers.import_torchvision()
     module = getattr(vision.models, kind)(weights=None)
     features = resnet_features if 'resnet' in kind else lambda module, x: module.features(x)
     gradients = kind in ('vgg16_bn', 'resnet18', 'mobilenet_v2')  # one of each kind
@@ -258,7 +250,7 @@ def test_backbones_equal_torchvisions(kind):
     ],
 )
 def test_backbones_equal_timms(kind, theirs, options):
-    import_torchvision()
+    peers.import_torchvision()
     timm = pytest.importorskip('timm', reason='timm is the reference')
 
     def features(module, x):
@@ -271,7 +263,7 @@ def test_backbones_equal_timms(kind, theirs, options):
 
 @pytest.mark.parametrize('kind', ['fcn_resnet50', 'deeplabv3_resnet50'])
 def test_networks_equal_torchvisions(kind):
-    vision = import_torchvision()
+    vision = peers.import_torchvision()
     build = getattr(vision.models.segmentation, kind)
     module = build(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
     module = randomize(module)
@@ -302,7 +294,7 @@ def test_networks_equal_torchvisions(kind):
     ],
 )
 def test_networks_equal_segmentation_models(kind, backbone, sizes):
-    import_torchvision()
+    peers.import_torchvision()
     smp = pytest.importorskip('segmentation_models_pytorch', reason='smp is the reference')
     module = randomize(getattr(smp, kind)(backbone, encoder_weights=None, classes=2))
     arrays = arrays_of(module)
@@ -321,104 +313,9 @@ def test_networks_equal_segmentation_models(kind, backbone, sizes):
 # ---- semseg -----------------------------------------------------------------------------
 
 
-class Bottleneck(torch.nn.Module):
-    def __init__(self, into, width, stride, dilation, project):
-        super().__init__()
-        self.conv1 = torch.nn.Conv2d(into, width, 1, bias=False)
-        self.bn1 = torch.nn.BatchNorm2d(width)
-        self.conv2 = torch.nn.Conv2d(
-            width, width, 3, stride, padding=dilation, dilation=dilation, bias=False
-        )
-        self.bn2 = torch.nn.BatchNorm2d(width)
-        self.conv3 = torch.nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = torch.nn.BatchNorm2d(4 * width)
-        self.relu = torch.nn.ReLU()
-        self.downsample = None
-        if project:
-            self.downsample = torch.nn.Sequential(
-                torch.nn.Conv2d(into, 4 * width, 1, stride, bias=False),
-                torch.nn.BatchNorm2d(4 * width),
-            )
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + (self.downsample(x) if self.downsample else x))
-
-
-class PyramidPool(torch.nn.Module):
-    def __init__(self, into, bins=(1, 2, 3, 6)):
-        super().__init__()
-        self.features = torch.nn.ModuleList(
-            torch.nn.Sequential(
-                torch.nn.AdaptiveAvgPool2d(n),
-                torch.nn.Conv2d(into, into // len(bins), 1, bias=False),
-                torch.nn.BatchNorm2d(into // len(bins)),
-                torch.nn.ReLU(),
-            )
-            for n in bins
-        )
-
-    def forward(self, x):
-        size = x.shape[2:]
-        up = functools.partial(
-            torch.nn.functional.interpolate, size=size, mode='bilinear', align_corners=True
-        )
-        return torch.cat([x, *(up(branch(x)) for branch in self.features)], dim=1)
-
-
-class TorchPSPNet(torch.nn.Module):
-    """PSPNet-50 with semseg's names, from the paper and its description."""
-
-    def __init__(self, classes, depths=(3, 4, 6, 3)):
-        super().__init__()
-
-        def conv_norm(into, out, stride=1):
-            return (
-                torch.nn.Conv2d(into, out, 3, stride, padding=1, bias=False),
-                torch.nn.BatchNorm2d(out),
-                torch.nn.ReLU(),
-            )
-
-        def head(into, features):
-            return torch.nn.Sequential(
-                torch.nn.Conv2d(into, features, 3, padding=1, bias=False),
-                torch.nn.BatchNorm2d(features),
-                torch.nn.ReLU(),
-                torch.nn.Dropout2d(0.1),
-                torch.nn.Conv2d(features, classes, 1),
-            )
-
-        self.layer0 = torch.nn.Sequential(
-            *conv_norm(3, 64, 2), *conv_norm(64, 64), *conv_norm(64, 128),
-            torch.nn.MaxPool2d(3, 2, 1),
-        )  # fmt: skip
-        into = 128
-        geometry = zip((64, 128, 256, 512), (1, 2, 1, 1), (1, 1, 2, 4), depths, strict=True)
-        for number, (width, stride, dilation, depth) in enumerate(geometry, start=1):
-            blocks = []
-            for i in range(depth):
-                blocks.append(Bottleneck(into, width, stride if i == 0 else 1, dilation, i == 0))
-                into = 4 * width
-            setattr(self, f'layer{number}', torch.nn.Sequential(*blocks))
-        self.ppm = PyramidPool(2048)
-        self.cls = head(4096, 512)
-        self.aux = head(1024, 256)
-
-    def forward(self, image):
-        up = functools.partial(
-            torch.nn.functional.interpolate,
-            size=image.shape[2:], mode='bilinear', align_corners=True,
-        )  # fmt: skip
-        middle = self.layer3(self.layer2(self.layer1(self.layer0(image))))
-        x = self.ppm(self.layer4(middle))
-        return {'out': up(self.cls(x)), 'aux': up(self.aux(middle))}
-
-
 def test_pspnet_equals_semsegs(tmp_path):
     """By way of a file as semseg's training leaves it, 'module.' in front of each name."""
-    module = randomize(TorchPSPNet(classes=4))
+    module = randomize(peers.PSPNet('resnet50', classes=4))
     path = tmp_path / 'train_epoch_1.pth'
     state = {f'module.{name}': tensor for name, tensor in module.state_dict().items()}
     torch.save({'epoch': 1, 'state_dict': state}, path)

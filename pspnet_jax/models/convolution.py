@@ -209,7 +209,7 @@ def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) ->
     is copied three times rather than one side nine times, and both stay in the cache.
     """
     rows, columns = dilation
-    (B, H, W, I), O = x.shape, grad.shape[-1]
+    (B, H, W, _), features_in, features_out = x.shape, x.shape[3], grad.shape[3]
     tall = H + 2 * rows  # rows of the padded input
     band = tall if H * W <= LARGE_MAP else max(1, LARGE_MAP // 16 // W)
     count = -(-tall // band)
@@ -219,15 +219,17 @@ def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) ->
 
     def add_band(total, n):
         image, row = n // count, n % count * band
-        x_band = jax.lax.dynamic_slice(x, (image, row, 0, 0), (1, band, W + 2 * columns, I))[0]
-        g_band = jax.lax.dynamic_slice(grad, (image, row, 0, 0), (1, band + 2 * rows, W, O))[0]
+        x_band = jax.lax.dynamic_slice_in_dim(x[image], row, band)
+        g_band = jax.lax.dynamic_slice_in_dim(grad[image], row, band + 2 * rows)
         left = jnp.concatenate([x_band[:, j * columns :][:, :W] for j in range(3)], axis=-1)
         right = jnp.concatenate([g_band[i * rows :][:band] for i in (2, 1, 0)], axis=-1)
-        left, right = left.reshape(band * W, 3 * I), right.reshape(band * W, 3 * O)
+        left, right = left.reshape(band * W, -1), right.reshape(band * W, -1)
         return total + jnp.dot(left.T, right, preferred_element_type=jnp.float32), None
 
-    total, _ = jax.lax.scan(add_band, jnp.zeros((3 * I, 3 * O), jnp.float32), jnp.arange(B * count))
-    return total.reshape(3, I, 3, O).transpose(2, 0, 1, 3).astype(x.dtype)
+    total, _ = jax.lax.scan(
+        add_band, jnp.zeros((3 * features_in, 3 * features_out), jnp.float32), jnp.arange(B * count)
+    )
+    return total.reshape(3, features_in, 3, features_out).transpose(2, 0, 1, 3).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -147,13 +147,19 @@ class BatchNorm(nn.Module):
         scale, bias = self.param('scale', ones, shape), self.param('bias', zeros, shape)
         if not train:
             factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
-            return ((x - mean.value) * factor + bias).astype(self.dtype)
+            x = (x - _wide(mean.value, x)) * _wide(factor, x) + _wide(bias, x)
+            return x.astype(self.dtype)
         axis_name = None if self.is_initializing() else self.axis_name
         x, batch_mean, batch_var = normalize(x, scale, bias, self.epsilon, axis_name)
         if not self.is_initializing():
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
         return x.astype(self.dtype)
+
+
+def _wide(vector_C: jax.Array, x: jax.Array) -> jax.Array:
+    """With axes of length 1 in front, as many as x has."""
+    return vector_C.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _means(axis_name: str | None, *arrays_BHWC: jax.Array) -> tuple[jax.Array, ...]:
@@ -175,19 +181,20 @@ def normalize(x, scale, bias, epsilon, axis_name):
 def _normalize_forward(x, scale, bias, epsilon, axis_name):
     wide = x.astype(jnp.float32)
     (mean,) = _means(axis_name, wide)
-    (var,) = _means(axis_name, jnp.square(wide - mean))
+    (var,) = _means(axis_name, jnp.square(wide - _wide(mean, x)))
     inverse = jax.lax.rsqrt(var + epsilon)
-    y = (wide - mean) * (inverse * scale) + bias
+    y = (wide - _wide(mean, x)) * _wide(inverse * scale, x) + _wide(bias, x)
     return (y, mean, var), (x, mean, inverse, scale)
 
 
 def _normalize_backward(epsilon, axis_name, residuals, grads):
     """Ioffe and Szegedy 2015, section 3, with the two sums over the batch taken at once."""
     (x, mean, inverse, scale), (grad, _, _) = residuals, grads
-    normal = (x.astype(jnp.float32) - mean) * inverse
+    normal = (x.astype(jnp.float32) - _wide(mean, x)) * _wide(inverse, x)
     own = _means(None, grad, grad * normal)
     mean_grad, mean_product = own if axis_name is None else jax.lax.pmean(own, axis_name)
-    grad_x = (grad - mean_grad - normal * mean_product) * (inverse * scale)
+    grad_x = grad - _wide(mean_grad, x) - normal * _wide(mean_product, x)
+    grad_x = grad_x * _wide(inverse * scale, x)
     count = x.size // x.shape[-1]
     return grad_x.astype(x.dtype), own[1] * count, own[0] * count
 
@@ -400,7 +407,8 @@ class DoubleSize(nn.Module):
         taps = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(C, 4 * self.features)
         x = product(x.reshape(-1, C).astype(self.dtype), taps.astype(self.dtype))
         x = x.reshape(B, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(B, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+        x = x.reshape(B, 2 * h, 2 * w, self.features)
+        return x + _wide(bias.astype(self.dtype), x)
 
 
 def windows_2x2(x: jax.Array) -> jax.Array:

@@ -1,0 +1,302 @@
+"""Ours against the peers, in one run and in turn.
+
+  python -m experiments.speed [--cases=PART_OF_A_NAME,...] [--modes=eager,...] [--repeats=7]
+  python -m experiments.speed --cases=blog --keras_python=ENVIRONMENT/bin/python
+
+Each contender is a process of its own that does one step when it is told to. PyTorch is tried
+eager and compiled, channels last and not, and the fastest of the four is the peer. First the
+two networks are shown to be the same: as many parameters, and with the peer's weights the
+peer's output. Then ours and the peer step in turn; a line with both medians is added to
+experiments/results/speed.jsonl. In training both do forward, backward and SGD with
+momentum, ours by `train.train_step` as it is.
+"""
+
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+CASES = flags.DEFINE_list('cases', [], 'parts of the names of the cases to run; all')
+MODES = flags.DEFINE_list(
+    'modes',
+    ['eager', 'eager channels_last', 'compile', 'compile channels_last'],
+    'of PyTorch',
+)
+REPEATS = flags.DEFINE_integer('repeats', 7, 'steps of each')
+KERAS_PYTHON = flags.DEFINE_string('keras_python', '', 'Python of the Keras environment')
+RESULTS = flags.DEFINE_string('results', 'experiments/results/speed.jsonl', 'gets the lines')
+
+PSPNET_50 = {'model': {'name': 'pspnet', 'deep_stem': True}, 'peer': 'pspnet_resnet50'}
+PSPNET_101 = {
+    'model': {'name': 'pspnet', 'backbone': 'resnet101', 'deep_stem': True},
+    'peer': 'pspnet_resnet101',
+}
+PSPNET_18 = {'model': {'name': 'pspnet', 'backbone': 'resnet18'}, 'peer': 'pspnet_resnet18'}
+VGG = {'model': {'name': 'pspnet', 'backbone': 'vgg16'}, 'peer': 'pspnet_vgg16'}
+UNET = {'model': {'name': 'unet', 'backbone': 'resnet34'}, 'peer': 'unet_resnet34'}
+DEEPLAB = {
+    'model': {
+        'name': 'deeplab_v3', 'variant': 'torchvision', 'output_stride': 8,
+        'rates': (12, 24, 36), 'multi_grid': (1,), 'dilate_first_block': False,
+    },
+    'peer': 'deeplabv3_resnet50',
+}  # fmt: skip
+BLOG = {'model': {'name': 'vgg_pspnet_blog'}, 'peer': 'keras'}
+
+
+def cases(on_cpu: bool) -> dict[str, dict[str, Any]]:
+    """Name -> network, size, batch, precision, whether it trains."""
+    found = {}
+
+    def add(name, network, size, batch, dtype='float32', modes=('train', 'inference')):
+        for mode in modes:
+            found[f'{mode} {name} {size}x{size}, batch {batch}, {dtype}'] = {
+                **network, 'size': size, 'batch': batch, 'dtype': dtype, 'classes': 2,
+                'train': mode == 'train',
+            }  # fmt: skip
+
+    if on_cpu:
+        add('pspnet_resnet50', PSPNET_50, 256, 4)
+        add('pspnet_resnet18', PSPNET_18, 256, 4)
+        add('pspnet_vgg16', VGG, 384, 2)
+        add('vgg_pspnet_blog', BLOG, 384, 2)
+        add('unet_resnet34', UNET, 256, 4)
+        add('deeplabv3_resnet50', DEEPLAB, 256, 4)
+        add('pspnet_resnet50', PSPNET_50, 256, 1, modes=('inference',))
+        add('pspnet_resnet50', PSPNET_50, 473, 1, modes=('inference',))
+        add('pspnet_resnet50', PSPNET_50, 256, 4, 'bfloat16')
+    else:
+        for dtype in ('float32', 'bfloat16'):
+            add('pspnet_resnet50', PSPNET_50, 473, 16, dtype)
+            add('pspnet_resnet101', PSPNET_101, 473, 16, dtype)
+            add('pspnet_resnet50', PSPNET_50, 256, 64, dtype)
+    return found
+
+
+def ours(case: dict[str, Any]) -> None:
+    """Our side of a case: a process that `serve`s."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from experiments.serve import serve
+    from pspnet_jax import models, train
+    from pspnet_jax.models import pretrained, published
+
+    jax.config.update('jax_enable_compilation_cache', False)
+    model = models.create(num_classes=case['classes'], dtype=case['dtype'], **case['model'])
+    tx = optax.sgd(1e-3, momentum=0.9)
+    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+
+    # The peer's weights, and what came out of it.
+    keras = case['peer'] == 'keras'
+    weights = case['exchange'] + ('.weights.h5' if keras else '.weights.npz')
+    arrays = pretrained.read_arrays(weights)
+    backbone_rows = published.under('', 'backbone/', published.vgg(False))
+    sources = {
+        **published.NETWORKS,
+        'pspnet_vgg16': published.Source((*published.SEMSEG, *backbone_rows)),
+    }
+    source = sources[pretrained.detect(arrays, sources)]
+    variables = pretrained.load_network(variables, arrays, source)
+    exchanged = np.load(case['exchange'] + '.out.npz')
+    exact = models.create(num_classes=case['classes'], **case['model'])
+    with jax.default_matmul_precision('highest'):
+        out = jax.jit(exact.apply)(variables, exchanged['image'])['logits']
+    difference = np.abs(out - exchanged['out']).max() / np.abs(exchanged['out']).max()
+    image = jnp.asarray(exchanged['image'])
+    del exact, exchanged, out, arrays
+
+    if case['train']:
+        step_fn = functools.partial(
+            train.train_step,
+            model=model,
+            tx=tx,
+            loss_options={
+                'cross_entropy': 1.0, 'dice': 0.0, 'aux': 0.4, 'class_weights': (),
+                'ignore_label': 255,
+            },
+            augment_options={},
+            seed=0,
+        )  # fmt: skip
+        small = case['size'] // 4 if keras else case['size']  # its labels are at a quarter
+        labels = np.random.default_rng(0).integers(
+            0, case['classes'], (case['batch'], small, small)
+        )
+        labels = labels.repeat(case['size'] // small, 1).repeat(case['size'] // small, 2)
+        batch = {'image': image, 'mask': jnp.asarray(labels, jnp.int32)}
+        start = time.perf_counter()
+        compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
+        kept = [state.replace(params=variables['params'], batch_stats=variables['batch_stats'])]
+        kept = jax.tree.map(jnp.array, kept)
+        del state
+
+        def step():
+            kept[0], metrics = compiled(kept[0], batch)
+            jax.block_until_ready(metrics)
+
+    else:
+        del state
+        start = time.perf_counter()
+        variables = jax.device_put(variables)
+        compiled = jax.jit(lambda v, x: model.apply(v, x)['logits']).lower(variables, image)
+        compiled = compiled.compile()
+
+        def step():
+            compiled(variables, image).block_until_ready()
+
+    compile_seconds = time.perf_counter() - start
+    step()
+    first = jax.devices()[0]
+    info = {
+        'parameters': sum(x.size for x in jax.tree.leaves(variables['params'])),
+        'compile_seconds': compile_seconds,
+        'difference': float(difference),
+        'versions': {'jax': jax.__version__},
+    }
+    peak = None if first.platform == 'cpu' else lambda: first.memory_stats()['peak_bytes_in_use']
+    serve(step, info, peak)
+
+
+class Contender:
+    """A process that `serve`s: `info`, then seconds for each `go`, then its peak memory."""
+
+    def __init__(self, command: list[str], case: dict[str, Any]):
+        self.process = subprocess.Popen(
+            [*command, json.dumps(case)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                'PYTHONPATH': os.getcwd(),
+                'TF_CPP_MIN_LOG_LEVEL': '3',
+                'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',  # the peer is on the same GPU
+            },
+        )
+        self.info = self._hear()
+
+    def _hear(self) -> Any:
+        for line in self.process.stdout:
+            try:
+                return json.loads(line)
+            except ValueError:
+                print(line, end='', file=sys.stderr)
+        raise RuntimeError(f'{self.process.args[:3]} ended with status {self.process.wait()}')
+
+    def go(self) -> float:
+        self.process.stdin.write('go\n')
+        self.process.stdin.flush()
+        return self._hear()
+
+    def end(self) -> int:
+        self.process.stdin.write('end\n')
+        self.process.stdin.flush()
+        peak = self._hear()
+        self.process.wait()
+        return peak
+
+
+def peer_command(case: dict[str, Any]) -> list[str]:
+    if case['peer'] == 'keras':
+        return [KERAS_PYTHON.value, '-m', 'experiments.keras_peer']
+    return [sys.executable, '-m', 'experiments.peers']
+
+
+def fastest_mode(case: dict[str, Any]) -> str:
+    """The mode of PyTorch with the least median of three steps."""
+    if case['peer'] == 'keras':
+        return 'keras'
+    medians = {}
+    for mode in MODES.value if len(MODES.value) > 1 else ():
+        contender = Contender(peer_command(case), {**case, 'mode': mode})
+        medians[mode] = statistics.median([contender.go() for _ in range(4)][1:])
+        contender.end()
+        print(f'  torch {mode}: {medians[mode]:.3f} s', flush=True)
+    return min(medians, key=medians.get) if medians else MODES.value[0]
+
+
+def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
+    """The line of a case."""
+    from experiments.provenance import commit, device
+
+    with tempfile.TemporaryDirectory() as folder:
+        case = {**case, 'exchange': f'{folder}/peer'}
+        mode = fastest_mode(case)
+        peer = Contender(peer_command(case), {**case, 'mode': mode})
+        ours_ = Contender([sys.executable, '-m', 'experiments.speed', '--worker'], case)
+        if ours_.info['parameters'] != peer.info['parameters']:
+            raise RuntimeError(f'not the same network: {ours_.info}, {peer.info}')
+        if ours_.info['difference'] > 1e-4:
+            raise RuntimeError(f'not the same output: {ours_.info["difference"]}')
+        seconds = {'ours': [], 'peer': []}
+        for _ in range(REPEATS.value):
+            seconds['ours'].append(ours_.go())
+            seconds['peer'].append(peer.go())
+        memory = {'ours': ours_.end(), 'peer': peer.end()}
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    flops, peak = peer.info.get('flops'), peer.info.get('matmul_peak')
+    return {
+        'case': name,
+        'device': device(),
+        'ours': case['batch'] / median['ours'],
+        'peer': case['batch'] / median['peer'],
+        'ratio': median['peer'] / median['ours'],
+        'unit': 'images/s',
+        'peer_is': 'image-segmentation-keras' if mode == 'keras' else f'PyTorch {mode}',
+        'seconds': seconds,
+        'p95': {key: float(np.percentile(values, 95)) for key, values in seconds.items()},
+        'flops': flops,
+        'gflop_per_second': flops and flops / median['ours'] / 1e9,
+        'matmul_peak': peak and peak / 1e9,
+        'share_of_peak': flops and flops / median['ours'] / peak,
+        'peak_memory_mb': {key: round(value / 2**20) for key, value in memory.items()},
+        'compile_seconds': {
+            'ours': ours_.info['compile_seconds'], 'peer': peer.info['compile_seconds']
+        },
+        'parameters': ours_.info['parameters'],
+        'difference': ours_.info['difference'],
+        'machine': platform.platform(),
+        'versions': {**ours_.info['versions'], **peer.info['versions']},
+        'commit': commit(),
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    import jax
+
+    on_cpu = jax.default_backend() == 'cpu'
+    for name, case in cases(on_cpu).items():
+        wanted = not CASES.value or any(part in name for part in CASES.value)
+        if not wanted or (case['peer'] == 'keras' and not KERAS_PYTHON.value):
+            continue
+        print(name, flush=True)
+        line = compare(name, case)
+        memory, compile_seconds = line['peak_memory_mb'], line['compile_seconds']
+        print(
+            f'  ours {line["ours"]:.3f} images/s, {line["peer_is"]} {line["peer"]:.3f}: '
+            f'{line["ratio"]:.2f}x; memory {memory["ours"]} against {memory["peer"]} MB; '
+            f'compiled in {compile_seconds["ours"]:.1f} s',
+            flush=True,
+        )
+        Path(RESULTS.value).parent.mkdir(exist_ok=True)
+        with open(RESULTS.value, 'a') as file:
+            file.write(json.dumps(line) + '\n')
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--worker']:
+        ours(json.loads(sys.argv[2]))
+    else:
+        app.run(main)
