@@ -50,6 +50,7 @@ def get_config(arg: str = '') -> ConfigDict:
     data.sampling = 'lesion'  # 'lesion': by area of lesion (Buda 2019), or 'uniform'
     data.lesion_floor = 0.1  # share of draws that ignore the lesion
     data.threads = 4  # that decode ahead of the step
+    data.cache = 'memory'  # decoded slices: 'none', 'memory' where they fit, 'device' (jit only)
 
     config.phantom = phantom = ConfigDict()
     phantom.volumes = 40
@@ -90,6 +91,9 @@ def get_config(arg: str = '') -> ConfigDict:
     config.train = train = ConfigDict()
     train.batch_size = 16  # over all devices
     train.accumulate = 1  # micro-batches a step
+    train.remat = 'pointwise'  # computed again for the gradient, not kept: 'none', or all but
+    #                            convolutions (a third less memory, 2 % more time)
+    train.steps_per_call = 10  # updates in one program, with data.cache = 'device'
     train.epochs = 50.0  # passes over the training slices
     train.steps = 0  # if above 0, in place of epochs
     train.ema_decay = 0.0  # average of the parameters that is evaluated; 0: none

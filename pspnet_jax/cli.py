@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from pspnet_jax import compilation
 from pspnet_jax.config import RULES, nearest
 from pspnet_jax.errors import ConfigError, PspnetError
 
@@ -23,6 +24,7 @@ def run(main: Callable[[], None]) -> None:
     )
 
     def guarded(_) -> None:
+        compilation.use_cache()
         try:
             main()
         except PspnetError as error:

@@ -98,6 +98,7 @@ RULES: dict[str, Rule] = {
     'data.sampling': _one_of('lesion', 'uniform'),
     'data.lesion_floor': _number(0, 1),
     'data.threads': _integer(1),
+    'data.cache': _one_of('none', 'memory', 'device'),
     'phantom.volumes': _integer(3),
     'phantom.slices': _integer(4),
     'phantom.size': _integer(32),
@@ -128,6 +129,8 @@ RULES: dict[str, Rule] = {
     'optim.clip_norm': _number(0),
     'train.batch_size': _integer(1),
     'train.accumulate': _integer(1),
+    'train.remat': _one_of('none', 'pointwise'),
+    'train.steps_per_call': _integer(1),
     'train.epochs': _POSITIVE,
     'train.steps': _integer(0),
     'train.ema_decay': _number(0, 0.99999),
@@ -178,6 +181,8 @@ def _contradictions(config: ConfigDict):
             f'loss.class_weights has {len(loss.class_weights)} values: '
             f'it must have one for each of {model.num_classes} classes'
         )
+    if config.data.cache == 'device' and config.parallel == 'pmap':
+        yield "data.cache 'device' is for parallel 'jit', not 'pmap': change one"
     try:
         models.create(**model)
     except ValueError as error:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pspnet_jax import crf
+from pspnet_jax import compilation, crf
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.layers import resize
 
@@ -62,6 +62,7 @@ def compile_predict(
         functools.partial(probabilities, model=model, **crf_options),
         in_shardings=(whole, split),
         out_shardings=split,
+        compiler_options=compilation.options(),
     )
 
     def predict(variables, image_BHWC):

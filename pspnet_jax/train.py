@@ -17,6 +17,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from jax.sharding import AxisType, NamedSharding
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pspnet_jax import checkpoint, infer, losses, models, optim, visualize
+from pspnet_jax import checkpoint, compilation, infer, losses, models, optim, visualize
 from pspnet_jax.config import to_dict, validate
 from pspnet_jax.data import pipeline, sources, volumes
 from pspnet_jax.data.augment import augment
@@ -32,7 +33,10 @@ from pspnet_jax.errors import ConfigError, NonFiniteLossError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog
 from pspnet_jax.models import pretrained, published
+from pspnet_jax.models.convolution import CONVOLVED
 from pspnet_jax.models.layers import global_indices
+
+COMPILED = 'program of %d update(s): compiled in %.1f s, %.1f GFLOP, %.0f MB of temporaries'
 
 
 @flax.struct.dataclass
@@ -105,6 +109,7 @@ def train_step(
     augment_options: dict[str, Any],
     seed: int,
     accumulate: int = 1,
+    remat: str = 'none',
     ema_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -113,6 +118,8 @@ def train_step(
     Randomness is a function of seed, step and the example's place in the global batch.
     With `accumulate` = k the gradient is the mean over k micro-batches, every k-th
     example each, in one compiled loop; BatchNorm then sees B/k images at a time.
+    With `remat` 'pointwise' the outputs of convolutions are kept for the gradient and all
+    that lies between them, BatchNorm and ReLU mostly, is computed again.
     """
     if axis_name is not None:
         model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
@@ -135,6 +142,12 @@ def train_step(
         )
         loss = segmentation_loss(out, mask, axis_name=axis_name, **loss_options)
         return loss, updates.get('batch_stats', {})
+
+    if remat == 'pointwise':
+        keep = jax.checkpoint_policies.save_only_these_names(CONVOLVED)
+        loss_fn = jax.checkpoint(loss_fn, policy=keep)
+    elif remat != 'none':
+        raise ValueError(f"train.remat {remat!r} is not one of 'none', 'pointwise'")
 
     def micro_step(carry, micro):
         batch_stats, i = carry
@@ -166,20 +179,41 @@ def train_step(
 
 
 class Placed(NamedTuple):
-    """A step on devices: `step(state, batch)`, and how state and batch get there and back."""
+    """A step on devices, and how state and batch get there and back.
 
-    step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+    `compile(state, batch)` gives the step for batches of that shape and what compiling it
+    took. A step returns its metrics as vectors, one value for each update that it made.
+    """
+
+    compile: Callable[[Any, Any], tuple[Callable, dict[str, float]]]
     put_state: Callable[[Any], Any]
     put_batch: Callable[[Any], Any]
     get_state: Callable[[Any], Any]
+
+
+def _as_vectors(step: Callable) -> Callable:
+    """`step`, with an axis of length 1 in front of each metric."""
+
+    def run(state, batch):
+        state, metrics = step(state, batch)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    return run
 
 
 def over_mesh(step: Callable) -> Placed:
     """`step` jitted over a one-axis mesh: batch split, state on every device and donated."""
     mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+    jitted = jax.jit(
+        _as_vectors(step),
+        donate_argnums=0,
+        in_shardings=(whole, split),
+        out_shardings=(whole, whole),
+        compiler_options=compilation.options(),
+    )
     return Placed(
-        jax.jit(step, donate_argnums=0, in_shardings=(whole, split), out_shardings=(whole, whole)),
+        functools.partial(compilation.compile_now, jitted),
         put_state=lambda state: jax.device_put(state, whole),
         put_batch=lambda batch: jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(split, x), batch
@@ -188,20 +222,67 @@ def over_mesh(step: Callable) -> Placed:
     )
 
 
+def over_mesh_cached(step: Callable, store: dict[str, np.ndarray]) -> Placed:
+    """`over_mesh` for a data set that is on every device: a batch is k B rows of `store`.
+
+    The k updates are one program (`lax.scan`) that gathers, normalises, augments and steps;
+    `pipeline.store` made the store. The updates are those of k batches of the host.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, 'data'))
+
+    def steps(state, store, rows_kB):
+        return jax.lax.scan(lambda state, rows: step(state, gather(store, rows)), state, rows_kB)
+
+    jitted = jax.jit(
+        steps,
+        donate_argnums=0,
+        in_shardings=(whole, whole, split),
+        out_shardings=(whole, whole),
+        compiler_options=compilation.options(),
+    )
+    placed_store = jax.device_put(store, whole)
+
+    def compile_steps(state, rows_kB):
+        compiled, facts = compilation.compile_now(jitted, state, placed_store, rows_kB)
+        return lambda state, rows_kB: compiled(state, placed_store, rows_kB), facts
+
+    return Placed(
+        compile_steps,
+        put_state=lambda state: jax.device_put(state, whole),
+        put_batch=lambda rows: jax.make_array_from_process_local_data(split, rows),
+        get_state=lambda state: state,
+    )
+
+
+def gather(store: dict[str, jax.Array], rows_B: jax.Array) -> dict[str, jax.Array]:
+    """The batch of these rows, as `pipeline.batches` makes it on the host."""
+    low, high, mean, std = jnp.moveaxis(store['intensity'][rows_B][:, :, None, None], 1, 0)
+    image = store['image'][rows_B].astype(jnp.float32)
+    image = (jnp.clip(image, low, high) - mean) / std
+    return {'image': image, 'mask': store['mask'][rows_B].astype(jnp.int32)}
+
+
 def under_pmap(step: Callable) -> Placed:
     """`step(..., axis_name='data')` under `jax.pmap`: a copy of the state per device, donated."""
     n = jax.local_device_count()
-    mapped = jax.pmap(functools.partial(step, axis_name='data'), axis_name='data', donate_argnums=0)
+    step = _as_vectors(functools.partial(step, axis_name='data'))
+    mapped = jax.pmap(step, axis_name='data', donate_argnums=0)
 
     def first(tree):
         return jax.tree.map(lambda x: x[0], tree)
 
-    def run(state, batch):
-        state, metrics = mapped(state, batch)
-        return state, first(metrics)
+    def compile_step(state, batch):
+        compiled, facts = compilation.compile_now(mapped, state, batch)
+
+        def run(state, batch):
+            state, metrics = compiled(state, batch)
+            return state, first(metrics)
+
+        return run, facts
 
     return Placed(
-        run,
+        compile_step,
         put_state=lambda state: jax.tree.map(lambda x: jnp.stack([x] * n), state),
         put_batch=lambda batch: jax.tree.map(
             lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
@@ -219,35 +300,29 @@ def parameter_table(params: Any) -> str:
     return '\n'.join(f'  {name:32} {size:12,}' for name, size in rows.items())
 
 
-def step_flops(step: Callable, state: TrainState, batch_shape: tuple[int, ...]) -> float:
-    """Floating-point operations of one step on B H W C, as XLA counts them; NaN if it can't."""
-    batch = {
-        'image': jax.ShapeDtypeStruct(batch_shape, jnp.float32),
-        'mask': jax.ShapeDtypeStruct(batch_shape[:3], jnp.int32),
-    }
-    cost = jax.jit(step).lower(jax.eval_shape(lambda: state), batch).cost_analysis() or {}
-    return cost.get('flops', float('nan'))
-
-
 def read_metrics(
     pending: list[tuple[int, dict[str, jax.Array]]], log: MetricLog, rate, every: int
 ) -> float:
-    """Wait for these steps, log each `every`-th, return the last loss (0 of no steps).
+    """Wait for these updates, log each `every`-th, return the last loss (0 of no updates).
 
+    `pending` has the number of the first update of a call, and a vector of each metric.
     Raises NonFiniteLossError at a step whose loss or gradient is not finite.
     """
     loss = 0.0
-    for step, metrics in pending:
-        values = {name: float(value) for name, value in metrics.items()}
-        loss = values['loss']
-        if not all(map(math.isfinite, values.values())):
-            raise NonFiniteLossError(
-                f'step {step}: {values}. Nothing after the last checkpoint was kept. Look at the '
-                'learning rate (optim.learning_rate, optim.warmup_steps), optim.clip_norm, the '
-                'class weights, and at the data (python -m pspnet_jax.data.lgg checks it)'
-            )
-        if step % every == 0:
-            log.scalars(step, {**values, 'learning_rate': float(rate(step - 1))})
+    for first, metrics in pending:
+        vectors = {name: np.asarray(vector).tolist() for name, vector in metrics.items()}
+        loss = vectors['loss'][-1]
+        for i in range(len(vectors['loss'])):
+            values = {name: vector[i] for name, vector in vectors.items()}
+            if not all(map(math.isfinite, values.values())):
+                raise NonFiniteLossError(
+                    f'step {first + i}: {values}. Nothing after the last checkpoint was kept. '
+                    'Look at the learning rate (optim.learning_rate, optim.warmup_steps), '
+                    'optim.clip_norm, the class weights, and at the data (python -m '
+                    'pspnet_jax.data.lgg checks it)'
+                )
+            if (first + i) % every == 0:
+                log.scalars(first + i, {**values, 'learning_rate': float(rate(first + i - 1))})
     return loss
 
 
@@ -345,10 +420,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
-    total = config.train.steps or round(config.train.epochs * len(split['train']) / batch_size)
-    validate_every = config.train.validate_every or max(total // 10, 1)
+    on_device, log_every = config.data.cache == 'device', config.train.log_every
+    chunk = config.train.steps_per_call if on_device else 1  # updates in one program
+    epochs = round(config.train.epochs * len(split['train']) / batch_size)
+    total = config.train.steps or -(-epochs // chunk) * chunk
+    validate_every = config.train.validate_every or max(total // 10 // chunk, 1) * chunk
     checkpoint_every = config.train.checkpoint_every or validate_every
-    log_every = config.train.log_every
+    if config.data.cache == 'memory':
+        split = {name: volumes.in_memory(part) for name, part in split.items()}
 
     # Model, optimiser, state: restored, or new with pretrained weights.
     model = models.create(**config.model)
@@ -366,26 +445,38 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         augment_options=config.augment.to_dict(),
         seed=config.seed,
         accumulate=config.train.accumulate,
+        remat=config.train.remat,
         ema_decay=config.train.ema_decay,
     )
-    placed = under_pmap(step_fn) if config.parallel == 'pmap' else over_mesh(step_fn)
-    batches = pipeline.batches(
-        split['train'],
-        batch_size=batch_size,
-        first_step=first_step,
-        seed=config.seed,
-        sampling=config.data.sampling,
-        lesion_floor=config.data.lesion_floor,
-        intensity=intensity,
-        threads=config.data.threads,
-        shard=(jax.process_index(), jax.process_count()),
-    )
-    batch_shape = (batch_size, *slices.read(int(slices.key[0]))[0].shape)
-    logging.info('%.1f GFLOP a step', step_flops(step_fn, state, batch_shape) / 1e9)
+    draws = {
+        'batch_size': batch_size,
+        'first_step': first_step,
+        'seed': config.seed,
+        'sampling': config.data.sampling,
+        'lesion_floor': config.data.lesion_floor,
+        'shard': (jax.process_index(), jax.process_count()),
+    }
+    if on_device:
+        store = pipeline.store(split['train'], intensity)
+        logging.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
+        placed = over_mesh_cached(step_fn, store)
+        rows = pipeline.rows(split['train'], **draws)
+    else:
+        placed = under_pmap(step_fn) if config.parallel == 'pmap' else over_mesh(step_fn)
+        batches = pipeline.batches(
+            split['train'], intensity=intensity, threads=config.data.threads, **draws
+        )
+
+    def next_batch(count):
+        if on_device:
+            return np.stack([next(rows) for _ in range(count)])
+        return next(batches)
+
     predict = infer.compile_predict(model)
     interval = 1 if sys.stderr.isatty() else 60
     state = placed.put_state(state)
     pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()
+    programs, step, logged = {}, first_step, first_step
 
     # Closing waits for a checkpoint that is still being written, whatever ends the loop.
     with (
@@ -393,28 +484,34 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         contextlib.closing(MetricLog(workdir, first_step)) as log,
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
-        for step in range(first_step + 1, total + 1):
+        while step < total:
             if 0 < config.train.patience <= progress['stale']:
                 logging.info('no better Dice in %d validations: stopping', progress['stale'])
                 break
 
-            # Start this step, then read the one before: the device never waits for the host.
+            # Start these updates, then read those before: the device never waits for the host.
+            stops = (total, *((step // n + 1) * n for n in (validate_every, checkpoint_every)))
+            count, first = min(chunk, min(stops) - step), step + 1
             start = time.perf_counter()
-            batch = placed.put_batch(next(batches))
+            batch = placed.put_batch(next_batch(count))
             waited += time.perf_counter() - start
-            state, metrics = placed.step(state, batch)
+            if count not in programs:
+                programs[count], facts = placed.compile(state, batch)
+                logging.info(COMPILED, count, *facts.values())
+                waited, window, logged = 0.0, time.perf_counter(), step
+            state, metrics = programs[count](state, batch)
             loss = read_metrics(pending, log, rate, log_every) or loss
-            pending = [(step, metrics)]
-            bar.update()
-            if step % log_every == 0:
+            pending, step = [(first, metrics)], step + count
+            bar.update(count)
+            if step // log_every > (step - count) // log_every:
                 seconds = time.perf_counter() - window
                 speed = {
-                    'slices_per_second': log_every * batch_size / seconds,
+                    'slices_per_second': (step - logged) * batch_size / seconds,
                     'data_wait': waited / seconds,
                 }
                 log.timings(step, speed)
                 bar.set_postfix(loss=loss, data_wait=f'{speed["data_wait"]:.0%}')
-                waited, window = 0.0, time.perf_counter()
+                waited, window, logged = 0.0, time.perf_counter(), step
 
             # Validate on whole volumes, and keep the state with the Dice that ranks it.
             if step % validate_every and step % checkpoint_every and step < total:
@@ -436,6 +533,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 inputs=inputs,
                 dice=dice,
             )
-            waited, window = 0.0, time.perf_counter()
+            waited, window, logged = 0.0, time.perf_counter(), step
 
     return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')

@@ -42,12 +42,13 @@ ALLOWED = {
     'data.lgg': {'data.splits', 'data.volumes', 'errors'},
     'data.pipeline': {'data.volumes', 'errors'},
     'data.sources': {'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
-    'infer': {'crf', 'errors', 'models.layers'},
+    'infer': {'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
     'log': set(),
     'checkpoint': {'errors'},
     'config': {'errors', 'models', 'models.backbones'},
-    'cli': {'config', 'errors'},
+    'compilation': set(),
+    'cli': {'compilation', 'config', 'errors'},
 }
 COMMANDS = {'main', 'train', 'evaluate', 'predict'}  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))

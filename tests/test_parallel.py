@@ -33,12 +33,13 @@ def run(place, steps=2):
     state = train.create_state(model, tx, seed=0, channels=3, ema=True)
     placed = place(step)
     state = placed.put_state(state)
+    step, _ = placed.compile(state, placed.put_batch(batch))
     for _ in range(steps):
-        state, metrics = placed.step(state, placed.put_batch(batch))
+        state, metrics = step(state, placed.put_batch(batch))
     return jax.device_get((placed.get_state(state), metrics))
 
 def one_device(step):
-    return train.Placed(jax.jit(step), lambda s: s, lambda b: b, lambda s: s)
+    return train.Placed(lambda s, b: (jax.jit(step), {}), lambda s: s, lambda b: b, lambda s: s)
 
 def compare(name, a, b):
     for (path, x), y in zip(

@@ -102,7 +102,8 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     for tree in (state.params, state.ema_params):
         assert (np.asarray(tree['backbone']['conv1_1']['kernel']) == expected).all()
     placed = train.over_mesh(lambda state, batch: (state, batch))
-    placed.step(placed.put_state(state), placed.put_batch(np.zeros((8, 1))))
+    state, batch = placed.put_state(state), placed.put_batch(np.zeros((8, 1)))
+    placed.compile(state, batch)[0](state, batch)
     pixel = np.array([[255, 0, 128]], np.uint8)
     np.testing.assert_allclose(
         volumes.normalize(pixel, published.fixed_intensity(inputs)),

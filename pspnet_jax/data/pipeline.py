@@ -4,6 +4,7 @@ A batch is {'image': B H W C float32 normalised, 'mask': B H W int32}. Resuming 
 step reads the batches from there; two hosts see halves of the batches that one sees.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import grain
@@ -30,6 +31,50 @@ def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
     return weights
 
 
+def _draws(slices: Slices, seed: int, sampling: str, lesion_floor: float) -> grain.MapDataset:
+    """Rows of `slices` without end, each a function of its place."""
+    if sampling == 'uniform':
+        return grain.MapDataset.range(len(slices)).seed(seed).shuffle().repeat()
+    if sampling != 'lesion':
+        raise ValueError(f"data.sampling {sampling!r} is not one of 'lesion', 'uniform'")
+    edges = np.cumsum(lesion_weights(slices, lesion_floor))[:-1]
+
+    def draw(_, rng: np.random.Generator) -> int:
+        return int(np.searchsorted(edges, rng.random(), 'right'))
+
+    return grain.MapDataset.range(2**40).seed(seed).random_map(draw)
+
+
+def rows(
+    slices: Slices,
+    *,
+    batch_size: int,
+    first_step: int,
+    seed: int,
+    sampling: str,
+    lesion_floor: float,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[np.ndarray]:
+    """The rows of `batches`' batches, (batch_size // hosts,) int32 each."""
+    index, count = shard
+    draws = _draws(slices, seed, sampling, lesion_floor)
+    for step in itertools.count(first_step):
+        places = range(step * batch_size + index, (step + 1) * batch_size, count)
+        yield np.array([draws[place] for place in places], np.int32)
+
+
+def store(slices: Slices, intensity: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Every slice, decoded: 'image' N H W C and 'mask' N H W uint8, 'intensity' N 4 C."""
+    images, masks = zip(*(slices.read(int(key)) for key in slices.key), strict=True)
+    each = [slices.intensity[p] if intensity is None else intensity for p in slices.patient]
+    return {'image': np.stack(images), 'mask': np.stack(masks), 'intensity': np.stack(each)}
+
+
+def megabytes(arrays: dict[str, np.ndarray]) -> float:
+    """2**20 bytes."""
+    return sum(array.nbytes for array in arrays.values()) / 2**20
+
+
 def batches(
     slices: Slices,
     *,
@@ -49,17 +94,6 @@ def batches(
     alike; None takes each patient's own.
     """
     index, count = shard
-    if sampling == 'uniform':
-        draws = grain.MapDataset.range(len(slices)).seed(seed).shuffle().repeat()
-    elif sampling == 'lesion':
-        edges = np.cumsum(lesion_weights(slices, lesion_floor))[:-1]
-
-        def draw(_, rng: np.random.Generator) -> int:
-            return int(np.searchsorted(edges, rng.random(), 'right'))
-
-        draws = grain.MapDataset.range(2**40).seed(seed).random_map(draw)
-    else:
-        raise ValueError(f"data.sampling {sampling!r} is not one of 'lesion', 'uniform'")
 
     def read(row: int) -> dict[str, np.ndarray]:
         image, mask = slices.read(int(slices.key[row]))
@@ -69,6 +103,7 @@ def batches(
             'mask': mask.astype(np.int32),
         }
 
+    draws = _draws(slices, seed, sampling, lesion_floor)
     dataset = draws[first_step * batch_size + index :: count].map(read)
     dataset = dataset.batch(batch_size // count).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)

@@ -5,11 +5,14 @@ Training reads slices in any order; evaluation reads whole volumes. A source
 """
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from pspnet_jax.errors import DataError
@@ -94,6 +97,27 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
         lesion_pixels=np.array([lesion_pixels(labels) for labels in mask]),
         intensity={v.patient: v.intensity for v in volumes},
     )
+
+
+def in_memory(slices: Slices) -> Slices:
+    """The same slices, each decoded once and kept; as they are where half the memory is too
+    little for all, which the log says.
+    """
+    if not len(slices):
+        return slices
+    needed = len(slices) * sum(array.nbytes for array in slices.read(int(slices.key[0])))
+    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    fits = needed <= free / 2
+    logging.info(
+        '%d slices decoded are %.0f MB, %.0f MB are free: %s',
+        len(slices),
+        needed / 2**20,
+        free / 2**20,
+        'kept in memory' if fits else 'decoded each time they are read',
+    )
+    if not fits:
+        return slices
+    return dataclasses.replace(slices, read=functools.cache(slices.read))
 
 
 def open_picture(path: Path) -> Image.Image:

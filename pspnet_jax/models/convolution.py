@@ -13,27 +13,33 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 # Output tile = AT [(G kernel GT) * (BT input B)] A, for a 4x4 input and a 2x2 output tile.
 BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 WINOGRAD_CHANNELS = 256  # in and out; below, moving the tiles costs more than the products save
+CONVOLVED = 'convolved'
 LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient goes by bands of rows
 
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
-    """`lax.conv_general_dilated` for B H W C and 3 3 I O; other forms than those above pass."""
+    """`lax.conv_general_dilated` for B H W C and 3 3 I O; other forms than those above pass.
+
+    What comes out has the name CONVOLVED, by which `jax.checkpoint` can keep it.
+    """
     dilation = tuple(kwargs.get('rhs_dilation') or (1, 1))
-    if kwargs.get('feature_group_count', 1) != 1:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
-    if kernel.shape[:2] == (1, 1) and tuple(padding) == ((0, 0), (0, 0)):
+    same, dense = tuple((d, d) for d in dilation), kwargs.get('feature_group_count', 1) == 1
+    strides, padding = tuple(strides), tuple(padding)
+    if dense and kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         x = x[:, :: strides[0], :: strides[1], :]
-        return product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:3], -1)
-    same = tuple((d, d) for d in dilation)
-    if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and tuple(padding) == same:
-        return conv3x3(x, kernel, dilation)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+        out = product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:3], -1)
+    elif dense and kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == same:
+        out = conv3x3(x, kernel, dilation)
+    else:
+        out = jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+    return checkpoint_name(out, CONVOLVED)
 
 
 @jax.custom_vjp
