@@ -259,7 +259,7 @@ def gather(store: dict[str, jax.Array], rows_B: jax.Array) -> dict[str, jax.Arra
     """The batch of these rows, as `pipeline.batches` makes it on the host."""
     low, high, mean, std = jnp.moveaxis(store['intensity'][rows_B][:, :, None, None], 1, 0)
     image = store['image'][rows_B].astype(jnp.float32)
-    image = (jnp.clip(image, low, high) - mean) / std
+    image = (jnp.clip(image, low, high) - mean) * (1 / std)
     return {'image': image, 'mask': store['mask'][rows_B].astype(jnp.int32)}
 
 

@@ -1,6 +1,7 @@
 """The step and the loop: resume is exact, micro-batches add up, nonsense stops it."""
 
 import functools
+import itertools
 import json
 
 import flax.linen as nn
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, optim, train
-from pspnet_jax.data import pipeline
+from pspnet_jax import checkpoint, compilation, models, optim, train
+from pspnet_jax.data import phantom, pipeline
 from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
 from tests.conftest import tiny_config
 
@@ -39,6 +40,80 @@ def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, monkeypatch)
     logs = [(folder / 'metrics.jsonl').read_text() for folder in (tmp_path, workdir)]
     assert logs[0] == logs[1]
     assert resumed['patients'] == evaluation['patients']
+
+
+def test_slices_on_the_device_train_as_from_the_host(trained, tmp_path, monkeypatch):
+    """Two updates in one program, stopped after the first two and gone on with: the same run."""
+    workdir, evaluation = trained
+    config = tiny_config(**{'data.cache': 'device', 'train.steps_per_call': 2})
+    config.train.checkpoint_every = 2
+    real = pipeline.rows
+
+    def power_cut(*args, **options):
+        yield from itertools.islice(real(*args, **options), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, 'rows', power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(config, str(tmp_path))
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path)[-1] == 2
+    result = train.train_and_evaluate(config, str(tmp_path))
+    for mine, other in zip(result['patients'], evaluation['patients'], strict=True):
+        assert mine['dice'] == pytest.approx(other['dice'], abs=1e-3)
+    ours, theirs = (
+        [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        for folder in (tmp_path, workdir)
+    )
+    assert [line['step'] for line in ours] == [line['step'] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        if 'loss' in other:
+            assert mine == pytest.approx(other, rel=1e-4)
+
+
+def test_three_updates_in_one_program_equal_three_programs(rng):
+    """And a slice gathered on the device is, to the bit, the one that the host normalises."""
+    slices = phantom.load(volumes=3, slices=4, size=32, seed=0)
+    draws = {
+        'batch_size': 4, 'first_step': 0, 'seed': 0, 'sampling': 'lesion', 'lesion_floor': 0.1,
+    }  # fmt: skip
+    rows = list(itertools.islice(pipeline.rows(slices, **draws), 3))
+    batches = pipeline.batches(slices, intensity=None, threads=1, **draws)
+    store = pipeline.store(slices, None)
+    model = models.create('pspnet', num_classes=2, backbone='resnet18', width=4)
+    state, step = sgd_step(model)
+    alone, together = train.over_mesh(step), train.over_mesh_cached(step, store)
+    one, three = (jax.tree.map(jnp.copy, state) for _ in range(2))
+    losses = []
+    for batch_rows in rows:
+        batch = next(batches)
+        gathered = jax.jit(train.gather)(store, batch_rows)
+        for key in batch:
+            np.testing.assert_array_equal(gathered[key], batch[key])
+        one, metrics = alone.compile(one, batch)[0](one, batch)
+        losses.append(metrics['loss'][0])
+    three, metrics = together.compile(three, np.stack(rows))[0](three, np.stack(rows))
+    np.testing.assert_allclose(metrics['loss'], losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(three), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_rematerialised_gradients_are_the_same(rng):
+    """And the temporaries are fewer."""
+    model = models.create('pspnet', num_classes=2, backbone='resnet18', width=8)
+    batch = {
+        'image': jnp.asarray(rng.standard_normal((4, 64, 64, 3)), jnp.float32),
+        'mask': jnp.asarray(rng.integers(0, 2, (4, 64, 64))),
+    }
+    results, memory = [], []
+    for remat in ('none', 'pointwise'):
+        state, step = sgd_step(model, remat=remat)
+        compiled = jax.jit(step).lower(state, batch).compile(compilation.options())
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        results.append(compiled(state, batch))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert memory[1] < 0.9 * memory[0]
 
 
 def test_a_finished_run_is_evaluated_again_and_not_trained(trained, tmp_path):
@@ -133,6 +208,17 @@ def one_step(accumulate, loss_options, batch):
 
 
 CE_ONLY = {'cross_entropy': 1.0, 'dice': 0.0, 'aux': 0.4, 'class_weights': (), 'ignore_label': 255}
+
+
+def sgd_step(model, **options):
+    """A state of `model`, and its step with cross-entropy, without dropout's noise."""
+    tx, _ = optim.create('sgd', steps=9, learning_rate=0.01, schedule='constant')
+    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+    step = functools.partial(
+        train.train_step, model=model, tx=tx, loss_options=CE_ONLY, augment_options={'flip': 0.5},
+        seed=0, **options,
+    )  # fmt: skip
+    return state, step
 
 
 def batch_of(rng):

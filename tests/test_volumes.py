@@ -1,10 +1,12 @@
 """Slices, volumes and their intensity scale."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax.data import volumes
+from pspnet_jax.data import phantom, volumes
 from pspnet_jax.errors import DataError
 
 
@@ -79,3 +81,25 @@ def test_read_picture_refuses_what_it_can_not_read(tmp_path):
     for name, message in (('text.png', 'not a readable picture'), ('deep.png', '8 bits')):
         with pytest.raises(DataError, match=message):
             volumes.read_picture(tmp_path / name)
+
+
+def test_slices_in_memory_are_decoded_once(monkeypatch):
+    slices = phantom.load(volumes=3, slices=4, size=32, seed=0)
+    reads = []
+
+    def read(key):
+        reads.append(key)
+        return slices.read(key)
+
+    slow = dataclasses.replace(slices, read=read)
+    kept = volumes.in_memory(slow)
+    for _ in range(2):
+        for key in slices.key:
+            for a, b in zip(kept.read(int(key)), slices.read(int(key)), strict=True):
+                assert (a == b).all()
+    assert len(reads) == len(slices) + 1  # the first one is also measured
+
+    free = 2 * 12 * 32 * 32 * 4  # bytes: just enough, then just too few
+    for bytes_free, same in ((free, False), (free - 1, True)):
+        monkeypatch.setattr(volumes, 'free_memory', lambda n=bytes_free: n)
+        assert (volumes.in_memory(slow) is slow) == same

@@ -7,6 +7,7 @@ Training reads slices in any order; evaluation reads whole volumes. A source
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from PIL import Image
 
 from pspnet_jax.errors import DataError
 
+MEMINFO = Path('/proc/meminfo')
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
 
 
@@ -99,6 +101,14 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
     )
 
 
+def free_memory() -> int:
+    """Bytes that a program can still take; half of all where the system does not say."""
+    found = MEMINFO.exists() and re.search(r'MemAvailable: *(\d+) kB', MEMINFO.read_text())
+    if found:
+        return 1024 * int(found[1])
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
+
+
 def in_memory(slices: Slices) -> Slices:
     """The same slices, each decoded once and kept; as they are where half the memory is too
     little for all, which the log says.
@@ -106,7 +116,7 @@ def in_memory(slices: Slices) -> Slices:
     if not len(slices):
         return slices
     needed = len(slices) * sum(array.nbytes for array in slices.read(int(slices.key[0])))
-    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    free = free_memory()
     fits = needed <= free / 2
     logging.info(
         '%d slices decoded are %.0f MB, %.0f MB are free: %s',
@@ -160,6 +170,9 @@ def measure_intensity(image: np.ndarray) -> np.ndarray:
 
 
 def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
-    """... C uint8 -> float32: clipped to low..high, minus mean, over deviation."""
+    """... C uint8 -> float32: clipped to low..high, minus mean, over deviation.
+
+    Times the reciprocal, as XLA does it in `train.gather`: so both have the same bits.
+    """
     low, high, mean, std = intensity
-    return (np.clip(image.astype(np.float32), low, high) - mean) / std
+    return (np.clip(image.astype(np.float32), low, high) - mean) * (1 / std)

@@ -1,0 +1,202 @@
+"""Each form that is there for speed equals the plain one: values and gradients.
+
+The plain form is XLA's convolution, window reduction or concatenation in float64 where that
+matters, and PyTorch's where ties have to fall as its do.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax.models import convolution, layers
+
+FORMS = [((9, 7), (1, 1)), ((8, 8), (2, 2)), ((13, 10), (4, 4)), ((7, 5), (3, 2)), ((1, 1), (1, 1))]
+
+
+def by_loop(x, kernel, dilation):
+    """Nine products on a padded array, in float64."""
+    (dy, dx), (B, H, W, _) = dilation, x.shape
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    padded = np.pad(x, ((0, 0), (dy, dy), (dx, dx), (0, 0)))
+    out = np.zeros((B, H, W, kernel.shape[-1]))
+    for i in range(3):
+        for j in range(3):
+            out += padded[:, i * dy :][:, :H, j * dx :][:, :, :W] @ kernel[i, j]
+    return out
+
+
+@pytest.mark.parametrize(('size', 'dilation'), FORMS)
+def test_winograd_is_the_convolution(rng, size, dilation):
+    x = rng.standard_normal((2, *size, 5)).astype(np.float32)
+    kernel = rng.standard_normal((3, 3, 5, 4)).astype(np.float32)
+    ours = jax.jit(convolution.winograd_3x3, static_argnums=2)(x, kernel, dilation)
+    np.testing.assert_allclose(ours, by_loop(x, kernel, dilation), rtol=1e-5, atol=2e-5)
+    back = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    ours = convolution.winograd_3x3(ours, kernel, dilation, transpose=True)
+    expected = by_loop(by_loop(x, kernel, dilation), back, dilation)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize('large_map', [convolution.LARGE_MAP, 32])
+@pytest.mark.parametrize(('size', 'dilation'), FORMS)
+def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation, large_map):
+    """By products of whole images, of bands of rows, and by Winograd."""
+    monkeypatch.setattr(convolution, 'LARGE_MAP', large_map)
+    x = rng.standard_normal((2, *size, 5)).astype(np.float32)
+    grad = rng.standard_normal((2, *size, 4)).astype(np.float32)
+    expected = np.zeros((3, 3, 5, 4))
+    for index in np.ndindex(3, 3, 5):  # a convolution is linear in its kernel
+        kernel = np.zeros((3, 3, 5, 4))
+        kernel[index] = 1
+        expected[index] = (by_loop(x, kernel, dilation) * grad).sum((0, 1, 2))
+    for form in (convolution.weight_gradient, convolution.winograd_weight_gradient):
+        np.testing.assert_allclose(form(x, grad, dilation), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [4, 16])
+@pytest.mark.parametrize('dilation', [1, 2])
+def test_a_3x3_and_its_gradients_are_the_plain_ones(rng, monkeypatch, channels, dilation):
+    """As the models call it, below and above the width from which it is Winograd's."""
+    monkeypatch.setattr(convolution, 'WINOGRAD_CHANNELS', 8)
+    x = jnp.asarray(rng.standard_normal((2, 9, 7, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, channels, channels)), jnp.float32)
+
+    def scalar(form, x, kernel):
+        return jnp.sin(form(x, kernel, (dilation, dilation))).sum()
+
+    def both(form):
+        return jax.jit(jax.value_and_grad(functools.partial(scalar, form), (0, 1)))
+
+    lowered = both(convolution.conv3x3).lower(x, kernel).as_text()
+    assert ('convolution' in lowered) == (channels < 8)
+    for a, b in zip(
+        jax.tree.leaves(both(convolution.conv3x3)(x, kernel)),
+        jax.tree.leaves(both(convolution.plain_3x3)(x, kernel)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_other_platforms_get_the_plain_convolution():
+    x, kernel = jnp.zeros((1, 8, 8, 256)), jnp.zeros((3, 3, 256, 256))
+
+    def loss(x, kernel):
+        return convolution.conv3x3(x, kernel, (2, 2)).sum()
+
+    def lowered(platform):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernel)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert lowered('cuda').count('stablehlo.convolution') == 2
+    assert lowered('tpu').count('stablehlo.convolution') == 2
+    assert 'stablehlo.convolution' not in lowered('cpu')
+
+
+@pytest.mark.parametrize('wide', [3, 7])
+def test_a_products_gradients(rng, wide):
+    x = jnp.asarray(rng.standard_normal((6, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((5, wide)), jnp.float32)
+    weight = rng.standard_normal((6, wide)).astype(np.float32)
+    grads = jax.grad(lambda x, k: (convolution.product(x, k) * weight).sum(), (0, 1))(x, kernel)
+    np.testing.assert_allclose(grads[0], weight @ kernel.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads[1], x.T @ weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('window', 'pad'), [(2, 0), (3, 1)])
+@pytest.mark.parametrize('size', [(8, 8), (7, 9), (6, 11)])
+def test_max_pooling_and_its_gradient_equal_pytorchs(rng, window, pad, size):
+    """Of equal values, of which there are many here, the first one has the gradient."""
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    x = rng.integers(0, 4, (2, *size, 3)).astype(np.float32)
+    theirs = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
+    pooled = torch.nn.functional.max_pool2d(theirs, window, 2, pad)
+    weight = rng.standard_normal(pooled.shape).astype(np.float32)
+    (pooled * torch.from_numpy(weight)).sum().backward()
+
+    def scalar(x):
+        out = convolution.max_pool(x, window, pad)
+        return (out * weight.transpose(0, 2, 3, 1)).sum(), out
+
+    (_, ours), grad = jax.jit(jax.value_and_grad(scalar, has_aux=True))(x)
+    np.testing.assert_array_equal(np.asarray(ours).transpose(0, 3, 1, 2), pooled.detach())
+    np.testing.assert_allclose(
+        np.asarray(grad).transpose(0, 3, 1, 2), theirs.grad.numpy(), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize('align_corners', [True, False])
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_a_pyramid_convolution_is_that_of_the_concatenation(rng, kernel, align_corners):
+    maps = [
+        jnp.asarray(rng.standard_normal((2, *size)), jnp.float32)
+        for size in ((7, 9, 4), (1, 1, 2), (2, 2, 3), (6, 6, 2))
+    ]
+    module = layers.PyramidConv(5, kernel, align_corners=align_corners)
+    variables = module.init(jax.random.key(0), maps)
+
+    def concatenated(variables, maps):
+        resized = [layers.resize(x, (7, 9), align_corners=align_corners) for x in maps]
+        return jax.lax.conv_general_dilated(
+            jnp.concatenate(resized, axis=-1),
+            variables['params']['kernel'],
+            (1, 1),
+            ((kernel // 2,) * 2,) * 2,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+
+    def both(form):
+        return jax.value_and_grad(lambda v, m: jnp.sin(form(v, m)).sum(), (0, 1))(variables, maps)
+
+    np.testing.assert_allclose(
+        module.apply(variables, maps), concatenated(variables, maps), rtol=1e-4, atol=1e-5
+    )
+    for a, b in zip(
+        jax.tree.leaves(both(module.apply)), jax.tree.leaves(both(concatenated)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_batch_norm_and_its_gradients_equal_flaxs(rng, dtype):
+    import flax.linen as nn
+
+    x = jnp.asarray(3 + 2 * rng.standard_normal((4, 5, 6, 7)), dtype)
+    weight = rng.standard_normal(x.shape).astype(np.float32)
+    ours = layers.BatchNorm(dtype=dtype)
+    flaxs = nn.BatchNorm(momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype)
+    variables = ours.init(jax.random.key(0), x, False)
+    variables = jax.tree.map(
+        lambda v: jnp.asarray(rng.uniform(0.5, 1.5, v.shape), jnp.float32), variables
+    )
+
+    def run(apply, **train):
+        def scalar(params, x):
+            y, updates = apply({**variables, 'params': params}, x, **train, mutable=['batch_stats'])
+            return (y * weight).sum(), (y, updates)
+
+        return jax.value_and_grad(scalar, (0, 1), has_aux=True)(variables['params'], x)
+
+    tolerance = 1e-4 if dtype == jnp.float32 else 2e-2
+    for train in (True, False):
+        mine = run(ours.apply, train=train)
+        theirs = run(flaxs.apply, use_running_average=not train)
+        assert mine[0][1][0].dtype == dtype
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1.0)
+
+
+def test_doubled_size_is_the_transposed_convolution(rng):
+    import flax.linen as nn
+
+    x = jnp.asarray(rng.standard_normal((2, 3, 4, 5)), jnp.float32)
+    theirs = nn.ConvTranspose(6, (2, 2), (2, 2), 'VALID')
+    variables = jax.tree.map(
+        lambda v: jnp.asarray(rng.standard_normal(v.shape), jnp.float32),
+        theirs.init(jax.random.key(0), x),
+    )
+    ours = layers.DoubleSize(6).apply(variables, x)
+    np.testing.assert_allclose(ours, theirs.apply(variables, x), rtol=1e-5, atol=1e-5)
