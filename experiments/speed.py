@@ -6,7 +6,7 @@
 Each contender is a process of its own that does one step when it is told to. PyTorch is tried
 eager and compiled, channels last and not, and the fastest of the four is the peer. First the
 two networks are shown to be the same: as many parameters, and with the peer's weights the
-peer's output. Then ours and the peer step in turn; a line with both medians is added to
+peer's output. Then ours and the peer take turns; a line with both medians is added to
 experiments/results/speed.jsonl. In training both do forward, backward and SGD with
 momentum, ours by `train.train_step` as it is.
 """
@@ -19,20 +19,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
+STEPS = 3  # that are timed in a turn, behind one that is not
 CASES = flags.DEFINE_list('cases', [], 'parts of the names of the cases to run; all')
 MODES = flags.DEFINE_list(
     'modes',
     ['eager', 'eager channels_last', 'compile', 'compile channels_last'],
     'of PyTorch',
 )
-REPEATS = flags.DEFINE_integer('repeats', 7, 'steps of each')
+REPEATS = flags.DEFINE_integer('repeats', 3, f'turns of each, of {STEPS} steps')
 KERAS_PYTHON = flags.DEFINE_string('keras_python', '', 'Python of the Keras environment')
 RESULTS = flags.DEFINE_string('results', 'experiments/results/speed.jsonl', 'gets the lines')
 
@@ -83,86 +83,103 @@ def cases(on_cpu: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
+def load(case: dict[str, Any]):
+    """Our model in float32 and in the case's precision, and the peer's weights as its variables."""
+    import jax
+    import jax.numpy as jnp
+
+    from pspnet_jax import models
+    from pspnet_jax.models import pretrained, published
+
+    exact, model = (
+        models.create(num_classes=case['classes'], dtype=dtype, **case['model'])
+        for dtype in ('float32', case['dtype'])
+    )
+    shapes = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
+    )
+    keras = case['peer'] == 'keras'
+    arrays = pretrained.read_arrays(case['exchange'] + ('.weights.h5' if keras else '.weights.npz'))
+    sources = {
+        **published.NETWORKS,
+        'pspnet_vgg16': published.Source(
+            (*published.SEMSEG, *published.under('', 'backbone/', published.vgg(False)))
+        ),
+    }
+    source = sources[pretrained.detect(arrays, sources)]
+    return exact, model, jax.device_put(pretrained.load_network(shapes, arrays, source))
+
+
+def check(case: dict[str, Any]) -> None:
+    """A process that says how far our output is from the peer's, of the same weights."""
+    import jax
+
+    exact, _, variables = load(case)
+    peer = np.load(case['exchange'] + '.out.npz')
+    with jax.default_matmul_precision('highest'):
+        out = jax.jit(exact.apply)(variables, peer['image'])['logits']
+    print(json.dumps(float(np.abs(out - peer['out']).max() / np.abs(peer['out']).max())))
+
+
 def ours(case: dict[str, Any]) -> None:
     """Our side of a case: a process that `serve`s."""
     import jax
     import jax.numpy as jnp
     import optax
 
+    from configs import base
     from experiments.serve import serve
-    from pspnet_jax import models, train
-    from pspnet_jax.models import pretrained, published
+    from pspnet_jax import compilation, train
 
-    jax.config.update('jax_enable_compilation_cache', False)
-    model = models.create(num_classes=case['classes'], dtype=case['dtype'], **case['model'])
-    tx = optax.sgd(1e-3, momentum=0.9)
-    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-
-    # The peer's weights, and what came out of it.
-    keras = case['peer'] == 'keras'
-    weights = case['exchange'] + ('.weights.h5' if keras else '.weights.npz')
-    arrays = pretrained.read_arrays(weights)
-    backbone_rows = published.under('', 'backbone/', published.vgg(False))
-    sources = {
-        **published.NETWORKS,
-        'pspnet_vgg16': published.Source((*published.SEMSEG, *backbone_rows)),
-    }
-    source = sources[pretrained.detect(arrays, sources)]
-    variables = pretrained.load_network(variables, arrays, source)
-    exchanged = np.load(case['exchange'] + '.out.npz')
-    exact = models.create(num_classes=case['classes'], **case['model'])
-    with jax.default_matmul_precision('highest'):
-        out = jax.jit(exact.apply)(variables, exchanged['image'])['logits']
-    difference = np.abs(out - exchanged['out']).max() / np.abs(exchanged['out']).max()
-    image = jnp.asarray(exchanged['image'])
-    del exact, exchanged, out, arrays
-
+    _, model, variables = load(case)
+    image = jnp.asarray(np.load(case['exchange'] + '.out.npz')['image'])
     if case['train']:
+        tx = optax.sgd(1e-3, momentum=0.9)
+        state = train.TrainState(
+            jnp.zeros((), jnp.int32),
+            variables['params'],
+            variables['batch_stats'],
+            tx.init(variables['params']),
+            None,
+        )
+        config = base.get_config()
         step_fn = functools.partial(
             train.train_step,
             model=model,
             tx=tx,
-            loss_options={
-                'cross_entropy': 1.0, 'dice': 0.0, 'aux': 0.4, 'class_weights': (),
-                'ignore_label': 255,
-            },
+            loss_options={**config.loss.to_dict(), 'dice': 0.0},
             augment_options={},
             seed=0,
-        )  # fmt: skip
-        small = case['size'] // 4 if keras else case['size']  # its labels are at a quarter
-        labels = np.random.default_rng(0).integers(
-            0, case['classes'], (case['batch'], small, small)
+            remat=config.train.remat,
         )
+        small = case['size'] // 4 if case['peer'] == 'keras' else case['size']  # of its labels
+        rng = np.random.default_rng(0)
+        labels = rng.integers(0, case['classes'], (case['batch'], small, small))
         labels = labels.repeat(case['size'] // small, 1).repeat(case['size'] // small, 2)
         batch = {'image': image, 'mask': jnp.asarray(labels, jnp.int32)}
-        start = time.perf_counter()
-        compiled = jax.jit(step_fn, donate_argnums=0).lower(state, batch).compile()
-        kept = [state.replace(params=variables['params'], batch_stats=variables['batch_stats'])]
-        kept = jax.tree.map(jnp.array, kept)
-        del state
+        options = {'donate_argnums': 0, 'compiler_options': compilation.options()}
+        compiled, facts = compilation.compile_now(jax.jit(step_fn, **options), state, batch)
+        kept = [state]
 
         def step():
             kept[0], metrics = compiled(kept[0], batch)
             jax.block_until_ready(metrics)
 
     else:
-        del state
-        start = time.perf_counter()
-        variables = jax.device_put(variables)
-        compiled = jax.jit(lambda v, x: model.apply(v, x)['logits']).lower(variables, image)
-        compiled = compiled.compile()
+        predict = jax.jit(
+            lambda variables, image: model.apply(variables, image)['logits'],
+            compiler_options=compilation.options(),
+        )
+        compiled, facts = compilation.compile_now(predict, variables, image)
 
         def step():
             compiled(variables, image).block_until_ready()
 
-    compile_seconds = time.perf_counter() - start
-    step()
     first = jax.devices()[0]
     info = {
         'parameters': sum(x.size for x in jax.tree.leaves(variables['params'])),
-        'compile_seconds': compile_seconds,
-        'difference': float(difference),
+        'compile_seconds': facts['seconds'],
+        'temporary_mb': facts['temporary_mb'],
         'versions': {'jax': jax.__version__},
     }
     peak = None if first.platform == 'cpu' else lambda: first.memory_stats()['peak_bytes_in_use']
@@ -215,13 +232,13 @@ def peer_command(case: dict[str, Any]) -> list[str]:
 
 
 def fastest_mode(case: dict[str, Any]) -> str:
-    """The mode of PyTorch with the least median of three steps."""
+    """The mode of PyTorch with the least median of two steps."""
     if case['peer'] == 'keras':
         return 'keras'
     medians = {}
     for mode in MODES.value if len(MODES.value) > 1 else ():
         contender = Contender(peer_command(case), {**case, 'mode': mode})
-        medians[mode] = statistics.median([contender.go() for _ in range(4)][1:])
+        medians[mode] = statistics.median([contender.go() for _ in range(3)][1:])
         contender.end()
         print(f'  torch {mode}: {medians[mode]:.3f} s', flush=True)
     return min(medians, key=medians.get) if medians else MODES.value[0]
@@ -235,15 +252,18 @@ def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
         case = {**case, 'exchange': f'{folder}/peer'}
         mode = fastest_mode(case)
         peer = Contender(peer_command(case), {**case, 'mode': mode})
-        ours_ = Contender([sys.executable, '-m', 'experiments.speed', '--worker'], case)
+        us = [sys.executable, '-m', 'experiments.speed']
+        difference = Contender([*us, '--check'], case).info
+        ours_ = Contender([*us, '--worker'], case)
         if ours_.info['parameters'] != peer.info['parameters']:
             raise RuntimeError(f'not the same network: {ours_.info}, {peer.info}')
-        if ours_.info['difference'] > 1e-4:
-            raise RuntimeError(f'not the same output: {ours_.info["difference"]}')
+        if difference > 1e-4:
+            raise RuntimeError(f'not the same output: {difference}')
         seconds = {'ours': [], 'peer': []}
         for _ in range(REPEATS.value):
-            seconds['ours'].append(ours_.go())
-            seconds['peer'].append(peer.go())
+            for key, contender in (('ours', ours_), ('peer', peer)):
+                contender.go()  # after a pause the system has taken some of its memory away
+                seconds[key] += [contender.go() for _ in range(STEPS)]
         memory = {'ours': ours_.end(), 'peer': peer.end()}
     median = {key: statistics.median(values) for key, values in seconds.items()}
     flops, peak = peer.info.get('flops'), peer.info.get('matmul_peak')
@@ -266,7 +286,7 @@ def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
             'ours': ours_.info['compile_seconds'], 'peer': peer.info['compile_seconds']
         },
         'parameters': ours_.info['parameters'],
-        'difference': ours_.info['difference'],
+        'difference': difference,
         'machine': platform.platform(),
         'versions': {**ours_.info['versions'], **peer.info['versions']},
         'commit': commit(),
@@ -296,7 +316,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--worker']:
-        ours(json.loads(sys.argv[2]))
+    if sys.argv[1:] and sys.argv[1] in ('--check', '--worker'):
+        {'--check': check, '--worker': ours}[sys.argv[1]](json.loads(sys.argv[2]))
     else:
         app.run(main)
