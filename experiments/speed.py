@@ -60,7 +60,7 @@ def cases(on_cpu: bool) -> dict[str, dict[str, Any]]:
 
     def add(name, network, size, batch, dtype='float32', modes=('train', 'inference')):
         for mode in modes:
-            found[f'{mode} {name} {size}x{size}, batch {batch}, {dtype}'] = {
+            found[f'{mode} {name} {size}x{size} batch {batch} {dtype}'] = {
                 **network, 'size': size, 'batch': batch, 'dtype': dtype, 'classes': 2,
                 'train': mode == 'train',
             }  # fmt: skip

@@ -21,6 +21,7 @@ G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 WINOGRAD_CHANNELS = 256  # in and out; below, moving the tiles costs more than the products save
 CONVOLVED = 'convolved'
+PRODUCT_CHANNELS = 64  # from here to there, a 3x3's weight gradient is stated as products
 LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient goes by bands of rows
 
 
@@ -87,17 +88,20 @@ conv3x3 = jax.custom_vjp(_conv3x3, nondiff_argnums=(2,))
 
 def _conv3x3_backward(dilation, residuals, grad):
     x, kernel = residuals
-    wide = min(kernel.shape[2:]) >= WINOGRAD_CHANNELS
+    channels = min(kernel.shape[2:])
 
     def plain(x, kernel, grad):
         linear = jax.linear_transpose(lambda x: plain_3x3(x, kernel, dilation), x)(grad)
         return *linear, *jax.linear_transpose(lambda k: plain_3x3(x, k, dilation), kernel)(grad)
 
     def on_cpu(x, kernel, grad):
-        if wide:
+        if channels >= WINOGRAD_CHANNELS:
             grad_x = winograd_3x3(grad, kernel, dilation, transpose=True)
             return grad_x, winograd_weight_gradient(x, grad, dilation)
-        return plain(x, kernel, grad)[0], weight_gradient(x, grad, dilation)
+        grad_x, grad_kernel = plain(x, kernel, grad)
+        if channels >= PRODUCT_CHANNELS:
+            grad_kernel = weight_gradient(x, grad, dilation)
+        return grad_x, grad_kernel
 
     return jax.lax.platform_dependent(x, kernel, grad, cpu=on_cpu, default=plain)
 
