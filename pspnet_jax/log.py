@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 
 class MetricLog:
@@ -16,6 +15,9 @@ class MetricLog:
     """
 
     def __init__(self, workdir: str | Path, first_step: int):
+        # Here, since it imports PyTorch where that is installed: 1.5 s and 200 MB.
+        from tensorboardX import SummaryWriter
+
         path = Path(workdir) / 'metrics.jsonl'
         if path.exists():
             kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= first_step]
