@@ -102,7 +102,33 @@ def architectures() -> str:
     return '\n'.join(rows)
 
 
-TABLES = {'lgg': lgg, 'architectures': architectures}
+def speed() -> str:
+    """Images a second of ours and of the peer, the newest line of each case and device."""
+    newest = {(line['case'], line['device']): line for line in read_lines('speed')}
+    rows = [
+        '| case | ours, images/s | peer | ratio | peak MB, ours and peer | compiled in, s |',
+        '|---|---:|---|---:|---:|---:|',
+    ]
+    for line in newest.values():
+        memory = line['peak_memory_mb']
+        rows.append(
+            f'| {line["case"]} | {line["ours"]:.2f} | {line["peer"]:.2f} ({line["peer_is"]}) | '
+            f'{line["ratio"]:.2f} | {memory["ours"]}, {memory["peer"]} | '
+            f'{line["compile_seconds"]["ours"]:.1f} |'
+        )
+    commits = sorted({line['commit'][:7] for line in newest.values()})
+    devices = sorted({line['device'] for line in newest.values()})
+    rows += [
+        '',
+        f'`python -m experiments.speed`, commit {", ".join(commits)}, {"; ".join(devices)}. '
+        'Medians of turns taken one after the other; the same parameters and, with the same '
+        'weights, the same output. The peer is the fastest of PyTorch eager and compiled, '
+        'channels last and not. Peak memory is of the whole process, compilation included.',
+    ]
+    return '\n'.join(rows)
+
+
+TABLES = {'lgg': lgg, 'architectures': architectures, 'speed': speed}
 
 
 def fill(text: str) -> str:

@@ -70,6 +70,17 @@ def test_conv_and_its_gradients_equal_the_plain_convolution(rng, kernel, stride,
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_a_padding_by_name_is_passed_on(rng, kernel):
+    """As TensorFlow pads a strided convolution: less above and to the left."""
+    x = jnp.asarray(rng.standard_normal((2, 8, 7, 5)), jnp.float32)
+    k = jnp.asarray(rng.standard_normal((kernel, kernel, 5, 4)), jnp.float32)
+    options = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
+    ours = layers.conv_general_dilated(x, k, (2, 2), 'SAME', **options)
+    plain = jax.lax.conv_general_dilated(x, k, (2, 2), 'SAME', **options)
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_drops_whole_channels_and_keeps_the_mean():
     x = jnp.ones((64, 3, 3, 32))
     y = layers.Dropout(0.25, True).apply({}, x, True, rngs={'dropout': jax.random.key(0)})

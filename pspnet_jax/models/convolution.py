@@ -32,7 +32,8 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     """
     dilation = tuple(kwargs.get('rhs_dilation') or (1, 1))
     same, dense = tuple((d, d) for d in dilation), kwargs.get('feature_group_count', 1) == 1
-    strides, padding = tuple(strides), tuple(padding)
+    strides = tuple(strides)
+    padding = padding if isinstance(padding, str) else tuple(padding)
     if dense and kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         x = x[:, :: strides[0], :: strides[1], :]
         out = product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:3], -1)
