@@ -1,4 +1,6 @@
-"""How every command starts: flags parsed, quiet logs, errors as one line and status 1."""
+"""How every command starts: flags parsed, quiet logs, errors as one line and status 1; what it
+compiles is kept for the next.
+"""
 
 import re
 import sys

@@ -417,6 +417,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # Data: which patients, and how many of their slices hold a lesion.
     slices, parts = sources.load(config)
+    if config.data.cache == 'memory':
+        slices = volumes.in_memory(slices)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
@@ -426,8 +428,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     total = config.train.steps or -(-epochs // chunk) * chunk
     validate_every = config.train.validate_every or max(total // 10 // chunk, 1) * chunk
     checkpoint_every = config.train.checkpoint_every or validate_every
-    if config.data.cache == 'memory':
-        split = {name: volumes.in_memory(part) for name, part in split.items()}
 
     # Model, optimiser, state: restored, or new with pretrained weights.
     model = models.create(**config.model)
@@ -448,23 +448,27 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         remat=config.train.remat,
         ema_decay=config.train.ema_decay,
     )
-    draws = {
+    drawn = pipeline.draws(
+        split['train'],
+        seed=config.seed,
+        sampling=config.data.sampling,
+        lesion_floor=config.data.lesion_floor,
+    )
+    places = {
         'batch_size': batch_size,
         'first_step': first_step,
-        'seed': config.seed,
-        'sampling': config.data.sampling,
-        'lesion_floor': config.data.lesion_floor,
         'shard': (jax.process_index(), jax.process_count()),
     }
     if on_device:
         store = pipeline.store(split['train'], intensity)
         logging.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
         placed = over_mesh_cached(step_fn, store)
-        rows = pipeline.rows(split['train'], **draws)
+        rows = pipeline.rows(drawn, **places)
     else:
         placed = under_pmap(step_fn) if config.parallel == 'pmap' else over_mesh(step_fn)
+        threads = config.data.threads
         batches = pipeline.batches(
-            split['train'], intensity=intensity, threads=config.data.threads, **draws
+            split['train'], drawn, intensity=intensity, threads=threads, **places
         )
 
     def next_batch(count):

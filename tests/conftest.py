@@ -16,18 +16,18 @@ os.environ['XLA_FLAGS'] = ' '.join(
     )
 )
 
+# Many tests, and the commands that they start, compile the same tiny programs: once a session
+# is enough, and never in the user's own cache.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='pspnet_jax_tests_')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-
-# Many tests compile the same tiny programs: once a session is enough.
-_CACHE = tempfile.mkdtemp(prefix='pspnet_jax_tests_')
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-jax.config.update('jax_compilation_cache_dir', _CACHE)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('PSPNET_SHARED', ROOT.parent / 'shared'))

@@ -14,18 +14,10 @@ def slices():
     return phantom.load(volumes=3, slices=6, size=32, seed=0)
 
 
-def batches(slices, count, **change):
-    options = {
-        'batch_size': 4,
-        'first_step': 0,
-        'seed': 0,
-        'sampling': 'lesion',
-        'lesion_floor': 0.1,
-        'intensity': None,
-        'threads': 2,
-        **change,
-    }
-    return list(itertools.islice(pipeline.batches(slices, **options), count))
+def batches(slices, count, sampling='lesion', **change):
+    drawn = pipeline.draws(slices, seed=0, sampling=sampling, lesion_floor=0.1)
+    options = {'batch_size': 4, 'first_step': 0, 'intensity': None, 'threads': 2, **change}
+    return list(itertools.islice(pipeline.batches(slices, drawn, **options), count))
 
 
 @pytest.mark.parametrize('sampling', ['lesion', 'uniform'])

@@ -74,11 +74,10 @@ def test_slices_on_the_device_train_as_from_the_host(trained, tmp_path, monkeypa
 def test_three_updates_in_one_program_equal_three_programs(rng):
     """And a slice gathered on the device is, to the bit, the one that the host normalises."""
     slices = phantom.load(volumes=3, slices=4, size=32, seed=0)
-    draws = {
-        'batch_size': 4, 'first_step': 0, 'seed': 0, 'sampling': 'lesion', 'lesion_floor': 0.1,
-    }  # fmt: skip
-    rows = list(itertools.islice(pipeline.rows(slices, **draws), 3))
-    batches = pipeline.batches(slices, intensity=None, threads=1, **draws)
+    drawn = pipeline.draws(slices, seed=0, sampling='lesion', lesion_floor=0.1)
+    places = {'batch_size': 4, 'first_step': 0}
+    rows = list(itertools.islice(pipeline.rows(drawn, **places), 3))
+    batches = pipeline.batches(slices, drawn, intensity=None, threads=1, **places)
     store = pipeline.store(slices, None)
     model = models.create('pspnet', num_classes=2, backbone='resnet18', width=4)
     state, step = sgd_step(model)

@@ -31,8 +31,12 @@ def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
     return weights
 
 
-def _draws(slices: Slices, seed: int, sampling: str, lesion_floor: float) -> grain.MapDataset:
-    """Rows of `slices` without end, each a function of its place."""
+def draws(slices: Slices, *, seed: int, sampling: str, lesion_floor: float) -> grain.MapDataset:
+    """Rows of `slices` without end, each a function of its place.
+
+    'uniform' sampling shuffles each pass over the slices; 'lesion' draws with
+    `lesion_weights`. Raises ValueError for another.
+    """
     if sampling == 'uniform':
         return grain.MapDataset.range(len(slices)).seed(seed).shuffle().repeat()
     if sampling != 'lesion':
@@ -46,21 +50,13 @@ def _draws(slices: Slices, seed: int, sampling: str, lesion_floor: float) -> gra
 
 
 def rows(
-    slices: Slices,
-    *,
-    batch_size: int,
-    first_step: int,
-    seed: int,
-    sampling: str,
-    lesion_floor: float,
-    shard: tuple[int, int] = (0, 1),
+    drawn: grain.MapDataset, *, batch_size: int, first_step: int, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[np.ndarray]:
     """The rows of `batches`' batches, (batch_size // hosts,) int32 each."""
     index, count = shard
-    draws = _draws(slices, seed, sampling, lesion_floor)
     for step in itertools.count(first_step):
         places = range(step * batch_size + index, (step + 1) * batch_size, count)
-        yield np.array([draws[place] for place in places], np.int32)
+        yield np.array([drawn[place] for place in places], np.int32)
 
 
 def store(slices: Slices, intensity: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -77,21 +73,18 @@ def megabytes(arrays: dict[str, np.ndarray]) -> float:
 
 def batches(
     slices: Slices,
+    drawn: grain.MapDataset,
     *,
     batch_size: int,
     first_step: int,
-    seed: int,
-    sampling: str,
-    lesion_floor: float,
     intensity: np.ndarray | None,
     threads: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Training batches without end, from `first_step` on; `batch_size` is over all hosts.
 
-    `shard` is (index, count) of this host. 'uniform' sampling shuffles each pass over
-    the slices; 'lesion' draws with `lesion_weights`. `intensity` (4, C) normalises every image
-    alike; None takes each patient's own.
+    `drawn` are the rows from `draws`, `shard` is (index, count) of this host. `intensity`
+    (4, C) normalises every image alike; None takes each patient's own.
     """
     index, count = shard
 
@@ -103,8 +96,7 @@ def batches(
             'mask': mask.astype(np.int32),
         }
 
-    draws = _draws(slices, seed, sampling, lesion_floor)
-    dataset = draws[first_step * batch_size + index :: count].map(read)
+    dataset = drawn[first_step * batch_size + index :: count].map(read)
     dataset = dataset.batch(batch_size // count).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)
     )

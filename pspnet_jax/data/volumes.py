@@ -113,8 +113,6 @@ def in_memory(slices: Slices) -> Slices:
     """The same slices, each decoded once and kept; as they are where half the memory is too
     little for all, which the log says.
     """
-    if not len(slices):
-        return slices
     needed = len(slices) * sum(array.nbytes for array in slices.read(int(slices.key[0])))
     free = free_memory()
     fits = needed <= free / 2
