@@ -91,8 +91,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.train = train = ConfigDict()
     train.batch_size = 16  # over all devices
     train.accumulate = 1  # micro-batches a step
-    train.remat = 'pointwise'  # computed again for the gradient, not kept: 'none', or all but
-    #                            convolutions (a third less memory, 2 % more time)
+    train.remat = 'pointwise'  # computed again for the gradient: all but convolutions, or 'none'
     train.steps_per_call = 10  # updates in one program, with data.cache = 'device'
     train.epochs = 50.0  # passes over the training slices
     train.steps = 0  # if above 0, in place of epochs

@@ -1,6 +1,6 @@
 """Ours against the peers, in one run and in turn.
 
-  python -m experiments.speed [--cases=PART_OF_A_NAME,...] [--modes=eager,...] [--repeats=7]
+  python -m experiments.speed [--cases=PART_OF_A_NAME,...] [--modes=eager,...] [--repeats=3]
   python -m experiments.speed --cases=blog --keras_python=ENVIRONMENT/bin/python
 
 Each contender is a process of its own that does one step when it is told to. PyTorch is tried

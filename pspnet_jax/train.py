@@ -401,6 +401,33 @@ def validate_volumes(
     return -1.0 if dice is None else dice
 
 
+def loader(config: ConfigDict, slices: volumes.Slices, step_fn, intensity, first_step: int):
+    """(placed, next_batch): the step on all devices, and what `placed.put_batch` takes for its
+    next `count` updates, from the one behind `first_step` on.
+
+    `count` is 1 unless the slices are on the device, where a batch is their rows.
+    """
+    data, batch_size = config.data, config.train.batch_size
+    drawn = pipeline.draws(
+        slices, seed=config.seed, sampling=data.sampling, lesion_floor=data.lesion_floor
+    )
+    places = {
+        'batch_size': batch_size,
+        'first_step': first_step,
+        'shard': (jax.process_index(), jax.process_count()),
+    }
+    if data.cache == 'device':
+        store = pipeline.store(slices, intensity)
+        logging.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
+        rows = pipeline.rows(drawn, **places)
+        return over_mesh_cached(step_fn, store), lambda count: np.stack(
+            [next(rows) for _ in range(count)]
+        )
+    batches = pipeline.batches(slices, drawn, intensity=intensity, threads=data.threads, **places)
+    placed = under_pmap(step_fn) if config.parallel == 'pmap' else over_mesh(step_fn)
+    return placed, lambda count: next(batches)
+
+
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
@@ -422,8 +449,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
-    on_device, log_every = config.data.cache == 'device', config.train.log_every
-    chunk = config.train.steps_per_call if on_device else 1  # updates in one program
+    log_every = config.train.log_every
+    chunk = config.train.steps_per_call if config.data.cache == 'device' else 1  # updates a call
     epochs = round(config.train.epochs * len(split['train']) / batch_size)
     total = config.train.steps or -(-epochs // chunk) * chunk
     validate_every = config.train.validate_every or max(total // 10 // chunk, 1) * chunk
@@ -448,34 +475,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         remat=config.train.remat,
         ema_decay=config.train.ema_decay,
     )
-    drawn = pipeline.draws(
-        split['train'],
-        seed=config.seed,
-        sampling=config.data.sampling,
-        lesion_floor=config.data.lesion_floor,
-    )
-    places = {
-        'batch_size': batch_size,
-        'first_step': first_step,
-        'shard': (jax.process_index(), jax.process_count()),
-    }
-    if on_device:
-        store = pipeline.store(split['train'], intensity)
-        logging.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
-        placed = over_mesh_cached(step_fn, store)
-        rows = pipeline.rows(drawn, **places)
-    else:
-        placed = under_pmap(step_fn) if config.parallel == 'pmap' else over_mesh(step_fn)
-        threads = config.data.threads
-        batches = pipeline.batches(
-            split['train'], drawn, intensity=intensity, threads=threads, **places
-        )
-
-    def next_batch(count):
-        if on_device:
-            return np.stack([next(rows) for _ in range(count)])
-        return next(batches)
-
+    placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step)
     predict = infer.compile_predict(model)
     interval = 1 if sys.stderr.isatty() else 60
     state = placed.put_state(state)

@@ -1,9 +1,10 @@
-"""Convolutions, stated so that XLA's CPU backend runs them well.
+"""Convolutions and max pooling, stated so that XLA's CPU backend runs them well.
 
-On accelerators each is the plain convolution of XLA (cuDNN's, the TPU's). On a CPU a 1x1
-is a matrix product, which has the faster weight gradient, and a 3x3 at stride 1 between
-wide maps is Winograd's F(2x2, 3x3) (Lavin and Gray 2016, arXiv 1509.09308): 16 products in
-place of 36, with 1/2 as the only coefficient, so its rounding is that of the plain form.
+A 1x1 is a matrix product everywhere. The rest is XLA's own (cuDNN's, the TPU's) on
+accelerators; on a CPU a 3x3 at stride 1 between wide maps is Winograd's F(2x2, 3x3) (Lavin
+and Gray 2016, arXiv 1509.09308): 16 products in place of 36, with 1/2 as the only
+coefficient, so its rounding is that of the plain form; between narrower ones its weight
+gradient is stated as products; and max pooling has a gradient without a scatter.
 experiments/README.md has what each gave.
 """
 
@@ -26,7 +27,7 @@ LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient goes by bands of
 
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
-    """`lax.conv_general_dilated` for B H W C and 3 3 I O; other forms than those above pass.
+    """`lax.conv_general_dilated` for images B H W C and kernels h w I O, the forms above in it.
 
     What comes out has the name CONVOLVED, by which `jax.checkpoint` can keep it.
     """
@@ -243,27 +244,30 @@ def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) ->
     return total.reshape(3, features_in, 3, features_out).transpose(2, 0, 1, 3).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def max_pool(x: jax.Array, window: int, pad: int) -> jax.Array:
-    """B H W C -> B h w C at stride 2; of equal values the first one gets the gradient."""
+def _max_pool(x, window, pad):
     return nn.max_pool(x, (window, window), (2, 2), ((pad, pad), (pad, pad)))
 
 
-def _max_pool_backward(window, pad, residuals, grad):
-    x, pooled = residuals
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def max_pool(x: jax.Array, window: int, pad: int) -> jax.Array:
+    """B H W C -> B h w C at stride 2; of equal values the first one gets the gradient."""
+    return _max_pool(x, window, pad)
 
+
+def _max_pool_forward(x, window, pad):
+    pooled = _max_pool(x, window, pad)
+    return pooled, (x, pooled)
+
+
+def _max_pool_backward(window, pad, residuals, grad):
     def plain(x, pooled, grad):
-        return jax.vjp(lambda x: nn.max_pool(x, (window,) * 2, (2, 2), ((pad, pad),) * 2), x)[1](
-            grad
-        )[0]
+        return jax.vjp(lambda x: _max_pool(x, window, pad), x)[1](grad)[0]
 
     on_cpu = functools.partial(max_pool_gradient, window=window, pad=pad)
-    return (jax.lax.platform_dependent(x, pooled, grad, cpu=on_cpu, default=plain),)
+    return (jax.lax.platform_dependent(*residuals, grad, cpu=on_cpu, default=plain),)
 
 
-max_pool.defvjp(
-    lambda x, window, pad: ((y := max_pool(x, window, pad)), (x, y)), _max_pool_backward
-)
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def max_pool_gradient(

@@ -1,8 +1,8 @@
 """Building blocks shared by every model.
 
-Adaptive average pooling and bilinear resizing are linear maps along one axis,
-so with static shapes each is a small constant matrix and both are two einsums:
-exact, differentiable, exportable, and the same on every platform.
+Adaptive average pooling and bilinear resizing are linear maps, so with static shapes each
+is a product with a constant matrix, of both axes or of one after the other: exact,
+differentiable, exportable, and the same on every platform.
 """
 
 import functools
@@ -127,7 +127,7 @@ def conv(
 
 
 class BatchNorm(nn.Module):
-    """Over all but the last axis; PyTorch's constants; parameters and statistics are float32.
+    """Over all but the last axis; parameters and statistics are float32.
 
     Under `jax.pmap`, `axis_name` makes the statistics those of the global batch; under `jit`
     over a mesh they are global by construction. The variables are those of `nn.BatchNorm`,
