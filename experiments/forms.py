@@ -1,0 +1,194 @@
+"""What each form that is there for speed gives: the training step with it, and without.
+
+  python -m experiments.forms [--names=winograd,...] [--rounds=3]
+
+Each variant is PSPNet-50's step at 256x256, batch 4, float32 (`transposed_2x2`: U-Net's) in a
+process of its own; they take turns. A line with the seconds of a step, of compilation, and the
+temporaries in MB is added to experiments/results/forms.jsonl for each.
+"""
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+NAMES = flags.DEFINE_list('names', [], 'which; all')
+ROUNDS = flags.DEFINE_integer('rounds', 3, 'processes of each variant')
+RESULTS = Path('experiments/results/forms.jsonl')
+
+
+def without_winograd():
+    from pspnet_jax.models import convolution
+
+    convolution.WINOGRAD_CHANNELS = 10**9
+
+
+def winograd_from_128():
+    from pspnet_jax.models import convolution
+
+    convolution.WINOGRAD_CHANNELS = 128
+
+
+def without_products():
+    """No 3x3 but XLA's, in no direction."""
+    from pspnet_jax.models import convolution
+
+    convolution.conv3x3 = convolution.plain_3x3
+
+
+def without_pyramid_conv():
+    """The pyramid's maps resized and concatenated in front of the head."""
+    import jax.numpy as jnp
+
+    from pspnet_jax.models import layers
+
+    single = layers.ConvNorm.__call__
+
+    def concatenated(self, x, train):
+        if isinstance(x, tuple):
+            x = jnp.concatenate([layers.resize(y, x[0].shape[1:3]) for y in x], axis=-1)
+        return single(self, x, train)
+
+    layers.ConvNorm.__call__ = concatenated
+
+
+def without_batch_norm():
+    """Flax's BatchNorm, and the gradient that JAX makes of it."""
+    import flax.linen as nn
+
+    from pspnet_jax.models import backbones, layers
+
+    def flaxs(train, dtype, axis_name, name=None):
+        return nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False,
+            dtype=dtype, axis_name=axis_name, name=name,
+        )  # fmt: skip
+
+    layers.batch_norm = backbones.batch_norm = flaxs
+
+
+def without_max_pool():
+    """The gradient that JAX makes of a window's maximum."""
+    from pspnet_jax.models import backbones, convolution
+
+    backbones.max_pool = convolution._max_pool
+
+
+def without_transposed_2x2():
+    import flax.linen as nn
+
+    from pspnet_jax.models import unet
+
+    unet.DoubleSize = lambda features, dtype, name: nn.ConvTranspose(
+        features, (2, 2), (2, 2), 'VALID', dtype=dtype, name=name
+    )
+
+
+def without_schedule():
+    from pspnet_jax import compilation
+
+    compilation.options = dict
+
+
+PSPNET, UNET = {'name': 'pspnet', 'deep_stem': True}, {'name': 'unet'}
+# Name -> network, what the step is given, and what is changed before the model is made.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
+    'all of them': (PSPNET, {}, None),
+    'no Winograd': (PSPNET, {}, without_winograd),
+    'Winograd from 128 channels': (PSPNET, {}, winograd_from_128),
+    "no 3x3 but XLA's": (PSPNET, {}, without_products),
+    'pyramid concatenated': (PSPNET, {}, without_pyramid_conv),
+    "Flax's BatchNorm": (PSPNET, {}, without_batch_norm),
+    "XLA's max pooling gradient": (PSPNET, {}, without_max_pool),
+    'default schedule': (PSPNET, {}, without_schedule),
+    'remat none': (PSPNET, {'remat': 'none'}, None),
+    'accumulate 2': (PSPNET, {'accumulate': 2}, None),
+    'accumulate 4': (PSPNET, {'accumulate': 4}, None),
+    'unet: all of them': (UNET, {}, None),
+    'unet: transposed convolutions': (UNET, {}, without_transposed_2x2),
+}
+
+
+def measure(name: str) -> dict[str, float]:
+    """Seconds of a step (median of three behind one), of compilation, and temporaries in MB."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from configs import base
+    from pspnet_jax import compilation, models, train
+
+    network, options, change = VARIANTS[name]
+    if change:
+        change()
+    model = models.create(num_classes=2, **network)
+    tx = optax.sgd(1e-3, momentum=0.9)
+    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+    rng = np.random.default_rng(0)
+    batch = {
+        'image': jnp.asarray(rng.standard_normal((4, 256, 256, 3)), jnp.float32),
+        'mask': jnp.asarray(rng.integers(0, 2, (4, 256, 256)), jnp.int32),
+    }
+    config = base.get_config()
+    step = functools.partial(
+        train.train_step,
+        model=model,
+        tx=tx,
+        loss_options=config.loss.to_dict(),
+        augment_options=config.augment.to_dict(),
+        seed=0,
+        **{'remat': config.train.remat, **options},
+    )
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compilation.options())
+    compiled, facts = compilation.compile_now(jitted, state, batch)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+    return {
+        'seconds': statistics.median(seconds[1:]),
+        'compile_seconds': facts['seconds'],
+        'temporary_mb': facts['temporary_mb'],
+    }
+
+
+def main(_) -> None:
+    import jax
+
+    from experiments.provenance import commit, device
+
+    names = NAMES.value or list(VARIANTS)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(ROUNDS.value):
+        for name in names:
+            command = [sys.executable, '-m', 'experiments.forms', '--measure', name]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f'{name:32} {rounds[name][-1]}', flush=True)
+    with open(RESULTS, 'a') as file:
+        for name, found in rounds.items():
+            line = {
+                'variant': name,
+                **{key: statistics.median(one[key] for one in found) for key in found[0]},
+                'rounds': found,
+                'device': device(),
+                'versions': {'jax': jax.__version__},
+                'commit': commit(),
+            }
+            file.write(json.dumps(line) + '\n')
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--measure']:
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        app.run(main)
