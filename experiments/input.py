@@ -1,0 +1,175 @@
+"""Does the loader keep up with the step, and does it stay as fast and small as data grow?
+
+  python -m experiments.input --source=FOLDER [--root=BUILT]   FOLDER holds kaggle_3m
+
+Loader: batches of a config a second, against its step's on this machine. Growth: the rate of
+the loader, of evaluation's volumes, and the memory of the process, at 100 to 10,000 slices of
+256x256 as PNG, not kept in memory and kept. Lines are added to experiments/results/input.jsonl.
+"""
+
+import functools
+import io
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+SOURCE = flags.DEFINE_string(
+    'source', '', 'folder of the LGG data; none: left out'
+)
+ROOT = flags.DEFINE_string('root', '', 'where the built data set is')
+RESULTS = Path('experiments/results/input.jsonl')
+SIZES = (100, 1_000, 10_000)
+
+
+def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, Any]:
+    """Slices a second: of the loader alone in its second pass over 20 batches, and of the step."""
+    import importlib
+
+    import jax
+
+    from pspnet_jax import models, optim, train
+    from pspnet_jax.data import pipeline, sources, volumes
+
+    module, _, argument = config_name.partition(':')
+    config = importlib.import_module(f'configs.{module}').get_config(argument)
+    config.data.source, config.data.root = source, root
+    slices, parts = sources.load(config)
+    if cache == 'memory':
+        slices = volumes.in_memory(slices)
+    part, batch_size = volumes.select(slices, parts['train']), config.train.batch_size
+    drawn = pipeline.draws(
+        part, seed=0, sampling=config.data.sampling, lesion_floor=config.data.lesion_floor
+    )
+
+    def rate(count: int) -> float:
+        options = {'intensity': None, 'threads': config.data.threads, 'first_step': 0}
+        batches = pipeline.batches(part, drawn, batch_size=batch_size, **options)
+        next(batches)
+        start = time.perf_counter()
+        for _ in range(count):
+            batch = next(batches)
+        return count * batch_size / (time.perf_counter() - start), batch
+
+    rate(20)
+    loader_rate, batch = rate(20)
+    model = models.create(**config.model)
+    tx, _ = optim.create(steps=10, **config.optim)
+    state = train.create_state(model, tx, seed=0, channels=slices.channels, ema=False)
+    step = functools.partial(
+        train.train_step,
+        model=model,
+        tx=tx,
+        loss_options=config.loss.to_dict(),
+        augment_options=config.augment.to_dict(),
+        seed=0,
+        remat=config.train.remat,
+    )
+    placed = train.over_mesh(step)
+    state, batch = placed.put_state(state), placed.put_batch(batch)
+    run, _ = placed.compile(state, batch)
+    for n in range(4):
+        if n == 1:
+            start = time.perf_counter()
+        state, metrics = run(state, batch)
+        jax.block_until_ready(metrics)
+    step_rate = 3 * batch_size / (time.perf_counter() - start)
+    return {'slices_per_second': loader_rate, 'step_slices_per_second': step_rate}
+
+
+def growth(count: int, cache: str) -> dict[str, Any]:
+    """Slices a second of the loader and of whole volumes, and peak memory, of `count` slices."""
+    from PIL import Image
+
+    from pspnet_jax.data import phantom, pipeline, volumes
+
+    a_volume = phantom.load(volumes=4, slices=20, size=256, seed=0)
+    pairs = [a_volume.read(int(key)) for key in a_volume.key]
+
+    def png(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, 'png', compress_level=1)
+        return buffer.getvalue()
+
+    coded = [tuple(map(png, pair)) for pair in pairs]
+
+    def read(key: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = coded[key % len(coded)]
+        return tuple(np.asarray(Image.open(io.BytesIO(data))) for data in (image, mask))
+
+    patient = np.array([f'p{n // 20:05d}' for n in range(count)])
+    slices = volumes.Slices(
+        read=read,
+        key=np.arange(count),
+        patient=patient,
+        slice=np.arange(count) % 20,
+        lesion_pixels=np.array([volumes.lesion_pixels(pairs[n % 80][1]) for n in range(count)]),
+        intensity=dict.fromkeys(sorted(set(patient)), next(iter(a_volume.intensity.values()))),
+    )
+    if cache == 'memory':
+        slices = volumes.in_memory(slices)
+    drawn = pipeline.draws(slices, seed=0, sampling='lesion', lesion_floor=0.1)
+    batches = pipeline.batches(
+        slices, drawn, batch_size=16, first_step=0, intensity=None, threads=4
+    )
+    next(batches)
+    start = time.perf_counter()
+    for _ in range(100):
+        next(batches)
+    loader_rate = 1600 / (time.perf_counter() - start)
+    start, seen = time.perf_counter(), 0
+    for volume in itertools.islice(volumes.iterate_volumes(slices), 50):
+        seen += len(volume.image)
+    return {
+        'slices_per_second': loader_rate,
+        'volume_slices_per_second': seen / (time.perf_counter() - start),
+        'peak_memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def main(_) -> None:
+    import jax
+
+    from experiments.provenance import commit, device
+
+    jobs = [('loader', 'phantom', 'memory', '', '')]
+    if SOURCE.value:
+        jobs += [
+            ('loader', name, cache, SOURCE.value, ROOT.value)
+            for name in ('lgg:pspnet_resnet50', 'lgg:vgg_pspnet', 'lgg:unet_mini')
+            for cache in ('none', 'memory')
+        ]
+    jobs += [('growth', count, cache) for cache in ('none', 'memory') for count in SIZES]
+    for job in jobs:
+        done = subprocess.run(
+            [sys.executable, '-m', 'experiments.input', '--measure', json.dumps(job)],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        found = json.loads(done.stdout.splitlines()[-1])
+        line = {
+            'what': job[0],
+            'case': f'{job[1]} slices' if job[0] == 'growth' else f'configs/{job[1]}',
+            'cache': job[2],
+            **found,
+            'device': device(),
+            'versions': {'jax': jax.__version__},
+            'commit': commit(),
+        }
+        print({key: line[key] for key in ('what', 'case', 'cache', *found)}, flush=True)
+        with open(RESULTS, 'a') as file:
+            file.write(json.dumps(line) + '\n')
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--measure']:
+        kind, *arguments = json.loads(sys.argv[2])
+        print(json.dumps({'loader': loader, 'growth': growth}[kind](*arguments)))
+    else:
+        app.run(main)
