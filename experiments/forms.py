@@ -1,6 +1,6 @@
 """What each form that is there for speed gives: the training step with it, and without.
 
-  python -m experiments.forms [--names=winograd,...] [--rounds=3]
+  python -m experiments.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
 Each variant is PSPNet-50's step at 256x256, batch 4, float32 (`transposed_2x2`: U-Net's) in a
 process of its own; they take turns. A line with the seconds of a step, of compilation, and the
@@ -115,8 +115,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 }
 
 
-def measure(name: str) -> dict[str, float]:
-    """Seconds of a step (median of three behind one), of compilation, and temporaries in MB."""
+def compile_step(name: str):
+    """The variant's step, compiled; a state and a batch for it; and what compiling took."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -148,6 +148,14 @@ def measure(name: str) -> dict[str, float]:
     )
     jitted = jax.jit(step, donate_argnums=0, compiler_options=compilation.options())
     compiled, facts = compilation.compile_now(jitted, state, batch)
+    return compiled, state, batch, facts
+
+
+def measure(name: str) -> dict[str, float]:
+    """Seconds of a step (median of three behind one), of compilation, and temporaries in MB."""
+    import jax
+
+    compiled, state, batch, facts = compile_step(name)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()

@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-SOURCE = flags.DEFINE_string(
-    'source', '', 'folder of the LGG data; none: left out'
-)
+SOURCE = flags.DEFINE_string('source', '', 'folder of the LGG data; none: left out')
 ROOT = flags.DEFINE_string('root', '', 'where the built data set is')
 RESULTS = Path('experiments/results/input.jsonl')
 SIZES = (100, 1_000, 10_000)

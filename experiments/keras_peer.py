@@ -31,7 +31,7 @@ def main() -> None:
     # Its last layer is a softmax; the logits are what is compared.
     logits = tf.keras.Model(model.inputs, model.layers[-2].output)
     out = logits.predict_on_batch(image).reshape(batch, size // 4, size // 4, -1)
-    model.save_weights(case['exchange'] + '.weights.h5')
+    model.save_weights(case['exchange'] + '.h5')
     np.savez(case['exchange'] + '.out.npz', image=image, out=out)
     model.compile('sgd', 'categorical_crossentropy')
     start = time.perf_counter()

@@ -99,7 +99,7 @@ def load(case: dict[str, Any]):
         functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
     )
     keras = case['peer'] == 'keras'
-    arrays = pretrained.read_arrays(case['exchange'] + ('.weights.h5' if keras else '.weights.npz'))
+    arrays = pretrained.read_arrays(case['exchange'] + ('.h5' if keras else '.weights.npz'))
     sources = {
         **published.NETWORKS,
         'pspnet_vgg16': published.Source(

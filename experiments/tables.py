@@ -1,9 +1,9 @@
-"""Write the README's tables of results from the committed lines in experiments/results.
+"""Write the tables of results from the committed lines in experiments/results.
 
   python -m experiments.tables
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_readme.py
-holds that the README has what this makes.
+holds that the pages have what this makes.
 """
 
 import json
@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / 'results'
-README = Path(__file__).parent.parent / 'README.md'
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / 'experiments/results'
 
 
 def read_lines(name: str) -> list[dict[str, Any]]:
@@ -116,31 +116,81 @@ def speed() -> str:
             f'{line["ratio"]:.2f} | {memory["ours"]}, {memory["peer"]} | '
             f'{line["compile_seconds"]["ours"]:.1f} |'
         )
-    commits = sorted({line['commit'][:7] for line in newest.values()})
-    devices = sorted({line['device'] for line in newest.values()})
-    rows += [
-        '',
-        f'`python -m experiments.speed`, commit {", ".join(commits)}, {"; ".join(devices)}. '
+    note = (
         'Medians of turns taken one after the other; the same parameters and, with the same '
         'weights, the same output. The peer is the fastest of PyTorch eager and compiled, '
-        'channels last and not. Peak memory is of the whole process, compilation included.',
+        'channels last and not. Peak memory is of the whole process, compilation included.'
+    )
+    made_by = _made_by('python -m experiments.speed', list(newest.values()))
+    return '\n'.join([*rows, '', f'{made_by} {note}'])
+
+
+def forms() -> str:
+    """The training step with each form that is there for speed, and without."""
+    rows = ['| step | s | compiled in, s | temporaries, MB |', '|---|---:|---:|---:|']
+    lines = read_lines('forms')
+    for line in lines:
+        rows.append(
+            f'| {line["variant"]} | {line["seconds"]:.2f} | {line["compile_seconds"]:.1f} | '
+            f'{line["temporary_mb"]:.0f} |'
+        )
+    return '\n'.join([*rows, '', _made_by('python -m experiments.forms', lines)])
+
+
+def input_rates() -> str:
+    """The loader against the step, and as the data grow."""
+    rows = [
+        '| | cache | loader, slices/s | step, slices/s | volumes, slices/s | peak MB |',
+        '|---|---|---:|---:|---:|---:|',
     ]
-    return '\n'.join(rows)
+    lines = read_lines('input')
+    for line in lines:
+        step, volumes, memory = (
+            f'{line[key]:.0f}' if key in line else ''
+            for key in ('step_slices_per_second', 'volume_slices_per_second', 'peak_memory_mb')
+        )
+        rows.append(
+            f'| {line["case"]} | {line["cache"]} | {line["slices_per_second"]:.0f} | {step} | '
+            f'{volumes} | {memory} |'
+        )
+    return '\n'.join([*rows, '', _made_by('python -m experiments.input --source=FOLDER', lines)])
 
 
-TABLES = {'lgg': lgg, 'architectures': architectures, 'speed': speed}
+def profile() -> str:
+    """Where a training step spends its time."""
+    lines = read_lines('profile')
+    rows = ['| stage | forward, ms | backward, ms |', '|---|---:|---:|']
+    for line in lines:
+        for stage, found in line['stages'].items():
+            rows.append(f'| {stage} | {found["forward"]:.0f} | {found["backward"]:.0f} |')
+    return '\n'.join([*rows, '', _made_by('python -m experiments.profile', lines)])
 
 
-def fill(text: str) -> str:
-    """`text` with every marked table made anew."""
-    for name, make in TABLES.items():
+def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
+    commits = sorted({line['commit'][:7] for line in lines})
+    devices = sorted({line['device'] for line in lines})
+    versions = sorted({f'{name} {v}' for line in lines for name, v in line['versions'].items()})
+    return f'`{command}`, commit {", ".join(commits)}, {"; ".join(devices)}, {", ".join(versions)}.'
+
+
+TABLES = {
+    'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
+    'experiments/README.md': {'forms': forms, 'profile': profile, 'input': input_rates},
+}
+
+
+def fill(page: str, text: str) -> str:
+    """`text` of the page with every marked table made anew."""
+    for name, make in TABLES[page].items():
         before, after = f'<!-- table: {name} -->\n', '<!-- end -->'
         table = f'{before}{make()}\n{after}'
         text, found = re.subn(f'{before}.*?{after}', lambda _, t=table: t, text, flags=re.DOTALL)
         if found != 1:
-            raise ValueError(f'the README has {found} places for the table {name}, not 1')
+            raise ValueError(f'{page} has {found} places for the table {name}, not 1')
     return text
 
 
 if __name__ == '__main__':
-    README.write_text(fill(README.read_text()))
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(fill(page, path.read_text()))

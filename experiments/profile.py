@@ -1,0 +1,66 @@
+"""Where a training step spends its time: PSPNet-50 at 256x256, batch 4, float32, on a CPU.
+
+  python -m experiments.profile
+
+One step under JAX's profiler; each operation's time goes to the stage of the network whose
+module it came from. Operations that run side by side both count. A line is added to
+experiments/results/profile.jsonl.
+"""
+
+import collections
+import gzip
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import app
+
+from experiments import forms
+from experiments.provenance import commit, device
+
+STAGES = ('layer1', 'layer2', 'layer3', 'layer4', 'pyramid', 'head', 'aux')
+
+
+def stage_of(op_name: str) -> str:
+    """'stem', one of STAGES, or what lies outside the network."""
+    inside = re.search(r'PSPNet\)*/(.*)', op_name)
+    if not inside:
+        return 'loss, optimiser, augmentation'
+    return next((s for s in STAGES if re.search(rf'\b{s}(_\d+)?/', inside[1])), 'stem')
+
+
+def main(_) -> None:
+    compiled, state, batch, _ = forms.compile_step('all of them')
+    state, metrics = compiled(state, batch)
+    jax.block_until_ready(metrics)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(compiled(state, batch))
+        (path,) = Path(folder).rglob('*.trace.json.gz')
+        events = json.loads(gzip.decompress(path.read_bytes()))['traceEvents']
+    op_names = dict(
+        re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', compiled.as_text(), re.M)
+    )
+    stages = collections.defaultdict(lambda: {'forward': 0.0, 'backward': 0.0})
+    for event in events:
+        op_name = op_names.get(event.get('name'))
+        if event.get('ph') == 'X' and op_name is not None:
+            direction = 'backward' if 'transpose(' in op_name else 'forward'
+            stages[stage_of(op_name)][direction] += event['dur'] / 1000
+    order = ('stem', *STAGES, 'loss, optimiser, augmentation')
+    line = {
+        'stages': {stage: stages[stage] for stage in order},
+        'device': device(),
+        'versions': {'jax': jax.__version__},
+        'commit': commit(),
+    }
+    for stage, found in line['stages'].items():
+        print(f'{stage:30} {found["forward"]:8.0f} {found["backward"]:8.0f} ms')
+    with open('experiments/results/profile.jsonl', 'a') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+if __name__ == '__main__':
+    app.run(main)
