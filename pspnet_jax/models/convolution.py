@@ -78,6 +78,7 @@ def plain_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax
     )
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _conv3x3(x, kernel, dilation):
     plain, winograd = (functools.partial(f, dilation=dilation) for f in (plain_3x3, winograd_3x3))
     if min(kernel.shape[2:]) < WINOGRAD_CHANNELS:
@@ -88,6 +89,7 @@ def _conv3x3(x, kernel, dilation):
 conv3x3 = jax.custom_vjp(_conv3x3, nondiff_argnums=(2,))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _conv3x3_backward(dilation, residuals, grad):
     x, kernel = residuals
     channels = min(kernel.shape[2:])
@@ -171,6 +173,7 @@ def _input_tiles(x, dilation):
     return on_both_axes(BT, tiles(x, 4, (h, w))), (B, h, w)
 
 
+@functools.partial(jax.jit, static_argnames=('dilation', 'transpose'))
 def winograd_3x3(
     x: jax.Array, kernel: jax.Array, dilation: tuple[int, int], transpose: bool = False
 ) -> jax.Array:
@@ -199,6 +202,7 @@ def winograd_3x3(
     return from_phases(out, dilation, (*x.shape[:3], features)).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames='dilation')
 def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
     """3 3 I O from x: B H W I and the gradient B H W O: the transpose of `winograd_3x3`."""
     inputs, (_, h, w) = _input_tiles(x, dilation)
@@ -213,6 +217,7 @@ def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int,
     return jnp.stack([jnp.stack(row) for row in taps]).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames='dilation')
 def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
     """3 3 I O from x: B H W I and the gradient B H W O of a stride-1 'same' 3x3.
 
@@ -270,6 +275,7 @@ def _max_pool_backward(window, pad, residuals, grad):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+@functools.partial(jax.jit, static_argnames=('window', 'pad'))
 def max_pool_gradient(
     x: jax.Array, pooled: jax.Array, grad: jax.Array, *, window: int, pad: int
 ) -> jax.Array:

@@ -178,6 +178,7 @@ def normalize(x, scale, bias, epsilon, axis_name):
     return _normalize_forward(x, scale, bias, epsilon, axis_name)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _normalize_forward(x, scale, bias, epsilon, axis_name):
     wide = x.astype(jnp.float32)
     (mean,) = _means(axis_name, wide)
@@ -187,6 +188,7 @@ def _normalize_forward(x, scale, bias, epsilon, axis_name):
     return (y, mean, var), (x, mean, inverse, scale)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalize_backward(epsilon, axis_name, residuals, grads):
     """Ioffe and Szegedy 2015, section 3, with the two sums over the batch taken at once."""
     (x, mean, inverse, scale), (grad, _, _) = residuals, grads
