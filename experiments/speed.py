@@ -217,7 +217,7 @@ class Contender:
         self.process.stdin.flush()
         return self._hear()
 
-    def end(self) -> int:
+    def end(self) -> dict[str, int]:
         self.process.stdin.write('end\n')
         self.process.stdin.flush()
         peak = self._hear()
@@ -281,7 +281,12 @@ def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
         'gflop_per_second': flops and flops / median['ours'] / 1e9,
         'matmul_peak': peak and peak / 1e9,
         'share_of_peak': flops and flops / median['ours'] / peak,
-        'peak_memory_mb': {key: round(value / 2**20) for key, value in memory.items()},
+        'peak_memory_mb': {
+            key: round(value['steps'] / 2**20) for key, value in memory.items()
+        },
+        'peak_process_mb': {
+            key: round(value['process'] / 2**20) for key, value in memory.items()
+        },
         'compile_seconds': {
             'ours': ours_.info['compile_seconds'], 'peer': peer.info['compile_seconds']
         },

@@ -106,20 +106,25 @@ def speed() -> str:
     """Images a second of ours and of the peer, the newest line of each case and device."""
     newest = {(line['case'], line['device']): line for line in read_lines('speed')}
     rows = [
-        '| case | ours, images/s | peer | ratio | peak MB, ours and peer | compiled in, s |',
-        '|---|---:|---|---:|---:|---:|',
+        '| case | ours, images/s | peer | ratio | peak MB, ours and peer | of the process | '
+        'ready in, s |',
+        '|---|---:|---|---:|---:|---:|---:|',
     ]
     for line in newest.values():
-        memory = line['peak_memory_mb']
+        memory, process, ready = (
+            f'{line[key]["ours"]:.0f}, {line[key]["peer"]:.0f}'
+            for key in ('peak_memory_mb', 'peak_process_mb', 'compile_seconds')
+        )
         rows.append(
             f'| {line["case"]} | {line["ours"]:.2f} | {line["peer"]:.2f} ({line["peer_is"]}) | '
-            f'{line["ratio"]:.2f} | {memory["ours"]}, {memory["peer"]} | '
-            f'{line["compile_seconds"]["ours"]:.1f} |'
+            f'{line["ratio"]:.2f} | {memory} | {process} | {ready} |'
         )
     note = (
         'Medians of turns taken one after the other; the same parameters and, with the same '
         'weights, the same output. The peer is the fastest of PyTorch eager and compiled, '
-        'channels last and not. Peak memory is of the whole process, compilation included.'
+        'channels last and not. Peak memory is the resident set while steps are done, that of '
+        'the process has imports and compilation too; ready in: compilation, for the peer its '
+        'first step.'
     )
     made_by = _made_by('python -m experiments.speed', list(newest.values()))
     return '\n'.join([*rows, '', f'{made_by} {note}'])
