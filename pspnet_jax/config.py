@@ -92,6 +92,11 @@ RULES: dict[str, Rule] = {
     'data.source': _TEXT,
     'data.root': _TEXT,
     'data.normalize': _or_none(_one_of('volume', 'weights')),
+    'data.split': _one_of('holdout', 'kfold', 'site'),
+    'data.folds': _integer(2),
+    'data.fold': _integer(0),
+    'data.site': _TEXT,
+    'data.split_file': _TEXT,
     'data.test_fraction': _number(0, 0.9),
     'data.validation_fraction': _number(0, 0.9),
     'data.split_seed': _integer(0),
@@ -181,6 +186,8 @@ def _contradictions(config: ConfigDict):
             f'loss.class_weights has {len(loss.class_weights)} values: '
             f'it must have one for each of {model.num_classes} classes'
         )
+    if config.data.fold >= config.data.folds:
+        yield f'data.fold is {config.data.fold}: it must be below data.folds, {config.data.folds}'
     if config.data.cache == 'device' and config.parallel == 'pmap':
         yield "data.cache 'device' is for parallel 'jit', not 'pmap': change one"
     try:
@@ -211,19 +218,33 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with what it lacks of `defaults`."""
+    given = {
+        key: _filled(value, defaults[key]) if isinstance(defaults.get(key), dict) else value
+        for key, value in tree.items()
+    }
+    return {**defaults, **given}
+
+
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Plain values that JSON takes (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
-    """The config that `to_dict` wrote, validated and locked."""
+    """The config that `to_dict` wrote, validated and locked.
+
+    A knob that is newer than the config has configs/base.py's default, which is always what
+    was done before there was the knob.
+    """
+    from configs import base  # only here: configs stand above the package
 
     def tuples(value):
         if isinstance(value, Mapping):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    config = ConfigDict(tuples(tree))
+    config = ConfigDict(tuples(_filled(tree, base.get_config().to_dict())))
     validate(config)
     return config.lock()

@@ -23,7 +23,7 @@ from PIL import Image
 
 from pspnet_jax import checkpoint, cli, infer, metrics, models, visualize
 from pspnet_jax.config import from_dict, to_dict
-from pspnet_jax.data import lgg, pipeline, sources, volumes
+from pspnet_jax.data import lgg, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import Volume
 from pspnet_jax.errors import DataError
 from pspnet_jax.models.published import fixed_intensity
@@ -190,7 +190,8 @@ def evaluate_checkpoint(
     if data:
         source = lgg.read_volumes(data)
     else:
-        slices, parts = sources.load(config)
+        kept = Path(workdir) / splits.KEPT
+        slices, parts = sources.load(config, kept if kept.exists() else '')
         if not parts[split]:
             raise DataError(f'the split {split!r} has no patient in this data set')
         source = volumes.iterate_volumes(volumes.select(slices, parts[split]))

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from pspnet_jax import checkpoint, compilation, infer, losses, models, optim, visualize
 from pspnet_jax.config import to_dict, validate
-from pspnet_jax.data import pipeline, sources, volumes
+from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
 from pspnet_jax.errors import ConfigError, NonFiniteLossError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
@@ -444,6 +445,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # Data: which patients, and how many of their slices hold a lesion.
     slices, parts = sources.load(config)
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    splits.keep(Path(workdir) / splits.KEPT, parts, slices)
     if config.data.cache == 'memory':
         slices = volumes.in_memory(slices)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}

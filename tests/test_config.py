@@ -40,6 +40,12 @@ def test_it_survives_json():
     assert back.model.bins == (1, 2, 3, 6)
 
 
+def test_a_config_from_before_a_knob_has_its_default():
+    tree = rules.to_dict(lgg.get_config())
+    del tree['data']['split'], tree['crf']
+    assert rules.from_dict(tree) == lgg.get_config()
+
+
 @pytest.mark.parametrize(
     ('key', 'value', 'words'),
     [

@@ -36,7 +36,7 @@ ALLOWED = {
     },
     'crf': set(),
     'data.volumes': {'errors'},
-    'data.splits': set(),
+    'data.splits': {'data.volumes', 'errors'},
     'data.augment': {'data.volumes'},
     'data.phantom': {'data.volumes'},
     'data.lgg': {'data.splits', 'data.volumes', 'errors'},
