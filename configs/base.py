@@ -40,9 +40,15 @@ def get_config(arg: str = '') -> ConfigDict:
     model.variant = 'paper'  # of deeplab_v3 and v3plus: 'torchvision' and 'smp', their own
 
     config.data = data = ConfigDict()
-    data.name = 'phantom'  # phantom, lgg
+    data.name = 'phantom'  # folder, lgg, phantom
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
+    data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths
+    data.masks = 'masks'  # of 'folder': its masks, or a file of annotations (VIA, COCO, labelme)
+    data.mask_format = 'auto'  # 'index', 'binary', 'color'; 'auto': found out and said
+    data.mask_colors = ()  # of the classes in turn, '#rrggbb', background first
+    data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient
+    data.size = ()  # height, width that slices are resized to; (): their own, all the same
     data.normalize = placeholder(str)  # None: 'weights' with pretrained ones, else 'volume'
     data.split = 'holdout'  # or 'kfold', 'site': the patients of one fold or site are tested
     data.folds = 5  # of 'kfold'; python -m experiments.crossval runs them all

@@ -26,6 +26,10 @@ def _is_number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
+def _is_size(x) -> bool:
+    return _is_int(x) and x >= 16
+
+
 def _integer(low: int, high: float = float('inf')) -> Rule:
     return (lambda x: _is_int(x) and low <= x <= high), f'a whole number {_range(low, high)}'
 
@@ -88,9 +92,18 @@ RULES: dict[str, Rule] = {
     'model.scales': _all(_POSITIVE, least=1),
     'model.batch_norm': _BOOL,
     'model.variant': _one_of('paper', 'torchvision', 'smp'),
-    'data.name': _one_of('lgg', 'phantom'),
+    'data.name': _one_of('folder', 'lgg', 'phantom'),
     'data.source': _TEXT,
     'data.root': _TEXT,
+    'data.images': _all(_TEXT, least=1),
+    'data.masks': _TEXT,
+    'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
+    'data.mask_colors': _all(_TEXT),
+    'data.group': _TEXT,
+    'data.size': (
+        lambda x: isinstance(x, tuple) and (x == () or (len(x) == 2 and all(map(_is_size, x)))),
+        '(), or a tuple of height and width of at least 16',
+    ),
     'data.normalize': _or_none(_one_of('volume', 'weights')),
     'data.split': _one_of('holdout', 'kfold', 'site'),
     'data.folds': _integer(2),

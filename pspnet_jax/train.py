@@ -447,9 +447,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     slices, parts = sources.load(config)
     Path(workdir).mkdir(parents=True, exist_ok=True)
     splits.keep(Path(workdir) / splits.KEPT, parts, slices)
-    if config.data.cache == 'memory':
-        slices = volumes.in_memory(slices)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
+    if config.data.size:  # validation and test stay at their own size
+        split['train'] = volumes.resized(split['train'], config.data.size)
+    if config.data.cache == 'memory':
+        for name in ('train', 'validation'):  # each at most half: together they fit
+            split[name] = volumes.in_memory(split[name])
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
     log_every = config.train.log_every

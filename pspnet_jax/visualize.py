@@ -17,11 +17,23 @@ def class_color(label: int) -> np.ndarray:
     return COLORS[(label - 1) % len(COLORS)]
 
 
-def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
-    """H W 3 uint8 to look at: three channels as they are, else the first in grey."""
-    if image_HWC.shape[-1] == 3:
+def to_rgb(image_HWC: np.ndarray, intensity: np.ndarray | None = None) -> np.ndarray:
+    """H W 3 uint8 to look at: three channels as they are, else the first in grey.
+
+    Other types than uint8 are scaled from low to high of `intensity`, `measure_intensity`'s, or of
+    the picture itself.
+    """
+    if image_HWC.shape[-1] != 3:
+        image_HWC = np.repeat(image_HWC[..., :1], 3, axis=-1)
+        intensity = None if intensity is None else np.repeat(intensity[:, :1], 3, axis=-1)
+    if image_HWC.dtype == np.uint8:
         return image_HWC.copy()
-    return np.repeat(image_HWC[..., :1], 3, axis=-1)
+    if intensity is None:
+        low, high = image_HWC.min(axis=(0, 1)), image_HWC.max(axis=(0, 1))
+    else:
+        low, high = intensity[:2]
+    scaled = (image_HWC.astype(np.float32) - low) / np.maximum(high.astype(np.float32) - low, 1e-6)
+    return np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
 
 
 def overlay(image_HWC: np.ndarray, mask_HW: np.ndarray, alpha: float = 0.45) -> np.ndarray:

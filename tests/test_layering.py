@@ -41,7 +41,8 @@ ALLOWED = {
     'data.phantom': {'data.volumes'},
     'data.lgg': {'data.splits', 'data.volumes', 'errors'},
     'data.pipeline': {'data.volumes', 'errors'},
-    'data.sources': {'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
+    'data.folder': {'data.files', 'data.via', 'data.volumes', 'errors'},
+    'data.sources': {'data.folder', 'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
     'infer': {'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
     'log': set(),
@@ -50,7 +51,7 @@ ALLOWED = {
     'compilation': set(),
     'cli': {'compilation', 'config', 'errors'},
 }
-COMMANDS = {'main', 'train', 'evaluate', 'predict'}  # these bring the others together
+COMMANDS = {'main', 'train', 'evaluate', 'predict', 'data.check'}  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))
 
 

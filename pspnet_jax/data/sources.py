@@ -2,10 +2,22 @@
 
 from pathlib import Path
 
-from pspnet_jax.data import lgg, phantom, splits
+from pspnet_jax.data import folder, lgg, phantom, splits
 from pspnet_jax.data.volumes import Slices
 
 SOURCES = {
+    'folder': lambda config: folder.load(
+        config.data.source,
+        images=config.data.images,
+        masks=config.data.masks,
+        group=config.data.group,
+        mask_format=config.data.mask_format,
+        mask_colors=config.data.mask_colors,
+        num_classes=config.model.num_classes,
+        ignore_label=config.loss.ignore_label,
+        mixed_sizes=bool(config.data.size),
+        threads=config.data.threads,
+    ),
     'phantom': lambda config: phantom.load(**config.phantom),
     'lgg': lambda config: lgg.load(config.data.source, config.data.root),
 }
