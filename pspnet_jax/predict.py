@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pspnet_jax import cli, infer, visualize
-from pspnet_jax.data.volumes import Volume, measure_intensity, read_picture
+from pspnet_jax.data.files import read_picture
+from pspnet_jax.data.volumes import Volume, measure_intensity
 from pspnet_jax.errors import DataError
 from pspnet_jax.evaluate import predict_volume, restore_model
 
