@@ -9,7 +9,7 @@ Imports point downwards, held by tests/test_layering.py:
 
   main -> train -> evaluate -> infer -> crf, metrics
                 -> models, optim, losses, checkpoint, log, visualize
-                -> data.sources -> data.lgg, data.phantom -> data.volumes
+                -> data.sources -> data.lgg, data.phantom -> data.files -> data.volumes
 
 Nothing imports configs, experiments or tests.
 """

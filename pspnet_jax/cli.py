@@ -36,7 +36,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def define_prediction_flags() -> None:
-    """The config's `predict` section as flags; what is not given stays as the run's config has it."""
+    """The config's `predict` section as flags; what is not given stays as the config has it."""
     flags.DEFINE_integer('window', None, 'pixels a side of the tiles the network sees; 0: images')
     flags.DEFINE_float('overlap', None, 'of neighbouring tiles, share of the window')
     flags.DEFINE_list('scales', None, 'mean over these sizes of the image: 0.75,1.0,1.25')

@@ -139,7 +139,7 @@ def slide(
     is done. Images smaller than the window have zeros around them, which is their mean once
     normalised (so does semseg), and the network sees these.
     """
-    B, H, W, C = image_BHWC.shape
+    B, H, W, _ = image_BHWC.shape
     top, left = max(window - H, 0) // 2, max(window - W, 0) // 2
     if max(window - H, window - W) > 0:
         bottom, right = max(window - H - top, 0), max(window - W - left, 0)

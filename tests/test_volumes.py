@@ -3,11 +3,8 @@
 import dataclasses
 
 import numpy as np
-import pytest
-from PIL import Image
 
 from pspnet_jax.data import phantom, volumes
-from pspnet_jax.errors import DataError
 
 
 def two_volumes(rng):
@@ -65,22 +62,6 @@ def test_the_scale_of_a_scan_does_not_matter(rng):
 def test_a_constant_channel_is_zero_not_nan():
     image = np.full((2, 4, 4, 3), 7, np.uint8)
     assert (volumes.normalize(image, volumes.measure_intensity(image)) == 0).all()
-
-
-@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'P', '1'])
-def test_read_picture_gives_rgb(tmp_path, mode):
-    Image.new('RGB', (5, 4), (255, 255, 255)).convert(mode).save(tmp_path / 'a.png')
-    pixels = volumes.read_picture(tmp_path / 'a.png')
-    assert pixels.shape == (4, 5, 3)
-    assert (pixels == 255).all()
-
-
-def test_read_picture_refuses_what_it_can_not_read(tmp_path):
-    (tmp_path / 'text.png').write_text('no picture')
-    Image.new('I;16', (4, 4)).save(tmp_path / 'deep.png')
-    for name, message in (('text.png', 'not a readable picture'), ('deep.png', '8 bits')):
-        with pytest.raises(DataError, match=message):
-            volumes.read_picture(tmp_path / name)
 
 
 def test_slices_in_memory_are_decoded_once(monkeypatch):

@@ -14,9 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from PIL import Image
-
-from pspnet_jax.errors import DataError
 
 MEMINFO = Path('/proc/meminfo')
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
@@ -126,25 +123,6 @@ def in_memory(slices: Slices) -> Slices:
     if not fits:
         return slices
     return dataclasses.replace(slices, read=functools.cache(slices.read))
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The decoded picture. Raises DataError where it is missing or damaged."""
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f'{path} is not a readable picture ({reason}): copy it again') from error
-    return picture
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """H W 3 uint8 of an 8-bit grey, palette, RGB or RGBA picture. Raises DataError."""
-    with open_picture(path) as picture:
-        if picture.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
-            raise DataError(f'{path} is of mode {picture.mode}, not 8 bits a channel: convert it')
-        return np.array(picture.convert('RGB'))
 
 
 def lesion_pixels(mask: np.ndarray) -> int:

@@ -1,0 +1,774 @@
+"""Every picture and volume format in; label volumes and probabilities out, in the geometry of
+their input.
+
+Flat pictures (png, jpg, bmp, tif; 8 and 16 bit; grey, palette, RGB, RGBA) keep their pixel grid.
+Volumes with a position in space (NIfTI, DICOM series) are turned by quarters, never resampled,
+into one orientation, that in which radiologists look at them: slices from the feet to the head,
+rows from front to back, columns from the patient's right to the left. A volume of a single
+coronal or sagittal slice is that slice, head up. `Geometry` remembers how to turn back.
+
+Files are not trusted: what a file says of its size is checked before it is allocated, nothing is
+unpickled, and whatever is wrong becomes one DataError.
+"""
+
+import contextlib
+import gzip
+import importlib
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from pspnet_jax.data.volumes import free_memory
+from pspnet_jax.errors import DataError
+
+PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
+NIFTI = ('.nii', '.nii.gz')
+DICOM = ('.dcm', '.dicom', '.ima')
+SUFFIXES = (*PICTURES, *NIFTI, *DICOM, '.npy')
+
+MAX_VALUES = 2**31  # of one picture or volume, channels counted
+MAX_SLICES = 2**14  # pages of a TIFF, files of a folder; a long CT has some 3,000
+MAX_EXTENSIONS = 2**24  # bytes between the header of a NIfTI file and its voxels
+GZIP_RATIO = 1032  # the most that deflate can shrink
+SMALL = 2**26  # bytes below which the free memory is not asked for
+
+PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF')  # PIL knows others, some of which start programs
+PIP = {'nibabel': 'nibabel>=5.3', 'pydicom': 'pydicom>=3.0'}
+# The directions in which slices, rows and columns go, by the axis that is sliced.
+VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
+
+
+class Geometry(NamedTuple):
+    """Where a volume lies in space, and how its file's axes became D, H, W."""
+
+    affine: np.ndarray  # 4x4: voxel of the file -> position, towards right, front, head
+    shape: tuple[int, int, int]  # of the file
+    axes: tuple[int, int, int]  # of the file, that D, H and W are
+    flips: tuple[bool, bool, bool]  # is D, H, W reversed
+    header: Any = None  # nibabel's; None for DICOM
+
+
+class SliceFiles(NamedTuple):
+    """A folder of flat pictures, in the order of the slices."""
+
+    names: tuple[str, ...]
+
+
+class Picture(NamedTuple):
+    """image D H W C uint8, uint16 or float32; (slice, row, column) spacing in mm or None.
+
+    `geometry` is None for flat pictures, pages and arrays.
+    """
+
+    image: np.ndarray
+    spacing: tuple[float, float, float] | None
+    geometry: Geometry | SliceFiles | None
+    source: Path
+
+
+def read(path: str | Path) -> Picture:
+    """The picture or volume of a file, of a folder of slices or of a folder with a DICOM series.
+
+    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says);
+    a 4-dimensional NIfTI its last axis. Whole numbers from 0 to 65535 stay whole, others become
+    float32 with the file's slope and intercept applied. Values that are no number become 0, which
+    the log says. Arrays (.npy) are D H W C, H W C or H W. Raises DataError.
+    """
+    path = Path(path).expanduser()
+    picture = _load(path, labels=False)
+    return picture._replace(image=_as_image(picture.image, path))
+
+
+def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
+    """D H W integers, or D H W 3 of an RGB mask: the values as they are stored.
+
+    Palette pictures give their indices, 1-bit ones 0 and 1. Volumes are turned as `read` turns
+    them; with `like`, the image that the mask belongs to, size and place in space must agree.
+    Arrays (.npy) are D H W or H W. Raises DataError, for values that are not whole too.
+    """
+    path = Path(path).expanduser()
+    mask = _load(path, labels=True)
+    labels = _as_labels(mask.image, path)
+    if labels.shape[-1] == 1:
+        labels = labels[..., 0]
+    elif labels.shape[-1] != 3 or _suffix(path) in NIFTI:
+        raise DataError(
+            f'{path} has {labels.shape[-1]} values a voxel, a mask has one: save a volume of labels'
+        )
+    if like is not None:
+        _check_same_grid(mask._replace(image=labels), like)
+    return labels
+
+
+def stack(pictures: Sequence[Picture]) -> Picture:
+    """One picture of the channels of several (the sequences of an MRI), in their order.
+
+    Raises DataError where size, spacing or place in space differ.
+    """
+    first = pictures[0]
+    for other in pictures[1:]:
+        _check_same_grid(other, first)
+    size = sum(picture.image.size for picture in pictures)
+    dtype = np.result_type(*(picture.image.dtype for picture in pictures))
+    _check_size(first.source, (size,), dtype)
+    image = np.concatenate([picture.image for picture in pictures], axis=-1, dtype=dtype)
+    return first._replace(image=image)
+
+
+def stem(path: str | Path) -> str:
+    """The file's name without its suffix; '.nii.gz' is one suffix."""
+    name = Path(path).name
+    return name[: len(name) - len(_suffix(path))]
+
+
+def find(folder: str | Path) -> dict[str, Path]:
+    """{stem: file}, by name, of the pictures and volumes below the folder.
+
+    A subfolder that holds DICOM files is one volume, of the subfolder's name; hidden files are
+    left out. One DataError lists every symlink that leads out of the folder and every two files
+    of one stem.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f'{folder} is not a folder: give the one that holds the pictures')
+    root = os.path.realpath(folder)
+    found: dict[str, Path] = {}
+    faults = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        names = sorted(name for name in names if not name.startswith('.'))
+        for name in (*folders, *names):
+            path = Path(here, name)
+            target = os.path.realpath(path)
+            if path.is_symlink() and os.path.commonpath((root, target)) != root:
+                faults.append(f'{path} is a link to {target}, outside of {folder}: copy it there')
+        files = [Path(here, name) for name in names if _suffix(name)]
+        if Path(here) != folder and any(_suffix(path) in DICOM for path in files):
+            files = [path for path in files if _suffix(path) not in DICOM] + [Path(here)]
+        for path in files:
+            name = path.name if path.is_dir() else stem(path)
+            if name in found:
+                faults.append(f'{found[name]} and {path} are both called {name}: rename one')
+            found.setdefault(name, path)
+    if faults:
+        raise DataError('\n  '.join([f'{len(faults)} fault(s) in {folder}:', *faults]))
+    if not found:
+        raise DataError(f'{folder} holds no picture: the endings known are {", ".join(SUFFIXES)}')
+    return dict(sorted(found.items()))
+
+
+def output_suffix(like: Picture) -> str:
+    """The ending of what is written for a picture: .nii.gz, .nii, .tif, .npy, .png; '' for a
+    folder of slices, whose masks are a folder.
+    """
+    if isinstance(like.geometry, SliceFiles):
+        return ''
+    if isinstance(like.geometry, Geometry):
+        return '.nii' if _suffix(like.source) == '.nii' else '.nii.gz'
+    if _suffix(like.source) == '.npy':
+        return '.npy'
+    return '.tif' if len(like.image) > 1 else '.png'
+
+
+def write_labels(path: str | Path, labels_DHW: np.ndarray, like: Picture) -> None:
+    """Write whole numbers on the grid of `like`'s file; `path` ends as `output_suffix` says.
+
+    NIfTI and DICOM: a NIfTI volume of the input's shape, orientation and affine. Pages: a TIFF of
+    as many. Flat: a PNG of 8 bits, or 16 where a label is above 255; for a folder of slices a
+    folder of PNGs with their names. Raises DataError; then nothing is left of the file.
+    """
+    labels_DHW = _as_labels(labels_DHW, path)
+    kinds = (np.uint8, np.int16, np.int32) if isinstance(like.geometry, Geometry) else ()
+    kinds = kinds or (np.uint8, np.uint16)
+    low, high = int(labels_DHW.min(initial=0)), int(labels_DHW.max(initial=0))
+    for kind in kinds:
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return _write(Path(path), labels_DHW.astype(kind), like)
+    raise DataError(f'{path}: labels from {low} to {high} do not fit {np.dtype(kinds[-1]).name}')
+
+
+def write_probabilities(path: str | Path, prob_DHW: np.ndarray, like: Picture) -> None:
+    """Write one class' probabilities, 0 to 1, where `write_labels` writes labels.
+
+    float32; in a PNG 16 bits, where 65535 stands for 1. Raises DataError.
+    """
+    if output_suffix(like) in ('.png', ''):
+        prob_DHW = np.rint(np.clip(prob_DHW, 0, 1) * 65535).astype(np.uint16)
+    else:
+        prob_DHW = prob_DHW.astype(np.float32)
+    _write(Path(path), prob_DHW, like)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The decoded picture, of several pages the first. Raises DataError."""
+    with _reading(path, 'picture'):
+        picture = Image.open(path, formats=PIL_FORMATS)
+        picture.load()
+        return picture
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """H W 3 uint8 of an 8-bit grey, palette, RGB or RGBA picture. Raises DataError."""
+    with open_picture(path) as picture:
+        if picture.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
+            raise DataError(f'{path} is of mode {picture.mode}, not 8 bits a channel: convert it')
+        return np.array(picture.convert('RGB'))
+
+
+# What is in a file: a Picture whose image D H W C still has the file's own kind of numbers.
+
+
+def _load(path: Path, labels: bool) -> Picture:
+    if path.is_dir():
+        return _load_folder(path, labels)
+    if not path.is_file():
+        raise DataError(f'{path} is not there: give a picture, a volume or a folder of slices')
+    kind = _suffix(path)
+    if kind in NIFTI:
+        return _load_nifti(path, labels)
+    if kind == '.npy':
+        return _load_array(path, labels)
+    if kind in PICTURES:
+        return Picture(_load_pages([path], labels), None, None, path)
+    if kind in DICOM or _says_dicom(path):
+        return _load_dicom([path], path, labels)
+    raise DataError(f'{path} is of no known kind: the endings known are {", ".join(SUFFIXES)}')
+
+
+def _load_folder(folder: Path, labels: bool) -> Picture:
+    files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != '.']
+    pictures = sorted((path for path in files if _suffix(path) in PICTURES), key=_numbers_in_order)
+    dicom = sorted(path for path in files if _suffix(path) in DICOM or _says_dicom(path))
+    if not pictures and not dicom:
+        raise DataError(f'{folder} holds neither slices ({", ".join(PICTURES)}) nor DICOM files')
+    if pictures and dicom:
+        raise DataError(f'{folder} holds {pictures[0].name} and {dicom[0].name}: keep one kind')
+    if len(files) > MAX_SLICES:
+        raise DataError(f'{folder} holds {len(files)} files, the limit is {MAX_SLICES}: split it')
+    if dicom:
+        return _load_dicom(dicom, folder, labels)
+    names = SliceFiles(tuple(path.name for path in pictures))
+    return Picture(_load_pages(pictures, labels), None, names, folder)
+
+
+def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
+    """D H W C of one picture, its pages, or pictures that are the slices of a volume."""
+    image = None
+    for d, path in enumerate(paths):
+        with _reading(path, 'picture'), Image.open(path, formats=PIL_FORMATS) as picture:
+            pages = _count_pages(picture, path)
+            if pages > 1 and len(paths) > 1:
+                raise DataError(f'{path} has {pages} pages among single slices: read it by itself')
+            for page in range(pages):
+                if pages > 1:
+                    picture.seek(page)
+                size = (len(paths) * pages, *picture.size[::-1], len(picture.getbands()))
+                _check_size(path, size, _dtype_of(picture))
+                pixels = (_label_pixels if labels else _image_pixels)(picture, path, page)
+                if image is None:
+                    image = np.empty((len(paths) * pages, *pixels.shape), pixels.dtype)
+                if (pixels.shape, pixels.dtype) != (image.shape[1:], image.dtype):
+                    raise DataError(
+                        f'{path}{f", page {page + 1}," if pages > 1 else ""} is '
+                        f'{pixels.shape} {pixels.dtype}, {paths[0]} {image.shape[1:]} '
+                        f'{image.dtype}: the slices of a volume are alike'
+                    )
+                image[d + page] = pixels
+    return image
+
+
+def _count_pages(picture: Image.Image, path: Path) -> int:
+    if picture.format != 'TIFF':
+        return 1
+    for page in range(MAX_SLICES + 1):
+        try:
+            picture.seek(page)
+        except EOFError:
+            picture.seek(0)
+            return page
+    raise DataError(f'{path} has more than {MAX_SLICES} pages: split it')
+
+
+def _dtype_of(picture: Image.Image) -> np.dtype:
+    deep = picture.mode in ('I', 'F')
+    return np.dtype(np.float32 if deep else np.uint16 if '16' in picture.mode else np.uint8)
+
+
+def _image_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
+    """H W C: grey as one channel, colour as three."""
+    if picture.mode in ('LA', 'PA', 'RGBA'):
+        logging.log_first_n(logging.INFO, '%s: alpha is dropped, here and in others', 1, path)
+    if picture.mode in ('RGB', 'RGBA') and _is_deep(picture):
+        return _deep_colour(picture, path, page)
+    if picture.mode in ('P', 'PA', 'RGBA'):
+        picture = picture.convert('RGB')
+    elif picture.mode in ('1', 'LA'):
+        picture = picture.convert('L')
+    elif picture.mode not in ('L', 'RGB', 'F') and picture.mode[0] != 'I':
+        raise DataError(f'{path} is {picture.mode}: convert it to grey or RGB')
+    pixels = np.array(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _label_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
+    """H W C: one channel, or the three of an RGB mask, as they are stored."""
+    if picture.mode == 'PA':
+        raise DataError(f'{path} has a palette with alpha: save the mask without alpha')
+    if picture.mode in ('1', 'P'):
+        return np.array(picture)[..., None]
+    return _image_pixels(picture, path, page)
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Has a colour picture 16 bits a channel? PIL keeps the upper 8."""
+    bits = picture.tag_v2.get(258, (8,)) if picture.format == 'TIFF' else ()
+    return any(';16' in _rawmode(tile) for tile in picture.tile) or max(bits, default=8) > 8
+
+
+def _rawmode(tile) -> str:
+    return tile.args if isinstance(tile.args, str) else str(tile.args[0])
+
+
+def _deep_colour(picture: Image.Image, path: Path, page: int) -> np.ndarray:
+    """H W 3 uint16: decoded twice, the second time with the bytes of each value swapped, since
+    PIL has no colour of 16 bits and keeps the byte that it takes for the upper one.
+    """
+    tiles = list(picture.tile)
+    swap = {'B': 'L', 'L': 'B', 'N': 'B' if sys.byteorder == 'little' else 'L'}
+    if not all(re.fullmatch('RGB[AX]?;16[BLN]', _rawmode(tile)) for tile in tiles):
+        raise DataError(
+            f'{path} has 16 bits a channel in an order that is not read '
+            f'({_rawmode(tiles[0])}): save it as RGB without alpha, pixel by pixel, or with 8 bits'
+        )
+
+    def swapped(tile):
+        raw = _rawmode(tile)[:-1] + swap[_rawmode(tile)[-1]]
+        return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
+
+    upper = np.array(picture)[..., :3].astype(np.uint16)
+    with Image.open(path, formats=PIL_FORMATS) as again:
+        if page:
+            again.seek(page)
+        again.tile = [swapped(tile) for tile in again.tile]
+        return upper << 8 | np.array(again)[..., :3]
+
+
+def _load_array(path: Path, labels: bool) -> Picture:
+    with _reading(path, 'array'):
+        # Mapped, so that a shape that the file is too short for is refused and not allocated.
+        mapped = np.load(path, allow_pickle=False, mmap_mode='r')
+        _check_size(path, mapped.shape, mapped.dtype)
+        values = np.array(mapped)
+    if values.ndim == 2:
+        values = values[None, ..., None]
+    elif values.ndim == 3:
+        values = values[..., None] if labels else values[None]
+    if values.ndim != 4:
+        allowed = 'D H W or H W' if labels else 'D H W C, H W C or H W'
+        raise DataError(f'{path} has the shape {values.shape}: it must be {allowed}')
+    return Picture(values, None, None, path)
+
+
+def _load_nifti(path: Path, labels: bool) -> Picture:
+    nibabel = _imported('nibabel', path)
+    with _reading(path, 'NIfTI volume'):
+        kind, header = _nifti_header(path, nibabel)
+        shape, dtype = header.get_data_shape(), header.get_data_dtype()
+        if dtype.kind not in 'iuf':
+            raise DataError(f'{path} holds voxels of {dtype}: save grey values, a volume a channel')
+        if len(shape) < 2 or any(n > 1 for n in (*shape[3:4], *shape[5:]) if len(shape) > 4):
+            raise DataError(
+                f'{path} has the dimensions {shape}: 3, or 4 with the channels last, are read'
+            )
+        _check_size(path, shape, dtype if dtype.itemsize < 4 else np.dtype(np.float32))
+        stored = path.stat().st_size * (GZIP_RATIO if _is_gzip(path) else 1)
+        if stored < int(np.prod(shape, dtype=object)) * dtype.itemsize:
+            raise DataError(f'{path} is shorter than its dimensions {shape} say: copy it again')
+        volume = kind.from_filename(path, mmap=False)
+        values = volume.dataobj.get_unscaled()
+        slope, intercept = volume.dataobj.slope, volume.dataobj.inter
+        if (slope, intercept) != (1, 0):
+            wide = np.float64 if labels else np.float32  # labels must come out whole
+            values = np.multiply(values, wide(slope), dtype=wide)
+            values += wide(intercept)
+        values_XYZC = values.reshape(*(*shape, 1, 1)[:3], -1)
+        space = header.get_xyzt_units()[0]
+        unit = {'meter': 1e3, 'micron': 1e-3}.get(space, 1.0)  # in mm, which files leave out
+        return _turned(values_XYZC, volume.affine, volume.header, unit, path)
+
+
+def _nifti_header(path: Path, nibabel):
+    """(nibabel's class, header), read before nibabel sees the file, which believes it."""
+    with gzip.open(path) if _is_gzip(path) else open(path, 'rb') as file:
+        block = file.read(540)
+    second = 540 in (int.from_bytes(block[:4], order) for order in ('little', 'big'))
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    header = kind.header_class(block[: 540 if second else 348], check=False)
+    if header.get_data_offset() > MAX_EXTENSIONS:
+        raise DataError(
+            f'{path} has its voxels behind byte {header.get_data_offset()}, the limit is '
+            f'{MAX_EXTENSIONS}: remove its extensions'
+        )
+    return kind, header
+
+
+def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
+    """A single file, or files that are the slices of one series."""
+    pydicom = _imported('pydicom', source)
+    slices = []
+    for path in files:
+        with _reading(path, 'DICOM file'):
+            slices.append((path, _dicom_header(path, pydicom)))
+    series = Counter(str(header.get('SeriesInstanceUID', '')) for _, header in slices)
+    if len(series) > 1:
+        raise DataError(f'{source} holds {len(series)} DICOM series: give each its own folder')
+    with _reading(source, 'DICOM series'):
+        order, affine, spacing = _dicom_geometry(slices, source)
+    image = None
+    for d, i in enumerate(order):
+        path, header = slices[i]
+        with _reading(path, 'DICOM file'):
+            size = (len(files), header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
+            _check_size(path, size, np.dtype(np.float32))
+            pixels = _dicom_pixels(path, pydicom, labels)
+            if image is None:
+                image = np.empty((len(files), *pixels.shape), pixels.dtype)
+            if pixels.shape != image.shape[1:]:
+                raise DataError(
+                    f'{path} is {pixels.shape}, {slices[order[0]][0]} {image.shape[1:]}: '
+                    'the slices of a series are of one size'
+                )
+            # Each slice may have its own slope, so a later one may need another kind of number.
+            image = image.astype(np.result_type(image, pixels), copy=False)
+            image[d] = pixels
+    if affine is None:
+        return Picture(image, spacing, None, source)
+    with _reading(source, 'DICOM series'):
+        return _turned(image.transpose(2, 1, 0, 3), affine, None, 1.0, source)
+
+
+def _dicom_header(path: Path, pydicom):
+    syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')
+    if syntax == '1.2.840.10008.1.2.1.99':  # inflated by pydicom whole, however much it gives
+        raise DataError(f'{path} is deflated as a whole: save it as explicit VR little endian')
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    if int(header.get('NumberOfFrames', None) or 1) > 1:
+        raise DataError(f'{path} has several frames: convert it to NIfTI, for instance by dcm2niix')
+    if header.get('PhotometricInterpretation') == 'PALETTE COLOR':
+        raise DataError(f'{path} has a palette: convert it to RGB or PNG')
+    return header
+
+
+def _dicom_pixels(path: Path, pydicom, labels: bool) -> np.ndarray:
+    """H W C. Images with the modality's own scale (CT: Hounsfield units), higher is brighter."""
+    data = pydicom.dcmread(path)
+    pixels = pydicom.pixels.pixel_array(data)
+    if not labels:
+        if data.get('PhotometricInterpretation') == 'MONOCHROME1':  # stored as a negative
+            pixels = ~pixels if pixels.dtype.kind == 'i' else 2**data.BitsStored - 1 - pixels
+        scaled = pydicom.pixels.apply_modality_lut(pixels, data)
+        pixels = scaled.astype(np.float32) if scaled.dtype.kind == 'f' else scaled
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _dicom_geometry(slices, source: Path):
+    """(order of the slices, affine of column, row and slice or None, spacing or None)."""
+    first = slices[0][1]
+    across = first.get('PixelSpacing') or first.get('ImagerPixelSpacing')
+    placed = [header.get('ImagePositionPatient') for _, header in slices]
+    turned = [header.get('ImageOrientationPatient') for _, header in slices]
+    if not across or None in placed or None in turned:
+        if len(slices) > 1:
+            raise DataError(f'{source}: DICOM files without position are no series: give one file')
+        return [0], None, (1.0, *map(float, across)) if across else None
+    if not np.allclose(np.array(turned, float), np.array(turned[0], float), atol=1e-3):
+        raise DataError(f'{source}: the slices lie at different angles (localizers?): sort them')
+    along_row, along_column = np.array(turned[0], float).reshape(2, 3)
+    normal = np.cross(along_row, along_column)
+    positions = np.array(placed, float)
+    order = np.argsort(positions @ normal, kind='stable')
+    steps = np.diff(positions[order] @ normal)
+    if len(steps) and (steps < 1e-3).any():
+        i, j = order[np.argmin(steps)], order[np.argmin(steps) + 1]
+        raise DataError(
+            f'{slices[i][0]} and {slices[j][0]} lie at the same place: keep one volume a folder'
+        )
+    if len(steps) and steps.max() > steps.min() + 0.1 * np.median(steps):
+        i, j = order[np.argmax(steps)], order[np.argmax(steps) + 1]
+        raise DataError(
+            f'{source} lacks a slice between {slices[i][0].name} and {slices[j][0].name}: '
+            f'steps of {steps.min():.3g} to {steps.max():.3g} mm'
+        )
+    if len(steps):
+        step = (positions[order[-1]] - positions[order[0]]) / len(steps)
+    else:
+        step = normal * float(first.get('SpacingBetweenSlices') or first.get('SliceThickness') or 1)
+    row_step, column_step = map(float, across)
+    affine_lps = np.eye(4)
+    affine_lps[:3] = np.stack(
+        [along_row * column_step, along_column * row_step, step, positions[order[0]]], axis=1
+    )
+    return order.tolist(), LPS_TO_RAS @ affine_lps, None
+
+
+# Orientation: quarter turns only.
+
+
+def _turned(values_XYZC, affine, header, unit: float, path: Path) -> Picture:
+    """The picture of a volume in the file's own axes."""
+    nibabel = _imported('nibabel', path)
+    shape = values_XYZC.shape[:3]
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise DataError(f'{path} has an affine that spans no volume: set its sform or qform')
+    there = nibabel.orientations.io_orientation(affine)
+    towards = there[:, 0].astype(int)  # right, front or head: what each axis of the file goes along
+    view = 'axial'
+    if shape.count(1) == 1:
+        view = ('sagittal', 'coronal', 'axial')[towards[shape.index(1)]]
+    wanted = nibabel.orientations.axcodes2ornt(VIEWS[view])
+    axes = tuple(int(np.flatnonzero(towards == line)[0]) for line in wanted[:, 0])
+    flips = tuple(bool(there[axis, 1] != way) for axis, way in zip(axes, wanted[:, 1], strict=True))
+    geometry = Geometry(affine, shape, axes, flips, header)
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(0)) * unit
+    spacing = tuple(float(lengths[axis]) for axis in axes)
+    return Picture(_turn(values_XYZC, geometry), spacing, geometry, path)
+
+
+def _turn(values_XYZC: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """The file's axes -> D H W C."""
+    values = values_XYZC.transpose(*geometry.axes, 3)
+    return np.ascontiguousarray(np.flip(values, np.flatnonzero(geometry.flips)))
+
+
+def _turn_back(values_DHW: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """D H W -> the file's axes."""
+    return np.flip(values_DHW, np.flatnonzero(geometry.flips)).transpose(np.argsort(geometry.axes))
+
+
+def _turned_affine(geometry: Geometry) -> np.ndarray:
+    """4x4: index of D, H, W -> position."""
+    moves = np.zeros((4, 4))
+    moves[3, 3] = 1
+    for i, (axis, flip) in enumerate(zip(geometry.axes, geometry.flips, strict=True)):
+        moves[axis, i] = -1 if flip else 1
+        moves[axis, 3] = geometry.shape[axis] - 1 if flip else 0
+    return geometry.affine @ moves
+
+
+def _check_same_grid(one: Picture, other: Picture) -> None:
+    """Same size, and the corners within a tenth of a voxel of one another."""
+    both = f'{one.source} and {other.source}'
+    if one.image.shape[:3] != other.image.shape[:3]:
+        sizes = ' and '.join('x'.join(map(str, p.image.shape[:3])) for p in (one, other))
+        raise DataError(f'{both} are not of one size: {sizes} (slices, rows, columns)')
+    spacings = [p.spacing for p in (one, other) if p.spacing]
+    if len(spacings) == 2 and not np.allclose(*spacings, rtol=1e-2):
+        raise DataError(f'{both} have voxels of {spacings[0]} and {spacings[1]} mm: resample one')
+    if isinstance(one.geometry, Geometry) and isinstance(other.geometry, Geometry):
+        ends = [[0, n - 1] for n in one.image.shape[:3]]
+        corners = np.stack([*np.meshgrid(*ends), np.ones((2, 2, 2))]).reshape(4, 8)
+        affines = _turned_affine(one.geometry), _turned_affine(other.geometry)
+        apart = np.abs((affines[0] - affines[1]) @ corners).max()
+        if apart > 0.1 * np.sqrt((affines[1][:3, :3] ** 2).sum(0)).min():
+            raise DataError(
+                f'{both} lie up to {apart:.3g} mm apart (their affines differ): '
+                'resample one to the other'
+            )
+
+
+# Numbers.
+
+
+def _as_image(values: np.ndarray, path: Path) -> np.ndarray:
+    """uint8, uint16 or float32, the values unchanged where these hold them."""
+    _check_not_empty(values, path)
+    if values.dtype.kind in 'iu':
+        if values.dtype.itemsize <= 2 and values.dtype.kind == 'u':
+            return values.astype(values.dtype.newbyteorder('='), copy=False)
+        whole = values.min() >= 0 and values.max() < 2**16
+        return values.astype(np.uint16 if whole else np.float32)
+    if values.dtype.kind == 'b':
+        return values.astype(np.uint8)
+    if values.dtype.kind != 'f':
+        raise DataError(f'{path} holds {values.dtype}: whole or real numbers are read')
+    with np.errstate(over='ignore'):  # beyond float32 is infinite, which is dealt with below
+        values = values.astype(np.float32, copy=False)
+    finite = np.isfinite(values)
+    if not finite.all():
+        if not finite.any():
+            raise DataError(f'{path} holds no number at all, only NaN or infinity: make it again')
+        logging.warning('%s: %d values that are no number are set to 0', path, (~finite).sum())
+        values = np.where(finite, values, np.float32(0))
+    return values
+
+
+def _as_labels(values: np.ndarray, path: str | Path) -> np.ndarray:
+    """The smallest of uint8, uint16, int32 and int64 that holds them. Raises DataError."""
+    _check_not_empty(values, path)
+    if values.dtype.kind not in 'biuf':
+        raise DataError(f'{path} holds {values.dtype}: labels are whole numbers')
+    if values.dtype.kind == 'f':
+        whole = np.rint(values)
+        with np.errstate(invalid='ignore'):
+            wrong = ~(np.abs(values - whole) < 1e-4) | (np.abs(whole) > 2**31)
+        if wrong.any():
+            raise DataError(
+                f'{path} holds {values[wrong].flat[0]:.6g}, labels are whole numbers: was it '
+                'resampled or is it a map of probabilities?'
+            )
+        values = whole
+    low, high = values.min(), values.max()
+    for kind in (np.uint8, np.uint16, np.int32, np.int64):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return values.astype(kind, copy=False)
+    raise DataError(f'{path} holds labels from {low} to {high}: number them from 0')
+
+
+def _check_not_empty(values: np.ndarray, path: str | Path) -> None:
+    if not values.size:
+        raise DataError(f'{path} has no pixel (its shape is {values.shape}): make it again')
+
+
+def _check_size(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
+    """Raise DataError for what is too much to hold, before it is allocated."""
+    words = ' x '.join(map(str, shape))
+    if any(int(n) < 1 for n in shape):
+        raise DataError(f'{path} says its size is {words}, which is no size: copy it again')
+    values = int(np.prod([int(n) for n in shape], dtype=object))
+    if values > MAX_VALUES:
+        raise DataError(f'{path} says its size is {words}, the limit is {MAX_VALUES} values')
+    size = values * dtype.itemsize
+    if size > SMALL and size > (free := free_memory()):
+        raise DataError(
+            f'{path} needs {size / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: '
+            'close other programs or cut it up'
+        )
+
+
+# Files.
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Decoders raise whatever a damaged file leads them to: it becomes one DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f'{path} is not a readable {kind} ({reason}): copy it again') from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end; after an error nothing is left."""
+    aside = path.with_name(f'.{path.name}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise DataError(
+            f'{path} can not be written ({error.strerror or error}): free some space or give '
+            'another folder'
+        ) from error
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
+    path = path.expanduser()
+    if values_DHW.shape != like.image.shape[:3]:
+        raise DataError(
+            f'{path}: results of {values_DHW.shape} for {like.source}, which has '
+            f'{like.image.shape[:3]} (slices, rows, columns)'
+        )
+    suffix = output_suffix(like)
+    if suffix and suffix.split('.')[1] != _suffix(path)[1:].split('.')[0]:
+        raise DataError(f'{path} must end in {suffix}, as what is made from {like.source} does')
+    if suffix == '':
+        _write_slices(path, values_DHW, like.geometry.names)
+    elif suffix in NIFTI:
+        _write_nifti(path, values_DHW, like)
+    else:
+        with writing(path) as aside, open(aside, 'w+b') as file:
+            if suffix == '.npy':
+                np.save(file, values_DHW, allow_pickle=False)
+            elif suffix == '.png':
+                Image.fromarray(values_DHW[0]).save(file, 'png')
+            else:
+                pages = map(Image.fromarray, values_DHW)
+                first = next(pages)
+                first.save(
+                    file, 'tiff', save_all=True, append_images=pages, compression='tiff_deflate'
+                )
+
+
+def _write_slices(folder: Path, values_DHW: np.ndarray, names: Sequence[str]) -> None:
+    """Every slice is written aside before the first takes its name."""
+    with contextlib.ExitStack() as all_or_none:
+        for values_HW, name in zip(values_DHW, names, strict=True):
+            path = folder / f'{stem(name)}.png'
+            Image.fromarray(values_HW).save(all_or_none.enter_context(writing(path)), 'png')
+
+
+def _write_nifti(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
+    nibabel = _imported('nibabel', path)
+    geometry = like.geometry
+    header = None if geometry.header is None else geometry.header.copy()
+    second = isinstance(header, nibabel.Nifti2Header)
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    volume = kind(_turn_back(values_DHW, geometry), geometry.affine, header, dtype=values_DHW.dtype)
+    volume.header.extensions.clear()  # they say what the image is
+    volume.header['cal_min'] = volume.header['cal_max'] = 0  # its range of grey values
+    if header is None:
+        volume.header.set_xyzt_units('mm')
+    with writing(path) as aside, open(aside, 'wb') as raw:
+        if not _is_gzip(path):
+            volume.to_stream(raw)
+            return
+        # Without name and time, so that the same labels are the same bytes.
+        with gzip.GzipFile('', 'wb', compresslevel=1, fileobj=raw, mtime=0) as file:
+            volume.to_stream(file)
+
+
+def _suffix(path: str | Path) -> str:
+    """The known ending, in small letters, or ''."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), '')
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.name.lower().endswith('.gz')
+
+
+def _says_dicom(path: Path) -> bool:
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        return file.read(132)[128:] == b'DICM'
+    return False
+
+
+def _numbers_in_order(path: Path) -> list:
+    """A key by which slice_2 comes before slice_10."""
+    parts = re.split(r'(\d+)', path.name.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _imported(name: str, path: Path):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(f'{path} needs {name}: pip install "{PIP[name]}"') from error
