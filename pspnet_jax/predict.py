@@ -276,27 +276,25 @@ def group_slices(pictures: Sequence[Path]) -> list[list[Path]]:
 
 
 def split_albums(groups: Sequence[list[Path]]) -> list[list[Path]]:
-    """Groups that would not fit the memory, picture by picture: IMG_0001.jpg and on, of a camera."""
+    """Groups too large for a volume, picture by picture: a camera's IMG_0001.jpg and on."""
     parts = []
     for group in groups:
         if len(group) > 1 and len(group) * _decoded_bytes(group[0]) > VOLUME_BYTES:
-            logging.info('%s and %d more are taken as pictures, not slices', *_count(group))
+            more = len(group) - 1
+            logging.info('%s and %d more are taken as pictures, not slices', group[0], more)
             parts += [[path] for path in group]
         else:
             parts.append(group)
     return parts
 
 
-def _count(group: Sequence[Path]) -> tuple[Path, int]:
-    return group[0], len(group) - 1
-
-
 def _decoded_bytes(path: Path) -> int:
     """From the header alone; 0 where that can't be read, which reading then reports."""
-    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        with Image.open(path) as picture:
+    try:
+        with Image.open(path, formats=files.PIL_FORMATS) as picture:
             return math.prod(picture.size) * len(picture.getbands())
-    return 0
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0
 
 
 def read_cases(
@@ -500,7 +498,10 @@ def draw(kind: str, image_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[
 
 
 class Speed(NamedTuple):
-    """Frames done, frames a second of the input, and those reached, without the first batch."""
+    """Frames done, frames a second of the input, and those reached.
+
+    The first batch does not count, as it waits for the compiler; NaN where there is no other.
+    """
 
     name: str
     frames: int
@@ -508,10 +509,8 @@ class Speed(NamedTuple):
     reached: float
 
     def __str__(self) -> str:
-        return (
-            f'{self.name}: {self.frames} frames of {self.rate:.4g} a second, '
-            f'{self.reached:.4g} a second reached'
-        )
+        reached = '' if math.isnan(self.reached) else f', {self.reached:.4g} a second reached'
+        return f'{self.name}: {self.frames} frames of {self.rate:.4g} a second{reached}'
 
 
 def predict_video(
@@ -547,6 +546,7 @@ def predict_video(
             yield list(zip(batch, labelled, strict=True))
 
     def encode(batch: list) -> int:
+        nonlocal frames
         for frame_HWC, (labels_1HW, prob_1HWK) in batch:
             for kind, label, result in results:
                 if kind == 'mask':
@@ -557,6 +557,7 @@ def predict_video(
                     names = predictor.config.model.class_names
                     pixels = draw(kind, frame_HWC, labels_1HW[0], names)
                 writers[result](pixels)
+            frames += 1
         return len(batch)
 
     with contextlib.ExitStack() as stack:
@@ -577,7 +578,6 @@ def predict_video(
         batches = stack.enter_context(contextlib.closing(ahead(_batched(pictures, batch_size))))
         try:
             for done in in_threads(encode, predicted(batches), 1):
-                frames += done
                 bar.update(done)
         except KeyboardInterrupt:
             if not isinstance(source, int) or not frames:
@@ -586,9 +586,8 @@ def predict_video(
         if not frames:
             raise DataError(f'{name} has no frame that can be read: record or export it again')
         seconds = time.perf_counter() - start
-    return Speed(
-        name, frames, float(rate), (frames - first) / seconds if frames > first else math.nan
-    )
+    reached = (frames - first) / seconds if frames > first else math.nan
+    return Speed(name, frames, float(rate), reached)
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:

@@ -78,7 +78,7 @@ def test_a_threshold_is_for_two_classes():
     config = tiny_config(**{'predict.threshold': 0.4})
     rules.validate(config)
     config.model.num_classes = 3
-    with pytest.raises(ConfigError, match='predict.threshold is for two classes, the model has 3'):
+    with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, the model has 3'):
         rules.validate(config)
 
 

@@ -151,7 +151,8 @@ def test_scales_are_the_mean_of_the_image_at_each(images):
 
     def zoom(x_HWC, size):
         factors = (size[0] / x_HWC.shape[0], size[1] / x_HWC.shape[1], 1)
-        return ndimage.zoom(x_HWC, factors, order=1)  # first cell to first, last to last
+        # First cell to first, last to last.
+        return ndimage.zoom(x_HWC, factors, order=1, mode='nearest')
 
     scales = (0.5, 1.0, 1.25)
     predict = infer.compile_predict(model, scales=scales)

@@ -231,7 +231,7 @@ def test_a_full_disk_stops_it_with_one_line_and_leaves_nothing_half_written(trai
     for name in ('a', 'b'):
         noise(tmp_path / 'in' / f'{name}.png', (64, 64, 3))
     predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'compiled')
-    with full_disk(2000), pytest.raises(DataError, match='can not be written .*: free some space'):
+    with full_disk(2000), pytest.raises(DataError, match=r'can not be written .*: free some space'):
         predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out')
     for name in written(tmp_path / 'out'):  # a small mask may be whole
         Image.open(tmp_path / 'out' / name).load()
@@ -260,7 +260,7 @@ def test_options_of_the_config_and_of_the_call(trained, tmp_path):
     assert not mask(threshold=0.0, min_size=48 * 40 + 1).any()
     many = mask(threshold=0.3)
     assert (mask(threshold=0.3, largest_component=True) <= many).all()
-    with pytest.raises(ConfigError, match='predict.overlap is 1.0: it must be a number from 0'):
+    with pytest.raises(ConfigError, match=r'predict.overlap is 1.0: it must be a number from 0'):
         mask(overlap=1.0)
 
 
@@ -288,7 +288,9 @@ def save_run(workdir, config, normalization=None):
 
 def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained, tmp_path):
     other = save_run(tmp_path / 'wide', tiny_config(**{'model.width': 8, 'model.aux_head': False}))
-    with pytest.raises(CheckpointError, match='aux_head is True there, False here; model.width is'):
+    with pytest.raises(
+        CheckpointError, match=r'aux_head is True there, False here; model.width is'
+    ):
         predict.load([trained[0], other])
     imagenet = {'mean': [1.0] * 3, 'std': [1.0] * 3, 'trained_order': 'RGB'}
     other = save_run(tmp_path / 'weights', tiny_config(), imagenet)
@@ -323,11 +325,10 @@ def test_an_album_is_no_volume(tmp_path, monkeypatch):
 def test_threads_keep_the_order_and_pass_errors_on():
     assert list(predict.in_threads(lambda x: x * x, range(20), 3)) == [x * x for x in range(20)]
     assert list(predict.ahead(iter('abc'))) == ['a', 'b', 'c']
-    seen = []
+    inverses = predict.in_threads(lambda x: 1 / (3 - x), range(10), 1)
+    assert [next(inverses) for _ in range(3)] == [1 / 3, 1 / 2, 1]
     with pytest.raises(ZeroDivisionError):
-        for x in predict.in_threads(lambda x: 1 / (3 - x), iter(range(10)), 1):
-            seen.append(x)
-    assert len(seen) == 3
+        next(inverses)
 
 
 def test_the_legend_names_the_classes_that_are_there():

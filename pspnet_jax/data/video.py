@@ -14,7 +14,7 @@ from pspnet_jax.data.files import writing as aside_then_rename
 from pspnet_jax.errors import DataError
 
 SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv')
-PIP = 'pip install "av>=19,<20"'
+PIP = 'pip install "av>=18.1,<19"'
 # System -> how FFmpeg calls its cameras, and the camera of a number.
 CAMERAS = {
     'linux': ('v4l2', '/dev/video{}'),
