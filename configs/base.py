@@ -17,6 +17,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.model = model = ConfigDict()
     model.name = 'pspnet'  # README: every network and alias
     model.num_classes = 2  # background included
+    model.class_names = ()  # of all classes, for legends; (): 'class 1' ...
     model.width = 64  # base channels; the networks' own is 64
     model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
     model.pretrained = ''  # weights of the backbone: a file, or hf:REPO[/FILE]
@@ -122,8 +123,17 @@ def get_config(arg: str = '') -> ConfigDict:
     crf.bilateral_sigma = 49.0  # pixels
     crf.color_sigma = 0.3  # of the normalised image
 
+    config.predict = predict = ConfigDict()  # of evaluation and prediction, not validation
+    predict.window = 0  # pixels a side of the tiles that the network sees; 0: whole images
+    predict.overlap = 0.5  # of neighbouring tiles, share of the window
+    predict.scales = (1.0,)  # at which images are seen, the mean is taken: (0.75, 1.0, 1.25)
+    predict.flip = False  # mean with the left-right mirror image
+    predict.threshold = placeholder(float)  # None: the likeliest class; of class 1, if 2 in all
+    predict.largest_component = False  # of each class, nothing else is kept
+    predict.min_size = 0  # pixels or voxels of a component, smaller ones go
+
     config.eval = evaluation = ConfigDict()
-    evaluation.batch_size = 16
+    evaluation.batch_size = 16  # slices, or tiles with predict.window
     evaluation.spacing = (1.0, 1.0, 1.0)  # slice, row, column step; the unit of HD95
     evaluation.bootstrap = 10_000  # resamples of the patients for the interval
     evaluation.checkpoint = 'best'  # 'best' by validation Dice, or 'last'

@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from pspnet_jax.errors import CheckpointError
 
 FOLDER = 'checkpoints'
+NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of the network
 
 
 def open_writer(workdir: str | Path) -> ocp.training.Checkpointer:
@@ -198,15 +199,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _check_same_model(workdir, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise CheckpointError naming each `model` key in which two configs differ."""
+def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """'model.width is 32 there, 64 here' ... of two configs, for what the network is made of."""
     old, new = there['model'], here['model']
-    differing = [
+    return [
         f'model.{key} is {old.get(key)!r} there, {new.get(key)!r} here'
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != 'pretrained'
+        if old.get(key) != new.get(key) and key not in NO_PART
     ]
-    if differing:
+
+
+def _check_same_model(workdir, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise CheckpointError naming each `model` key in which two configs differ."""
+    if differing := model_differences(there, here):
         raise CheckpointError(
             f'{workdir} holds checkpoints of another model ({"; ".join(differing)}): '
             'use another workdir, or the config that it was trained with'

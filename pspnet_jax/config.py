@@ -72,6 +72,7 @@ RULES: dict[str, Rule] = {
         lambda x: _is_int(x) and 2 <= x <= 255,
         'a whole number from 2 to 255: background is a class too, one structure needs 2',
     ),
+    'model.class_names': _all(_TEXT),
     'model.width': _integer(4),
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.pretrained': _TEXT,
@@ -164,6 +165,13 @@ RULES: dict[str, Rule] = {
     'crf.bilateral_weight': _number(0),
     'crf.bilateral_sigma': _POSITIVE,
     'crf.color_sigma': _POSITIVE,
+    'predict.window': _integer(0),
+    'predict.overlap': _number(0, 0.9),
+    'predict.scales': _all(_POSITIVE, least=1),
+    'predict.flip': _BOOL,
+    'predict.threshold': _or_none(_number(0, 1)),
+    'predict.largest_component': _BOOL,
+    'predict.min_size': _integer(0),
     'eval.batch_size': _integer(1),
     'eval.spacing': _all(_POSITIVE, length=3),
     'eval.bootstrap': _integer(1),
@@ -198,6 +206,16 @@ def _contradictions(config: ConfigDict):
         yield (
             f'loss.class_weights has {len(loss.class_weights)} values: '
             f'it must have one for each of {model.num_classes} classes'
+        )
+    if model.class_names and len(model.class_names) != model.num_classes:
+        yield (
+            f'model.class_names has {len(model.class_names)} values: '
+            f'it must have one for each of {model.num_classes} classes, background first'
+        )
+    if config.predict.threshold is not None and model.num_classes > 2:
+        yield (
+            f'predict.threshold is for two classes, the model has {model.num_classes}: '
+            'leave it as None, the likeliest class is taken'
         )
     if config.data.fold >= config.data.folds:
         yield f'data.fold is {config.data.fold}: it must be below data.folds, {config.data.folds}'
@@ -238,6 +256,13 @@ def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
         for key, value in tree.items()
     }
     return {**defaults, **given}
+
+
+def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """The config with other values in its `predict` section, validated and locked."""
+    changed = to_dict(config)
+    changed['predict'].update(changes)
+    return from_dict(changed)
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -34,6 +34,16 @@ PHANTOM = '--config=configs/phantom.py'
         ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),
         ('evaluate', ['--workdir=/no'], '/no holds no checkpoint'),
         ('predict', ['--workdir=/no', '--input=/no', '--output=x'], '/no is neither a file nor'),
+        (
+            'predict',
+            ['--workdir=/no', '--input=/no', '--output=x', '--save=maks'],
+            '--save=maks is not known: give some of mask,probability',
+        ),
+        (
+            'predict',
+            ['--workdir=/no', '--input=/no', '--output=x', '--scales=1,two'],
+            "--scales=1,two: could not convert string to float: 'two'",
+        ),
         ('data.lgg', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
     ],
 )

@@ -56,6 +56,8 @@ def test_a_config_from_before_a_knob_has_its_default():
         ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),
         ('model.bins', (), 'model.bins is (): it must be a tuple of at least 1 values'),
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
+        ('model.class_names', ('lesion',), 'it must have one for each of 2 classes, background'),
+        ('predict.overlap', 0.95, 'predict.overlap is 0.95: it must be a number from 0 to 0.9'),
         ('model.name', 'vgg_unet', 'vgg_unet stands on vgg16, not on resnet18'),
         (
             'model.dropout',
@@ -69,6 +71,14 @@ def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
     config = tiny_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=re.escape(words)):
+        rules.validate(config)
+
+
+def test_a_threshold_is_for_two_classes():
+    config = tiny_config(**{'predict.threshold': 0.4})
+    rules.validate(config)
+    config.model.num_classes = 3
+    with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, the model has 3'):
         rules.validate(config)
 
 

@@ -81,13 +81,13 @@ def contact_sheet(slices: Slices, augment_options: dict, seed: int) -> np.ndarra
     for row in (rows + rest)[:SHEET]:
         image, mask = slices.read(int(slices.key[row]))
         intensity = slices.intensity[slices.patient[row]]
-        cells = [_cell(visualize.outline(visualize.to_rgb(image, intensity), mask))]
+        cells = [_cell(visualize.outline(visualize.to_uint8(image, *intensity[:2]), mask))]
         normal = volumes.normalize(image, intensity)
         for n in range(2):
             key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
             changed, labels = augment(key, normal, mask.astype(np.int32), **augment_options)
             changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
-            picture = visualize.to_rgb(changed.astype(np.float32), intensity)
+            picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
             labels = np.asarray(labels)
             labels = np.where(labels == IGNORE_LABEL, 0, labels).astype(np.uint8)
             cells.append(_cell(visualize.outline(picture, labels)))

@@ -127,7 +127,8 @@ def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
     """
     tiles, inside = 1, 1.0
     for size, step in zip(shape[1:3], dilation, strict=True):
-        tiles *= step * -(-(-(-size // step)) // 2)
+        cells = -(-size // step)  # a phase
+        tiles *= step * -(-cells // 2)
         inside *= size + 2 * max(size - step, 0)
     costs = {
         tapped_3x3: inside,
@@ -140,7 +141,7 @@ def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
 @functools.partial(jax.jit, static_argnames='dilation')
 def tapped_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
     """`plain_3x3`, a product a tap, of those cells alone that the tap sees within the map."""
-    (B, H, W, C), total = x.shape, 0.0
+    (_, H, W, C), total = x.shape, 0.0
 
     def overlap(size, offset):  # the outputs a tap has something for, and what it reads for them
         first, last = max(0, -offset), min(size, size - offset)
