@@ -212,6 +212,11 @@ def _contradictions(config: ConfigDict):
             f'model.class_names has {len(model.class_names)} values: '
             f'it must have one for each of {model.num_classes} classes, background first'
         )
+    if config.predict.window and config.data.size:
+        yield (
+            'predict.window takes tiles of images at their own size, data.size resizes them: '
+            'set one to 0 or ()'
+        )
     if config.predict.threshold is not None and model.num_classes > 2:
         yield (
             f'predict.threshold is for two classes, the model has {model.num_classes}: '

@@ -51,6 +51,7 @@ def program_options(config) -> dict[str, Any]:
     """The keyword arguments of `infer.compile_predict` that a config decides."""
     predict = config.predict
     return {
+        'size': config.data.size,
         'window': predict.window,
         'overlap': predict.overlap,
         'batch_size': config.eval.batch_size,

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pspnet_jax import compilation, crf
+from pspnet_jax.data import volumes
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.layers import resize
 
@@ -180,6 +181,7 @@ def compile_predict(
     model: nn.Module,
     *,
     ensemble: bool = False,
+    size: tuple[int, ...] = (),
     window: int = 0,
     overlap: float = 0.5,
     batch_size: int = 1,
@@ -190,8 +192,10 @@ def compile_predict(
     """`predict(variables, image_BHWC)`: `probabilities`, the batch shared by all local devices.
 
     Compiled once for each shape of batch; one that the devices do not divide is padded. With
-    `window` the network sees tiles of that many pixels a side, `batch_size` at a time, each as
-    if it were an image, and `slide` blends them: one shape for all. The CRF sees whole images.
+    `size` the network sees every image at that height and width, as in training, and what comes
+    out has the image's own. With `window` the network sees tiles of that many pixels a side,
+    `batch_size` at a time, each as if it were an image, and `slide` blends them: one shape for
+    all. The CRF sees whole images, behind `size` small ones.
     """
     n = jax.local_device_count()
     mesh = jax.make_mesh((n,), ('data',), axis_types=(AxisType.Auto,), devices=jax.local_devices())
@@ -223,7 +227,16 @@ def compile_predict(
     )
     if not window:
         program = on_devices(functools.partial(network, crf_options=behind), whole, split)
-        return lambda variables, image_BHWC: np.asarray(program(variables, image_BHWC))
+        back = jax.jit(resize, static_argnums=1)
+
+        def predict_whole(variables, image_BHWC):
+            own = image_BHWC.shape[1:3]
+            if not size or own == tuple(size):
+                return np.asarray(program(variables, image_BHWC))
+            seen = np.stack([volumes.resize_image(image, size) for image in image_BHWC])
+            return np.asarray(back(program(variables, seen), own))
+
+        return predict_whole
     on_tiles = on_devices(network, whole, split)
     on_images = on_devices(functools.partial(refine, **behind), split, split) if behind else None
 

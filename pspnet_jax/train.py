@@ -482,7 +482,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         ema_decay=config.train.ema_decay,
     )
     placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step)
-    predict = infer.compile_predict(model)
+    predict = infer.compile_predict(model, size=config.data.size)
     interval = 1 if sys.stderr.isatty() else 60
     state = placed.put_state(state)
     pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()

@@ -87,7 +87,7 @@ def test_what_could_mean_two_things_is_refused_with_the_choices(tmp_path, mask, 
 
 def test_a_colour_that_the_table_lacks_and_one_that_is_none_are_named(tmp_path):
     write(tmp_path, 'a', mask=TABLE[LABELS])
-    with pytest.raises(DataError, match='#00ff80, which data.mask_colors does not name'):
+    with pytest.raises(DataError, match=r'#00ff80, which data\.mask_colors does not name'):
         folder.load(tmp_path, num_classes=3, mask_colors=COLORS[:2])
     with pytest.raises(DataError, match="'red': a colour is written #rrggbb"):
         folder.load(tmp_path, num_classes=3, mask_colors=('#000000', 'red'))
@@ -148,7 +148,7 @@ def test_folders_stack_as_channels(tmp_path, rng):
     image, _ = folder.load(tmp_path, images=('flair', 't1')).read(0)
     np.testing.assert_array_equal(image, np.dstack([images['flair'], images['t1']]))
     Image.new('L', (48, 40)).save(tmp_path / 't1' / 'b.png')
-    with pytest.raises(DataError, match='b is in .*t1 and not in .*flair'):
+    with pytest.raises(DataError, match=r'b is in .*t1 and not in .*flair'):
         folder.load(tmp_path, images=('flair', 't1'))
 
 
@@ -214,7 +214,7 @@ def test_mixed_sizes_need_one_to_train_at(tmp_path):
     for n in range(6):
         write(tmp_path, f'p{n}')
     write(tmp_path, 'wide', np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), np.uint8))
-    with pytest.raises(DataError, match='images are of 2 sizes .*set data.size'):
+    with pytest.raises(DataError, match=r'images are of 2 sizes .*set data\.size'):
         check.check(config_of(tmp_path), tmp_path / 'out')
     check.check(config_of(tmp_path, **{'data.size': (32, 32)}), tmp_path / 'out')
 
@@ -222,5 +222,5 @@ def test_mixed_sizes_need_one_to_train_at(tmp_path):
 def test_a_class_that_no_pixel_has_is_named(tmp_path):
     for n in range(6):
         write(tmp_path, f'p{n}', mask=(LABELS == 1).astype(np.uint8))
-    with pytest.raises(DataError, match='no pixel is of class 2: lower model.num_classes'):
+    with pytest.raises(DataError, match=r'no pixel is of class 2: lower model\.num_classes'):
         check.check(config_of(tmp_path, **{'model.num_classes': 3}), tmp_path / 'out')

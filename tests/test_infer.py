@@ -54,6 +54,27 @@ def test_a_window_as_large_as_the_image_is_the_plain_forward(images):
     )
 
 
+def test_at_a_size_the_network_sees_the_average_and_the_image_gets_its_own_size_back(images):
+    model, variables = Conv(kernel=1), variables_of(Conv(kernel=1))
+    same = infer.compile_predict(model, size=images.shape[1:3])
+    np.testing.assert_allclose(same(variables, images), plain(model, variables, images), atol=1e-6)
+    # Blocks of 4 x 4 equal pixels: what is left of them at a quarter of the size is their value.
+    small = np.repeat(images[:, :1, :1], 6, axis=1).repeat(7, axis=2)
+    large = small.repeat(4, axis=1).repeat(4, axis=2)
+    half = infer.compile_predict(model, size=(6, 7))
+    np.testing.assert_allclose(half(variables, large), plain(model, variables, large), atol=1e-5)
+    seen = []
+
+    class Seen(nn.Module):
+        def __call__(self, image, train=False):
+            seen.append(image.shape)
+            return {'logits': image}
+
+    out = infer.compile_predict(Seen(), size=(6, 7))({}, large)
+    assert seen[0][1:3] == (6, 7)
+    assert out.shape == large.shape
+
+
 def test_an_image_smaller_than_the_window_is_seen_with_zeros_around_it(images):
     model, variables = Conv(), variables_of(Conv())
     predict = infer.compile_predict(model, window=32, batch_size=2)

@@ -46,7 +46,7 @@ ALLOWED = {
     'data.pipeline': {'data.volumes', 'errors'},
     'data.folder': {'data.files', 'data.via', 'data.volumes', 'errors'},
     'data.sources': {'data.folder', 'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
-    'infer': {'compilation', 'crf', 'errors', 'models.layers'},
+    'infer': {'data.volumes', 'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
     'log': set(),
     'checkpoint': {'errors'},
