@@ -70,9 +70,10 @@ def get_config(arg: str = '') -> ConfigDict:
     phantom.size = 128  # pixels a side
     phantom.seed = 0
 
-    config.augment = augment = ConfigDict()
+    config.augment = augment = ConfigDict()  # 'light' of configs/augmentations.py
     augment.crop = 0  # pixels a side; 0: the whole slice
     augment.flip = 0.5  # probability, left-right
+    augment.flip_vertical = 0.0  # probability, upside-down
     augment.scale = 0.1  # zoom by 1/1.1 .. 1.1
     augment.rotate = 15.0  # +- degrees
     augment.elastic = 0.0  # standard deviation of the deformation, pixels
@@ -88,19 +89,29 @@ def get_config(arg: str = '') -> ConfigDict:
     loss.ignore_label = 255
 
     config.optim = optim = ConfigDict()
-    optim.name = 'adamw'  # or 'sgd'
+    optim.name = 'adamw'  # adamw, adam, adamax, sgd, rmsprop, adagrad, adadelta (rate near 1)
     optim.learning_rate = 1e-4  # of the backbone
     optim.new_layer_factor = 10.0  # pyramid and heads learn faster (semseg)
     optim.schedule = 'poly'  # poly, cosine, constant
     optim.power = 0.9  # of poly
     optim.warmup_steps = 50
     optim.momentum = 0.9  # of sgd, and Adam's b1
-    optim.beta2 = 0.999
+    optim.beta2 = 0.999  # of the Adams
+    optim.rho = 0.9  # of rmsprop and adadelta: their average of squares
     optim.weight_decay = 1e-4
     optim.decay_exclude = ('bias', 'scale')  # parameter names that are not decayed
     optim.clip_norm = 1.0  # 0: no clipping
 
+    config.distill = distill = ConfigDict()
+    distill.teacher = ''  # a run's workdir, or WORKDIR@last, WORKDIR@STEP; '': none
+    distill.loss = 'kl'  # 'kl', 'l1', 'l2': of the teacher's probabilities
+    distill.weight = 1.0  # of that loss in the sum; loss.* at 0: the teacher alone
+    distill.temperature = 1.0  # of 'kl'; 2 to 4 soften a teacher that is sure
+    distill.pairwise = 0.0  # weight of the affinities between cells (Liu 2019 has 10)
+    distill.nodes = 8  # cells a side between which these are, of the backbone's last map
+
     config.train = train = ConfigDict()
+    train.init_from = ''  # weights of another run: WORKDIR (its best), WORKDIR@last, WORKDIR@STEP
     train.batch_size = 16  # over all devices
     train.accumulate = 1  # micro-batches a step
     train.remat = 'pointwise'  # computed again for the gradient: all but convolutions, or 'none'

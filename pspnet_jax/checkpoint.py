@@ -7,6 +7,7 @@ metadata holds a sha256 of each part, and a step that doesn't match is passed ov
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,12 @@ def choose(workdir: str | Path, which: str = 'best') -> int:
     if not which.isdigit() or int(which) not in found:
         raise CheckpointError(f"checkpoint {which!r} is not one of 'best', 'last', {found}")
     return int(which)
+
+
+def locate(where: str) -> tuple[str, str]:
+    """(workdir, which) for `choose` of 'WORKDIR', 'WORKDIR@last', 'WORKDIR@260'; 'best' without."""
+    workdir, which = re.fullmatch(r'(.+?)(?:@(best|last|\d+))?', where, re.DOTALL).groups()
+    return workdir, which or 'best'
 
 
 def _load(workdir, step, abstract, meta) -> dict[str, Any]:

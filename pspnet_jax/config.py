@@ -124,6 +124,7 @@ RULES: dict[str, Rule] = {
     'phantom.seed': _integer(0),
     'augment.crop': _integer(0),
     'augment.flip': _number(0, 1),
+    'augment.flip_vertical': _number(0, 1),
     'augment.scale': _number(0),
     'augment.rotate': _number(0, 180),
     'augment.elastic': _number(0),
@@ -135,7 +136,7 @@ RULES: dict[str, Rule] = {
     'loss.aux': _number(0),
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
-    'optim.name': _one_of('adamw', 'sgd'),
+    'optim.name': _one_of('adamw', 'adam', 'adamax', 'sgd', 'rmsprop', 'adagrad', 'adadelta'),
     'optim.learning_rate': _POSITIVE,
     'optim.new_layer_factor': _POSITIVE,
     'optim.schedule': _one_of('poly', 'cosine', 'constant'),
@@ -143,9 +144,17 @@ RULES: dict[str, Rule] = {
     'optim.warmup_steps': _integer(0),
     'optim.momentum': _number(0, 1),
     'optim.beta2': _number(0, 1),
+    'optim.rho': _number(0, 1),
     'optim.weight_decay': _number(0),
     'optim.decay_exclude': _all(_TEXT),
     'optim.clip_norm': _number(0),
+    'distill.teacher': _TEXT,
+    'distill.loss': _one_of('kl', 'l1', 'l2'),
+    'distill.weight': _number(0),
+    'distill.temperature': _POSITIVE,
+    'distill.pairwise': _number(0),
+    'distill.nodes': _integer(2, 32),
+    'train.init_from': _TEXT,
     'train.batch_size': _integer(1),
     'train.accumulate': _integer(1),
     'train.remat': _one_of('none', 'pointwise'),
@@ -199,9 +208,14 @@ def validate(config: ConfigDict) -> None:
 
 def _contradictions(config: ConfigDict):
     """Values that are each allowed but not together."""
-    model, loss, train = config.model, config.loss, config.train
-    if not loss.cross_entropy and not loss.dice:
+    model, loss, train, distill = config.model, config.loss, config.train, config.distill
+    taught = bool(distill.teacher and (distill.weight or distill.pairwise))
+    if not loss.cross_entropy and not loss.dice and not taught:
         yield 'loss.cross_entropy and loss.dice are both 0: give one a weight'
+    if distill.teacher and not taught:
+        yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
+    if train.init_from and model.pretrained:
+        yield 'train.init_from and model.pretrained both give the first weights: set one'
     if loss.class_weights and len(loss.class_weights) != model.num_classes:
         yield (
             f'loss.class_weights has {len(loss.class_weights)} values: '

@@ -31,6 +31,7 @@ PHANTOM = '--config=configs/phantom.py'
         ('main', [PHANTOM, '--config.model.width=wide'], 'must be a whole number of at least 4'),
         ('main', [PHANTOM, '--config.model.output_stride=12'], 'one of 8, 16, 32'),
         ('main', ['--config=configs/lgg.py:segnext'], "model.name is 'segnext': it must be one of"),
+        ('main', [f'{PHANTOM}:,loud'], "augmentation 'loud' is not one of none, flips"),
         ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),
         ('evaluate', ['--workdir=/no'], '/no holds no checkpoint'),
         ('predict', ['--workdir=/no', '--input=/no', '--output=x'], '/no is neither a file nor'),

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from configs import base, lgg, phantom
+from configs import augmentations, base, lgg, phantom
 from pspnet_jax import config as rules
 from pspnet_jax import models
 from pspnet_jax.data.sources import SOURCES
@@ -110,3 +112,29 @@ def test_every_knob_is_read():
 def test_no_knob_has_a_second_home():
     for path in (ROOT / 'pspnet_jax').rglob('*.py'):
         assert 'config.get(' not in Path(path).read_text(), f'{path}: a default belongs in base.py'
+
+
+@pytest.mark.parametrize('name', augmentations.RECIPES)
+def test_a_recipe_says_every_knob_but_the_crop(name):
+    config = phantom.get_config(f'fcn8s,{name}')
+    rules.validate(config)
+    assert config.model.name == 'fcn8s'
+    knobs = set(base.get_config().augment) - {'crop'}
+    assert set(augmentations.RECIPES[name]) == knobs
+    assert {key: config.augment[key] for key in knobs} == augmentations.RECIPES[name]
+
+
+def test_light_is_what_there_is_without_a_recipe():
+    assert lgg.get_config(',light').augment == base.get_config().augment
+    assert lgg.get_config(',light') == lgg.get_config()
+
+
+def test_a_recipe_can_be_changed_knob_by_knob(monkeypatch):
+    line = ['', f'--config={ROOT}/configs/lgg.py:unet,strong', '--config.augment.rotate=5']
+    monkeypatch.setattr('sys.argv', line)  # where config_flags looks for the knobs
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values)
+    values(line)
+    augment = values.config.augment
+    assert (augment.rotate, augment.elastic) == (5.0, augmentations.RECIPES['strong']['elastic'])
+    assert values.config.model.name == 'unet'

@@ -51,6 +51,7 @@ ALLOWED = {
     'log': set(),
     'checkpoint': {'errors'},
     'config': {'errors', 'models', 'models.backbones'},
+    'transfer': {'checkpoint', 'errors', 'evaluate', 'models.pretrained', 'models.published'},
     'compilation': set(),
     'cli': {'compilation', 'config', 'errors'},
 }
