@@ -46,6 +46,7 @@ def get_config(arg: str = '') -> ConfigDict:
     data.root = ''  # where the built data set is kept; '': tfds' own folder
     data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths
     data.masks = 'masks'  # of 'folder': its masks, or a file of annotations (VIA, COCO, labelme)
+    data.attribute = ''  # of annotations: the one that names the class, where there are several
     data.mask_format = 'auto'  # 'index', 'binary', 'color'; 'auto': found out and said
     data.mask_colors = ()  # of the classes in turn, '#rrggbb', background first
     data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient

@@ -98,6 +98,7 @@ RULES: dict[str, Rule] = {
     'data.root': _TEXT,
     'data.images': _all(_TEXT, least=1),
     'data.masks': _TEXT,
+    'data.attribute': _TEXT,
     'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
     'data.mask_colors': _all(_TEXT),
     'data.group': _TEXT,

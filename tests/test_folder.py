@@ -115,7 +115,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
         folder.load(tmp_path)
     message = str(caught.value)
     assert message.startswith('4 fault(s)')
-    for words in ('a.png has no mask', 'z.png has no image', 'b.png', 'c.png is 40x20, '):
+    for words in ('a.png has no mask', 'z.png has no image', 'b.png', 'c.png are not of one size'):
         assert words in message
 
 

@@ -10,7 +10,7 @@ is found out from all of them, said in one line, and refused where it could mean
 import csv
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +27,11 @@ MOST_LISTED = 50  # faults in one error
 
 
 class Case(NamedTuple):
-    """One picture or volume: its stem, patient, one file a channel stack, and its mask."""
+    """One picture or volume: its patient, one file a channel stack, its mask or its shapes."""
 
-    stem: str
     patient: str
     images: tuple[Path, ...]
-    mask: Path | None  # None: drawn by the annotations
+    mask: Path | Sequence[via.Shape]
 
 
 class Code(NamedTuple):
@@ -43,37 +42,45 @@ class Code(NamedTuple):
 
 
 def scan(
-    images: Sequence[Path], masks: Path, group: str = ''
-) -> tuple[list[Case], via.Annotations | None, list[str]]:
-    """The cases below the folders, the annotations where `masks` is a file of them, the faults.
+    images: Sequence[Path],
+    masks: Path,
+    *,
+    group: str = '',
+    classes: Mapping[str, int] | None = None,
+    attribute: str = '',
+) -> tuple[list[Case], list[str], list[str]]:
+    """The cases below the folders, their faults, and what annotations were understood as.
 
-    `group` is a regular expression whose first group, searched in the stem, is the patient; or
-    a .csv with the columns stem and patient; '' makes each picture a patient of its own.
+    `masks` is a folder of masks, a file of annotations (`via.read_annotations`, which is given
+    `classes` and `attribute`) or a folder of labelme's. `group` is a regular expression whose
+    first group, searched in the stem, is the patient; or a .csv with the columns stem and
+    patient; '' makes each picture a patient of its own.
     """
     stacks = [files.find(folder) for folder in images]
-    first, faults = stacks[0], []
+    first, faults, notes = stacks[0], [], []
     for folder, stack in zip(images[1:], stacks[1:], strict=True):
         for stem in sorted(first.keys() ^ stack.keys()):
             here, there = (folder, images[0]) if stem in stack else (images[0], folder)
             faults.append(f'{stem} is in {here} and not in {there}: every channel needs it')
-    annotations, by_stem = None, {}
-    if masks.is_file():
-        annotations = via.read_annotations(masks)
+    if masks.is_file() or next(masks.glob('*.json'), None):
+        annotations = via.read_annotations(masks, classes=classes, attribute=attribute)
+        shapes, wrong, more = via.match_pictures(annotations, images[0])
+        faults, notes = faults + wrong, [*annotations.notes, *more]
+        mask_of = {stem: shapes.get(path, []) for stem, path in first.items()}
     else:
-        by_stem = files.find(masks)
-        for stem in sorted(first.keys() - by_stem.keys()):
+        mask_of = files.find(masks)
+        for stem in sorted(first.keys() - mask_of.keys()):
             faults.append(f'{first[stem]} has no mask: add {masks / stem}.png or remove it')
-        for stem in sorted(by_stem.keys() - first.keys()):
-            faults.append(f'{by_stem[stem]} has no image: add it or remove the mask')
-    whole = [s for s in sorted(first) if all(s in stack for stack in stacks)]
-    whole = [stem for stem in whole if annotations or stem in by_stem]
+        for stem in sorted(mask_of.keys() - first.keys()):
+            faults.append(f'{mask_of[stem]} has no image: add it or remove the mask')
+    whole = [s for s in sorted(first) if s in mask_of and all(s in stack for stack in stacks)]
     patients, wrong = group_stems(whole, group)
     cases = [
-        Case(stem, patients[stem], tuple(stack[stem] for stack in stacks), by_stem.get(stem))
+        Case(patients[stem], tuple(stack[stem] for stack in stacks), mask_of[stem])
         for stem in whole
         if stem in patients
     ]
-    return cases, annotations, faults + wrong
+    return cases, faults + wrong, notes
 
 
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
@@ -116,6 +123,8 @@ def load(
     images: Sequence[str] = ('images',),
     masks: str = 'masks',
     group: str = '',
+    classes: Mapping[str, int] | None = None,
+    attribute: str = '',
     mask_format: str = 'auto',
     mask_colors: Sequence[str] = (),
     num_classes: int = 2,
@@ -139,7 +148,7 @@ def load(
             )
     if not masks.exists():
         raise DataError(f'{masks} is neither a folder of masks nor a file of annotations')
-    cases, annotations, faults = scan(folders, masks, group)
+    cases, faults, notes = scan(folders, masks, group=group, classes=classes, attribute=attribute)
     if not cases and not faults:
         raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
     if not group and not any(volumes_by_name(case.images[0]) for case in cases):
@@ -148,29 +157,29 @@ def load(
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
 
+    for note in notes:
+        logging.info('annotations: %s', note)
     with ThreadPoolExecutor(threads) as pool:
-        raw = list(pool.map(lambda case: _attempt(_read_mask, case, annotations), cases))
-    faults += [fault for _, fault in raw if fault]
-    values = functools.reduce(np.union1d, [v for v, _ in raw if v is not None], np.array([], int))
-    if annotations is None:
-        code = understand(values, mask_format, mask_colors, num_classes, ignore_label)
+        found = list(pool.map(lambda case: _attempt(_mask_values, case), cases))
+    unread = [fault for _, fault in found if fault]
+    if unread:  # what the others mean can't be known
+        raise _all_faults(source, faults + unread)
+    values = functools.reduce(np.union1d, [values for values, _ in found], np.array([], int))
+    code = understand(values, mask_format, mask_colors, num_classes, ignore_label)
+    if len(values):
         logging.info('masks: %s', code.meaning)
-    else:
-        code = Code(lambda labels: labels, 'drawn by annotations')
-        for note in annotations.notes:
-            logging.info('annotations: %s', note)
 
     @functools.lru_cache(maxsize=8)  # a volume's slices are asked for one by one
     def read_case(index: int) -> tuple[files.Picture, np.ndarray]:
-        return _read_case(cases[index], annotations, code)
+        return _read_case(cases[index], code)
 
     def measure(index: int):
-        picture, labels = _read_case(cases[index], annotations, code)
+        picture, labels = _read_case(cases[index], code)
         wrong = np.setdiff1d(labels, [*range(num_classes), ignore_label])
         if wrong.size:
             raise DataError(
-                f'{cases[index].mask or cases[index].stem} has labels {wrong.tolist()[:8]}, the '
-                f'model has classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
+                f'the mask of {cases[index].images[0]} has labels {wrong.tolist()[:8]}, the model '
+                f'has classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
             )
         return [volumes.lesion_pixels(mask) for mask in labels], picture, labels.shape
 
@@ -207,7 +216,7 @@ def load(
             'resized to it for training and the masks that come out have their own size'
         )
     if faults:
-        raise DataError('\n  '.join([f'{len(faults)} fault(s) in {source}:', *_shortened(faults)]))
+        raise _all_faults(source, faults)
 
     places = [(index, d) for index, n in zip(order, counts, strict=True) for d in range(n)]
     patient_of = np.array([cases[index].patient for index, _ in places])
@@ -234,9 +243,11 @@ def volumes_by_name(path: Path) -> bool:
     return path.name.lower().endswith(('.nii', '.nii.gz', '.npy', '.dcm')) or path.is_dir()
 
 
-def _shortened(faults: list[str]) -> list[str]:
+def _all_faults(source: str | Path, faults: list[str]) -> DataError:
     rest = len(faults) - MOST_LISTED
-    return [*faults[:MOST_LISTED], *([f'and {rest} more'] if rest > 0 else [])]
+    more = [f'and {rest} more'] if rest > 0 else []
+    head = f'{len(faults)} fault(s) in {source}:'
+    return DataError('\n  '.join([head, *faults[:MOST_LISTED], *more]))
 
 
 def _attempt(function: Callable, *arguments):
@@ -247,9 +258,9 @@ def _attempt(function: Callable, *arguments):
         return None, str(error)
 
 
-def _read_mask(case: Case, annotations: via.Annotations | None) -> np.ndarray:
-    """The distinct values of a case's mask; of colours as 0xRRGGBB."""
-    if annotations is not None:
+def _mask_values(case: Case) -> np.ndarray:
+    """The distinct values of a case's mask, `as_numbers`; none where it is drawn."""
+    if not isinstance(case.mask, Path):
         return np.array([], int)
     return np.unique(as_numbers(files.read_labels(case.mask)))
 
@@ -344,38 +355,14 @@ def _by_color(values: np.ndarray, colors: Sequence[str], shown: str) -> Code:
     return Code(to_labels, f'colours {shown} are the classes in the order of data.mask_colors')
 
 
-def _read_case(
-    case: Case, annotations: via.Annotations | None, code: Code
-) -> tuple[files.Picture, np.ndarray]:
+def _read_case(case: Case, code: Code) -> tuple[files.Picture, np.ndarray]:
     """The picture D H W C and its labels D H W uint8, of one size."""
     parts = [files.read(path) for path in case.images]
     picture = parts[0] if len(parts) == 1 else files.stack(parts)
-    size = picture.image.shape[1:3]
-    if annotations is None:
-        labels = code.to_labels(files.read_labels(case.mask))
-    else:
-        labels = draw(annotations, case.images[0], size)[None]
-    if labels.shape != picture.image.shape[:3]:
-        raise DataError(
-            f'{case.mask} is {_size(labels.shape)}, {case.images[0]} is '
-            f'{_size(picture.image.shape[:3])}: a mask has the size of its image'
-        )
-    return picture, labels
-
-
-def draw(annotations: via.Annotations, path: Path, size: tuple[int, int]) -> np.ndarray:
-    """H W uint8: the shapes of the picture of this name; none make all of it background."""
-    return via.rasterize(annotations.shapes.get(path.name, ()), size)
-
-
-def _size(shape: Iterable[int]) -> str:
-    depth, *rest = shape
-    return 'x'.join(map(str, (rest if depth == 1 else (depth, *rest))))
-
-
-def counts(labels: Iterable[np.ndarray], names: Mapping[int, str]) -> dict[str, int]:
-    """Pixels of each class over these masks."""
-    total = np.zeros(256, np.int64)
-    for mask in labels:
-        total += np.bincount(mask.ravel(), minlength=256)
-    return {names.get(label, str(label)): int(n) for label, n in enumerate(total) if n}
+    if not isinstance(case.mask, Path):
+        size = picture.image.shape[1:3]
+        faults, _ = via.check_shapes(case.mask, size)
+        if faults:
+            raise DataError(f'{case.images[0]}: {"; ".join(faults)}')
+        return picture, via.rasterize(case.mask, size)[None]
+    return picture, code.to_labels(files.read_labels(case.mask, picture))
