@@ -154,6 +154,18 @@ def test_patterns_name_files_and_folders(tmp_path):
         found('*.gif')
 
 
+def test_a_folder_of_dicom_files_is_one_volume_and_keeps_its_name(tmp_path):
+    for name in ('p1/1.dcm', 'p1/2.dcm', 'p2/1.DCM', 'p2/beside.png', '.hidden.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    root, found = predict.find_files(tmp_path)
+    assert (root, found) == (tmp_path, [tmp_path / name for name in ('p1', 'p2', 'p2/beside.png')])
+    stems, _ = predict.name_results(root, found)
+    assert [str(stem) for stem in stems.values()] == ['p1', 'p2', 'p2/beside']
+    root, found = predict.find_files(tmp_path / 'p1')  # the series itself
+    assert predict.name_results(root, found) == ({tmp_path / 'p1': Path('p1')}, [])
+
+
 def test_two_inputs_of_one_name_do_not_overwrite_each_other(trained, tmp_path):
     for name in ('a.png', 'a.jpg'):
         noise(tmp_path / 'in' / name, (32, 32))
