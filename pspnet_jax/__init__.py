@@ -13,3 +13,16 @@ Imports point downwards, held by tests/test_layering.py:
 
 Nothing imports configs, experiments or tests.
 """
+
+import importlib
+
+
+def __getattr__(name):
+    """`pspnet_jax.load` and `.train` (and `.Model`), imported when they are asked for."""
+    if name in ('load', 'Model'):
+        from pspnet_jax import api
+
+        return getattr(api, name)
+    if name == 'train':
+        return importlib.import_module('pspnet_jax.train')  # which can be called
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -213,6 +213,18 @@ def restore_model(workdir: str | Path, which: str = ''):
     return config, model, variables, fixed_intensity(meta['inputs']), step
 
 
+def read_folder(data: str | Path, config) -> Iterable[Volume]:
+    """The volumes below a folder with images/ and masks/, as the config reads them, or with the
+    Kaggle layout.
+    """
+    if not (Path(data).expanduser() / config.data.images[0]).is_dir():
+        return lgg.read_volumes(data)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.update(name='folder', source=str(data))
+    return volumes.iterate_volumes(sources.read(config))
+
+
 def evaluate_checkpoint(
     workdir: str | Path,
     *,
@@ -223,14 +235,14 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Evaluate; write WORKDIR/evaluation.json and pictures; print the table.
 
-    `data` is a folder in the Kaggle layout; without it, the patients of `split` in the
+    `data` is a folder for `read_folder`; without it, the patients of `split` in the
     data set that the run was trained on. `changes` are to the config's `predict` section;
     evaluation.json has the config as it was used. Returns what it holds.
     """
     config, model, variables, intensity, step = restore_model(workdir, which)
     config = with_prediction(config, changes)
     if data:
-        source = lgg.read_volumes(data)
+        source = read_folder(data, config)
     else:
         kept = Path(workdir) / splits.KEPT
         slices, parts = sources.load(config, kept if kept.exists() else '')
@@ -313,7 +325,7 @@ def main() -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'folder of a training run', required=True)
     flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'whose patients')
-    flags.DEFINE_string('data', '', 'instead: a folder in the Kaggle layout')
+    flags.DEFINE_string('data', '', 'instead: a folder with images/ and masks/, or kaggle_3m')
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
     cli.define_prediction_flags()
     cli.run(main)

@@ -417,6 +417,8 @@ def predict_files(
 def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool) -> Iterator:
     """What `read_cases` gives, its cases with labels and probabilities."""
     waiting, slices, size, sizes, told = [], 0, 0, set(), False
+    config = predictor.config
+    one_shape = config.predict.window or config.data.size
     for item in itertools.chain(read, [None]):
         if item is not None:
             waiting.append(item)
@@ -424,14 +426,14 @@ def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool
             slices += sum(map(len, images))
             size += sum(image.nbytes for image in images)
             sizes |= {image.shape[1:3] for image in images}
-            if len(sizes) > SIZES and not told and not predictor.config.predict.window:
+            if len(sizes) > SIZES and not (told or one_shape):
                 told = True
                 logging.warning(
                     'images of %d sizes so far, and each new size is compiled: '
                     '--window=512 cuts them into tiles of one size',
                     len(sizes),
                 )
-            if slices < 4 * predictor.config.eval.batch_size and size < CHUNK_BYTES:
+            if slices < 4 * config.eval.batch_size and size < CHUNK_BYTES:
                 continue
         cases = [case for _, cases, _ in waiting for case in cases]
         results = iter(segment(predictor, cases, probabilities=probabilities))

@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -696,3 +697,15 @@ def train_and_evaluate(
             waited, window, logged = 0.0, time.perf_counter(), step
 
     return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')
+
+
+class _Callable(types.ModuleType):
+    """This module, which is also the function `pspnet_jax.train`: one name cannot be both."""
+
+    def __call__(self, *arguments, **options):
+        from pspnet_jax import api  # which imports this module
+
+        return api.train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -101,7 +101,11 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
         table = {stem: match[1] for stem, match in found if match and match[1]}
         remedy = f'data.group {group!r} must find one in it'
     faults = [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
-    return {stem: table[stem] for stem in stems if table.get(stem)}, faults
+    patients = {stem: table[stem] for stem in stems if table.get(stem)}
+    for name in sorted(set(patients.values())):
+        if re.search(r'[/\\\0]', name) or name.startswith('.'):
+            faults.append(f'patient {name!r} can not be a file name, which results take: rename it')
+    return patients, faults
 
 
 def read_table(path: Path) -> dict[str, str]:

@@ -25,12 +25,17 @@ SOURCES = {
 }
 
 
+def read(config) -> Slices:
+    """Every slice of the config's data set."""
+    return SOURCES[config.data.name](config)
+
+
 def load(config, split_file: str | Path = '') -> tuple[Slices, dict[str, list[str]]]:
     """Every slice of the config's data set, and the patients of each split.
 
     `split_file`, or the config's, decides the split where there is one.
     """
-    data, slices = config.data, SOURCES[config.data.name](config)
+    data, slices = config.data, read(config)
     if split_file or data.split_file:
         return slices, splits.read(split_file or data.split_file, slices)
     options = {

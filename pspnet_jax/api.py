@@ -1,0 +1,131 @@
+"""The calls that people know, for scripts and notebooks.
+
+  import pspnet_jax
+  model = pspnet_jax.train('vgg_pspnet', images='own/images', masks='own/masks', workdir='runs/own')
+  model = pspnet_jax.load('runs/own')
+  mask = model.predict('picture.png')
+  figures = model.evaluate('other/images', 'other/masks')
+
+They are the commands' own functions; whatever a call lacks is a knob of the config.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from pspnet_jax import predict
+from pspnet_jax.data import files, folder, volumes
+from pspnet_jax.errors import ConfigError
+from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options
+from pspnet_jax.train import train_and_evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained network with what it needs to know of images; made by `load` and `train`."""
+
+    predictor: predict.Predictor
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.predictor.config
+
+    def predict(self, image: np.ndarray | str | Path) -> np.ndarray:
+        """H W uint8 class numbers of a picture: a file, or an array H W or H W C.
+
+        Its intensities are taken as a volume of its own: slices of one volume belong into
+        `predict_volume`. Raises DataError.
+        """
+        return self._labels_and_probabilities(image)[0]
+
+    def predict_probabilities(self, image: np.ndarray | str | Path) -> np.ndarray:
+        """H W K float32, of a picture as `predict` takes it."""
+        return self._labels_and_probabilities(image)[1]
+
+    def predict_volume(self, volume: np.ndarray | str | Path) -> np.ndarray:
+        """D H W uint8 of a volume: a file (NIfTI, TIFF, DICOM), or an array D H W C.
+
+        Of a file in the orientation that `data.files.read` turns it into.
+        """
+        image = files.read(volume).image if isinstance(volume, str | Path) else volume
+        return predict.predict_array(self.predictor, image)[0]
+
+    def evaluate(self, images: str | Path, masks: str | Path) -> dict[str, Any]:
+        """`evaluate.evaluate_volumes`'s figures over a folder of images and one of masks."""
+        config = self.config
+        slices = folder.load(
+            '',
+            images=(str(Path(images).absolute()),),
+            masks=str(Path(masks).absolute()),
+            group=config.data.group,
+            mask_format=config.data.mask_format,
+            mask_colors=config.data.mask_colors,
+            num_classes=config.model.num_classes,
+            ignore_label=config.loss.ignore_label,
+            mixed_sizes=True,
+            threads=config.data.threads,
+        )
+        return evaluate_volumes(
+            self.predictor.predict_fn,
+            volumes.iterate_volumes(slices),
+            intensity=self.predictor.intensity,
+            **evaluate_options(config),
+            label_options=label_options(config),
+        )
+
+    def _labels_and_probabilities(self, image):
+        if isinstance(image, str | Path):
+            (image,) = files.read(image).image[:1]
+        return predict.predict_array(self.predictor, image)
+
+
+def load(
+    workdir: str | Path | Sequence[str | Path],
+    *,
+    checkpoint: str = '',
+    **options: Any,
+) -> Model:
+    """The model of a training run, or of several runs as one: the mean of their probabilities.
+
+    `checkpoint` is 'best', 'last' or a step. `options` are those of the config's `predict`
+    section: flip=True, threshold=0.4, window=512 and on. Raises CheckpointError, ConfigError.
+    """
+    return Model(predict.load(workdir, checkpoint, options))
+
+
+def train(
+    config: ConfigDict | str = 'pspnet_resnet50',
+    *,
+    images: str | Path | Sequence[str | Path] = (),
+    masks: str | Path = '',
+    workdir: str | Path = 'runs/last',
+    changes: Mapping[str, Any] | None = None,
+    **hooks: Any,
+) -> Model:
+    """Train, and load what was trained; a run that was stopped goes on.
+
+    `config` is a config, or the name of a network for pictures in `images` and `masks` (several
+    folders of images stack as channels). `changes` are by dotted key, {'train.epochs': 20}.
+    `hooks` are `train.train_and_evaluate`'s. Raises what that raises.
+    """
+    from configs import folder as own_pictures  # only here: configs stand above the package
+
+    named = isinstance(config, str)
+    config = own_pictures.get_config(config) if named else config.copy_and_resolve_references()
+    if images or masks:
+        folders = [images] if isinstance(images, str | Path) else list(images)
+        config.data.name = 'folder'
+        config.data.images = tuple(str(Path(path).absolute()) for path in folders)
+        config.data.masks = str(Path(masks).absolute())
+    elif named:
+        raise ConfigError('no images: give train(NAME, images=FOLDER, masks=FOLDER), or a config')
+    try:
+        config.update_from_flattened_dict(dict(changes or {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f'changes: {error}') from error
+    train_and_evaluate(config, str(workdir), **hooks)
+    return load(workdir)
