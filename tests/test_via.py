@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from PIL import Image
 
 from pspnet_jax.data import annotations, via
 from pspnet_jax.errors import ConfigError, DataError
+from tests.conftest import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZE = (20, 24)  # H, W
 
 # One drawing: shape, its numbers and its class, in order; the second covers part of the first.
@@ -427,16 +426,23 @@ def test_masks_never_replace_pictures(tmp_path, images):
     before = tree_of(images)
     assert 'the pictures themselves' in fault(via.write_masks, path, images, images)
     assert 'the pictures themselves' in fault(via.write_masks, path, images, images / 'x' / '..')
+    # The folder of pictures is in that of masks: theirs would be images/d.png.
     save_picture(images / 'images' / 'd.png')
-    (tmp_path / 'd.png').symlink_to(images / 'a.png')  # a link in the way is replaced, not followed
-    via.write_masks(path, images, tmp_path)
-    assert {name: data for name, data in tree_of(images).items() if name in before} == before
-    # Here the mask of images/images/images/e.png would be images/images/e.png.
-    save_picture(images / 'images' / 'e.png')
-    save_picture(images / 'images' / 'images' / 'e.png')
+    assert 'among the pictures' in fault(via.write_masks, path, images, tmp_path)
+    assert sorted(tree_of(images)) == ['a.png', 'b.png', 'c.png', 'images/d.png']
+    # A picture that is a link to where its mask would be.
+    (images / 'images' / 'd.png').unlink()
+    (images / 'masks').mkdir()
+    (images / 'a.png').rename(images / 'masks' / 'a.png')
+    (images / 'a.png').symlink_to(images / 'masks' / 'a.png')
     kept = tree_of(tmp_path)
-    assert 'replace a picture' in fault(via.write_masks, path, images / 'images', images)
+    assert 'among the pictures' in fault(via.write_masks, path, images, images / 'masks')
     assert tree_of(tmp_path) == kept
+    # Beside the pictures is no harm.
+    (images / 'a.png').unlink()
+    (images / 'masks' / 'a.png').rename(images / 'a.png')
+    via.write_masks(path, images, tmp_path)
+    assert tree_of(images) == before
 
 
 def test_what_can_not_be_written_is_one_line_and_leaves_nothing_aside(tmp_path, images):

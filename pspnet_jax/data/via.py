@@ -185,7 +185,7 @@ def write_masks(
             wrong, odd = check_shapes(shapes, sizes[path])
             faults += wrong
             notes += odd
-    faults = list(dict.fromkeys(faults + _check_targets(targets, out)))
+    faults = list(dict.fromkeys(faults + _check_targets(targets, root, out)))
     if faults:
         raise all_faults(annotations, faults)
     for path, shapes in matched.items():
@@ -193,15 +193,18 @@ def write_masks(
     return notes
 
 
-def _check_targets(targets: Mapping[Path, Path], out: Path) -> list[str]:
-    """Faults of masks that would share a file, replace a picture or lie outside of `out`."""
+def _check_targets(targets: Mapping[Path, Path], root: Path, out: Path) -> list[str]:
+    """Faults of masks that would share a file, lie among the pictures or outside of `out`."""
     faults, pictures, sources = [], {path.resolve() for path in targets}, defaultdict(list)
+    root, below = root.resolve(), out.resolve()
     for path, target in targets.items():
         sources[target].append(str(path))
-        if not target.parent.resolve().is_relative_to(out.resolve()):
+        folder = target.parent.resolve()
+        among = folder.is_relative_to(root) and not below.is_relative_to(root)
+        if not folder.is_relative_to(below):
             faults.append(f'{target.parent} leads out of {out}: remove the link')
-        elif target.parent.resolve() / target.name in pictures:
-            faults.append(f'the mask of {path} would replace a picture: give another folder')
+        elif among or folder / target.name in pictures:
+            faults.append(f'the mask of {path} would lie among the pictures: give another folder')
     for target, paths in sources.items():
         if len(paths) > 1:
             faults.append(f'{some(paths)} would share the mask {target}: rename one of them')
