@@ -1,0 +1,281 @@
+"""Regions given by their outlines: their masks, and what is wrong with them.
+
+Coordinates are x to the right and y down in pixels, (0, 0) is the upper left corner of the
+picture, and pixel (row r, column c) is in a region where its centre (c + 0.5, r + 0.5) is.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pspnet_jax.errors import DataError
+
+MAX_SIDE = 2**16  # of a picture, and twice that the largest coordinate
+MAX_PIXELS = 2**27
+MAX_WORK = 2**32  # visits to pixels for one picture's regions: under a minute
+MAX_PAIRS = 2**26  # of edges that are searched for crossings, a picture
+ONE = 2**13  # steps of the grid in a pixel: products of two differences stay below 2**62
+HALF = ONE // 2
+BAND = 2**22  # pixels that are filled at a time
+
+
+class Shape(NamedTuple):
+    """A 'polygon' or 'polyline' of points (N, 2) x y, or an 'ellipse' about points[0].
+
+    An ellipse's `radii` are along its own axes, the first of which is turned by `theta`
+    radians from x towards y. `where` names the region in messages.
+    """
+
+    kind: str
+    points: np.ndarray
+    label: int = 1
+    radii: tuple[float, float] = (0.0, 0.0)
+    theta: float = 0.0
+    where: str = 'region'
+
+
+def rasterize(
+    shapes: Sequence[Shape], size: tuple[int, int], *, line_width: float = 1.0
+) -> np.ndarray:
+    """H W uint8: the label of the last shape that a pixel's centre is in, else 0.
+
+    Polygons by the even-odd rule, exactly, their points taken to 1/8192 of a pixel: a centre
+    on an edge is inside if the region lies to its right, or below where the edge is level, so
+    neighbours never both own or both miss a pixel. Ellipses without their edge. A polyline is a
+    line `line_width` pixels wide with round ends and joints. Raises DataError for a size, or an
+    amount of shapes, that is out of all proportion.
+    """
+    H, W = size
+    if not (0 < H < MAX_SIDE and 0 < W < MAX_SIDE and H * W <= MAX_PIXELS):
+        raise DataError(f'a picture of {W} x {H} pixels is no size for a mask: cut it in pieces')
+    if fault := _out_of_proportion(shapes, size):
+        raise DataError(fault)
+    mask_HW = np.zeros((H, W), np.uint8)
+    for shape in shapes:
+        for part in _parts(shape, line_width):
+            for window, inside in _fill(part, size):
+                mask_HW[window][inside] = shape.label
+    return mask_HW
+
+
+def _parts(shape: Shape, line_width: float) -> Iterator[Shape]:
+    """What to fill: the shape itself; of a polyline, a rectangle a segment and a disc a point."""
+    if shape.kind != 'polyline':
+        yield shape
+        return
+    radius = line_width / 2
+    for point in shape.points:
+        yield Shape('ellipse', point[None], radii=(radius, radius))
+    for a, b in zip(shape.points[:-1], shape.points[1:], strict=True):
+        along = b - a
+        if length := math.hypot(*along):
+            side = np.array([-along[1], along[0]]) * (radius / length)
+            yield Shape('polygon', np.stack([a + side, b + side, b - side, a - side]))
+
+
+def _bounds(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest x y."""
+    if shape.kind == 'ellipse':
+        cos, sin = math.cos(shape.theta), math.sin(shape.theta)
+        rx, ry = shape.radii
+        reach = np.array([math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)])
+        return shape.points[0] - reach, shape.points[0] + reach
+    return shape.points.min(0), shape.points.max(0)
+
+
+def _box(shape: Shape, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """First row, row after the last, first column, column after the last within the picture."""
+    if not len(shape.points):
+        return 0, 0, 0, 0
+    (x0, y0), (x1, y1) = _bounds(shape)
+    H, W = size
+    top, left = max(0, math.floor(y0)), max(0, math.floor(x0))
+    return top, max(top, min(H, math.ceil(y1))), left, max(left, min(W, math.ceil(x1)))
+
+
+def _fill(shape: Shape, size: tuple[int, int]) -> Iterator[tuple[Any, np.ndarray]]:
+    """(window of the picture, where in it the shape is), a band of rows at a time."""
+    top, bottom, left, right = _box(shape, size)
+    if bottom == top or right == left:
+        return
+    step = max(1, BAND // (right - left))
+    for first in range(top, bottom, step):
+        rows, columns = slice(first, min(first + step, bottom)), slice(left, right)
+        inside = _in_ellipse if shape.kind == 'ellipse' else _in_polygon
+        yield (rows, columns), inside(shape, rows, columns)
+
+
+def _grid(points_N2: np.ndarray) -> np.ndarray:
+    return np.rint(points_N2 * ONE).astype(np.int64)
+
+
+def _in_polygon(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
+    """Where the number of edges to the left of, or at, a pixel's centre is odd.
+
+    Each edge toggles a row from the first centre that is not left of it. In integers: no
+    rounding decides, and an edge that two polygons share is the same for both.
+    """
+    start = _grid(shape.points)
+    end = np.roll(start, -1, axis=0)
+    down = (start[:, 1] < end[:, 1])[:, None]
+    (x0, y0), (x1, y1) = np.where(down, start, end).T, np.where(down, end, start).T
+    # An edge has the rows whose centre is in y0 <= y < y1, so of two that meet only one does.
+    first = np.clip(-((HALF - y0) // ONE), rows.start, rows.stop)
+    count = np.clip(-((HALF - y1) // ONE), rows.start, rows.stop) - first
+    kept = np.flatnonzero(count)
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    toggle = np.zeros(height * (width + 1), np.uint8)
+    for part in _batches(count[kept]):
+        edges = kept[part]
+        edge = np.repeat(edges, count[edges])
+        row = first[edge] + _ranks(count[edges])
+        steps = (row * ONE + HALF - y0[edge]) * (x1 - x0)[edge]
+        whole, rest = np.divmod(steps, (y1 - y0)[edge])
+        column = (x0[edge] + whole - HALF + ONE - 1 + (rest > 0)) // ONE
+        column = np.clip(column, columns.start, columns.stop) - columns.start
+        np.add.at(toggle, (row - rows.start) * (width + 1) + column, np.uint8(1))
+    toggle = toggle.reshape(height, width + 1)[:, :-1]
+    return (np.cumsum(toggle, axis=1, dtype=np.uint8) & 1).astype(bool)
+
+
+def _ranks(counts: np.ndarray) -> np.ndarray:
+    """0 .. n-1 for each n of counts, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _batches(counts: np.ndarray, most: int = 2**20) -> Iterator[slice]:
+    """Slices of `counts` with a sum of about `most`."""
+    batch = np.cumsum(counts) // most
+    ends = np.flatnonzero(np.diff(batch)) + 1
+    for first, last in zip([0, *ends], [*ends, len(counts)], strict=True):
+        if last > first:
+            yield slice(first, last)
+
+
+def _in_ellipse(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
+    (x, y), (rx, ry) = shape.points[0], shape.radii
+    dx = np.arange(columns.start, columns.stop) + 0.5 - x
+    dy = (np.arange(rows.start, rows.stop) + 0.5 - y)[:, None]
+    cos, sin = math.cos(shape.theta), math.sin(shape.theta)
+    u, v = dx * cos + dy * sin, dy * cos - dx * sin
+    # Without a division: integer centres and radii stay exact.
+    return (u * ry) ** 2 + (v * rx) ** 2 < (rx * ry) ** 2
+
+
+def _out_of_proportion(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
+    """A fault where a coordinate is, or filling would take minutes, as no drawing's does."""
+    H, W = size
+    work = 0
+    for shape in shapes:
+        if not len(shape.points):
+            continue
+        numbers = np.append(shape.points, [*shape.radii, shape.theta])
+        if not (np.abs(numbers) <= 2 * MAX_SIDE).all():  # as NaN is not
+            return f'{shape.where} has coordinates beyond {2 * MAX_SIDE} pixels: draw it again'
+        top, bottom, left, right = _box(shape, size)
+        area = (bottom - top) * (right - left) * (4 if shape.kind == 'ellipse' else 1)
+        parts = 1
+        if shape.kind != 'ellipse':
+            x, y = np.clip(shape.points, 0, (W, H)).T
+            dx, dy = np.abs(np.diff(x)), np.abs(np.diff(y))
+            if shape.kind == 'polyline':
+                area, parts = (dx * dy).sum(), 2 * len(x)
+            else:
+                area += 16 * dy.sum()  # rows of the edges
+        work += area + parts * 2**16
+    if work <= MAX_WORK:
+        return ''
+    return (
+        f'the {len(shapes)} regions of {shapes[0].where} and on cover {work / MAX_WORK:.0f} times '
+        'what is filled: remove those that are not meant'
+    )
+
+
+def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[str], list[str]]:
+    """(faults, notes) about the shapes of a picture of size H W.
+
+    Faults: too few points, no area (a slip of the hand would be a structure that the mask
+    lacks), nothing within the picture. Notes: clipped, crossing itself, no pixel's centre, an
+    open line.
+    """
+    faults, notes, pairs = [], [], MAX_PAIRS
+    if fault := _out_of_proportion(shapes, size):
+        return [fault], []
+    H, W = size
+    for shape in shapes:
+        least = {'polygon': 3, 'polyline': 2, 'ellipse': 1}[shape.kind]
+        if len(shape.points) < least:
+            faults.append(
+                f'{shape.where} has only {len(shape.points)} points, a {shape.kind} needs '
+                f'{least}: draw it again or delete it'
+            )
+            continue
+        if not _has_area(shape):
+            faults.append(f'{shape.where} has no area: draw it again or delete it')
+            continue
+        (x0, y0), (x1, y1) = _bounds(shape)
+        beyond = max(-x0, -y0, x1 - W, y1 - H)
+        small = (x1 - x0) * (y1 - y0) < 16
+        empty = (beyond > 0 or small) and not any(
+            inside.any() for part in _parts(shape, 1.0) for _, inside in _fill(part, size)
+        )
+        if empty and beyond > 0:
+            faults.append(
+                f'{shape.where} is outside the picture ({W} x {H} pixels; it spans x '
+                f'{x0:.1f} to {x1:.1f}, y {y0:.1f} to {y1:.1f}): is it of another picture or size?'
+            )
+            continue
+        if empty:
+            notes.append(f"{shape.where} is so small that no pixel's centre is in it")
+        if beyond >= 1:
+            notes.append(f'{shape.where} reaches {beyond:.1f} pixels out of the picture: clipped')
+        if shape.kind == 'polyline':
+            notes.append(f'{shape.where} is an open line: drawn as a line, not as an area')
+        if shape.kind == 'polygon':
+            crosses, used = _crosses_itself(_grid(shape.points), pairs)
+            pairs -= used
+            if crosses:
+                notes.append(f'{shape.where} crosses itself: what is enclosed twice is outside')
+    if pairs <= 0:
+        notes.append('not all outlines were searched for crossings: they have too many points')
+    return faults, notes
+
+
+def _has_area(shape: Shape) -> bool:
+    if shape.kind == 'ellipse':
+        return min(shape.radii) > 0
+    away = _grid(shape.points) - _grid(shape.points[:1])
+    if shape.kind == 'polyline':
+        return bool(away.any())
+    x, y = away[np.abs(away).sum(1).argmax()]
+    return bool((away[:, 0] * y != away[:, 1] * x).any())
+
+
+def _crosses_itself(points_N2: np.ndarray, most: int) -> tuple[bool, int]:
+    """Do two edges cross (to touch is not to cross), and how many pairs was that of?
+
+    Only edges that share rows are compared. With more than `most` pairs: not looked at.
+    """
+    start, end = points_N2, np.roll(points_N2, -1, axis=0)
+    low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
+    order = np.argsort(low, kind='stable')
+    start, end, low, high = start[order], end[order], low[order], high[order]
+    counts = np.maximum(np.searchsorted(low, high) - np.arange(1, len(low) + 1), 0)
+    if counts.sum() > most:
+        return False, most
+    for part in _batches(counts):
+        i = np.repeat(np.arange(part.start, part.stop), counts[part])
+        j = i + 1 + _ranks(counts[part])
+        apart = _side(start[i], end[i], start[j]) * _side(start[i], end[i], end[j]) < 0
+        i, j = i[apart], j[apart]
+        if (_side(start[j], end[j], start[i]) * _side(start[j], end[j], end[i]) < 0).any():
+            return True, int(counts.sum())
+    return False, int(counts.sum())
+
+
+def _side(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """1, 0, -1: on which side of the line from a to b is p?"""
+    ab, ap = b - a, p - a
+    return np.sign(ab[:, 0] * ap[:, 1] - ab[:, 1] * ap[:, 0])

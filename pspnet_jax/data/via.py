@@ -1,0 +1,267 @@
+"""Label masks from the regions that were drawn in an annotation tool.
+
+  python -m pspnet_jax.data.via --annotations=FILE --images=FOLDER --out=MASKS
+  python -m pspnet_jax.data.via --annotations=FILE --images=FOLDER --out=MASKS \
+      --classes=tumor=1,edema=2 --attribute=type
+
+FILE is of VGG Image Annotator 1 or 2 (JSON or CSV), COCO or labelme (also a folder of its
+files). MASKS/NAME.png holds class numbers, 0 is background; later regions cover earlier ones.
+"""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from pspnet_jax.data.annotations import (
+    Annotations,
+    all_faults,
+    count,
+    hidden,
+    listed,
+    read_annotations,
+    read_with_faults,
+    show,
+    some,
+)
+from pspnet_jax.data.outlines import MAX_PIXELS, MAX_SIDE, Shape, check_shapes, rasterize
+from pspnet_jax.errors import ConfigError, DataError
+
+__all__ = [
+    'Annotations',
+    'Shape',
+    'check_shapes',
+    'match_pictures',
+    'rasterize',
+    'read_annotations',
+    'write_masks',
+]
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def match_pictures(
+    annotations: Annotations, images: str | Path, *, leave_out: str | Path | None = None
+) -> tuple[dict[Path, list[Shape]], list[str], list[str]]:
+    """({path of every picture below `images`: its shapes}, faults, notes).
+
+    A name is a picture's where one of the two ways ends in the other: 'a.png' may be in a
+    sub-folder, and 'train/a.png' in a folder that is itself called train. A name with no
+    picture, or with several, is a fault; a picture without a name has no shapes, by a note.
+    What is below `leave_out` is not looked at. Raises DataError where there is no picture.
+    """
+    root = Path(images).expanduser()
+    pictures = _find_pictures(root, leave_out)
+    same_name = defaultdict(list)
+    for way in pictures:
+        same_name[_last(way)].append(way)
+    owner, missing, faults, notes = {}, [], [], []
+    for name in annotations.shapes:
+        ways = [name]
+        if name not in pictures:
+            ways = [
+                way
+                for way in same_name.get(_last(name), ())
+                if f'/{way}'.endswith(f'/{name}') or f'/{name}'.endswith(f'/{way}')
+            ]
+        if not ways:
+            missing.append(show(name))
+        elif len(ways) > 1:
+            told = some([show(way) for way in ways])
+            faults.append(f'{show(name)} can be {told}: name the folder too')
+        elif owner.setdefault(ways[0], name) != name:
+            faults.append(
+                f'{show(ways[0])} is named as {show(owner[ways[0]])} and as {show(name)}: keep one'
+            )
+    if missing:
+        faults.append(
+            f'{root} lacks {count(len(missing), "picture")} of the annotations: '
+            f'{some(missing, 50)}; add them there, or take them out of the annotations'
+        )
+    unnamed = [show(way) for way in pictures if way not in owner]
+    if unnamed and not faults:
+        notes.append(
+            f'not in the annotations, so all background: {some(unnamed)}; move them away if they '
+            'were only not looked at'
+        )
+    empty = [show(way) for way, name in owner.items() if not annotations.shapes[name]]
+    if empty:
+        notes.append(f'without a region, so all background: {some(empty)}')
+    matched = {
+        path: annotations.shapes[owner[way]] if way in owner else []
+        for way, path in pictures.items()
+    }
+    for way, name in owner.items():
+        if told := annotations.sizes.get(name):
+            with listed(faults):
+                size = picture_size(pictures[way])
+                if size != told:
+                    faults.append(
+                        f'{show(way)} is {size[1]} x {size[0]} pixels, the annotations are of '
+                        f'{told[1]} x {told[0]}: take the picture that was annotated'
+                    )
+    return matched, faults, notes
+
+
+def _last(way: str) -> str:
+    return way.rpartition('/')[2]
+
+
+def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
+    """{way below the folder: path} of every picture, in order."""
+    if not os.path.isdir(root):
+        raise DataError(f'{root} is not a folder: give the one that holds the pictures')
+    outer, inner = root.resolve(), leave_out and Path(leave_out).expanduser().resolve()
+    masks = inner and inner.is_relative_to(outer) and root / inner.relative_to(outer)
+    found = {
+        unicodedata.normalize('NFC', path.relative_to(root).as_posix()): path
+        for path in sorted(root.rglob('*'))
+        if path.suffix.lower() in SUFFIXES
+        and not hidden(path, root)
+        and not (masks and path.is_relative_to(masks))
+        and path.is_file()
+    }
+    if not found:
+        raise DataError(f'{root} holds no picture: the endings known are {", ".join(SUFFIXES)}')
+    return found
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(H, W) from the picture's header. Raises DataError, also for one that is shown turned."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            # Pillow decodes a PNG to look for a tag behind the pixels: not here.
+            tags = 'exif' in picture.info or picture.format != 'PNG'
+            turned = tags and picture.getexif().get(ORIENTATION, 1) not in (0, 1)
+    except Exception as error:  # Pillow's parsers raise whatever a damaged header leads to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f'{path} is not a readable picture ({reason}): copy it again') from error
+    if not (height < MAX_SIDE and width < MAX_SIDE and height * width <= MAX_PIXELS):
+        raise DataError(f'{path} is {width} x {height} pixels, too large: cut it in pieces')
+    if turned:
+        raise DataError(
+            f'{path} is stored turned (EXIF orientation), which tools show upright: save it '
+            'upright without the tag, and see that the regions fit'
+        )
+    return height, width
+
+
+def write_masks(
+    annotations: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    classes: Mapping[str, int] | None = None,
+    attribute: str = '',
+    line_width: float = 1.0,
+) -> list[str]:
+    """OUT/NAME.png, 8-bit class numbers, for every picture below `images`; returns the notes.
+
+    A picture in a sub-folder has its mask in that of `out`. Every fault is in one DataError, and
+    then nothing is written; each mask is written aside and renamed.
+    """
+    if not 0 < line_width <= 1000:
+        raise ConfigError(f'line width {line_width}: it must be above 0 and up to 1000 pixels')
+    root, out = Path(images).expanduser(), Path(out).expanduser()
+    if out.resolve() == root.resolve():
+        raise DataError(f'{out} holds the pictures themselves: give another folder for the masks')
+    read, faults = read_with_faults(annotations, classes, attribute)
+    matched, wrong, notes = match_pictures(read, root, leave_out=out)
+    faults += wrong
+    notes = read.notes + notes
+    targets = {path: out / path.relative_to(root).with_suffix('.png') for path in matched}
+    sizes = {}
+    for path, shapes in matched.items():
+        with listed(faults):
+            sizes[path] = picture_size(path)
+            wrong, odd = check_shapes(shapes, sizes[path])
+            faults += wrong
+            notes += odd
+    faults = list(dict.fromkeys(faults + _check_targets(targets, root, out)))
+    if faults:
+        raise all_faults(annotations, faults)
+    for path, shapes in matched.items():
+        _write(targets[path], rasterize(shapes, sizes[path], line_width=line_width))
+    return notes
+
+
+def _check_targets(targets: Mapping[Path, Path], root: Path, out: Path) -> list[str]:
+    """Faults of masks that would share a file, lie among the pictures or outside of `out`."""
+    faults, pictures, sources = [], {path.resolve() for path in targets}, defaultdict(list)
+    root, below = root.resolve(), out.resolve()
+    for path, target in targets.items():
+        sources[target].append(str(path))
+        folder = target.parent.resolve()
+        among = folder.is_relative_to(root) and not below.is_relative_to(root)
+        if not folder.is_relative_to(below):
+            faults.append(f'{target.parent} leads out of {out}: remove the link')
+        elif among or folder / target.name in pictures:
+            faults.append(f'the mask of {path} would lie among the pictures: give another folder')
+    for target, paths in sources.items():
+        if len(paths) > 1:
+            faults.append(f'{some(paths)} would share the mask {target}: rename one of them')
+    return faults
+
+
+def _write(path: Path, mask_HW: np.ndarray) -> None:
+    aside = path.with_name(f'.{path.name}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)  # it may be a link: 'x' follows none
+        try:
+            with aside.open('xb') as file:
+                Image.fromarray(mask_HW).save(file, 'png')
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f'{path} can not be written ({reason}): make room for it') from error
+
+
+def parse_classes(text: str) -> dict[str, int]:
+    """'tumor=1,edema=2' as a dict. Raises ConfigError."""
+    classes = {}
+    for item in filter(None, text.split(',')):
+        name, _, number = item.rpartition('=')
+        name = name.strip()
+        if not name or not re.fullmatch(r'\s*[0-9]{1,3}\s*', number):
+            raise ConfigError(f'--classes has {item!r}: write NAME=NUMBER,NAME=NUMBER')
+        if name in classes:
+            raise ConfigError(f'--classes has {name!r} twice: give it one number')
+        classes[name] = int(number)
+    return classes
+
+
+def main() -> None:
+    options = flags.FLAGS
+    notes = write_masks(
+        options.annotations,
+        options.images,
+        options.out,
+        classes=parse_classes(options.classes),
+        attribute=options.attribute,
+        line_width=options.line_width,
+    )
+    print('\n'.join(notes))
+    print(f'masks are in {options.out}')
+
+
+if __name__ == '__main__':
+    from pspnet_jax import cli
+
+    flags.DEFINE_string('annotations', None, 'file of VIA, COCO or labelme', required=True)
+    flags.DEFINE_string('images', None, 'folder of the pictures', required=True)
+    flags.DEFINE_string('out', None, 'folder for the masks', required=True)
+    flags.DEFINE_string('classes', '', 'NAME=NUMBER,...; empty: numbered in sorted order')
+    flags.DEFINE_string('attribute', '', 'that tells the classes apart, where regions have several')
+    flags.DEFINE_float('line_width', 1.0, 'pixels, of polylines whose ends do not meet')
+    cli.run(main)
