@@ -29,6 +29,7 @@ class Model:
     """A trained network with what it needs to know of images; made by `load` and `train`."""
 
     predictor: predict.Predictor
+    workdir: str | Path | Sequence[str | Path]
 
     @property
     def config(self) -> ConfigDict:
@@ -94,7 +95,7 @@ def load(
     `checkpoint` is 'best', 'last' or a step. `options` are those of the config's `predict`
     section: flip=True, threshold=0.4, window=512 and on. Raises CheckpointError, ConfigError.
     """
-    return Model(predict.load(workdir, checkpoint, options))
+    return Model(predict.load(workdir, checkpoint, options), workdir)
 
 
 def train(

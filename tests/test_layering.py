@@ -58,7 +58,14 @@ ALLOWED = {
     'compilation': set(),
     'cli': {'compilation', 'config', 'errors'},
 }
-COMMANDS = {'main', 'train', 'evaluate', 'predict', 'data.check'}  # these bring the others together
+COMMANDS = {
+    'main',
+    'train',
+    'evaluate',
+    'predict',
+    'api',
+    'data.check',
+}  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))
 
 

@@ -1,0 +1,96 @@
+"""The calls for scripts: what the commands give, without the commands."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pspnet_jax
+from pspnet_jax import predict
+from pspnet_jax.errors import ConfigError
+
+TINY = {
+    'model.width': 4,
+    'model.backbone': 'resnet18',
+    'train.batch_size': 2,
+    'train.steps': 2,
+    'train.validate_every': 2,
+    'optim.warmup_steps': 1,
+    'eval.bootstrap': 50,
+    'eval.batch_size': 2,
+    'data.test_fraction': 0.25,
+    'data.size': (32, 32),
+}
+
+
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    """A folder of ten pictures of two sizes and their masks."""
+    root, rng = tmp_path_factory.mktemp('own'), np.random.default_rng(0)
+    for kind in ('images', 'masks'):
+        (root / kind).mkdir()
+    for n in range(10):
+        image = rng.integers(0, 120, (40, 48 + 4 * (n % 2), 3), np.uint8)
+        mask = np.zeros(image.shape[:2], np.uint8)
+        mask[10 + n : 25 + n, 8:30] = 255
+        image[mask > 0] += 100
+        Image.fromarray(image).save(root / 'images' / f'p{n}.png')
+        Image.fromarray(mask).save(root / 'masks' / f'p{n}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def model(own, tmp_path_factory):
+    return pspnet_jax.train(
+        'pspnet', images=own / 'images', masks=own / 'masks',
+        workdir=tmp_path_factory.mktemp('run'), changes=TINY,
+    )  # fmt: skip
+
+
+def test_a_picture_gets_the_mask_that_the_command_writes(own, model, tmp_path):
+    path = own / 'images' / 'p1.png'
+    mask = model.predict(path)
+    assert mask.shape == (40, 52)
+    np.testing.assert_array_equal(mask, model.predict(np.array(Image.open(path))))
+    prob = model.predict_probabilities(path)
+    assert prob.shape == (40, 52, 2)
+    np.testing.assert_allclose(prob.sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(mask, prob.argmax(-1))
+
+
+def test_a_volume_is_its_slices_with_one_scale(model, rng):
+    volume = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
+    labels = model.predict_volume(volume)
+    assert labels.shape == (3, 32, 32)
+    np.testing.assert_array_equal(labels, predict.predict_array(model.predictor, volume)[0])
+
+
+def test_evaluation_of_folders_is_a_row_a_picture(own, model):
+    figures = model.evaluate(own / 'images', own / 'masks')
+    assert [row['patient'] for row in figures['patients']] == [f'p{n}' for n in range(10)]
+    mask = model.predict(own / 'images' / 'p3.png')
+    truth = np.array(Image.open(own / 'masks' / 'p3.png')) > 0
+    both, total = (mask.astype(bool) & truth).sum(), mask.sum(dtype=int) + truth.sum()
+    assert figures['patients'][3]['dice'] == pytest.approx(2 * both / total)
+
+
+def test_a_run_is_loaded_with_other_options_of_prediction(model, own):
+    again = pspnet_jax.load(model.workdir, threshold=1.0)
+    assert not again.predict(own / 'images' / 'p1.png').any()
+    with pytest.raises(ConfigError, match=r'predict\.flop is not a key'):
+        pspnet_jax.load(model.workdir, flop=True)
+
+
+def test_what_is_missing_or_unknown_is_said(own):
+    with pytest.raises(ConfigError, match='no images: give'):
+        pspnet_jax.train('unet')
+    with pytest.raises(ConfigError, match='changes'):
+        pspnet_jax.train('unet', images=own / 'images', masks=own / 'masks',
+                         changes={'train.stepz': 3})  # fmt: skip
+
+
+def test_the_module_train_is_also_the_call():
+    from pspnet_jax.train import train_step
+
+    assert callable(pspnet_jax.train)
+    assert pspnet_jax.train.train_step is train_step
+    assert pspnet_jax.load.__module__ == 'pspnet_jax.api'
