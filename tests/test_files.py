@@ -723,6 +723,7 @@ HOSTILE = {
     'text.png': (b'no picture', 'not a readable picture'),
     'bomb.png': (png_of(60_000, 60_000), 'exceeds limit'),
     'cut.png': (png_of(600, 600), 'not a readable picture'),
+    'short.png': (png_of(12_000, 12_000), 'too short for its 1 x 12000 x 12000'),
     'script.tif': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'not a readable'),
     'pages.tif': (many_pages(100), 'not a readable picture'),
     'empty.npy': (b'', 'not a readable array'),
@@ -819,7 +820,7 @@ def test_whatever_is_wrong_is_a_data_error(tmp_path):
         files.read(path)
         good = path.read_bytes()
         bad = tmp_path / path.name
-        for turn in range(160):
+        for turn in range(80):
             data = bytearray(good)
             if turn % 4 == 0:
                 del data[rng.integers(len(data)) :]
@@ -834,7 +835,7 @@ def test_whatever_is_wrong_is_a_data_error(tmp_path):
                     function(bad)
                 except DataError as error:
                     messages.append(str(error))
-    assert total > 300 * len(FLAT)
+    assert total > 150 * len(FLAT)
     assert 0.2 < len(messages) / total < 0.95  # neither everything nor nothing
     assert not any('\n' in message for message in messages)
 
