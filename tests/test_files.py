@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import itertools
 import os
 import resource
@@ -710,6 +711,13 @@ def png_of(width, height):
     return b'\x89PNG\r\n\x1a\n' + chunks
 
 
+def gif_bytes():
+    """PIL knows some forty formats; ours are the four that are asked of it."""
+    file = io.BytesIO()
+    Image.fromarray(GREY).save(file, 'gif')
+    return file.getvalue()
+
+
 def many_pages(count):
     """Pages of 18 bytes, each only saying where the next is."""
     pages = b''.join(
@@ -725,6 +733,7 @@ HOSTILE = {
     'cut.png': (png_of(600, 600), 'not a readable picture'),
     'short.png': (png_of(12_000, 12_000), 'too short for its 1 x 12000 x 12000'),
     'script.tif': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'not a readable'),
+    'other.png': (gif_bytes(), 'not a readable picture'),
     'pages.tif': (many_pages(100), 'not a readable picture'),
     'empty.npy': (b'', 'not a readable array'),
     'vast.npy': (npy_bytes((2**20, 2**20, 2**10)), 'not a readable array'),

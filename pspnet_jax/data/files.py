@@ -42,7 +42,7 @@ PICTURE_RATIO = 4096  # and, roughly, what any compression of a picture can
 SMALL = 2**26  # bytes that are not worth a question
 
 PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF')  # PIL knows others, some of which start programs
-PIP = {'nibabel': 'nibabel>=5.3', 'pydicom': 'pydicom>=3.0'}
+PIP = {'nibabel': 'nibabel>=5.4,<6', 'pydicom': 'pydicom>=3.0,<4'}
 # The directions in which slices, rows and columns go, by the axis that is sliced.
 VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
