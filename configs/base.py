@@ -17,6 +17,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.model = model = ConfigDict()
     model.name = 'pspnet'  # README: every network and alias
     model.num_classes = 2  # background included
+    model.class_names = ()  # of all classes, for legends; (): 'class 1' ...
     model.width = 64  # base channels; the networks' own is 64
     model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
     model.pretrained = ''  # weights of the backbone: a file, or hf:REPO[/FILE]
@@ -40,10 +41,22 @@ def get_config(arg: str = '') -> ConfigDict:
     model.variant = 'paper'  # of deeplab_v3 and v3plus: 'torchvision' and 'smp', their own
 
     config.data = data = ConfigDict()
-    data.name = 'phantom'  # phantom, lgg
+    data.name = 'phantom'  # folder, lgg, phantom
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
+    data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths
+    data.masks = 'masks'  # of 'folder': its masks, or a file of annotations (VIA, COCO, labelme)
+    data.attribute = ''  # of annotations: the one that names the class, where there are several
+    data.mask_format = 'auto'  # 'index', 'binary', 'color'; 'auto': found out and said
+    data.mask_colors = ()  # of the classes in turn, '#rrggbb', background first
+    data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient
+    data.size = ()  # height, width that slices are resized to; (): their own, all the same
     data.normalize = placeholder(str)  # None: 'weights' with pretrained ones, else 'volume'
+    data.split = 'holdout'  # or 'kfold', 'site': the patients of one fold or site are tested
+    data.folds = 5  # of 'kfold'; python -m experiments.crossval runs them all
+    data.fold = 0  # which one is tested
+    data.site = ''  # which one is tested, of 'site'
+    data.split_file = ''  # in place of these: a run's splits.json
     data.test_fraction = 0.15  # of patients, where the data has no public hold-out
     data.validation_fraction = 0.1  # of the other patients, site by site
     data.split_seed = 0
@@ -58,9 +71,10 @@ def get_config(arg: str = '') -> ConfigDict:
     phantom.size = 128  # pixels a side
     phantom.seed = 0
 
-    config.augment = augment = ConfigDict()
+    config.augment = augment = ConfigDict()  # 'light' of configs/augmentations.py
     augment.crop = 0  # pixels a side; 0: the whole slice
     augment.flip = 0.5  # probability, left-right
+    augment.flip_vertical = 0.0  # probability, upside-down
     augment.scale = 0.1  # zoom by 1/1.1 .. 1.1
     augment.rotate = 15.0  # +- degrees
     augment.elastic = 0.0  # standard deviation of the deformation, pixels
@@ -76,19 +90,29 @@ def get_config(arg: str = '') -> ConfigDict:
     loss.ignore_label = 255
 
     config.optim = optim = ConfigDict()
-    optim.name = 'adamw'  # or 'sgd'
+    optim.name = 'adamw'  # adamw, adam, adamax, sgd, rmsprop, adagrad, adadelta (rate near 1)
     optim.learning_rate = 1e-4  # of the backbone
     optim.new_layer_factor = 10.0  # pyramid and heads learn faster (semseg)
     optim.schedule = 'poly'  # poly, cosine, constant
     optim.power = 0.9  # of poly
     optim.warmup_steps = 50
     optim.momentum = 0.9  # of sgd, and Adam's b1
-    optim.beta2 = 0.999
+    optim.beta2 = 0.999  # of the Adams
+    optim.rho = 0.9  # of rmsprop and adadelta: their average of squares
     optim.weight_decay = 1e-4
     optim.decay_exclude = ('bias', 'scale')  # parameter names that are not decayed
     optim.clip_norm = 1.0  # 0: no clipping
 
+    config.distill = distill = ConfigDict()
+    distill.teacher = ''  # a run's workdir, or WORKDIR@last, WORKDIR@STEP; '': none
+    distill.loss = 'kl'  # 'kl', 'l1', 'l2': of the teacher's probabilities
+    distill.weight = 1.0  # of that loss in the sum; loss.* at 0: the teacher alone
+    distill.temperature = 1.0  # of 'kl'; 2 to 4 soften a teacher that is sure
+    distill.pairwise = 0.0  # weight of the affinities between cells (Liu 2019 has 10)
+    distill.nodes = 8  # cells a side between which these are, of the backbone's last map
+
     config.train = train = ConfigDict()
+    train.init_from = ''  # weights of another run: WORKDIR (its best), WORKDIR@last, WORKDIR@STEP
     train.batch_size = 16  # over all devices
     train.accumulate = 1  # micro-batches a step
     train.remat = 'pointwise'  # computed again for the gradient: all but convolutions, or 'none'
@@ -111,8 +135,17 @@ def get_config(arg: str = '') -> ConfigDict:
     crf.bilateral_sigma = 49.0  # pixels
     crf.color_sigma = 0.3  # of the normalised image
 
+    config.predict = predict = ConfigDict()  # of evaluation and prediction, not validation
+    predict.window = 0  # pixels a side of the tiles that the network sees; 0: whole images
+    predict.overlap = 0.5  # of neighbouring tiles, share of the window
+    predict.scales = (1.0,)  # at which images are seen, the mean is taken: (0.75, 1.0, 1.25)
+    predict.flip = False  # mean with the left-right mirror image
+    predict.threshold = placeholder(float)  # None: the likeliest class; of class 1, if 2 in all
+    predict.largest_component = False  # of each class, nothing else is kept
+    predict.min_size = 0  # pixels or voxels of a component, smaller ones go
+
     config.eval = evaluation = ConfigDict()
-    evaluation.batch_size = 16
+    evaluation.batch_size = 16  # slices, or tiles with predict.window
     evaluation.spacing = (1.0, 1.0, 1.0)  # slice, row, column step; the unit of HD95
     evaluation.bootstrap = 10_000  # resamples of the patients for the interval
     evaluation.checkpoint = 'best'  # 'best' by validation Dice, or 'last'

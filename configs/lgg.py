@@ -10,15 +10,18 @@
 | vgg_pspnet       | dilated VGG16 at output stride 8, full-resolution output      |
 | vgg_pspnet_blog  | image-segmentation-keras' geometry: stride 32, quarter output |
 | fcn8s, unet, ... | every other name of model.name, on its own backbone           |
+| NETWORK,strong   | the same, augmented by a recipe of configs/augmentations.py   |
 """
 
-from configs import base
+from configs import augmentations, base
 
 
 def get_config(arg: str = ''):
     config = base.get_config()
     config.data.name = 'lgg'
     config.data.normalize = 'volume'  # z-scores (Buda 2019): intensities of MRI have no unit
+    arg, recipe = augmentations.split_recipe(arg)
+    config.augment.update(recipe)
     arg = arg or 'pspnet_resnet50'
     if arg.startswith('pspnet_resnet'):
         config.model.name, config.model.backbone = arg.split('_')

@@ -5,10 +5,11 @@
 
 Half-width networks from random weights: PSPNet on a ResNet-18, or the network that the
 argument names, on a ResNet-18 too where its own backbone is a deeper one, on VGG16 with
-BatchNorm where it is VGG16, which does not start from random weights without.
+BatchNorm where it is VGG16, which does not start from random weights without. Behind a comma
+the argument may name a recipe of configs/augmentations.py: `:,strong`, `:fcn8s,none`.
 """
 
-from configs import base
+from configs import augmentations, base
 
 SHALLOW = ('pspnet', 'fcn', 'deeplab_v2', 'deeplab_v3', 'deeplab_v3plus', 'refinenet')
 COARSE = ('fcn32s', 'fcn16s', 'vgg_pspnet_blog')  # 4 x 4 cells of 32 pixels outline nothing
@@ -17,6 +18,8 @@ VGG = ('fcn32s', 'fcn16s', 'fcn8s', 'dilated', 'deeplab_v1')
 
 def get_config(arg: str = ''):
     config = base.get_config()
+    arg, recipe = augmentations.split_recipe(arg)
+    config.augment.update(recipe)
     config.model.name = arg or 'pspnet'
     if config.model.name in SHALLOW:
         config.model.backbone = 'resnet18'

@@ -26,7 +26,9 @@ from pspnet_jax.train import train_and_evaluate
 CONFIG = config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
 WORKDIR = flags.DEFINE_string('workdir', None, 'checkpoints, metrics, evaluation', required=True)
 RESULTS = flags.DEFINE_string('results', None, 'the .jsonl that gets the line', required=True)
-LOCAL_PATHS = ('data.source', 'data.root', 'model.pretrained')  # this machine's business
+LOCAL_PATHS = (  # this machine's business
+    'data.source', 'data.root', 'model.pretrained', 'train.init_from', 'distill.teacher',
+)  # fmt: skip
 
 
 def overrides(argv: list[str]) -> dict[str, str]:

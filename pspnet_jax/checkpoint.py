@@ -7,6 +7,7 @@ metadata holds a sha256 of each part, and a step that doesn't match is passed ov
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from pspnet_jax.errors import CheckpointError
 
 FOLDER = 'checkpoints'
+NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of the network
 
 
 def open_writer(workdir: str | Path) -> ocp.training.Checkpointer:
@@ -176,6 +178,12 @@ def choose(workdir: str | Path, which: str = 'best') -> int:
     return int(which)
 
 
+def locate(where: str) -> tuple[str, str]:
+    """(workdir, which) for `choose` of 'WORKDIR', 'WORKDIR@last', 'WORKDIR@260'; 'best' without."""
+    workdir, which = re.fullmatch(r'(.+?)(?:@(best|last|\d+))?', where, re.DOTALL).groups()
+    return workdir, which or 'best'
+
+
 def _load(workdir, step, abstract, meta) -> dict[str, Any]:
     path = Path(workdir).absolute() / FOLDER / str(step)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -198,15 +206,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _check_same_model(workdir, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise CheckpointError naming each `model` key in which two configs differ."""
+def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """'model.width is 32 there, 64 here' ... of two configs, for what the network is made of."""
     old, new = there['model'], here['model']
-    differing = [
+    return [
         f'model.{key} is {old.get(key)!r} there, {new.get(key)!r} here'
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != 'pretrained'
+        if old.get(key) != new.get(key) and key not in NO_PART
     ]
-    if differing:
+
+
+def _check_same_model(workdir, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise CheckpointError naming each `model` key in which two configs differ."""
+    if differing := model_differences(there, here):
         raise CheckpointError(
             f'{workdir} holds checkpoints of another model ({"; ".join(differing)}): '
             'use another workdir, or the config that it was trained with'

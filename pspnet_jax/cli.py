@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -33,6 +33,30 @@ def run(main: Callable[[], None]) -> None:
             _fail(error)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def define_prediction_flags() -> None:
+    """The config's `predict` section as flags; what is not given stays as the config has it."""
+    flags.DEFINE_integer('window', None, 'pixels a side of the tiles the network sees; 0: images')
+    flags.DEFINE_float('overlap', None, 'of neighbouring tiles, share of the window')
+    flags.DEFINE_list('scales', None, 'mean over these sizes of the image: 0.75,1.0,1.25')
+    flags.DEFINE_bool('flip', None, 'mean with the left-right mirror image')
+    flags.DEFINE_float('threshold', None, 'of the probability of class 1, where there are two')
+    flags.DEFINE_bool('largest_component', None, 'keep the largest component of each class')
+    flags.DEFINE_integer('min_size', None, 'pixels or voxels of a component that is kept')
+
+
+def prediction_changes() -> dict[str, Any]:
+    """Those of the flags that were given, as values of the config. Raises ConfigError."""
+    knobs = [key.removeprefix('predict.') for key in RULES if key.startswith('predict.')]
+    given = {knob: flags.FLAGS[knob].value for knob in knobs}
+    given = {knob: value for knob, value in given.items() if value is not None}
+    if 'scales' in given:
+        try:
+            given['scales'] = tuple(map(float, given['scales']))
+        except ValueError as error:
+            raise ConfigError(f'--scales={",".join(given["scales"])}: {error}') from error
+    return given
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -26,6 +26,10 @@ def _is_number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
+def _is_size(x) -> bool:
+    return _is_int(x) and x >= 16
+
+
 def _integer(low: int, high: float = float('inf')) -> Rule:
     return (lambda x: _is_int(x) and low <= x <= high), f'a whole number {_range(low, high)}'
 
@@ -68,6 +72,7 @@ RULES: dict[str, Rule] = {
         lambda x: _is_int(x) and 2 <= x <= 255,
         'a whole number from 2 to 255: background is a class too, one structure needs 2',
     ),
+    'model.class_names': _all(_TEXT),
     'model.width': _integer(4),
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.pretrained': _TEXT,
@@ -88,10 +93,25 @@ RULES: dict[str, Rule] = {
     'model.scales': _all(_POSITIVE, least=1),
     'model.batch_norm': _BOOL,
     'model.variant': _one_of('paper', 'torchvision', 'smp'),
-    'data.name': _one_of('lgg', 'phantom'),
+    'data.name': _one_of('folder', 'lgg', 'phantom'),
     'data.source': _TEXT,
     'data.root': _TEXT,
+    'data.images': _all(_TEXT, least=1),
+    'data.masks': _TEXT,
+    'data.attribute': _TEXT,
+    'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
+    'data.mask_colors': _all(_TEXT),
+    'data.group': _TEXT,
+    'data.size': (
+        lambda x: isinstance(x, tuple) and (x == () or (len(x) == 2 and all(map(_is_size, x)))),
+        '(), or a tuple of height and width of at least 16',
+    ),
     'data.normalize': _or_none(_one_of('volume', 'weights')),
+    'data.split': _one_of('holdout', 'kfold', 'site'),
+    'data.folds': _integer(2),
+    'data.fold': _integer(0),
+    'data.site': _TEXT,
+    'data.split_file': _TEXT,
     'data.test_fraction': _number(0, 0.9),
     'data.validation_fraction': _number(0, 0.9),
     'data.split_seed': _integer(0),
@@ -105,6 +125,7 @@ RULES: dict[str, Rule] = {
     'phantom.seed': _integer(0),
     'augment.crop': _integer(0),
     'augment.flip': _number(0, 1),
+    'augment.flip_vertical': _number(0, 1),
     'augment.scale': _number(0),
     'augment.rotate': _number(0, 180),
     'augment.elastic': _number(0),
@@ -116,7 +137,7 @@ RULES: dict[str, Rule] = {
     'loss.aux': _number(0),
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
-    'optim.name': _one_of('adamw', 'sgd'),
+    'optim.name': _one_of('adamw', 'adam', 'adamax', 'sgd', 'rmsprop', 'adagrad', 'adadelta'),
     'optim.learning_rate': _POSITIVE,
     'optim.new_layer_factor': _POSITIVE,
     'optim.schedule': _one_of('poly', 'cosine', 'constant'),
@@ -124,9 +145,17 @@ RULES: dict[str, Rule] = {
     'optim.warmup_steps': _integer(0),
     'optim.momentum': _number(0, 1),
     'optim.beta2': _number(0, 1),
+    'optim.rho': _number(0, 1),
     'optim.weight_decay': _number(0),
     'optim.decay_exclude': _all(_TEXT),
     'optim.clip_norm': _number(0),
+    'distill.teacher': _TEXT,
+    'distill.loss': _one_of('kl', 'l1', 'l2'),
+    'distill.weight': _number(0),
+    'distill.temperature': _POSITIVE,
+    'distill.pairwise': _number(0),
+    'distill.nodes': _integer(2, 32),
+    'train.init_from': _TEXT,
     'train.batch_size': _integer(1),
     'train.accumulate': _integer(1),
     'train.remat': _one_of('none', 'pointwise'),
@@ -146,6 +175,13 @@ RULES: dict[str, Rule] = {
     'crf.bilateral_weight': _number(0),
     'crf.bilateral_sigma': _POSITIVE,
     'crf.color_sigma': _POSITIVE,
+    'predict.window': _integer(0),
+    'predict.overlap': _number(0, 0.9),
+    'predict.scales': _all(_POSITIVE, least=1),
+    'predict.flip': _BOOL,
+    'predict.threshold': _or_none(_number(0, 1)),
+    'predict.largest_component': _BOOL,
+    'predict.min_size': _integer(0),
     'eval.batch_size': _integer(1),
     'eval.spacing': _all(_POSITIVE, length=3),
     'eval.bootstrap': _integer(1),
@@ -173,14 +209,36 @@ def validate(config: ConfigDict) -> None:
 
 def _contradictions(config: ConfigDict):
     """Values that are each allowed but not together."""
-    model, loss, train = config.model, config.loss, config.train
-    if not loss.cross_entropy and not loss.dice:
+    model, loss, train, distill = config.model, config.loss, config.train, config.distill
+    taught = bool(distill.teacher and (distill.weight or distill.pairwise))
+    if not loss.cross_entropy and not loss.dice and not taught:
         yield 'loss.cross_entropy and loss.dice are both 0: give one a weight'
+    if distill.teacher and not taught:
+        yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
+    if train.init_from and model.pretrained:
+        yield 'train.init_from and model.pretrained both give the first weights: set one'
     if loss.class_weights and len(loss.class_weights) != model.num_classes:
         yield (
             f'loss.class_weights has {len(loss.class_weights)} values: '
             f'it must have one for each of {model.num_classes} classes'
         )
+    if model.class_names and len(model.class_names) != model.num_classes:
+        yield (
+            f'model.class_names has {len(model.class_names)} values: '
+            f'it must have one for each of {model.num_classes} classes, background first'
+        )
+    if config.predict.window and config.data.size:
+        yield (
+            'predict.window takes tiles of images at their own size, data.size resizes them: '
+            'set one to 0 or ()'
+        )
+    if config.predict.threshold is not None and model.num_classes > 2:
+        yield (
+            f'predict.threshold is for two classes, the model has {model.num_classes}: '
+            'leave it as None, the likeliest class is taken'
+        )
+    if config.data.fold >= config.data.folds:
+        yield f'data.fold is {config.data.fold}: it must be below data.folds, {config.data.folds}'
     if config.data.cache == 'device' and config.parallel == 'pmap':
         yield "data.cache 'device' is for parallel 'jit', not 'pmap': change one"
     try:
@@ -211,19 +269,40 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with what it lacks of `defaults`."""
+    given = {
+        key: _filled(value, defaults[key]) if isinstance(defaults.get(key), dict) else value
+        for key, value in tree.items()
+    }
+    return {**defaults, **given}
+
+
+def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """The config with other values in its `predict` section, validated and locked."""
+    changed = to_dict(config)
+    changed['predict'].update(changes)
+    return from_dict(changed)
+
+
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Plain values that JSON takes (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
-    """The config that `to_dict` wrote, validated and locked."""
+    """The config that `to_dict` wrote, validated and locked.
+
+    A knob that is newer than the config has configs/base.py's default, which is always what
+    was done before there was the knob.
+    """
+    from configs import base  # only here: configs stand above the package
 
     def tuples(value):
         if isinstance(value, Mapping):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    config = ConfigDict(tuples(tree))
+    config = ConfigDict(tuples(_filled(tree, base.get_config().to_dict())))
     validate(config)
     return config.lock()

@@ -11,8 +11,9 @@ beside the baseline that calls everything background.
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from pspnet_jax import checkpoint, cli, infer, metrics, models, visualize
-from pspnet_jax.config import from_dict, to_dict
-from pspnet_jax.data import lgg, pipeline, sources, volumes
+from pspnet_jax import checkpoint, cli, infer, metrics, models, postprocess, visualize
+from pspnet_jax.config import from_dict, to_dict, with_prediction
+from pspnet_jax.data import lgg, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import Volume
 from pspnet_jax.errors import DataError
 from pspnet_jax.models.published import fixed_intensity
@@ -32,12 +33,42 @@ PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K 
 
 
 def predict_volume(
-    predict_fn: PredictFn, volume: Volume, *, batch_size: int, intensity: np.ndarray | None
+    predict_fn: PredictFn,
+    volume: Volume,
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    threshold: float | None = None,
+    **clean_options: Any,
 ) -> np.ndarray:
-    """D H W uint8 labels: the most probable class of each pixel."""
+    """D H W uint8 labels; `threshold` and `clean_options` as `postprocess` has them."""
     batches = pipeline.eval_batches(volume, batch_size, intensity)
-    labels = [np.asarray(predict_fn(batch)).argmax(-1).astype(np.uint8) for batch in batches]
-    return np.concatenate(labels)[: len(volume.image)]
+    labels = [postprocess.to_labels(np.asarray(predict_fn(batch)), threshold) for batch in batches]
+    return postprocess.clean(np.concatenate(labels)[: len(volume.image)], **clean_options)
+
+
+def program_options(config) -> dict[str, Any]:
+    """The keyword arguments of `infer.compile_predict` that a config decides."""
+    predict = config.predict
+    return {
+        'size': config.data.size,
+        'window': predict.window,
+        'overlap': predict.overlap,
+        'batch_size': config.eval.batch_size,
+        'scales': predict.scales,
+        'flip': predict.flip,
+        'crf_options': config.crf.to_dict(),
+    }
+
+
+def label_options(config) -> dict[str, Any]:
+    """Those of `predict_volume`: what is made of the probabilities."""
+    predict = config.predict
+    return {
+        'threshold': predict.threshold,
+        'largest_component': predict.largest_component,
+        'min_size': predict.min_size,
+    }
 
 
 def evaluate_options(config) -> dict[str, Any]:
@@ -61,12 +92,14 @@ def evaluate_volumes(
     ignore_label: int,
     spacing: tuple[float, float, float],
     bootstrap: int,
+    label_options: Mapping[str, Any] = MappingProxyType({}),
     each: Callable[[Volume, np.ndarray], None] = lambda volume, pred: None,
 ) -> dict[str, Any]:
     """{'summary', 'patients', 'baseline', 'data'} over volumes, read one at a time.
 
     With more than two classes a patient's figure is the mean over the structures
     1..K-1. Undefined figures are None, and `n` says over how many patients a mean is.
+    `label_options` are further ones of `predict_volume`.
     `each(volume, labels_DHW)` is called with every prediction. Raises DataError for
     labels outside 0..K-1, and when there is no volume.
     """
@@ -78,7 +111,9 @@ def evaluate_volumes(
                 f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
                 f'{num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
             )
-        pred = predict_volume(predict_fn, volume, batch_size=batch_size, intensity=intensity)
+        pred = predict_volume(
+            predict_fn, volume, batch_size=batch_size, intensity=intensity, **label_options
+        )
         each(volume, pred)
         patients.append(_patient_row(pred, volume, num_classes, ignore_label, spacing))
         for labels, truth in zip(pred, volume.mask, strict=True):
@@ -179,18 +214,26 @@ def restore_model(workdir: str | Path, which: str = ''):
 
 
 def evaluate_checkpoint(
-    workdir: str | Path, *, split: str = 'test', data: str = '', which: str = ''
+    workdir: str | Path,
+    *,
+    split: str = 'test',
+    data: str = '',
+    which: str = '',
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Evaluate; write WORKDIR/evaluation.json and pictures; print the table.
 
     `data` is a folder in the Kaggle layout; without it, the patients of `split` in the
-    data set that the run was trained on. Returns what evaluation.json holds.
+    data set that the run was trained on. `changes` are to the config's `predict` section;
+    evaluation.json has the config as it was used. Returns what it holds.
     """
     config, model, variables, intensity, step = restore_model(workdir, which)
+    config = with_prediction(config, changes)
     if data:
         source = lgg.read_volumes(data)
     else:
-        slices, parts = sources.load(config)
+        kept = Path(workdir) / splits.KEPT
+        slices, parts = sources.load(config, kept if kept.exists() else '')
         if not parts[split]:
             raise DataError(f'the split {split!r} has no patient in this data set')
         source = volumes.iterate_volumes(volumes.select(slices, parts[split]))
@@ -202,10 +245,13 @@ def evaluate_checkpoint(
         Image.fromarray(picture).save(folder / f'{volume.patient}.png')
 
     result = evaluate_volumes(
-        functools.partial(infer.compile_predict(model, **config.crf), variables),
+        functools.partial(
+            infer.compile_predict(model, **program_options(config)), jax.device_put(variables)
+        ),
         source,
         intensity=intensity,
         **evaluate_options(config),
+        label_options=label_options(config),
         each=save_picture,
     )
     result['data'] |= {'source': data or config.data.name, 'split': '' if data else split}
@@ -256,7 +302,11 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     options = flags.FLAGS
     evaluate_checkpoint(
-        options.workdir, split=options.split, data=options.data, which=options.checkpoint
+        options.workdir,
+        split=options.split,
+        data=options.data,
+        which=options.checkpoint,
+        changes=cli.prediction_changes(),
     )
 
 
@@ -265,4 +315,5 @@ if __name__ == '__main__':
     flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'whose patients')
     flags.DEFINE_string('data', '', 'instead: a folder in the Kaggle layout')
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
+    cli.define_prediction_flags()
     cli.run(main)

@@ -41,17 +41,19 @@ def create(
     power: float = 0.9,
     momentum: float = 0.9,
     beta2: float = 0.999,
+    rho: float = 0.9,
     weight_decay: float = 0.0,
     decay_exclude: Sequence[str] = (),
     new_layer_factor: float = 1.0,
     clip_norm: float = 0.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """SGD with momentum or AdamW, and its learning rate by step.
+    """The optimiser `name` with PyTorch's formula, and its learning rate by step.
 
     Weight decay spares parameters whose last name is in `decay_exclude` ('bias',
-    'scale'). SGD adds it to the gradient (PyTorch's, so the momentum sees it), AdamW
-    decouples it. Layers outside the backbone learn `new_layer_factor` times faster.
-    Gradients longer than `clip_norm` are scaled to it; 0 leaves them.
+    'scale'). AdamW decouples it, all others add it to the gradient (PyTorch's, so that
+    momentum and scale see it). adagrad's sum of squares starts at Keras' 0.1. Layers
+    outside the backbone learn `new_layer_factor` times faster. Gradients longer than
+    `clip_norm` are scaled to it; 0 leaves them.
     Raises ValueError for an unknown optimiser or schedule.
     """
     rate = learning_rate_schedule(
@@ -65,18 +67,23 @@ def create(
         weight_decay,
         mask=lambda params: _map_path(params, lambda path: path[-1] not in decay_exclude),
     )
-    if name == 'sgd':
-        body = (decay, optax.trace(decay=momentum))
-    elif name == 'adamw':
-        body = (optax.scale_by_adam(b1=momentum, b2=beta2), decay)
-    else:
-        raise ValueError(f"optim.name {name!r} is not one of 'sgd', 'adamw'")
+    bodies = {
+        'sgd': (decay, optax.trace(decay=momentum)),
+        'adamw': (optax.scale_by_adam(b1=momentum, b2=beta2), decay),
+        'adam': (decay, optax.scale_by_adam(b1=momentum, b2=beta2)),
+        'adamax': (decay, optax.scale_by_adamax(b1=momentum, b2=beta2)),
+        'rmsprop': (decay, optax.scale_by_rms(decay=rho, eps_in_sqrt=False)),
+        'adagrad': (decay, optax.scale_by_rss(initial_accumulator_value=0.1)),
+        'adadelta': (decay, optax.scale_by_adadelta(rho=rho)),
+    }
+    if name not in bodies:
+        raise ValueError(f'optim.name {name!r} is not one of {", ".join(bodies)}')
     clip = (optax.clip_by_global_norm(clip_norm),) if clip_norm > 0 else ()
     faster = optax.masked(
         optax.scale(new_layer_factor),
         lambda params: _map_path(params, lambda path: path[0] != 'backbone'),
     )
-    return optax.chain(*clip, *body, faster, optax.scale_by_learning_rate(rate)), rate
+    return optax.chain(*clip, *bodies[name], faster, optax.scale_by_learning_rate(rate)), rate
 
 
 def _map_path(params, fn):

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
@@ -25,29 +26,46 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pspnet_jax import checkpoint, compilation, infer, losses, models, optim, visualize
+from pspnet_jax import (
+    checkpoint,
+    compilation,
+    infer,
+    losses,
+    models,
+    optim,
+    transfer,
+    visualize,
+)
 from pspnet_jax.config import to_dict, validate
-from pspnet_jax.data import pipeline, sources, volumes
+from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
 from pspnet_jax.errors import ConfigError, NonFiniteLossError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog
 from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.convolution import CONVOLVED
-from pspnet_jax.models.layers import global_indices
+from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
+
+# (key, image H W C, mask H W) -> (image, mask), traced inside the compiled step.
+AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 COMPILED = 'program of %d update(s): compiled in %.1f s, %.1f GFLOP, %.0f MB of temporaries'
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `ema_params` is None where no average is kept."""
+    """All that a step changes. `ema_params` is None where no average is kept.
+
+    And the teacher's variables, which it gives back as they are: here they are arguments of
+    the program and not constants in it. Checkpoints leave them out.
+    """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
     ema_params: Any
+    teacher: Any = None
 
 
 def create_state(model: nn.Module, tx, *, seed: int, channels: int, ema: bool) -> TrainState:
@@ -99,6 +117,67 @@ def segmentation_loss(
     return total
 
 
+def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: bool, **options):
+    """(outputs, batch statistics, features) of a network in training or inference.
+
+    `features` asks for its backbone's last map, B h w C; else they are None.
+    """
+
+    def is_backbone(module: nn.Module, method: str) -> bool:
+        return module.path == ('backbone',) and method == '__call__'
+
+    out, updates = model.apply(
+        variables,
+        image_BHWC,
+        mutable=['batch_stats', 'intermediates'],
+        capture_intermediates=is_backbone if features else False,
+        **options,
+    )
+    # The last of its calls: deeplab_v2 has one for each scale, the largest at the end.
+    last = updates['intermediates']['backbone']['__call__'][-1][32] if features else None
+    return out, updates.get('batch_stats', {}), last
+
+
+def teacher_losses(
+    logits_BhwK: jax.Array,
+    features: jax.Array | None,
+    teacher_logits: jax.Array,
+    teacher_features: jax.Array | None,
+    labels_BHW: jax.Array,
+    *,
+    loss: str,
+    weight: float,
+    temperature: float,
+    pairwise: float,
+    nodes: int,
+    ignore_label: int,
+    axis_name: str | None,
+) -> dict[str, jax.Array]:
+    """{'distillation', 'pairwise'}: what the teacher adds to the loss, each times its weight.
+
+    Its logits are resized to the student's. The affinities are between `nodes` x `nodes` cells,
+    averages of the maps; image-segmentation-keras has maxima of 4 x 4 features.
+    """
+    parts = {}
+    if weight:
+        (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
+        parts['distillation'] = weight * losses.distillation(
+            logits_BhwK,
+            resize(teacher_logits, (h, w)),
+            labels_BHW[:, :: H // h, :: W // w],
+            loss=loss,
+            temperature=temperature,
+            ignore_label=ignore_label,
+            axis_name=axis_name,
+        )
+    if pairwise:
+        cells = [
+            adaptive_pools(x.astype(jnp.float32), (nodes,))[0] for x in (features, teacher_features)
+        ]
+        parts['pairwise'] = pairwise * losses.pairwise_affinity(*cells, axis_name=axis_name)
+    return parts
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
@@ -111,6 +190,9 @@ def train_step(
     accumulate: int = 1,
     remat: str = 'none',
     ema_decay: float = 0.0,
+    augment_fn: AugmentFn | None = None,
+    teacher: nn.Module | None = None,
+    distill_options: dict[str, Any] | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from {'image': B H W C, 'mask': B H W}; metrics: loss, gradient_norm.
@@ -120,6 +202,8 @@ def train_step(
     example each, in one compiled loop; BatchNorm then sees B/k images at a time.
     With `remat` 'pointwise' the outputs of convolutions are kept for the gradient and all
     that lies between them, BatchNorm and ReLU mostly, is computed again.
+    `augment_fn` changes each example behind `augment`. `teacher` sees the same images in
+    inference mode, with `state.teacher`; what it adds to the loss is in the metrics.
     """
     if axis_name is not None:
         model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
@@ -128,20 +212,33 @@ def train_step(
     )
     index_B = global_indices(batch['image'].shape[0], axis_name)
     keys_B = jax.vmap(lambda i: jax.random.fold_in(augment_key, i))(index_B)
-    image, mask = jax.vmap(functools.partial(augment, **augment_options))(
-        keys_B, batch['image'], batch['mask']
-    )
 
-    def loss_fn(params, batch_stats, image, mask, key):
-        out, updates = model.apply(
+    def change(key, image_HWC, mask_HW):
+        image_HWC, mask_HW = augment(key, image_HWC, mask_HW, **augment_options)
+        if augment_fn is not None:
+            own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
+            image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)
+        return image_HWC, mask_HW
+
+    image, mask = jax.vmap(change)(keys_B, batch['image'], batch['mask'])
+    features = teacher is not None and distill_options['pairwise'] > 0
+
+    def loss_fn(params, batch_stats, image, mask, taught, key):
+        out, batch_stats, last = forward(
+            model,
             {'params': params, 'batch_stats': batch_stats},
             image,
+            features=features,
             train=True,
             rngs={'dropout': key},
-            mutable=['batch_stats'],
         )
-        loss = segmentation_loss(out, mask, axis_name=axis_name, **loss_options)
-        return loss, updates.get('batch_stats', {})
+        loss, parts = segmentation_loss(out, mask, axis_name=axis_name, **loss_options), {}
+        if teacher is not None:
+            options = distill_options | {'ignore_label': loss_options['ignore_label']}
+            parts = teacher_losses(
+                out['logits'], last, *taught, mask, axis_name=axis_name, **options
+            )
+        return loss + sum(parts.values()), (batch_stats, parts)
 
     if remat == 'pointwise':
         keep = jax.checkpoint_policies.save_only_these_names(CONVOLVED)
@@ -150,21 +247,24 @@ def train_step(
         raise ValueError(f"train.remat {remat!r} is not one of 'none', 'pointwise'")
 
     def micro_step(carry, micro):
-        batch_stats, i = carry
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch_stats, *micro, jax.random.fold_in(dropout_key, i)
+        (batch_stats, i), taught = carry, None
+        if teacher is not None:  # outside of what is differentiated and computed again
+            out, _, last = forward(teacher, state.teacher, micro[0], features=features, train=False)
+            taught = (out['logits'], last)
+        (loss, (batch_stats, parts)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, batch_stats, *micro, taught, jax.random.fold_in(dropout_key, i)
         )
-        return (batch_stats, i + 1), (loss, grads)
+        return (batch_stats, i + 1), ({'loss': loss, **parts}, grads)
 
     if accumulate == 1:
-        (batch_stats, _), (loss, grads) = micro_step((state.batch_stats, 0), (image, mask))
+        (batch_stats, _), (metrics, grads) = micro_step((state.batch_stats, 0), (image, mask))
     else:
         # B -> k B/k by stride, so that each device keeps its own examples.
         micro = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (image, mask)
         )
         (batch_stats, _), stacked = jax.lax.scan(micro_step, (state.batch_stats, 0), micro)
-        loss, grads = jax.tree.map(lambda x: x.mean(axis=0), stacked)
+        metrics, grads = jax.tree.map(lambda x: x.mean(axis=0), stacked)
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
 
@@ -173,8 +273,10 @@ def train_step(
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
-    metrics = {'loss': loss, 'gradient_norm': optax.tree.norm(grads)}
-    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema_params)
+    metrics['gradient_norm'] = optax.tree.norm(grads)
+    state = TrainState(
+        state.step + 1, params, batch_stats, opt_state, ema_params, teacher=state.teacher
+    )
     return state, metrics
 
 
@@ -332,9 +434,31 @@ def normalize_by_weights(config: ConfigDict) -> bool:
     return (config.data.normalize or own_choice) == 'weights'
 
 
+def normalize_as_there(
+    config: ConfigDict, theirs: published.Normalization | None
+) -> published.Normalization | None:
+    """Of a run that starts from another: data.normalize's, or where it is None that run's.
+
+    None: volume by volume. Warns where the two differ.
+    """
+    if config.data.normalize is None:
+        return theirs
+    ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
+    if ours != theirs:
+        there, here = (transfer.words(x and x._asdict()) for x in (theirs, ours))
+        logging.warning(
+            'images were normalised %s where the weights are from, and are %s here '
+            '(data.normalize %r): None takes what was there',
+            there,
+            here,
+            config.data.normalize,
+        )
+    return ours
+
+
 def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
-    """(state, progress, inputs): from the newest sound checkpoint, else new, pretrained if
-    asked for. `inputs` is what the network takes, `checkpoint.save`'s.
+    """(state, progress, inputs): from the newest sound checkpoint, else new, pretrained or from
+    another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s.
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
@@ -344,31 +468,33 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
         state, meta = restored
         logging.info('going on from step %d', state.step)
         return state, meta['progress'], meta['inputs']
-    normalization = published.IMAGENET
-    by_weights = normalize_by_weights(config)
-    if config.model.pretrained:
-        variables, normalization, report = pretrained.load_backbone(
-            {'params': state.params, 'batch_stats': state.batch_stats},
+    normalization = published.IMAGENET if normalize_by_weights(config) else None
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    if config.train.init_from:
+        variables, theirs, report = transfer.first_weights(
+            variables, config.train.init_from, channels=channels, stem=config.model.stem
+        )
+        normalization = normalize_as_there(config, theirs)
+        logging.info('weights %s', report)
+    elif config.model.pretrained:
+        variables, theirs, report = pretrained.load_backbone(
+            variables,
             config.model.pretrained,
             stem=config.model.stem,
-            unit_deviation=not by_weights,
+            unit_deviation=normalization is None,
             options=config.model,
         )
+        normalization = normalization and theirs
         logging.info(report)
-        params = variables['params']
-        # A copy of the average: the step donates both, and a buffer can be donated once.
-        average = jax.tree.map(jnp.copy, params) if ema else None
-        state = state.replace(
-            params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
-        )
-    logging.info(
-        'images are normalised %s',
-        f'as the weights were trained: {normalization}' if by_weights else 'volume by volume',
+    # A copy of the average: the step donates both, and a buffer can be donated once.
+    params = variables['params']
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    state = state.replace(
+        params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
-    inputs = {
-        'channels': channels,
-        'normalization': normalization._asdict() if by_weights else None,
-    }
+    normalization = normalization and normalization._asdict()
+    logging.info('images are normalised %s', transfer.words(normalization))
+    inputs = {'channels': channels, 'normalization': normalization}
     return state, {'best_dice': None, 'stale': 0}, inputs
 
 
@@ -428,9 +554,24 @@ def loader(config: ConfigDict, slices: volumes.Slices, step_fn, intensity, first
     return placed, lambda count: next(batches)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def nothing(*_) -> None:
+    """What a hook does where none was given."""
+
+
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    augment_fn: AugmentFn | None = None,
+    on_log: Callable[[int, dict[str, float | None]], object] = nothing,
+    on_validation: Callable[[int, float, TrainState], object] = nothing,
+) -> dict[str, Any]:
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
+    Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
+    behind the built-in augmentation; `on_log(step, values)` gets every record of metrics.jsonl,
+    `on_validation(step, dice, state)` every validated state once its checkpoint is under way:
+    the next step reuses its arrays, so copy what is kept.
     Returns the evaluation of the test patients, `evaluate.evaluate_checkpoint`'s. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
@@ -444,9 +585,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # Data: which patients, and how many of their slices hold a lesion.
     slices, parts = sources.load(config)
-    if config.data.cache == 'memory':
-        slices = volumes.in_memory(slices)
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    splits.keep(Path(workdir) / splits.KEPT, parts, slices)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
+    if config.data.size:  # validation and test stay at their own size
+        split['train'] = volumes.resized(split['train'], config.data.size)
+    if config.data.cache == 'memory':
+        for name in ('train', 'validation'):  # each at most half: together they fit
+            split[name] = volumes.in_memory(split[name])
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
     log_every = config.train.log_every
@@ -461,6 +607,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     tx, rate = optim.create(steps=total, **config.optim)
     state, progress, inputs = start_or_resume(config, model, tx, slices.channels, workdir)
     intensity = published.fixed_intensity(inputs)
+    teacher, distill = None, config.distill.to_dict()
+    if where := distill.pop('teacher'):
+        features = config.distill.pairwise > 0
+        teacher, taught = transfer.load_teacher(where, model, inputs, features=features)
+        state = state.replace(teacher=taught)
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
@@ -474,9 +625,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         accumulate=config.train.accumulate,
         remat=config.train.remat,
         ema_decay=config.train.ema_decay,
+        augment_fn=augment_fn,
+        teacher=teacher,
+        distill_options=distill,
     )
     placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step)
-    predict = infer.compile_predict(model)
+    predict = infer.compile_predict(model, size=config.data.size)
     interval = 1 if sys.stderr.isatty() else 60
     state = placed.put_state(state)
     pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()
@@ -485,7 +639,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # Closing waits for a checkpoint that is still being written, whatever ends the loop.
     with (
         contextlib.closing(checkpoint.open_writer(workdir)) as writer,
-        contextlib.closing(MetricLog(workdir, first_step)) as log,
+        contextlib.closing(MetricLog(workdir, first_step, on_log)) as log,
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
         while step < total:
@@ -537,6 +691,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 inputs=inputs,
                 dice=dice,
             )
+            if dice is not None:
+                on_validation(step, dice, whole)
             waited, window, logged = 0.0, time.perf_counter(), step
 
     return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')

@@ -1,6 +1,9 @@
 """Pictures: uint8 arrays in, uint8 RGB arrays out."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from pspnet_jax.data.volumes import Volume
@@ -17,11 +20,21 @@ def class_color(label: int) -> np.ndarray:
     return COLORS[(label - 1) % len(COLORS)]
 
 
+def to_uint8(image_HWC: np.ndarray, low_C: np.ndarray, high_C: np.ndarray) -> np.ndarray:
+    """H W C uint8 to look at: 8 bits as they are, of other kinds low..high as 0..255."""
+    if image_HWC.dtype == np.uint8:
+        return image_HWC
+    share = (image_HWC.astype(np.float32) - low_C) / np.maximum(high_C - low_C, 1e-6)
+    return np.rint(255 * np.clip(share, 0, 1)).astype(np.uint8)
+
+
 def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
-    """H W 3 uint8 to look at: three channels as they are, else the first in grey."""
-    if image_HWC.shape[-1] == 3:
-        return image_HWC.copy()
-    return np.repeat(image_HWC[..., :1], 3, axis=-1)
+    """H W 3 uint8 to look at: three channels as they are, else the first in grey.
+
+    Of other kinds than 8 bits its own range is 0..255.
+    """
+    image = image_HWC if image_HWC.shape[-1] == 3 else np.repeat(image_HWC[..., :1], 3, axis=-1)
+    return to_uint8(image, image.min(axis=(0, 1)), image.max(axis=(0, 1))).copy()
 
 
 def overlay(image_HWC: np.ndarray, mask_HW: np.ndarray, alpha: float = 0.45) -> np.ndarray:
@@ -31,6 +44,32 @@ def overlay(image_HWC: np.ndarray, mask_HW: np.ndarray, alpha: float = 0.45) -> 
         inside = mask_HW == label
         picture[inside] = (1 - alpha) * picture[inside] + alpha * class_color(label)
     return picture.astype(np.uint8)
+
+
+def legend(picture_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """The RGB picture with colour and name of each class in the mask, in its upper left corner.
+
+    `names` are of all classes, background first; without, they are 'class 1' ... A picture that
+    the box would take more than half of stays as it is.
+    """
+    labels = np.unique(mask_HW[mask_HW > 0]).tolist()
+    size = min(max(len(picture_HWC) // 24, 10), 40)
+    font, row = ImageFont.load_default(size), round(1.4 * size)
+    words = [names[label] if names else f'class {label}' for label in labels]
+    width = round(2.4 * size + max((font.getlength(word) for word in words), default=0))
+    height = row * len(labels) + size // 2
+    if not labels or 2 * width > picture_HWC.shape[1] or 2 * height > len(picture_HWC):
+        return picture_HWC
+    canvas = Image.fromarray(picture_HWC)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((0, 0, width, height), fill=(0, 0, 0))
+    for i, (label, word) in enumerate(zip(labels, words, strict=True)):
+        left, top = size // 2, size // 3 + row * i
+        draw.rectangle(
+            (left, top, left + size, top + size), fill=tuple(class_color(label).tolist())
+        )
+        draw.text((left + 1.4 * size, top + size / 2), word, (255, 255, 255), font, anchor='lm')
+    return np.array(canvas)
 
 
 def outline(

@@ -30,6 +30,21 @@ def test_flip_mirrors_both(rng):
     assert (out_mask == mask[:, ::-1]).all()
 
 
+def test_flip_vertical_turns_both_upside_down(rng):
+    image, mask = pair(rng, 24, 31)
+    out_image, out_mask = augment(jax.random.key(0), image, mask, flip_vertical=1.0)
+    np.testing.assert_allclose(out_image, image[::-1], atol=1e-5)
+    assert (out_mask == mask[::-1]).all()
+
+
+def test_the_two_flips_are_drawn_apart(rng):
+    image, mask = pair(rng)
+    flips = {'flip': 0.5, 'flip_vertical': 0.5}
+    pairs = [augment(jax.random.key(i), image, mask, **flips) for i in range(24)]
+    found = {np.asarray(out_mask).tobytes() for _, out_mask in pairs}
+    assert len(found) == 4
+
+
 def test_the_mask_follows_the_image(rng):
     """Channel 0 is the mask itself: away from its edges both must move alike."""
     image, mask = pair(rng, 64, 64)

@@ -31,9 +31,20 @@ PHANTOM = '--config=configs/phantom.py'
         ('main', [PHANTOM, '--config.model.width=wide'], 'must be a whole number of at least 4'),
         ('main', [PHANTOM, '--config.model.output_stride=12'], 'one of 8, 16, 32'),
         ('main', ['--config=configs/lgg.py:segnext'], "model.name is 'segnext': it must be one of"),
+        ('main', [f'{PHANTOM}:,loud'], "augmentation 'loud' is not one of none, flips"),
         ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),
         ('evaluate', ['--workdir=/no'], '/no holds no checkpoint'),
         ('predict', ['--workdir=/no', '--input=/no', '--output=x'], '/no is neither a file nor'),
+        (
+            'predict',
+            ['--workdir=/no', '--input=/no', '--output=x', '--save=maks'],
+            '--save=maks is not known: give some of mask,probability',
+        ),
+        (
+            'predict',
+            ['--workdir=/no', '--input=/no', '--output=x', '--scales=1,two'],
+            "--scales=1,two: could not convert string to float: 'two'",
+        ),
         ('data.lgg', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
     ],
 )
@@ -79,3 +90,20 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / 'out').rglob('*_mask.png'))) == 4
+    (tmp_path / 'raw' / 'bad.png').write_bytes(b'no picture')
+    done = run(
+        'predict', f'--workdir={workdir},{workdir}', f'--workdir={workdir}', '--flip',
+        '--window=128', '--save=mask,outline', f'--input={tmp_path / "raw"}',
+        f'--output={tmp_path / "out"}',
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert 'error: 1 file(s) left out:' in done.stderr
+    assert 'bad.png is not a readable picture' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert len(list((tmp_path / 'out').rglob('*_outline.png'))) == 4
+    done = run(
+        'predict', f'--workdir={workdir}', f'--input={tmp_path}/raw/*/*_1.tif',
+        f'--output={tmp_path / "out"}', '--save=outline',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert '2 finished before are left as they are' in done.stdout

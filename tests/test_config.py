@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from configs import base, lgg, phantom
+from configs import augmentations, base, lgg, phantom
 from pspnet_jax import config as rules
 from pspnet_jax import models
 from pspnet_jax.data.sources import SOURCES
@@ -40,6 +42,12 @@ def test_it_survives_json():
     assert back.model.bins == (1, 2, 3, 6)
 
 
+def test_a_config_from_before_a_knob_has_its_default():
+    tree = rules.to_dict(lgg.get_config())
+    del tree['data']['split'], tree['crf']
+    assert rules.from_dict(tree) == lgg.get_config()
+
+
 @pytest.mark.parametrize(
     ('key', 'value', 'words'),
     [
@@ -50,6 +58,8 @@ def test_it_survives_json():
         ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),
         ('model.bins', (), 'model.bins is (): it must be a tuple of at least 1 values'),
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
+        ('model.class_names', ('lesion',), 'it must have one for each of 2 classes, background'),
+        ('predict.overlap', 0.95, 'predict.overlap is 0.95: it must be a number from 0 to 0.9'),
         ('model.name', 'vgg_unet', 'vgg_unet stands on vgg16, not on resnet18'),
         (
             'model.dropout',
@@ -63,6 +73,14 @@ def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
     config = tiny_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=re.escape(words)):
+        rules.validate(config)
+
+
+def test_a_threshold_is_for_two_classes():
+    config = tiny_config(**{'predict.threshold': 0.4})
+    rules.validate(config)
+    config.model.num_classes = 3
+    with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, the model has 3'):
         rules.validate(config)
 
 
@@ -94,3 +112,29 @@ def test_every_knob_is_read():
 def test_no_knob_has_a_second_home():
     for path in (ROOT / 'pspnet_jax').rglob('*.py'):
         assert 'config.get(' not in Path(path).read_text(), f'{path}: a default belongs in base.py'
+
+
+@pytest.mark.parametrize('name', augmentations.RECIPES)
+def test_a_recipe_says_every_knob_but_the_crop(name):
+    config = phantom.get_config(f'fcn8s,{name}')
+    rules.validate(config)
+    assert config.model.name == 'fcn8s'
+    knobs = set(base.get_config().augment) - {'crop'}
+    assert set(augmentations.RECIPES[name]) == knobs
+    assert {key: config.augment[key] for key in knobs} == augmentations.RECIPES[name]
+
+
+def test_light_is_what_there_is_without_a_recipe():
+    assert lgg.get_config(',light').augment == base.get_config().augment
+    assert lgg.get_config(',light') == lgg.get_config()
+
+
+def test_a_recipe_can_be_changed_knob_by_knob(monkeypatch):
+    line = ['', f'--config={ROOT}/configs/lgg.py:unet,strong', '--config.augment.rotate=5']
+    monkeypatch.setattr('sys.argv', line)  # where config_flags looks for the knobs
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values)
+    values(line)
+    augment = values.config.augment
+    assert (augment.rotate, augment.elastic) == (5.0, augmentations.RECIPES['strong']['elastic'])
+    assert values.config.model.name == 'unet'

@@ -53,13 +53,36 @@ def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation,
         kernel[index] = 1
         expected[index] = (by_loop(x, kernel, dilation) * grad).sum((0, 1, 2))
     for form in (convolution.weight_gradient, convolution.winograd_weight_gradient):
-        np.testing.assert_allclose(form(x, grad, dilation), expected, rtol=1e-5, atol=1e-4)
+        ours = form.__wrapped__(x, grad, dilation)  # not what was traced with another LARGE_MAP
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('size', 'dilation'), [*FORMS, ((9, 7), (4, 6)), ((9, 7), (8, 7)), ((5, 6), (40, 1))]
+)
+def test_the_taps_are_the_convolution(rng, size, dilation):
+    x = rng.standard_normal((2, *size, 5)).astype(np.float32)
+    kernel = rng.standard_normal((3, 3, 5, 4)).astype(np.float32)
+    ours = convolution.tapped_3x3(x, kernel, dilation)
+    np.testing.assert_allclose(ours, by_loop(x, kernel, dilation), rtol=1e-5, atol=2e-5)
+
+
+def test_the_form_is_that_with_least_multiplications():
+    def form(size, dilation):
+        return convolution.wide_form((4, size, size, 2048), (dilation, dilation))
+
+    for dilation in (1, 2, 4):  # ResNet at output stride 8
+        assert form(32, dilation) is convolution.winograd_3x3
+    for dilation in (12, 24, 36):  # DeepLab v3's pyramid: 9 taps are 5, 2.3 and 1 of the map
+        assert form(32, dilation) is convolution.tapped_3x3
+    assert form(120, 12) is convolution.winograd_3x3
 
 
 @pytest.mark.parametrize('channels', [4, 16])
-@pytest.mark.parametrize('dilation', [1, 2])
+@pytest.mark.parametrize('dilation', [1, 2, 5, 30])
 def test_a_3x3_and_its_gradients_are_the_plain_ones(rng, monkeypatch, channels, dilation):
-    """As the models call it, below and above the width from which it is Winograd's."""
+    """As the models call it, below and above the width from which it is Winograd's or taps'."""
+    jax.clear_caches()  # of what was traced with another WINOGRAD_CHANNELS
     monkeypatch.setattr(convolution, 'WINOGRAD_CHANNELS', 8)
     x = jnp.asarray(rng.standard_normal((2, 9, 7, channels)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((3, 3, channels, channels)), jnp.float32)

@@ -118,18 +118,22 @@ class Scores(nn.Module):
 @pytest.mark.parametrize(('kernel', 'window'), [('exact', None), ('windowed', 3)])
 def test_prediction_puts_it_behind_the_network_image_by_image(rng, kernel, window):
     images = rng.standard_normal((3, 12, 10, 2)).astype(np.float32)
-    predict = infer.compile_predict(Scores(), kernel=kernel, window=3, iterations=4, **OPTIONS)
+    predict = infer.compile_predict(
+        Scores(), crf_options={'kernel': kernel, 'window': 3, 'iterations': 4, **OPTIONS}
+    )
     for image, probability in zip(images, predict({}, images), strict=True):
         logits = Scores().apply({}, image)['logits']
         expected = crf.mean_field(logits, image, window=window, iterations=4, **OPTIONS)
         np.testing.assert_allclose(probability, expected, atol=1e-5)
-    plain = infer.compile_predict(Scores(), kernel='none', window=3, iterations=4, **OPTIONS)
+    plain = infer.compile_predict(Scores(), crf_options={'kernel': 'none', 'window': 3, **OPTIONS})
     np.testing.assert_allclose(
         plain({}, images), jax.nn.softmax(Scores().apply({}, images)['logits']), atol=1e-6
     )
 
 
 def test_all_pairs_of_a_large_image_are_refused():
-    predict = infer.compile_predict(Scores(), kernel='exact', window=3, iterations=4, **OPTIONS)
+    predict = infer.compile_predict(
+        Scores(), crf_options={'kernel': 'exact', 'window': 3, **OPTIONS}
+    )
     with pytest.raises(ConfigError, match=r"up to 16384 pixels, the images have 128 x 129: use 'w"):
         predict({}, np.zeros((1, 128, 129, 1), np.float32))

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from pspnet_jax import evaluate
-from pspnet_jax.data.volumes import Volume
+from pspnet_jax import evaluate, infer
+from pspnet_jax.config import with_prediction
+from pspnet_jax.data import sources
+from pspnet_jax.data.volumes import Volume, iterate_volumes, normalize, select
 from pspnet_jax.errors import CheckpointError, DataError
 from tests.conftest import write_case
 
@@ -85,6 +87,19 @@ def test_the_largest_component_drops_a_stray():
     assert row['dice_largest'] == 1
 
 
+def test_what_is_done_to_the_labels_is_in_the_figures():
+    stray = volume('a', MASK)
+    stray.image[2, 5, 5] = 1
+
+    def dice(**options):
+        result = evaluate.evaluate_volumes(oracle, [stray], **OPTIONS, label_options=options)
+        return result['patients'][0]['dice']
+
+    assert dice() == pytest.approx(18 / 19)
+    assert dice(largest_component=True) == dice(min_size=2) == 1
+    assert dice(min_size=10) == dice(threshold=1.0) == 0
+
+
 def test_a_volume_without_lesion_is_undefined_not_one():
     result = evaluate.evaluate_volumes(
         oracle, [volume('a', MASK), volume('none', 0 * MASK)], **OPTIONS
@@ -123,6 +138,29 @@ def test_a_folder_in_the_kaggle_layout_is_evaluated_from_the_checkpoint_alone(tr
     result = evaluate.evaluate_checkpoint(alone, data=str(tmp_path))
     assert [row['patient'] for row in result['patients']] == ['someone']
     assert result['patients'][0]['lesion_voxels'] == 2 * 40 * 60
+
+
+def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_path):
+    import shutil
+
+    workdir = shutil.copytree(trained[0], tmp_path / 'run')
+    changes = {'flip': True, 'window': 24, 'threshold': 0.2}
+    result = evaluate.evaluate_checkpoint(workdir, changes=changes)
+    written = json.loads((workdir / 'evaluation.json').read_text())
+    assert (
+        written['checkpoint']['config']['predict'] | changes
+        == (written['checkpoint']['config']['predict'])
+    )
+    predicted = [row['predicted_voxels'] for row in result['patients']]
+    assert predicted != [row['predicted_voxels'] for row in trained[1]['patients']]
+    config, model, variables, intensity, _ = evaluate.restore_model(workdir)
+    config = with_prediction(config, changes)
+    program = infer.compile_predict(model, window=24, flip=True, batch_size=4)
+    slices, parts = sources.load(config, workdir / 'splits.json')
+    volumes = iterate_volumes(select(slices, parts['test']))
+    for voxels, item in zip(predicted, volumes, strict=True):
+        image = normalize(item.image, item.intensity if intensity is None else intensity)
+        assert (program(variables, image)[..., 1] > 0.2).sum() == pytest.approx(voxels, abs=2)
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):

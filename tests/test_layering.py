@@ -11,6 +11,7 @@ ALLOWED = {
     'errors': set(),
     'losses': set(),
     'metrics': set(),
+    'postprocess': {'metrics'},
     'optim': set(),
     'models.convolution': set(),
     'models.layers': {'models.convolution'},
@@ -37,21 +38,24 @@ ALLOWED = {
     'crf': set(),
     'data.volumes': set(),
     'data.files': {'data.volumes', 'errors'},
-    'data.splits': set(),
+    'data.splits': {'data.volumes', 'errors'},
     'data.augment': {'data.volumes'},
     'data.phantom': {'data.volumes'},
     'data.lgg': {'data.files', 'data.splits', 'data.volumes', 'errors'},
+    'data.video': {'data.files', 'errors'},
     'data.pipeline': {'data.volumes', 'errors'},
-    'data.sources': {'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
-    'infer': {'compilation', 'crf', 'errors', 'models.layers'},
+    'data.folder': {'data.files', 'data.via', 'data.volumes', 'errors'},
+    'data.sources': {'data.folder', 'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
+    'infer': {'data.volumes', 'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
     'log': set(),
     'checkpoint': {'errors'},
     'config': {'errors', 'models', 'models.backbones'},
+    'transfer': {'checkpoint', 'errors', 'evaluate', 'models.pretrained', 'models.published'},
     'compilation': set(),
     'cli': {'compilation', 'config', 'errors'},
 }
-COMMANDS = {'main', 'train', 'evaluate', 'predict'}  # these bring the others together
+COMMANDS = {'main', 'train', 'evaluate', 'predict', 'data.check'}  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))
 
 

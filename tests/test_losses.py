@@ -80,3 +80,91 @@ def test_nothing_to_count_is_finite(loss):
     value, grad = jax.value_and_grad(loss)(jnp.ones((1, 3, 3, 2)), labels)
     assert jnp.isfinite(value)
     assert (grad == 0).all()
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 3.0])
+def test_distillation_by_kl_and_its_gradient_equal_pytorchs(rng, temperature):
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    logits, labels = example(rng)
+    teacher, _ = example(rng)
+    theirs = torch.from_numpy(logits).requires_grad_()
+    counted = torch.from_numpy(labels != IGNORE)
+    expected = temperature**2 * torch.nn.functional.kl_div(
+        torch.log_softmax(theirs / temperature, -1)[counted],
+        torch.softmax(torch.from_numpy(teacher) / temperature, -1)[counted],
+        reduction='batchmean',
+    )
+    expected.backward()
+    loss, grad = jax.value_and_grad(losses.distillation)(
+        jnp.asarray(logits), jnp.asarray(teacher), jnp.asarray(labels), temperature=temperature
+    )
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(grad, theirs.grad.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(('kind', 'power'), [('l1', 1), ('l2', 2)])
+def test_distillation_by_differences_of_probabilities(rng, kind, power):
+    logits, labels = example(rng)
+    teacher, _ = example(rng)
+    gap = np.abs(softmax(logits) - softmax(teacher))[labels != IGNORE] ** power
+    ours = losses.distillation(logits, teacher, labels, loss=kind)
+    assert float(ours) == pytest.approx(gap.mean(), rel=1e-5)
+    with pytest.raises(ValueError, match="'l3' is not one of 'kl', 'l1', 'l2'"):
+        losses.distillation(logits, teacher, labels, loss='l3')
+
+
+def test_pairwise_affinity_pair_by_pair(rng):
+    """Two networks of 5 and 3 channels; one cell is all zeros."""
+    ours = rng.standard_normal((2, 3, 2, 5)).astype(np.float32)
+    theirs = rng.standard_normal((2, 3, 2, 3)).astype(np.float32)
+    ours[0, 1, 1] = 0
+
+    def affinity(x, one, other):
+        length = np.linalg.norm(x[one]) * np.linalg.norm(x[other])
+        return x[one] @ x[other] / length if length else 0.0
+
+    gaps = [
+        (affinity(ours[b], one, other) - affinity(theirs[b], one, other)) ** 2
+        for b in range(2)
+        for one in np.ndindex(3, 2)
+        for other in np.ndindex(3, 2)
+    ]
+    loss, grad = jax.value_and_grad(losses.pairwise_affinity)(
+        jnp.asarray(ours), jnp.asarray(theirs)
+    )
+    assert float(loss) == pytest.approx(np.mean(gaps), rel=1e-5)
+    assert np.isfinite(grad).all()
+    assert (np.asarray(grad)[0, 1, 1] == 0).all()
+    scaled = losses.pairwise_affinity(jnp.asarray(7.0 * ours), jnp.asarray(theirs))
+    assert float(scaled) == pytest.approx(float(loss), rel=1e-5)
+
+
+DISTILLED = [
+    lambda x, y, labels, loss=loss: losses.distillation(x, y, labels, loss=loss, temperature=2.0)
+    for loss in ('kl', 'l1', 'l2')
+]
+DISTILLED.append(lambda x, y, labels: losses.pairwise_affinity(x, y))
+
+
+@pytest.mark.parametrize('loss', DISTILLED, ids=['kl', 'l1', 'l2', 'pairwise'])
+def test_a_teacher_is_met_by_itself_and_learns_nothing(rng, loss):
+    logits, labels = example(rng)
+    teacher, _ = example(rng)
+    assert float(loss(jnp.asarray(teacher), jnp.asarray(teacher), labels)) == 0
+    ours, theirs = jax.grad(loss, argnums=(0, 1))(jnp.asarray(logits), jnp.asarray(teacher), labels)
+    assert (np.asarray(theirs) == 0).all()
+    assert (np.asarray(ours) != 0).any()
+
+
+@pytest.mark.parametrize('loss', DISTILLED[:3], ids=['kl', 'l1', 'l2'])
+def test_what_a_teacher_says_of_ignored_pixels_does_not_count(rng, loss):
+    logits, labels = example(rng)
+    teacher, _ = example(rng)
+    changed = np.where((labels == IGNORE)[..., None], 100.0, teacher)
+    assert float(loss(logits, teacher, labels)) == float(loss(logits, changed, labels))
+    nothing = jnp.full(labels.shape, IGNORE)
+    assert float(loss(jnp.asarray(logits), jnp.asarray(teacher), nothing)) == 0

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from pspnet_jax import optim
+from pspnet_jax.config import RULES
 
 
 @pytest.mark.parametrize('name', ['poly', 'cosine'])
@@ -28,15 +29,29 @@ def test_warm_up_rises_evenly_to_the_constant():
     assert [float(rate(step)) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
-@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+PEERS = {
+    'sgd': ('SGD', {'momentum': 0.9}),
+    'adamw': ('AdamW', {'betas': (0.9, 0.999)}),
+    'adam': ('Adam', {'betas': (0.9, 0.999)}),
+    'adamax': ('Adamax', {'betas': (0.9, 0.999)}),
+    'rmsprop': ('RMSprop', {'alpha': 0.9}),
+    'adagrad': ('Adagrad', {'initial_accumulator_value': 0.1}),
+    'adadelta': ('Adadelta', {'rho': 0.9}),
+}
+
+
+def test_every_optimiser_has_its_peer():
+    assert all(f"'{name}'" in RULES['optim.name'][1] for name in PEERS)
+    assert RULES['optim.name'][1].count("'") == 2 * len(PEERS)
+
+
+@pytest.mark.parametrize('name', PEERS)
 def test_optimiser_follows_pytorchs(rng, name):
     torch = pytest.importorskip('torch', reason='PyTorch is the reference')
     start = rng.standard_normal((4, 3)).astype(np.float32)
     theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    if name == 'sgd':
-        peer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
-    else:
-        peer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.999), weight_decay=0.01)
+    kind, options = PEERS[name]
+    peer = getattr(torch.optim, kind)([theirs], lr=0.1, weight_decay=0.01, **options)
     tx, _ = optim.create(name, steps=10, learning_rate=0.1, schedule='constant', weight_decay=0.01)
     params = {'backbone': {'kernel': jnp.asarray(start)}}
     state = tx.init(params)

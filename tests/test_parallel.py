@@ -25,12 +25,16 @@ batch = {'image': rng.standard_normal((16, 33, 33, 3)).astype(np.float32), 'mask
 
 def run(place, steps=2):
     model = models.create(**config.model)
+    teacher = models.create(**{**config.model, 'backbone': 'resnet34'})
+    taught = teacher.init(jax.random.key(1), batch['image'][:1])
+    distill = {'loss': 'kl', 'weight': 1.0, 'temperature': 2.0, 'pairwise': 1.0, 'nodes': 3}
     tx, _ = optim.create(steps=10, **{**config.optim, 'name': 'sgd', 'learning_rate': 0.01})
     step = functools.partial(
         train.train_step, model=model, tx=tx, seed=0, loss_options=config.loss.to_dict(),
         augment_options=config.augment.to_dict(), ema_decay=0.9,
+        teacher=teacher, distill_options=distill,
     )
-    state = train.create_state(model, tx, seed=0, channels=3, ema=True)
+    state = train.create_state(model, tx, seed=0, channels=3, ema=True).replace(teacher=taught)
     placed = place(step)
     state = placed.put_state(state)
     step, _ = placed.compile(state, placed.put_batch(batch))
@@ -75,6 +79,7 @@ def on_eight_devices(script):
 
 
 def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
+    """With a teacher, whose losses are then of the whole batch too."""
     assert on_eight_devices(SCRIPT).split() == ['mesh', 'equal', 'pmap', 'equal']
 
 

@@ -584,7 +584,7 @@ def test_a_published_network_becomes_a_checkpoint_that_predicts(published_fcn, t
     )
     image = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / 'photo.png')
-    predict.predict_pictures(tmp_path / 'run', tmp_path / 'photo.png', tmp_path / 'out')
+    predict.predict_files(tmp_path / 'run', tmp_path / 'photo.png', tmp_path / 'out')
     mask = np.array(Image.open(tmp_path / 'out' / 'photo_mask.png'))
     normal = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     logits = jax.jit(model.apply)(values, jnp.asarray(normal[None], jnp.float32))['logits']

@@ -1,10 +1,12 @@
 """By patient: disjoint, complete, stable, site by site."""
 
+import dataclasses
 import random
 
 import pytest
 
-from pspnet_jax.data import splits
+from pspnet_jax.data import phantom, splits, volumes
+from pspnet_jax.errors import DataError
 
 SITES = {'DU': 45, 'HT': 34, 'CS': 16, 'FG': 14, 'EZ': 1}
 PATIENTS = [f'TCGA_{site}_{1000 + i}_19990101' for site, n in SITES.items() for i in range(n)]
@@ -40,5 +42,82 @@ def test_a_patient_more_does_not_reshuffle_the_others():
 
 
 def test_nobody_left_to_train_on_is_an_error():
-    with pytest.raises(ValueError, match='no patient of 1 is left'):
+    with pytest.raises(DataError, match='no patient of 1 is left'):
         splits.holdout(['a'], test_fraction=0.5)
+
+
+HOLDOUT = ('DU_1001', 'HT_1003')
+
+
+@pytest.mark.parametrize('folds', [2, 5, 7])
+def test_every_patient_is_tested_in_one_fold_and_the_public_holdout_in_none(folds):
+    parts = [
+        splits.kfold(PATIENTS, folds=folds, fold=fold, test_patients=HOLDOUT)
+        for fold in range(folds)
+    ]
+    reserved = {p for p in PATIENTS if splits.short_name(p) in HOLDOUT}
+    assert sorted(p for part in parts for p in part['test']) == sorted(set(PATIENTS) - reserved)
+    for part in parts:
+        everybody = [p for names in part.values() for p in names]
+        assert len(everybody) == len(set(everybody)) == len(PATIENTS) - 2
+        for site, n in SITES.items():  # the sites are dealt out evenly
+            drawn = sum(splits.site(p) == site for p in part['test'])
+            assert abs(drawn - (n - (site in ('DU', 'HT'))) / folds) < 1
+
+
+def test_a_site_is_left_out_whole():
+    parts = splits.leave_site_out(PATIENTS, left_out='CS', test_patients=HOLDOUT)
+    assert parts['test'] == sorted(p for p in PATIENTS if splits.site(p) == 'CS')
+    assert 'CS' not in {splits.site(p) for p in parts['train'] + parts['validation']}
+    with pytest.raises(DataError, match=r"data\.site is one of .*'DU'"):
+        splits.leave_site_out(PATIENTS, left_out='XX')
+
+
+def test_more_folds_than_patients_are_refused():
+    with pytest.raises(DataError, match='3 folds of 2 patients'):
+        splits.kfold(['a', 'b'], folds=3, fold=0)
+
+
+@pytest.fixture
+def slices():
+    return phantom.load(volumes=4, slices=4, size=32, seed=0)
+
+
+def test_a_split_that_is_read_back_is_the_one_that_was_written(tmp_path, slices):
+    parts = splits.holdout(list(slices.intensity), test_fraction=0.25)
+    splits.keep(tmp_path / 'splits.json', parts, slices)
+    assert splits.read(tmp_path / 'splits.json', slices) == parts
+    splits.keep(tmp_path / 'splits.json', parts, slices)  # again: nothing to say
+    other = splits.holdout(list(slices.intensity), test_fraction=0.25, seed=3)
+    assert other != parts
+    with pytest.raises(DataError, match='other patients in its parts'):
+        splits.keep(tmp_path / 'splits.json', other, slices)
+
+
+def test_a_split_of_other_data_is_refused(tmp_path, slices):
+    path = tmp_path / 'splits.json'
+    parts = splits.holdout(list(slices.intensity), test_fraction=0.25)
+    splits.write(path, parts, slices)
+    fewer = volumes.select(slices, sorted(slices.intensity)[:3])
+    with pytest.raises(DataError, match='are not there'):
+        splits.read(path, fewer)
+    brighter = {p: array + (p == 'phantom_001') for p, array in slices.intensity.items()}
+    with pytest.raises(DataError, match='slices or pixels differ'):
+        splits.read(path, dataclasses.replace(slices, intensity=brighter))
+
+
+@pytest.mark.parametrize(
+    'text', ['', '[]', '{"train": []}', '{"train": 3, "validation": [], "test": []}', '[' * 9999]
+)
+def test_what_is_no_split_is_named(tmp_path, slices, text):
+    (tmp_path / 'splits.json').write_text(text)
+    with pytest.raises(DataError, match=r'splits\.json is not a split'):
+        splits.read(tmp_path / 'splits.json', slices)
+
+
+def test_a_patient_in_two_parts_is_refused(tmp_path, slices):
+    everybody = sorted(slices.intensity)
+    path = tmp_path / 'splits.json'
+    splits.write(path, {'train': everybody, 'validation': [], 'test': everybody[:1]}, slices)
+    with pytest.raises(DataError, match='in two places'):
+        splits.read(path, slices)

@@ -22,6 +22,7 @@ def augment(
     *,
     crop: int = 0,
     flip: float = 0.0,
+    flip_vertical: float = 0.0,
     scale: float = 0.0,
     rotate: float = 0.0,
     elastic: float = 0.0,
@@ -32,10 +33,10 @@ def augment(
     """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
 
     crop: side of the square output, placed at random; 0 keeps the size. flip:
-    probability of a left-right mirror. scale: 0.1 zooms by 1/1.1 .. 1.1. rotate:
-    degrees. elastic: standard deviation of the field in pixels. gain: channel-wise
-    factor 1 +- gain. bias: channel-wise shift, and noise: pixel noise's largest
-    standard deviation, in units of the normalised image. Raises ValueError for a
+    probability of a left-right mirror, flip_vertical: of an upside-down one. scale: 0.1
+    zooms by 1/1.1 .. 1.1. rotate: degrees. elastic: standard deviation of the field in
+    pixels. gain: channel-wise factor 1 +- gain. bias: channel-wise shift, and noise: pixel
+    noise's largest standard deviation, in units of the normalised image. Raises ValueError for a
     crop larger than the image.
     """
     h, w = mask_HW.shape
@@ -51,6 +52,9 @@ def augment(
     rows = jnp.arange(out_h, dtype=jnp.float32)[:, None] - (out_h - 1) / 2
     columns = jnp.arange(out_w, dtype=jnp.float32)[None, :] - (out_w - 1) / 2
     columns = jnp.where(jax.random.bernoulli(keys[0], flip), -columns, columns)
+    if flip_vertical > 0.0:
+        over = jax.random.bernoulli(jax.random.fold_in(keys[0], 1), flip_vertical)
+        rows = jnp.where(over, -rows, rows)
     angle = jnp.deg2rad(uniform(keys[1], rotate))
     zoom = jnp.exp(-uniform(keys[2], jnp.log1p(scale)))
     shift = uniform(keys[3], 0.5, (2,)) * jnp.array([h - out_h, w - out_w])

@@ -677,7 +677,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
+def writing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place at the end; after an error nothing is left."""
     aside = path.with_name(f'.{path.name}.tmp')
     try:
@@ -711,7 +711,7 @@ def _write(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
     elif suffix in NIFTI:
         _write_nifti(path, values_DHW, like)
     else:
-        with _writing(path) as aside, open(aside, 'w+b') as file:
+        with writing(path) as aside, open(aside, 'w+b') as file:
             if suffix == '.npy':
                 np.save(file, values_DHW, allow_pickle=False)
             elif suffix == '.png':
@@ -729,7 +729,7 @@ def _write_slices(folder: Path, values_DHW: np.ndarray, names: Sequence[str]) ->
     with contextlib.ExitStack() as all_or_none:
         for values_HW, name in zip(values_DHW, names, strict=True):
             path = folder / f'{stem(name)}.png'
-            Image.fromarray(values_HW).save(all_or_none.enter_context(_writing(path)), 'png')
+            Image.fromarray(values_HW).save(all_or_none.enter_context(writing(path)), 'png')
 
 
 def _write_nifti(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
@@ -743,7 +743,7 @@ def _write_nifti(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
     volume.header['cal_min'] = volume.header['cal_max'] = 0  # its range of grey values
     if header is None:
         volume.header.set_xyzt_units('mm')
-    with _writing(path) as aside, open(aside, 'wb') as raw:
+    with writing(path) as aside, open(aside, 'wb') as raw:
         if not _is_gzip(path):
             volume.to_stream(raw)
             return

@@ -1,22 +1,46 @@
 """Where slices come from: one function a source, from the config's sections to `Slices`."""
 
-from pspnet_jax.data import lgg, phantom, splits
+from pathlib import Path
+
+from pspnet_jax.data import folder, lgg, phantom, splits
 from pspnet_jax.data.volumes import Slices
 
 SOURCES = {
+    'folder': lambda config: folder.load(
+        config.data.source,
+        images=config.data.images,
+        masks=config.data.masks,
+        group=config.data.group,
+        classes={name: n for n, name in enumerate(config.model.class_names)} or None,
+        attribute=config.data.attribute,
+        mask_format=config.data.mask_format,
+        mask_colors=config.data.mask_colors,
+        num_classes=config.model.num_classes,
+        ignore_label=config.loss.ignore_label,
+        mixed_sizes=bool(config.data.size),
+        threads=config.data.threads,
+    ),
     'phantom': lambda config: phantom.load(**config.phantom),
     'lgg': lambda config: lgg.load(config.data.source, config.data.root),
 }
 
 
-def load(config) -> tuple[Slices, dict[str, list[str]]]:
-    """Every slice of the config's data set, and the patients of each split."""
-    slices = SOURCES[config.data.name](config)
-    parts = splits.holdout(
-        list(slices.intensity),
-        test_patients=splits.LGG_HOLDOUT if config.data.name == 'lgg' else (),
-        test_fraction=config.data.test_fraction,
-        validation_fraction=config.data.validation_fraction,
-        seed=config.data.split_seed,
-    )
-    return slices, parts
+def load(config, split_file: str | Path = '') -> tuple[Slices, dict[str, list[str]]]:
+    """Every slice of the config's data set, and the patients of each split.
+
+    `split_file`, or the config's, decides the split where there is one.
+    """
+    data, slices = config.data, SOURCES[config.data.name](config)
+    if split_file or data.split_file:
+        return slices, splits.read(split_file or data.split_file, slices)
+    options = {
+        'test_patients': splits.LGG_HOLDOUT if data.name == 'lgg' else (),
+        'validation_fraction': data.validation_fraction,
+        'seed': data.split_seed,
+    }
+    patients = list(slices.intensity)
+    if data.split == 'kfold':
+        return slices, splits.kfold(patients, folds=data.folds, fold=data.fold, **options)
+    if data.split == 'site':
+        return slices, splits.leave_site_out(patients, left_out=data.site, **options)
+    return slices, splits.holdout(patients, test_fraction=data.test_fraction, **options)

@@ -2,11 +2,21 @@
 
 Neighbouring slices of one head are nearly the same picture, so a split by slice
 tests on what it trained on (Yagis et al. 2021 measured 29-55 points of that).
+
+A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint'};
+`read` refuses one that was made of other data.
 """
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
+
+from pspnet_jax.data.volumes import Slices
+from pspnet_jax.errors import DataError
+
+KEPT = 'splits.json'  # in a run's workdir
 
 # The ten patients that Buda's published code holds out, `random.seed(42);
 # random.sample(sorted(patients), 10)`: the only LGG split that others report on.
@@ -40,7 +50,7 @@ def holdout(
     The test set is those of `test_patients` (short or whole names) that are there,
     or, with none named, `test_fraction` of all. Test and validation patients are
     drawn site by site in the order of a hash of seed and name, so that a subset of
-    the patients keeps their order. Raises ValueError when nothing is left to train on.
+    the patients keeps their order. Raises DataError when nothing is left to train on.
     """
     patients = sorted(set(patients))
     named = set(test_patients)
@@ -52,11 +62,115 @@ def holdout(
     validation = stratified_draw(rest, validation_fraction, seed=seed, label='validation')
     train = [p for p in rest if p not in validation]
     if not train:
-        raise ValueError(
+        raise DataError(
             f'no patient of {len(patients)} is left to train on: '
             f'{len(test)} test, {len(validation)} validation; lower the fractions or add patients'
         )
     return {'train': train, 'validation': validation, 'test': test}
+
+
+def kfold(
+    patients: Sequence[str],
+    *,
+    folds: int,
+    fold: int,
+    test_patients: Sequence[str] = (),
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+) -> dict[str, list[str]]:
+    """`holdout`'s three parts with the patients of one of `folds` folds as the test set.
+
+    Over all folds each patient is tested once, the sites dealt out evenly. Those of
+    `test_patients`, a public hold-out, are in no part: it stays for the final number.
+    Raises DataError for more folds than patients.
+    """
+    patients = _without(patients, test_patients)
+    if folds > len(patients):
+        raise DataError(f'{folds} folds of {len(patients)} patients: lower data.folds')
+    dealt = sorted(patients, key=lambda p: (site(p), _rank(p, seed, 'fold')))
+    test = dealt[fold::folds]
+    return holdout(patients, test_patients=test, validation_fraction=validation_fraction, seed=seed)
+
+
+def leave_site_out(
+    patients: Sequence[str],
+    *,
+    left_out: str,
+    test_patients: Sequence[str] = (),
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+) -> dict[str, list[str]]:
+    """`holdout`'s three parts with the patients of one site as the test set.
+
+    Those of `test_patients` are in no part. Raises DataError for a site without patients.
+    """
+    patients = _without(patients, test_patients)
+    test = [patient for patient in patients if site(patient) == left_out]
+    if not test:
+        sites = sorted({site(patient) for patient in patients})
+        raise DataError(f'no patient is of the site {left_out!r}: data.site is one of {sites}')
+    return holdout(patients, test_patients=test, validation_fraction=validation_fraction, seed=seed)
+
+
+def _without(patients: Sequence[str], reserved: Sequence[str]) -> list[str]:
+    reserved = set(reserved)
+    return [p for p in sorted(set(patients)) if not {p, short_name(p)} & reserved]
+
+
+def fingerprint(slices: Slices) -> str:
+    """A digest of which slices there are, and of each patient's pixels by their intensity
+    scale and areas of lesion.
+    """
+    digest = hashlib.sha256()
+    for patient in sorted(slices.intensity):
+        rows = slices.patient == patient
+        digest.update(patient.encode() + b'\0')
+        for array in (slices.slice[rows], slices.lesion_pixels[rows]):
+            digest.update(array.astype('<i8').tobytes())
+        digest.update(slices.intensity[patient].astype('<f4').tobytes())
+    return digest.hexdigest()
+
+
+def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
+    """`parts` of `slices` as JSON, written aside and renamed."""
+    aside = Path(path).with_suffix('.tmp')
+    aside.write_text(json.dumps({**parts, 'fingerprint': fingerprint(slices)}, indent=1) + '\n')
+    aside.replace(path)
+
+
+def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
+    """`write`, or where the file is there, see that it says the same. Raises DataError."""
+    if not Path(path).exists():
+        write(path, parts, slices)
+    elif read(path, slices) != parts:
+        raise DataError(
+            f'{path} has other patients in its parts than this config: go on with its own '
+            'data.split, or use another workdir'
+        )
+
+
+def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
+    """The parts that `write` wrote. Raises DataError for another file, and for other data."""
+    names = ('train', 'validation', 'test')
+    try:
+        found = json.loads(Path(path).read_text())
+        parts, made_of = {name: found[name] for name in names}, found['fingerprint']
+        listed = [patient for name in names for patient in parts[name]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f'{path} is not a split ({type(error).__name__}: {error}): '
+            f'it has the lists {", ".join(names)} and a fingerprint'
+        ) from error
+    if len(set(map(str, listed))) < len(listed):
+        raise DataError(f'{path} has a patient in two places: every patient is in one part')
+    unknown = sorted(set(map(str, listed)) - slices.intensity.keys())
+    if unknown or made_of != fingerprint(slices):
+        what = f'{unknown} are not there' if unknown else 'slices or pixels differ'
+        raise DataError(
+            f'{path} was made of other data ({what}): use the data it was made of, or split '
+            'anew without data.split_file and in a new workdir'
+        )
+    return parts
 
 
 def stratified_draw(

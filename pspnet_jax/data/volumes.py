@@ -4,6 +4,7 @@ Training reads slices in any order; evaluation reads whole volumes. A source
 (phantom, lgg) makes a `Slices`, everything else here is a function of one.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -14,28 +15,34 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 MEMINFO = Path('/proc/meminfo')
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
 
 
 class Volume(NamedTuple):
-    """One patient: image D H W C uint8, mask D H W uint8, D slice numbers, (4, C) intensity."""
+    """One patient: image D H W C, mask D H W uint8, D slice numbers, (4, C) intensity.
+
+    The image is uint8, uint16 or float32; spacing is (slice, row, column) in mm, None unknown.
+    """
 
     patient: str
     image: np.ndarray
     mask: np.ndarray
     slices: np.ndarray
     intensity: np.ndarray
+    spacing: tuple[float, float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
     """N slices, ordered by patient and slice number.
 
-    `read(key)` gives image H W C uint8 and mask H W uint8; the arrays, all of
-    length N, are the keys, and what sampling needs to know without reading.
-    `intensity` holds each patient's (4, C) array from `measure_intensity`.
+    `read(key)` gives image H W C (uint8, uint16 or float32) and mask H W uint8; the arrays,
+    all of length N, are the keys, and what sampling needs to know without reading.
+    `intensity` holds each patient's (4, C) array from `measure_intensity`, `spacing` the
+    patients' steps in mm where they are known.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -44,6 +51,7 @@ class Slices:
     slice: np.ndarray
     lesion_pixels: np.ndarray
     intensity: dict[str, np.ndarray]
+    spacing: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.key)
@@ -75,13 +83,25 @@ def describe(slices: Slices) -> str:
 
 
 def iterate_volumes(slices: Slices) -> Iterator[Volume]:
-    """Whole volumes, one in memory at a time, in the order of their names."""
+    """Whole volumes, one in memory at a time, in the order of their names.
+
+    A patient whose slices have several sizes is a volume a size, 'NAME HEIGHTxWIDTH'.
+    """
     for patient in sorted(set(slices.patient.tolist())):
-        rows = np.flatnonzero(slices.patient == patient)
-        pairs = [slices.read(int(slices.key[row])) for row in rows]
-        image = np.stack([image for image, _ in pairs])
-        mask = np.stack([mask for _, mask in pairs])
-        yield Volume(patient, image, mask, slices.slice[rows], slices.intensity[patient])
+        by_size = collections.defaultdict(list)
+        for row in np.flatnonzero(slices.patient == patient):
+            image, mask = slices.read(int(slices.key[row]))
+            by_size[mask.shape].append((row, image, mask))
+        for (height, width), found in by_size.items():
+            rows, image, mask = zip(*found, strict=True)
+            yield Volume(
+                patient if len(by_size) == 1 else f'{patient} {height}x{width}',
+                np.stack(image),
+                np.stack(mask),
+                slices.slice[list(rows)],
+                slices.intensity[patient],
+                slices.spacing.get(patient),
+            )
 
 
 def from_volumes(volumes: Sequence[Volume]) -> Slices:
@@ -110,6 +130,8 @@ def in_memory(slices: Slices) -> Slices:
     """The same slices, each decoded once and kept; as they are where half the memory is too
     little for all, which the log says.
     """
+    if not len(slices):
+        return slices
     needed = len(slices) * sum(array.nbytes for array in slices.read(int(slices.key[0])))
     free = free_memory()
     fits = needed <= free / 2
@@ -123,6 +145,37 @@ def in_memory(slices: Slices) -> Slices:
     if not fits:
         return slices
     return dataclasses.replace(slices, read=functools.cache(slices.read))
+
+
+def resized(slices: Slices, size: tuple[int, int]) -> Slices:
+    """The same slices at H W pixels."""
+
+    def read(key: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = slices.read(key)
+        return resize_image(image, size), resize_labels(mask, size)
+
+    return dataclasses.replace(slices, read=read)
+
+
+def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """h w C at H W pixels, of the same type: bilinear, averaging where it shrinks."""
+    if image_HWC.shape[:2] == tuple(size):
+        return image_HWC
+    channels = [
+        Image.fromarray(channel).resize(size[::-1], Image.Resampling.BILINEAR)
+        for channel in np.moveaxis(image_HWC.astype(np.float32), -1, 0)
+    ]
+    out = np.stack(channels, axis=-1)
+    return out if image_HWC.dtype == np.float32 else np.rint(out).astype(image_HWC.dtype)
+
+
+def resize_labels(mask_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """h w labels at H W pixels: each takes the label at its centre."""
+    rows, columns = (
+        ((np.arange(n) + 0.5) * old / n).astype(int)
+        for n, old in zip(size, mask_HW.shape, strict=True)
+    )
+    return mask_HW[rows][:, columns]
 
 
 def lesion_pixels(mask: np.ndarray) -> int:

@@ -80,10 +80,11 @@ def plain_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax
 
 @functools.partial(jax.jit, static_argnums=2)
 def _conv3x3(x, kernel, dilation):
-    plain, winograd = (functools.partial(f, dilation=dilation) for f in (plain_3x3, winograd_3x3))
-    if min(kernel.shape[2:]) < WINOGRAD_CHANNELS:
+    plain = functools.partial(plain_3x3, dilation=dilation)
+    on_cpu = functools.partial(wide_form(x.shape, dilation), dilation=dilation)
+    if min(kernel.shape[2:]) < WINOGRAD_CHANNELS or on_cpu.func is plain_3x3:
         return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
 
 
 conv3x3 = jax.custom_vjp(_conv3x3, nondiff_argnums=(2,))
@@ -99,9 +100,12 @@ def _conv3x3_backward(dilation, residuals, grad):
         return *linear, *jax.linear_transpose(lambda k: plain_3x3(x, k, dilation), kernel)(grad)
 
     def on_cpu(x, kernel, grad):
-        if channels >= WINOGRAD_CHANNELS:
+        form = wide_form(x.shape, dilation) if channels >= WINOGRAD_CHANNELS else None
+        if form is winograd_3x3:
             grad_x = winograd_3x3(grad, kernel, dilation, transpose=True)
             return grad_x, winograd_weight_gradient(x, grad, dilation)
+        if form is tapped_3x3:
+            return jax.vjp(lambda *args: tapped_3x3(*args, dilation), x, kernel)[1](grad)
         grad_x, grad_kernel = plain(x, kernel, grad)
         if channels >= PRODUCT_CHANNELS:
             grad_kernel = weight_gradient(x, grad, dilation)
@@ -113,6 +117,44 @@ def _conv3x3_backward(dilation, residuals, grad):
 conv3x3.defvjp(
     lambda x, kernel, dilation: (_conv3x3(x, kernel, dilation), (x, kernel)), _conv3x3_backward
 )
+
+
+def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
+    """Of `winograd_3x3`, `tapped_3x3` and `plain_3x3`, that with least multiplications.
+
+    Few cells a phase leave Winograd's tiles half empty; a dilation near the map's size leaves
+    most taps outside. Moving the tiles costs Winograd a quarter more.
+    """
+    tiles, inside = 1, 1.0
+    for size, step in zip(shape[1:3], dilation, strict=True):
+        cells = -(-size // step)  # a phase
+        tiles *= step * -(-cells // 2)
+        inside *= size + 2 * max(size - step, 0)
+    costs = {
+        tapped_3x3: inside,
+        winograd_3x3: 1.25 * 16 * tiles,
+        plain_3x3: 9 * shape[1] * shape[2],
+    }
+    return min(costs, key=costs.get)
+
+
+@functools.partial(jax.jit, static_argnames='dilation')
+def tapped_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+    """`plain_3x3`, a product a tap, of those cells alone that the tap sees within the map."""
+    (_, H, W, C), total = x.shape, 0.0
+
+    def overlap(size, offset):  # the outputs a tap has something for, and what it reads for them
+        first, last = max(0, -offset), min(size, size - offset)
+        return (first, size - last), slice(first + offset, last + offset)
+
+    for i, j in np.ndindex(3, 3):
+        rows, seen_rows = overlap(H, (i - 1) * dilation[0])
+        columns, seen_columns = overlap(W, (j - 1) * dilation[1])
+        if sum(rows) < H and sum(columns) < W:
+            seen = x[:, seen_rows, seen_columns]
+            out = product(seen.reshape(-1, C), kernel[i, j]).reshape(*seen.shape[:3], -1)
+            total = total + jnp.pad(out, ((0, 0), rows, columns, (0, 0)))
+    return total
 
 
 def combine(matrix: np.ndarray, arrays: list[jax.Array]) -> list[jax.Array]:

@@ -344,13 +344,14 @@ def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
 
 
 def adapt_stem(kernel: np.ndarray, channels: int, how: str) -> np.ndarray:
-    """(h, w, 3, O) filters for `channels` channels, times 3 / channels: as much comes out.
+    """(h, w, n, O) filters for `channels` channels, times n / channels: as much comes out.
 
     'cycle' takes R, G, B, R, ...; 'mean' their mean for each.
     """
+    n = kernel.shape[2]
     if how == 'mean':
-        kernel = np.repeat(kernel.mean(axis=2, keepdims=True), 3, axis=2)
-    return kernel[:, :, np.arange(channels) % 3] * (3 / channels)
+        kernel = np.repeat(kernel.mean(axis=2, keepdims=True), n, axis=2)
+    return kernel[:, :, np.arange(channels) % n] * (n / channels)
 
 
 # ---- loading ----------------------------------------------------------------------------

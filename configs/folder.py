@@ -1,0 +1,23 @@
+"""Your own pictures and masks: FOLDER/images and FOLDER/masks, paired by stem.
+
+  python -m pspnet_jax.main --config=configs/folder.py --config.data.source=FOLDER
+  python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\
+      --config.data.group='(.+)_[0-9]+' --config.model.num_classes=3
+
+The argument is a network's name, as in configs/lgg.py. `python -m pspnet_jax.data.check` with the
+same flags lists what is wrong with the data before anything is trained.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ''):
+    config = base.get_config()
+    config.data.name = 'folder'
+    arg = arg or 'pspnet_resnet50'
+    if arg.startswith('pspnet_resnet'):
+        config.model.name, config.model.backbone = arg.split('_')
+    else:
+        config.model.name = arg
+    config.train.batch_size = 8
+    return config

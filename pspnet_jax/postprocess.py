@@ -1,0 +1,39 @@
+"""From probabilities to the labels that are kept: arrays in, arrays out, on the host."""
+
+import numpy as np
+from scipy import ndimage
+
+from pspnet_jax import metrics
+
+
+def to_labels(prob_K: np.ndarray, threshold: float | None = None) -> np.ndarray:
+    """... K -> ... uint8: the most probable class, or class 1 where it exceeds the threshold.
+
+    A threshold is for two classes (`config.validate` refuses it for more).
+    """
+    if threshold is None:
+        return prob_K.argmax(-1).astype(np.uint8)
+    return (prob_K[..., 1] > threshold).astype(np.uint8)
+
+
+def clean(
+    labels_DHW: np.ndarray, *, largest_component: bool = False, min_size: int = 0
+) -> np.ndarray:
+    """The labels without small parts, class by class; what goes becomes background.
+
+    `largest_component` keeps one of each class, `min_size` those of at least that many voxels;
+    corners connect. Over all axes: give slices of no one volume one by one.
+    """
+    if not largest_component and min_size <= 1:
+        return labels_DHW
+    kept = np.zeros_like(labels_DHW)
+    for label in np.unique(labels_DHW[labels_DHW > 0]):
+        inside = labels_DHW == label
+        if largest_component:
+            inside = metrics.largest_component(inside)
+        if min_size > 1:
+            corners = ndimage.generate_binary_structure(inside.ndim, inside.ndim)
+            parts, _ = ndimage.label(inside, corners)
+            inside &= np.bincount(parts.ravel())[parts] >= min_size
+        kept[inside] = label
+    return kept

@@ -1,0 +1,160 @@
+"""What a run takes over from another: its first weights (train.init_from), its teacher.
+
+Both are named as WORKDIR (the best checkpoint), WORKDIR@last or WORKDIR@STEP, and need that
+folder's checkpoints alone. A published network that `models.pretrained` converted is one too.
+"""
+
+import collections
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pspnet_jax import checkpoint
+from pspnet_jax.errors import CheckpointError, ConfigError
+from pspnet_jax.evaluate import restore_model
+from pspnet_jax.models.pretrained import adapt_stem
+from pspnet_jax.models.published import Normalization
+
+
+def first_weights(
+    variables: Mapping[str, Any], where: str, *, channels: int, stem: str
+) -> tuple[dict[str, Any], Normalization | None, str]:
+    """`variables` with all that the run at `where` has for them, its normalisation, a report.
+
+    The average of its parameters, where it kept one. `channels` are those of the images here:
+    of another number, the first kernel is made from theirs as `stem` says. Raises
+    CheckpointError where there is no checkpoint, and where nothing of it fits.
+    """
+    workdir, which = checkpoint.locate(where)
+    config, _, theirs, _, step = restore_model(workdir, which)
+    inputs = checkpoint.metadata(workdir, step)['inputs']
+    merged, report = merge(
+        variables, theirs, channels=channels, their_channels=inputs['channels'], stem=stem
+    )
+    name = f'{workdir}, step {step} ({config.model.name}, {config.model.num_classes} classes)'
+    if merged is None:
+        raise CheckpointError(f'nothing of {name} fits this network:\n{report}')
+    normalization = inputs['normalization']
+    return merged, normalization and Normalization(**normalization), f'from {name}:\n{report}'
+
+
+def merge(
+    variables: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    *,
+    channels: int,
+    their_channels: int,
+    stem: str = 'cycle',
+) -> tuple[dict[str, Any] | None, str]:
+    """`variables` with each module of `theirs` that has its path and shapes, and a report of
+    both sides; None in place of variables where there is no such module.
+
+    A module is taken whole or not at all: a classifier of other classes keeps neither its
+    kernel nor its bias. Only the kernel that sees the image may have other channels.
+    """
+    ours = flatten_dict(dict(variables), sep='/')
+    found = {name: np.asarray(x) for name, x in flatten_dict(dict(theirs), sep='/').items()}
+    notes = []
+    for name in sorted(ours.keys() & found.keys()):
+        here, there = ours[name].shape, found[name].shape
+        if channels != their_channels and _sees_image(here, channels, there, their_channels):
+            found[name] = adapt_stem(found[name], channels, stem)
+            notes.append(f'{name} from {their_channels} to {channels} channels by {stem}')
+    differing = {
+        name: f'{name} is {found[name].shape} there, {tuple(ours[name].shape)} here'
+        for name in sorted(ours.keys() & found.keys())
+        if tuple(ours[name].shape) != found[name].shape
+    }
+    partial = set(map(_module, differing))
+    taken = {
+        name: np.asarray(found[name], ours[name].dtype)
+        for name in ours.keys() & found.keys()
+        if _module(name) not in partial
+    }
+    values = sum(x.size for x in taken.values())
+    lines = [
+        f'  {values:,} of {sum(x.size for x in ours.values()):,} values taken '
+        f'({len(taken)} of {len(ours)} arrays)',
+        f'  only there: {_summary(found.keys() - ours.keys())}',
+        f'  only here, as new: {_summary(ours.keys() - found.keys())}',
+        f'  of another shape, as new: {"; ".join(differing.values()) or "none"}',
+    ]
+    lines += [f'  changed: {"; ".join(notes)}'] if notes else []
+    merged = unflatten_dict({**ours, **taken}, sep='/') if taken else None
+    return merged, '\n'.join(lines)
+
+
+def _sees_image(here, channels: int, there, their_channels: int) -> bool:
+    """Whether two shapes are of kernels that differ in the image's channels alone."""
+    one, other = (*here[:2], channels, *here[3:]), (*there[:2], their_channels, *there[3:])
+    return (
+        len(here) == len(there) == 4
+        and tuple(here) == one
+        and tuple(there) == other
+        and one[:2] + one[3:] == other[:2] + other[3:]
+    )
+
+
+def _module(name: str) -> str:
+    """'params/head/conv/kernel' -> 'head/conv': where its statistics are, too."""
+    return name.split('/', 1)[1].rpartition('/')[0]
+
+
+def _summary(names) -> str:
+    """'head (4 arrays), aux (6 arrays)': by the modules of the network's first level."""
+    count = collections.Counter(name.split('/')[1] for name in names)
+    return ', '.join(f'{module} ({n} arrays)' for module, n in sorted(count.items())) or 'none'
+
+
+def load_teacher(
+    where: str, student: nn.Module, inputs: Mapping[str, Any], *, features: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of the run at `where` and its variables, to teach `student`.
+
+    Both see the same image, so that classes, channels and normalisation must be the same;
+    `inputs` are the student's (`checkpoint.save`). With `features` both need a backbone.
+    Raises ConfigError that names both sides, and CheckpointError.
+    """
+    workdir, which = checkpoint.locate(where)
+    config, teacher, variables, _, step = restore_model(workdir, which)
+    theirs = checkpoint.metadata(workdir, step)['inputs']
+    name = f'distill.teacher {workdir}, step {step},'
+    if config.model.num_classes != student.num_classes:
+        raise ConfigError(
+            f'{name} has {config.model.num_classes} classes, this run has '
+            f'{student.num_classes} (model.num_classes): make them the same'
+        )
+    if theirs['channels'] != inputs['channels']:
+        raise ConfigError(
+            f'{name} takes {theirs["channels"]} channels, the images here have '
+            f'{inputs["channels"]}: use a teacher that was trained on such images'
+        )
+    if not _same_normalization(theirs['normalization'], inputs['normalization']):
+        raise ConfigError(
+            f'{name} was trained on images normalised {words(theirs["normalization"])}, this run '
+            f'normalises them {words(inputs["normalization"])}: see data.normalize'
+        )
+    for side, module in (('the teacher', teacher), ('this network', student)):
+        if features and not hasattr(module, 'backbone'):
+            raise ConfigError(
+                f'distill.pairwise compares the backbones, and {side} '
+                f'({type(module).__name__}) has none: set it to 0'
+            )
+    return teacher, variables
+
+
+def _same_normalization(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return all(np.array_equal(one[key], other[key]) for key in ('mean', 'std'))
+
+
+def words(normalization: Mapping[str, Any] | None) -> str:
+    """'volume by volume', or 'by mean (...) and deviation (...)'."""
+    if normalization is None:
+        return 'volume by volume'
+    mean, std = (tuple(normalization[key]) for key in ('mean', 'std'))
+    return f'by mean {mean} and deviation {std}'
