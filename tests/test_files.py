@@ -862,19 +862,3 @@ def test_nothing_waits_on_what_is_no_file(tmp_path):
     for path in (tmp_path / 'a.png', tmp_path / 'missing.png', tmp_path):
         with pytest.raises(DataError):
             files.read(path)
-
-
-@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'P', '1'])
-def test_read_picture_gives_rgb(tmp_path, mode):
-    Image.new('RGB', (5, 4), (255, 255, 255)).convert(mode).save(tmp_path / 'a.png')
-    pixels = files.read_picture(tmp_path / 'a.png')
-    assert pixels.shape == (4, 5, 3)
-    assert (pixels == 255).all()
-
-
-def test_read_picture_refuses_what_it_can_not_read(tmp_path):
-    (tmp_path / 'text.png').write_text('no picture')
-    Image.new('I;16', (4, 4)).save(tmp_path / 'deep.png')
-    for name, message in (('text.png', 'not a readable picture'), ('deep.png', '8 bits')):
-        with pytest.raises(DataError, match=message):
-            files.read_picture(tmp_path / name)

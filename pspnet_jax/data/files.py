@@ -217,14 +217,6 @@ def open_picture(path: Path) -> Image.Image:
         return picture
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """H W 3 uint8 of an 8-bit grey, palette, RGB or RGBA picture. Raises DataError."""
-    with open_picture(path) as picture:
-        if picture.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
-            raise DataError(f'{path} is of mode {picture.mode}, not 8 bits a channel: convert it')
-        return np.array(picture.convert('RGB'))
-
-
 # What is in a file: a Picture whose image D H W C still has the file's own kind of numbers.
 
 
