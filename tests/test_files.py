@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import itertools
 import os
 import resource
@@ -710,6 +711,13 @@ def png_of(width, height):
     return b'\x89PNG\r\n\x1a\n' + chunks
 
 
+def gif_bytes():
+    """PIL knows some forty formats; ours are the four that are asked of it."""
+    file = io.BytesIO()
+    Image.fromarray(GREY).save(file, 'gif')
+    return file.getvalue()
+
+
 def many_pages(count):
     """Pages of 18 bytes, each only saying where the next is."""
     pages = b''.join(
@@ -723,7 +731,9 @@ HOSTILE = {
     'text.png': (b'no picture', 'not a readable picture'),
     'bomb.png': (png_of(60_000, 60_000), 'exceeds limit'),
     'cut.png': (png_of(600, 600), 'not a readable picture'),
+    'short.png': (png_of(12_000, 12_000), 'too short for its 1 x 12000 x 12000'),
     'script.tif': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'not a readable'),
+    'other.png': (gif_bytes(), 'not a readable picture'),
     'pages.tif': (many_pages(100), 'not a readable picture'),
     'empty.npy': (b'', 'not a readable array'),
     'vast.npy': (npy_bytes((2**20, 2**20, 2**10)), 'not a readable array'),
@@ -819,7 +829,7 @@ def test_whatever_is_wrong_is_a_data_error(tmp_path):
         files.read(path)
         good = path.read_bytes()
         bad = tmp_path / path.name
-        for turn in range(160):
+        for turn in range(80):
             data = bytearray(good)
             if turn % 4 == 0:
                 del data[rng.integers(len(data)) :]
@@ -834,7 +844,7 @@ def test_whatever_is_wrong_is_a_data_error(tmp_path):
                     function(bad)
                 except DataError as error:
                     messages.append(str(error))
-    assert total > 300 * len(FLAT)
+    assert total > 150 * len(FLAT)
     assert 0.2 < len(messages) / total < 0.95  # neither everything nor nothing
     assert not any('\n' in message for message in messages)
 
@@ -852,19 +862,3 @@ def test_nothing_waits_on_what_is_no_file(tmp_path):
     for path in (tmp_path / 'a.png', tmp_path / 'missing.png', tmp_path):
         with pytest.raises(DataError):
             files.read(path)
-
-
-@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'P', '1'])
-def test_read_picture_gives_rgb(tmp_path, mode):
-    Image.new('RGB', (5, 4), (255, 255, 255)).convert(mode).save(tmp_path / 'a.png')
-    pixels = files.read_picture(tmp_path / 'a.png')
-    assert pixels.shape == (4, 5, 3)
-    assert (pixels == 255).all()
-
-
-def test_read_picture_refuses_what_it_can_not_read(tmp_path):
-    (tmp_path / 'text.png').write_text('no picture')
-    Image.new('I;16', (4, 4)).save(tmp_path / 'deep.png')
-    for name, message in (('text.png', 'not a readable picture'), ('deep.png', '8 bits')):
-        with pytest.raises(DataError, match=message):
-            files.read_picture(tmp_path / name)

@@ -38,10 +38,11 @@ MAX_VALUES = 2**31  # of one picture or volume, channels counted
 MAX_SLICES = 2**14  # pages of a TIFF, files of a folder; a long CT has some 3,000
 MAX_EXTENSIONS = 2**24  # bytes between the header of a NIfTI file and its voxels
 GZIP_RATIO = 1032  # the most that deflate can shrink
-SMALL = 2**26  # bytes below which the free memory is not asked for
+PICTURE_RATIO = 4096  # and, roughly, what any compression of a picture can
+SMALL = 2**26  # bytes that are not worth a question
 
 PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF')  # PIL knows others, some of which start programs
-PIP = {'nibabel': 'nibabel>=5.3', 'pydicom': 'pydicom>=3.0'}
+PIP = {'nibabel': 'nibabel>=5.4,<6', 'pydicom': 'pydicom>=3.0,<4'}
 # The directions in which slices, rows and columns go, by the axis that is sliced.
 VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
@@ -216,14 +217,6 @@ def open_picture(path: Path) -> Image.Image:
         return picture
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """H W 3 uint8 of an 8-bit grey, palette, RGB or RGBA picture. Raises DataError."""
-    with open_picture(path) as picture:
-        if picture.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
-            raise DataError(f'{path} is of mode {picture.mode}, not 8 bits a channel: convert it')
-        return np.array(picture.convert('RGB'))
-
-
 # What is in a file: a Picture whose image D H W C still has the file's own kind of numbers.
 
 
@@ -273,6 +266,12 @@ def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
                     picture.seek(page)
                 size = (len(paths) * pages, *picture.size[::-1], len(picture.getbands()))
                 _check_size(path, size, _dtype_of(picture))
+                packed = int(np.prod(size)) // (8 if picture.mode == '1' else 1)
+                if packed > max(SMALL, PICTURE_RATIO * path.stat().st_size * len(paths)):
+                    raise DataError(
+                        f'{path} is too short for its {" x ".join(map(str, size))} values: '
+                        'copy it again'
+                    )
                 pixels = (_label_pixels if labels else _image_pixels)(picture, path, page)
                 if image is None:
                     image = np.empty((len(paths) * pages, *pixels.shape), pixels.dtype)
