@@ -99,6 +99,11 @@ def test_a_jpeg_is_close_to_its_pixels_and_other_numbers_become_float32(tmp_path
         np.testing.assert_array_equal(image[0, ..., 0], values)
 
 
+def test_webp_is_read_as_it_was_packed(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / 'a.webp', lossless=True)
+    np.testing.assert_array_equal(files.read(tmp_path / 'a.webp').image[0], COLOUR)
+
+
 def deep_colour_png(path, values_HWC):
     H, W, C = values_HWC.shape
 

@@ -43,7 +43,7 @@ __all__ = [
     'write_masks',
 ]
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 ORIENTATION = 0x0112  # EXIF tag
 
 
