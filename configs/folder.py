@@ -4,20 +4,22 @@
   python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\
       --config.data.group='(.+)_[0-9]+' --config.model.num_classes=3
 
-The argument is a network's name, as in configs/lgg.py. `python -m pspnet_jax.data.check` with the
-same flags lists what is wrong with the data before anything is trained.
+The argument is a network's name and a recipe of augmentation, as in configs/lgg.py. `python -m
+pspnet_jax.data.check` with the same flags says what is wrong with the data before training.
 """
 
-from configs import base
+from configs import augmentations, base
 
 
 def get_config(arg: str = ''):
     config = base.get_config()
     config.data.name = 'folder'
-    arg = arg or 'pspnet_resnet50'
-    if arg.startswith('pspnet_resnet'):
-        config.model.name, config.model.backbone = arg.split('_')
+    name, recipe = augmentations.split_recipe(arg)
+    config.augment.update(recipe)
+    name = name or 'pspnet_resnet50'
+    if name.startswith('pspnet_resnet'):
+        config.model.name, config.model.backbone = name.split('_')
     else:
-        config.model.name = arg
+        config.model.name = name
     config.train.batch_size = 8
     return config

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from experiments import coming_from_keras
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'experiments/results'
 
@@ -180,6 +182,7 @@ def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
 
 TABLES = {
     'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
+    'docs/coming-from-keras.md': {'keras': coming_from_keras.table},
     'experiments/README.md': {'forms': forms, 'profile': profile, 'input': input_rates},
 }
 

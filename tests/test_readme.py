@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments import tables
+from experiments import coming_from_keras, tables
 from pspnet_jax import models
 from pspnet_jax.config import RULES
 from tests.conftest import ROOT
@@ -44,6 +44,17 @@ def test_modules_configs_and_knobs_exist(command):
 def test_the_tables_are_those_of_the_committed_results(page):
     text = (ROOT / page).read_text()
     assert tables.fill(page, text) == text, 'run python -m experiments.tables'
+
+
+def test_every_row_for_the_keras_tools_users_names_tests_that_are_there():
+    for row in coming_from_keras.ROWS.values():
+        assert row.tests
+        for test in row.tests:
+            file, name = test.split('::')
+            assert f'def {name}(' in (ROOT / f'tests/{file}.py').read_text(), test
+    listed = {name for key in coming_from_keras.ROWS for name in key.split(', ')}
+    absent = {'F18', 'F19', 'F33'}  # what that tool does not have either
+    assert listed == {f'F{n:02}' for n in range(1, 35)} - absent
 
 
 def test_the_page_of_names_has_every_name_of_the_keras_tool():

@@ -1,7 +1,7 @@
 """Every picture and volume format in; label volumes and probabilities out, in the geometry of
 their input.
 
-Flat pictures (png, jpg, bmp, tif, webp; 8 and 16 bit; grey, palette, RGB, RGBA) keep their pixel grid.
+Flat pictures (png, jpg, bmp, tif, webp; 8 and 16 bit; grey, palette, RGB, RGBA) keep their grid.
 Volumes with a position in space (NIfTI, DICOM series) are turned by quarters, never resampled,
 into one orientation, that in which radiologists look at them: slices from the feet to the head,
 rows from front to back, columns from the patient's right to the left. A volume of a single
@@ -41,7 +41,7 @@ GZIP_RATIO = 1032  # the most that deflate can shrink
 PICTURE_RATIO = 4096  # and, roughly, what any compression of a picture can
 SMALL = 2**26  # bytes that are not worth a question
 
-PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')  # PIL knows others, some of which start programs
+PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')  # others of PIL's start programs
 PIP = {'nibabel': 'nibabel>=5.4,<6', 'pydicom': 'pydicom>=3.0,<4'}
 # The directions in which slices, rows and columns go, by the axis that is sliced.
 VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
