@@ -1,5 +1,8 @@
 """The calls for scripts: what the commands give, without the commands."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +10,9 @@ from PIL import Image
 import pspnet_jax
 from pspnet_jax import predict
 from pspnet_jax.errors import ConfigError
+from tests.conftest import ROOT, tiny_config
+
+PYTHON = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
 
 TINY = {
     'model.width': 4,
@@ -86,6 +92,24 @@ def test_what_is_missing_or_unknown_is_said(own):
     with pytest.raises(ConfigError, match='changes'):
         pspnet_jax.train('unet', images=own / 'images', masks=own / 'masks',
                          changes={'train.stepz': 3})  # fmt: skip
+
+
+@pytest.mark.parametrize('block', PYTHON, ids=lambda block: block.splitlines()[0])
+def test_the_readmes_examples_run(own, tmp_path, monkeypatch, capsys, block):
+    """With a tiny network in place of those that the configs describe."""
+    shutil.copytree(own, tmp_path / 'own')
+    (tmp_path / 'own/images/p1.png').rename(tmp_path / 'own/images/a.png')
+    (tmp_path / 'own/masks/p1.png').rename(tmp_path / 'own/masks/a.png')
+
+    def tiny(_=''):
+        return tiny_config(**{'train.steps': 2, 'data.size': (32, 32)})
+
+    for module in ('configs.folder', 'configs.lgg'):
+        monkeypatch.setattr(f'{module}.get_config', tiny)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {'__name__': 'example'})
+    assert capsys.readouterr().out
+    assert list(tmp_path.glob('runs/*/evaluation.json'))
 
 
 def test_the_module_train_is_also_the_call():
