@@ -583,6 +583,18 @@ def test_absurd_sizes_are_refused(tmp_path, size):
     assert 'no size of a picture' in fault(via.read_annotations, write(tmp_path / 'l.json', tree))
 
 
+@pytest.mark.parametrize(
+    'start', ['{"images": [], "annotations": [', '{"a": {"filename": "a", "regions": [']
+)
+def test_a_file_of_faults_is_not_read_to_its_end(tmp_path, start):
+    end = ']}' if 'images' in start else ']}}'
+    message = fault(
+        via.read_annotations, write(tmp_path / 'f.json', start + '{},' * 50_000 + '{}' + end)
+    )
+    assert len(message.split('\n')) == annotations.MAX_FAULTS + 2
+    assert message.endswith('and there may be more')
+
+
 HOSTILE = [
     None, True, False, 0, -1, 7, 1e308, -1e-308, 10**30, '', 'x', '../x', '\ud800\n\x1b[2J', [], {},
     [[]], [None], [[1, 2], [3]], {'a': {'b': [1]}}, [1e400, 2], 'polygon', 'ellipse', 'NaN',
