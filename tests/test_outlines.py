@@ -106,11 +106,12 @@ def test_what_is_enclosed_twice_is_outside():
 @pytest.mark.parametrize('seed', range(6))
 def test_circles_and_ellipses_are_their_equation(seed):
     rng = np.random.default_rng(seed)
-    x, y, rx, ry = (int(n) for n in rng.integers((5, 5, 1, 1), (25, 15, 13, 9)))
-    mask = rasterize([ellipse(x, y, rx, ry)], (20, 30))
-    for r, c in np.ndindex(mask.shape):
-        u, v = Fraction(2 * c + 1, 2) - x, Fraction(2 * r + 1, 2) - y
-        assert mask[r, c] == ((u / rx) ** 2 + (v / ry) ** 2 < 1)
+    x, y, a, b = (int(n) for n in rng.integers((5, 5, 1, 1), (25, 15, 13, 9)))
+    for cx, cy, rx, ry in ((x, y, a, b), (x + 0.5, y + 0.5, 5, 5)):  # 3, 4, 5: on the circle
+        mask = rasterize([ellipse(cx, cy, rx, ry)], (20, 30))
+        for r, c in np.ndindex(mask.shape):
+            u, v = c + Fraction(1, 2) - Fraction(cx), r + Fraction(1, 2) - Fraction(cy)
+            assert mask[r, c] == ((u / rx) ** 2 + (v / ry) ** 2 < 1)
 
 
 @pytest.mark.parametrize('theta', [0.0, 0.4, -1.1, math.pi / 2, 3.0])

@@ -361,22 +361,28 @@ def test_every_fault_is_listed_at_once_and_nothing_is_written(tmp_path, images):
 
 def test_a_name_is_matched_with_the_pictures_that_are_there(tmp_path):
     images = tmp_path / 'train'
-    for way in ('one/a.png', 'two/a.png', 'one/b.png', 'é.png', '.hidden/c.png', 'masks/a.png'):
+    for way in (
+        'one/a.png',
+        'two/a.png',
+        'one/b.png',
+        'é.png',
+        'u\u0308.png',
+        '.hidden/c.png',
+        'masks/a.png',
+    ):
         save_picture(images / way)
 
     def match(*names):
         shapes = {annotations._name(name): [name] for name in names}
         read = via.Annotations(shapes, {}, {}, [])
         matched, faults, _ = via.match_pictures(read, images, leave_out=images / 'masks')
-        assert len(matched) == 4
+        assert len(matched) == 5
         there = {path.relative_to(images).as_posix(): s[0] for path, s in matched.items() if s}
         return there, faults
 
-    assert match('b.png', 'two/a.png', 'train/one/a.png', './e\u0301.png') == (
-        {'one/b.png': 'b.png', 'two/a.png': 'two/a.png', 'one/a.png': 'train/one/a.png',
-         'é.png': './e\u0301.png'},
-        [],
-    )  # fmt: skip
+    names = ('b.png', 'two/a.png', 'train/one/a.png', './e\u0301.png', '\xfc.png')
+    ways = ('one/b.png', 'two/a.png', 'one/a.png', 'é.png', 'u\u0308.png')
+    assert match(*names) == (dict(zip(ways, names, strict=True)), [])
     assert "can be 'one/a.png', 'two/a.png'" in match('a.png')[1][0]
     assert 'keep one' in match('b.png', 'one/b.png')[1][0]
     for name in ('c.png', 'three/b.png', 'xb.png', 'png'):
@@ -558,6 +564,16 @@ def test_coco_that_is_no_polygon_or_refers_to_nothing(tmp_path, key, value, word
         assert 'only 2 points' in via.check_shapes(shapes, SIZE)[0][0]
 
 
+def test_coco_that_has_an_id_or_a_picture_twice_is_refused(tmp_path):
+    for key, value, words in (
+        ('id', 11, 'images 3: its id 11 is there twice'),
+        ('file_name', 'b.png', "'b.png' is there twice"),
+    ):
+        tree = coco(DRAWING)
+        tree['images'][2][key] = value
+        assert words in fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+
+
 @pytest.mark.parametrize('size', [10**9, 0, -5, 20.5, '20', True, [20], 10**400])
 def test_absurd_sizes_are_refused(tmp_path, size):
     tree = coco(DRAWING)
@@ -565,6 +581,18 @@ def test_absurd_sizes_are_refused(tmp_path, size):
     assert 'no size of a picture' in fault(via.read_annotations, write(tmp_path / 'c.json', tree))
     tree = labelme('a.png', []) | {'imageWidth': size}
     assert 'no size of a picture' in fault(via.read_annotations, write(tmp_path / 'l.json', tree))
+
+
+@pytest.mark.parametrize(
+    'start', ['{"images": [], "annotations": [', '{"a": {"filename": "a", "regions": [']
+)
+def test_a_file_of_faults_is_not_read_to_its_end(tmp_path, start):
+    end = ']}' if 'images' in start else ']}}'
+    message = fault(
+        via.read_annotations, write(tmp_path / 'f.json', start + '{},' * 50_000 + '{}' + end)
+    )
+    assert len(message.split('\n')) == annotations.MAX_FAULTS + 2
+    assert message.endswith('and there may be more')
 
 
 HOSTILE = [

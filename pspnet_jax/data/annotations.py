@@ -27,6 +27,7 @@ from pspnet_jax.data.outlines import MAX_SIDE, Shape
 from pspnet_jax.errors import ConfigError, DataError
 
 MAX_BYTES = 2**26  # of a file; parsed, it can take twenty times as much
+MAX_FAULTS = 1000  # of a file, after which it is not read on
 CSV_HEADER = (
     'filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,'
     'region_attributes'
@@ -89,18 +90,19 @@ def read_with_faults(
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= 255:
             raise ConfigError(f'class {show(name)} is {show(number)}: give a number 0 to 255')
     path, faults = Path(path).expanduser(), []
-    if os.path.isdir(path):
-        tool, pictures = 'labelme', _read_labelme_folder(path, faults)
-    else:
-        tool, pictures = _read_file(path, faults)
-    shapes, sizes, regions = {}, {}, []
-    for picture in pictures:
-        if picture.name in shapes:
-            faults.append(f'{show(picture.name)} is there twice: keep one, or rename a picture')
-        shapes.setdefault(picture.name, [])
-        regions += [(picture.name, region) for region in picture.regions]
-        if picture.size:
-            sizes[picture.name] = picture.size
+    tool, shapes, sizes, regions = '', {}, {}, []
+    with contextlib.suppress(_TooManyFaultsError):
+        if os.path.isdir(path):
+            tool, pictures = 'labelme', _read_labelme_folder(path, faults)
+        else:
+            tool, pictures = _read_file(path, faults)
+        for picture in pictures:
+            if picture.name in shapes:
+                faults.append(f'{show(picture.name)} is there twice: keep one, or rename a picture')
+            shapes.setdefault(picture.name, [])
+            regions += [(picture.name, region) for region in picture.regions]
+            if picture.size:
+                sizes[picture.name] = picture.size
     if not shapes and not faults:
         faults.append(f'no picture is named: {AGAIN}')
     found = f'{tool}: {count(len(shapes), "picture")}, {count(len(regions), "region")}'
@@ -137,7 +139,10 @@ def all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
     """One line where there is one fault, else a list."""
     if len(faults) == 1:
         return DataError(f'{source}: {faults[0]}')
-    return DataError('\n  '.join([f'{len(faults)} faults in {source}:', *faults]))
+    lines = [f'{len(faults)} faults in {source}:', *faults[:MAX_FAULTS]]
+    if len(faults) >= MAX_FAULTS:
+        lines.append('and there may be more')
+    return DataError('\n  '.join(lines))
 
 
 @contextlib.contextmanager
@@ -147,6 +152,18 @@ def listed(faults: list[str], where: str = '') -> Iterator[None]:
         yield
     except DataError as error:
         faults.append(f'{where}: {error}' if where else str(error))
+
+
+class _TooManyFaultsError(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _listed(faults: list[str], where: str = '') -> Iterator[None]:
+    with listed(faults, where):
+        yield
+    if len(faults) >= MAX_FAULTS:
+        raise _TooManyFaultsError
 
 
 # Files and values.
@@ -322,16 +339,16 @@ def _unknown_shape(name: Any) -> DataError:
 
 def _read_via(entries: Any, faults: list[str]) -> Iterator[Picture]:
     """VIA 1 and 2: {key: {filename, regions: a list, or {'0': ...} in version 1}}."""
-    with listed(faults):
+    with _listed(faults):
         entries = _object(entries, '_via_img_metadata')
     for key, entry in entries.items() if isinstance(entries, dict) else ():
-        with listed(faults, f'entry {show(key)}'):
+        with _listed(faults, f'entry {show(key)}'):
             entry = _object(entry)
             name = _name(entry.get('filename'))
             found = []
             for n, region in enumerate(_via_regions(entry.get('regions')), 1):
                 where = f'{show(name)}, region {n}'
-                with listed(faults, where):
+                with _listed(faults, where):
                     region = _object(region)
                     shape = _via_shape(region.get('shape_attributes'))
                     attributes = _attributes(region.get('region_attributes'))
@@ -380,7 +397,7 @@ def _read_via_csv(text: str, faults: list[str]) -> Iterator[Picture]:
         lines = csv.reader(io.StringIO(text, newline=''), strict=True)
         columns = len(next(lines))
         for row in filter(None, lines):
-            with listed(faults, f'line {lines.line_num}'):
+            with _listed(faults, f'line {lines.line_num}'):
                 if len(row) != columns:
                     raise DataError(
                         f'it has {len(row)} fields, not {columns}: put a name with a comma in '
@@ -410,11 +427,11 @@ def _read_coco(tree: dict[str, Any], faults: list[str]) -> Iterator[Picture]:
     categories = _coco_table(tree, 'categories', _coco_category, faults)
     damaged = bool(faults)  # then what an annotation refers to may be what could not be read
     items = []
-    with listed(faults):
+    with _listed(faults):
         items = _list(tree['annotations'], 'annotations')
     for n, item in enumerate(items, 1):
         where = f'annotation {n}'
-        with listed(faults, where):
+        with _listed(faults, where):
             item = _object(item)
             shapes, attributes = _coco_shapes(item.get('segmentation')), {}
             if (category := _find(categories, item, 'category_id', damaged)) is not None:
@@ -428,10 +445,10 @@ def _read_coco(tree: dict[str, Any], faults: list[str]) -> Iterator[Picture]:
 def _coco_table(tree: dict[str, Any], key: str, read: Any, faults: list[str]) -> dict[Any, Any]:
     """{id: what `read` makes of the item}."""
     items, found = [], {}
-    with listed(faults):
+    with _listed(faults):
         items = _list(tree.get(key, []), key)
     for n, item in enumerate(items, 1):
-        with listed(faults, f'{key} {n}'):
+        with _listed(faults, f'{key} {n}'):
             identity = _object(item).get('id')
             if isinstance(identity, bool) or not isinstance(identity, int | str):
                 raise DataError(f'its id is {show(identity)}: give it a number')
@@ -485,12 +502,14 @@ def _read_labelme_folder(folder: Path, faults: list[str]) -> Iterator[Picture]:
         raise DataError(f'{folder} holds no .json: give the annotation file, or labelme files')
     for path in files:
         inner = []
-        with listed(faults):
-            tool, pictures = _read_file(path, inner)
-            if tool != 'labelme':
-                raise DataError(f'{path} is of {tool}, not of labelme: give that file alone')
-            yield from pictures
-        faults += [f'{path}: {fault}' for fault in inner]
+        try:
+            with _listed(faults):
+                tool, pictures = _read_file(path, inner)
+                if tool != 'labelme':
+                    raise DataError(f'{path} is of {tool}, not of labelme: give that file alone')
+                yield from pictures
+        finally:
+            faults += [f'{path}: {fault}' for fault in inner]
 
 
 def hidden(path: Path, folder: Path) -> bool:
@@ -501,15 +520,15 @@ def hidden(path: Path, folder: Path) -> bool:
 def _read_labelme(tree: dict[str, Any], faults: list[str]) -> Picture:
     """labelme writes the way from its file to the picture: of that, the last name is taken."""
     value, name, size, items, regions = tree['imagePath'], 'imagePath', None, [], []
-    with listed(faults):
+    with _listed(faults):
         name = _name(re.split(r'[/\\]', value)[-1] if isinstance(value, str) else value)
-    with listed(faults, show(name)):
+    with _listed(faults, show(name)):
         size = _size(tree.get('imageHeight'), tree.get('imageWidth'))
-    with listed(faults, show(name)):
+    with _listed(faults, show(name)):
         items = _list(tree['shapes'], 'its list of shapes')
     for n, item in enumerate(items, 1):
         where = f'{show(name)}, region {n}'
-        with listed(faults, where):
+        with _listed(faults, where):
             attributes = _attributes({'label': _object(item).get('label')})
             regions.append(Region(where, [_labelme_shape(item)], attributes))
     return Picture(name, size, regions)
