@@ -164,6 +164,27 @@ def test_a_file_of_annotations_stands_for_the_masks(tmp_path):
     np.testing.assert_array_equal(mask, LABELS == 1)
 
 
+def test_volumes_bring_their_slices_and_their_spacing(tmp_path, rng):
+    nibabel = pytest.importorskip('nibabel')
+    affine = np.diag([-0.9, -0.8, 3.0, 1.0])  # already in the order in which slices are taken
+    for name in ('a', 'b'):
+        for kind, values in (
+            ('images', rng.integers(0, 900, (24, 20, 5)).astype(np.int16)),
+            ('masks', (rng.random((24, 20, 5)) > 0.5).astype(np.uint8)),
+        ):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            nibabel.Nifti1Image(values, affine).to_filename(tmp_path / kind / f'{name}.nii.gz')
+    slices = folder.load(tmp_path)
+    assert slices.patient.tolist() == ['a'] * 5 + ['b'] * 5
+    np.testing.assert_allclose(slices.spacing['a'], (3.0, 0.8, 0.9), rtol=1e-6)
+    for volume, name in zip(volumes.iterate_volumes(slices), 'ab', strict=True):
+        stored = nibabel.load(tmp_path / 'images' / f'{name}.nii.gz').get_fdata()
+        np.testing.assert_array_equal(volume.image[..., 0], stored.transpose(2, 1, 0))
+        truth = nibabel.load(tmp_path / 'masks' / f'{name}.nii.gz').get_fdata()
+        np.testing.assert_array_equal(volume.mask, truth.transpose(2, 1, 0))
+        assert volume.spacing == slices.spacing[name]
+
+
 def test_missing_folders_and_empty_ones_are_named(tmp_path):
     with pytest.raises(DataError, match='put the pictures into'):
         folder.load(tmp_path)

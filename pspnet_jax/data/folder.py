@@ -10,7 +10,7 @@ is found out from all of them, said in one line, and refused where it could mean
 import csv
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,18 @@ class Case(NamedTuple):
     patient: str
     images: tuple[Path, ...]
     mask: Path | Sequence[via.Shape]
+
+
+class Patient(NamedTuple):
+    """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, spacing
+    where all have the same, and (4, C) intensity scale.
+    """
+
+    cases: list[Case]
+    lesion: list[list[int]]
+    shapes: dict[tuple[int, ...], Path]
+    spacing: tuple[float, float, float] | None
+    intensity: np.ndarray | None
 
 
 class Code(NamedTuple):
@@ -66,7 +78,7 @@ def scan(
         annotations = via.read_annotations(masks, classes=classes, attribute=attribute)
         shapes, wrong, more = via.match_pictures(annotations, images[0])
         faults, notes = faults + wrong, [*annotations.notes, *more]
-        mask_of = {stem: shapes.get(path, []) for stem, path in first.items()}
+        mask_of = {stem: shapes.get(path, ()) for stem, path in first.items()}
     else:
         mask_of = files.find(masks)
         for stem in sorted(first.keys() - mask_of.keys()):
@@ -141,105 +153,123 @@ def load(
     Every file is read once here. Raises one DataError that lists every fault, several sizes
     among them unless `mixed_sizes`.
     """
-    root = Path(source).expanduser()
-    folders = [root / name for name in images]
-    masks = root / masks
-    for folder in folders:
-        if not folder.is_dir():
-            raise DataError(
-                f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
-                f'into {root / "masks"}, or set data.images and data.masks'
-            )
-    if not masks.exists():
-        raise DataError(f'{masks} is neither a folder of masks nor a file of annotations')
+    folders, masks = _find_folders(Path(source).expanduser(), images, masks)
     cases, faults, notes = scan(folders, masks, group=group, classes=classes, attribute=attribute)
     if not cases and not faults:
         raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
+    for note in notes:
+        logging.info('annotations: %s', note)
     if not group and not any(volumes_by_name(case.images[0]) for case in cases):
         logging.warning(
             'no data.group: each of %d pictures counts as a patient of its own; where several '
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
 
-    for note in notes:
-        logging.info('annotations: %s', note)
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda case: _attempt(_mask_values, case), cases))
-    unread = [fault for _, fault in found if fault]
-    if unread:  # what the others mean can't be known
-        raise _all_faults(source, faults + unread)
-    values = functools.reduce(np.union1d, [values for values, _ in found], np.array([], int))
-    code = understand(values, mask_format, mask_colors, num_classes, ignore_label)
-    if len(values):
-        logging.info('masks: %s', code.meaning)
-
-    @functools.lru_cache(maxsize=8)  # a volume's slices are asked for one by one
-    def read_case(index: int) -> tuple[files.Picture, np.ndarray]:
-        return _read_case(cases[index], code)
-
-    def measure(index: int):
-        picture, labels = _read_case(cases[index], code)
-        wrong = np.setdiff1d(labels, [*range(num_classes), ignore_label])
-        if wrong.size:
-            raise DataError(
-                f'the mask of {cases[index].images[0]} has labels {wrong.tolist()[:8]}, the model '
-                f'has classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
-            )
-        return [volumes.lesion_pixels(mask) for mask in labels], picture, labels.shape
-
-    lesion, spacing, counts, sizes = [], {}, [], {}
-    by_patient: dict[str, list[int]] = {}
-    for index, case in enumerate(cases):
-        by_patient.setdefault(case.patient, []).append(index)
-    order = [index for patient in sorted(by_patient) for index in by_patient[patient]]
-    intensity, channels = {}, {}
-    with ThreadPoolExecutor(threads) as pool:
-        for patient in sorted(by_patient):
-            found = list(pool.map(lambda i: _attempt(measure, i), by_patient[patient]))
-            faults += [fault for _, fault in found if fault]
-            good = [result for result, fault in found if not fault]
-            if len(good) < len(found):
-                continue
-            for pixels, picture, _ in good:
-                lesion += pixels
-                counts.append(len(pixels))
-                channels.setdefault(picture.image.shape[-1], picture.source)
-                sizes.setdefault('x'.join(map(str, picture.image.shape[1:3])), picture.source)
-                if picture.spacing:
-                    spacing[patient] = picture.spacing
-            pixels = [picture.image.reshape(-1, picture.image.shape[-1]) for _, picture, _ in good]
-            if len({p.shape[1] for p in pixels}) == 1:
-                intensity[patient] = volumes.measure_intensity(np.concatenate(pixels))
-    if len(channels) > 1:
-        some = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
-        faults.append(f'not all images have as many channels: {some}; convert them')
-    if len(sizes) > 1 and not mixed_sizes:
-        some = ', '.join(f'{path} is {size}' for size, path in list(sizes.items())[:4])
-        faults.append(
-            f'images are of {len(sizes)} sizes ({some}): set data.size="(HEIGHT, WIDTH)", they are '
-            'resized to it for training and the masks that come out have their own size'
-        )
+        found = list(pool.map(functools.partial(_attempt, _mask_values), cases))
+        unread = [fault for _, fault in found if fault]
+        if unread:  # what the others mean can't be known
+            raise _all_faults(source, faults + unread)
+        values = functools.reduce(np.union1d, [values for values, _ in found], np.array([], int))
+        code = understand(values, mask_format, mask_colors, num_classes, ignore_label)
+        if len(values):
+            logging.info('masks: %s', code.meaning)
+        patients = {}
+        for name in sorted({case.patient for case in cases}):
+            own = [case for case in cases if case.patient == name]
+            patients[name], more = _survey(own, code, pool.map, num_classes, ignore_label)
+            faults += more
+    faults += _disagreements(patients.values(), mixed_sizes)
     if faults:
         raise _all_faults(source, faults)
 
-    places = [(index, d) for index, n in zip(order, counts, strict=True) for d in range(n)]
-    patient_of = np.array([cases[index].patient for index, _ in places])
-    numbers = np.concatenate([np.arange(np.sum(patient_of == p)) for p in sorted(by_patient)])
+    in_order = [case for patient in patients.values() for case in patient.cases]
+    depths = [len(lesion) for patient in patients.values() for lesion in patient.lesion]
+    places = [(number, d) for number, depth in enumerate(depths) for d in range(depth)]
+
+    @functools.lru_cache(maxsize=8)  # a volume's slices are asked for one by one
+    def read_case(number: int) -> tuple[files.Picture, np.ndarray]:
+        return _read_case(in_order[number], code)
 
     def read(key: int) -> tuple[np.ndarray, np.ndarray]:
-        index, d = places[key]
-        picture, labels = read_case(index)
+        number, d = places[key]
+        picture, labels = read_case(number)
         return picture.image[d], labels[d]
 
+    lesion = [np.concatenate(patient.lesion) for patient in patients.values()]
     return Slices(
         read=read,
         key=np.arange(len(places)),
-        patient=patient_of,
-        slice=numbers,
-        lesion_pixels=np.array(lesion),
-        intensity=intensity,
-        spacing=spacing,
+        patient=np.repeat(list(patients), [len(pixels) for pixels in lesion]),
+        slice=np.concatenate([np.arange(len(pixels)) for pixels in lesion]),
+        lesion_pixels=np.concatenate(lesion),
+        intensity={name: patient.intensity for name, patient in patients.items()},
+        spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
     )
+
+
+def _find_folders(root: Path, images: Sequence[str], masks: str) -> tuple[list[Path], Path]:
+    """The folders of images, and that of masks or the file of annotations."""
+    folders = [root / name for name in images]
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(
+                f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
+                f'into {root / "masks"}, or set data.images and data.masks'
+            )
+    if not (root / masks).exists():
+        raise DataError(f'{root / masks} is neither a folder of masks nor a file of annotations')
+    return folders, root / masks
+
+
+def _survey(
+    cases: Sequence[Case], code: Code, map_: Callable, num_classes: int, ignore_label: int
+) -> tuple[Patient, list[str]]:
+    """What is to be known of a patient's cases, and their faults."""
+    known = [*range(num_classes), ignore_label]
+
+    def measure(case: Case) -> tuple[files.Picture, list[int]]:
+        picture, labels = _read_case(case, code)
+        wrong = np.setdiff1d(labels, known)
+        if wrong.size:
+            raise DataError(
+                f'the mask of {case.images[0]} has labels {wrong.tolist()[:8]}, the model has '
+                f'classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
+            )
+        return picture, [volumes.lesion_pixels(mask) for mask in labels]
+
+    found = list(map_(functools.partial(_attempt, measure), cases))
+    good = [result for result, fault in found if not fault]
+    shapes = {picture.image.shape[1:]: picture.source for picture, _ in good}
+    spacing = {picture.spacing for picture, _ in good}
+    intensity = None
+    if len({channels for *_, channels in shapes}) == 1:
+        pixels = [picture.image.reshape(-1, picture.image.shape[-1]) for picture, _ in good]
+        intensity = volumes.measure_intensity(np.concatenate(pixels))
+    patient = Patient(
+        list(cases),
+        [lesion for _, lesion in good],
+        shapes,
+        spacing.pop() if len(spacing) == 1 else None,
+        intensity,
+    )
+    return patient, [fault for _, fault in found if fault]
+
+
+def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[str]:
+    """Faults of patients that are sound, but not together."""
+    shapes = {shape: path for patient in patients for shape, path in patient.shapes.items()}
+    channels = {shape[2]: path for shape, path in shapes.items()}
+    sizes = {shape[:2]: path for shape, path in shapes.items()}
+    if len(channels) > 1:
+        some = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
+        yield f'not all images have as many channels: {some}; convert them'
+    if len(sizes) > 1 and not mixed_sizes:
+        some = ', '.join(f'{path} is {h}x{w}' for (h, w), path in sorted(sizes.items())[:4])
+        yield (
+            f'images are of {len(sizes)} sizes ({some}): set data.size="(HEIGHT, WIDTH)", they are '
+            'resized to it for training and the masks that come out have their own size'
+        )
 
 
 def volumes_by_name(path: Path) -> bool:
