@@ -4,7 +4,9 @@
 
 For each picture NAME: NAME_mask.png (0 and 255, or class numbers with more than two
 classes), NAME_overlay.png, and NAME_panels.png: original, mask, outline on the
-original. All at the picture's own size.
+original. All at the picture's own size. With --probability also NAME_probability.png: the
+probability of any class but background in 255ths, at the temperature that was fitted for the
+checkpoint, if one was.
 """
 
 import contextlib
@@ -19,10 +21,10 @@ from absl import flags, logging
 from PIL import Image
 from tqdm import tqdm
 
-from pspnet_jax import cli, infer, visualize
+from pspnet_jax import calibration, cli, infer, visualize
 from pspnet_jax.data.volumes import Volume, measure_intensity, read_picture
 from pspnet_jax.errors import DataError
-from pspnet_jax.evaluate import predict_volume, restore_model
+from pspnet_jax.evaluate import predict_foreground, restore_model
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
 
@@ -34,7 +36,7 @@ def find_pictures(source: str | Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f'{source} is neither a file nor a folder: give --input=PICTURE_OR_FOLDER')
-    results = re.compile(r'.*_(mask|overlay|panels)')
+    results = re.compile(r'.*_(mask|overlay|panels|probability)')
     found = sorted(
         path
         for path in source.rglob('*')
@@ -55,7 +57,13 @@ def group_slices(pictures: list[Path]) -> list[list[Path]]:
     return [[path for _, path in sorted(group)] for group in groups.values()]
 
 
-def predict_pictures(workdir: str | Path, source: str | Path, output: str | Path, which: str = ''):
+def predict_pictures(
+    workdir: str | Path,
+    source: str | Path,
+    output: str | Path,
+    which: str = '',
+    probability: bool = False,
+) -> list[str]:
     """Write masks and pictures below `output`; returns the faults of what was left out.
 
     Slices of one volume share its intensity scale. A single slice takes that of its
@@ -63,7 +71,8 @@ def predict_pictures(workdir: str | Path, source: str | Path, output: str | Path
     scales), else its own. Raises DataError or CheckpointError before anything is written.
     """
     pictures = find_pictures(source)
-    config, model, variables, intensity, _ = restore_model(workdir, which)
+    config, model, variables, intensity, step = restore_model(workdir, which)
+    temperature = calibration.load(workdir, step) if probability else 1.0
     predict_fn = functools.partial(infer.compile_predict(model, **config.crf), variables)
     root = Path(source).expanduser()
     root = root if root.is_dir() else root.parent
@@ -83,15 +92,23 @@ def predict_pictures(workdir: str | Path, source: str | Path, output: str | Path
             empty = np.zeros(image.shape[:3], np.uint8)
             numbers = np.arange(len(image))
             volume = Volume(good[0].stem, image, empty, numbers, measure_intensity(context))
-            labels = predict_volume(
+            labels, foreground = predict_foreground(
                 predict_fn,
                 volume,
                 batch_size=min(config.eval.batch_size, len(image)),
                 intensity=intensity,
+                temperature=temperature,
             )
-            for i, pixels, mask in zip(same, image, labels, strict=True):
+            for i, pixels, mask, prob in zip(same, image, labels, foreground, strict=True):
                 folder = Path(output) / good[i].relative_to(root).parent
-                _write(folder, good[i].stem, pixels, mask, config.model.num_classes)
+                kinds = {
+                    'mask': mask * 255 if config.model.num_classes == 2 else mask,
+                    'overlay': visualize.overlay(pixels, mask),
+                    'panels': visualize.three_panels(pixels, mask),
+                }
+                if probability:
+                    kinds['probability'] = np.rint(255 * prob)
+                _write(folder, good[i].stem, kinds)
     return faults
 
 
@@ -112,13 +129,10 @@ def _neighbours(path: Path, image: np.ndarray) -> np.ndarray:
     return np.stack([image[0], *others])
 
 
-def _write(folder: Path, name: str, image: np.ndarray, mask: np.ndarray, num_classes: int) -> None:
+def _write(folder: Path, name: str, kinds: dict[str, np.ndarray]) -> None:
+    """FOLDER/NAME_kind.png of each of `kinds`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, pixels in {
-        'mask': mask * 255 if num_classes == 2 else mask,
-        'overlay': visualize.overlay(image, mask),
-        'panels': visualize.three_panels(image, mask),
-    }.items():
+    for kind, pixels in kinds.items():
         path = folder / f'{name}_{kind}.png'
         aside = path.with_name(f'.{path.name}.tmp')
         Image.fromarray(pixels.astype(np.uint8)).save(aside, 'png')
@@ -127,7 +141,13 @@ def _write(folder: Path, name: str, image: np.ndarray, mask: np.ndarray, num_cla
 
 def main() -> None:
     options = flags.FLAGS
-    faults = predict_pictures(options.workdir, options.input, options.output, options.checkpoint)
+    faults = predict_pictures(
+        options.workdir,
+        options.input,
+        options.output,
+        which=options.checkpoint,
+        probability=options.probability,
+    )
     print(f'masks, overlays and panels are in {options.output}')
     if faults:
         raise DataError('\n  '.join([f'{len(faults)} picture(s) left out:', *faults]))
@@ -138,4 +158,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('input', None, 'a picture or a folder of pictures', required=True)
     flags.DEFINE_string('output', None, 'folder for the results', required=True)
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
+    flags.DEFINE_bool('probability', False, 'write NAME_probability.png too')
     cli.run(main)

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pspnet_jax import checkpoint, compilation, infer, losses, models, optim, visualize
+from pspnet_jax import checkpoint, compilation, infer, losses, models, optim, report, visualize
 from pspnet_jax.config import to_dict, validate
 from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
@@ -485,12 +485,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()
     programs, step, logged = {}, first_step, first_step
 
-    # Closing waits for a checkpoint that is still being written, whatever ends the loop.
+    # Whatever ends the loop: closing waits for a checkpoint that is still being written, and
+    # the curves are drawn behind it all, also of a run that diverged.
     with (
+        contextlib.ExitStack() as end,
         contextlib.closing(checkpoint.open_writer(workdir)) as writer,
         contextlib.closing(MetricLog(workdir, first_step)) as log,
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
+        end.callback(report.write_curves, workdir)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
                 logging.info('no better Dice in %d validations: stopping', progress['stale'])

@@ -1,12 +1,13 @@
 """Prediction: files of the right size and values, and one bad picture stops no other."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import predict, visualize
+from pspnet_jax import calibration, checkpoint, predict, visualize
 from pspnet_jax.errors import DataError
 from tests.conftest import write_case
 
@@ -22,6 +23,28 @@ def test_a_folder_becomes_masks_overlays_and_panels(trained, tmp_path):
     assert mask.shape == (37, 50)
     assert set(np.unique(mask)) <= {0, 255}
     assert Image.open(tmp_path / 'out' / 'photo_panels.png').size == (3 * 50 + 8, 37)
+
+
+def test_the_probability_is_a_picture_too_and_tempered_without_a_change_of_the_mask(
+    trained, tmp_path
+):
+    shutil.copytree(trained[0] / 'checkpoints', tmp_path / 'run' / 'checkpoints')
+    folder = write_case(tmp_path / 'in', 'case', slices=2)
+
+    def predicted(name):
+        out = tmp_path / name
+        predict.predict_pictures(tmp_path / 'run', folder, out, probability=True)
+        kinds = ('mask', 'probability')
+        return [np.array(Image.open(out / f'case_1_{kind}.png')).astype(int) for kind in kinds]
+
+    mask, prob = predicted('plain')
+    assert ((mask > 0) == (prob > 127.5))[abs(prob - 127.5) > 1].all()
+    step = checkpoint.choose(tmp_path / 'run')
+    calibration.save(tmp_path / 'run', {'step': step, 'temperature': 4.0})
+    same, even = predicted('tempered')
+    assert (same == mask).all()
+    assert (abs(even - 127.5) <= abs(prob - 127.5) + 1).all()
+    assert abs(even - prob).max() > 2
 
 
 def test_one_slice_alone_is_predicted_as_within_its_volume(trained, tmp_path):
