@@ -147,6 +147,8 @@ def get_config(arg: str = '') -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 16  # slices, or tiles with predict.window
     evaluation.spacing = (1.0, 1.0, 1.0)  # slice, row, column step; the unit of HD95
+    evaluation.surface_tolerance = 1.0  # of surface Dice, in that unit
+    evaluation.calibration_bins = 15  # of the probability of foreground, all of one width
     evaluation.bootstrap = 10_000  # resamples of the patients for the interval
     evaluation.checkpoint = 'best'  # 'best' by validation Dice, or 'last'
     return config.lock()

@@ -7,7 +7,8 @@ Dimension letters, wherever a name carries its shape (logits_BHWK, labels_BHW):
 
 Imports point downwards, held by tests/test_layering.py:
 
-  main -> train -> evaluate -> infer -> crf, metrics
+  main -> train -> evaluate -> infer -> crf, metrics, calibration
+                -> report -> chart, log, visualize
                 -> models, optim, losses, checkpoint, log, visualize
                 -> data.sources -> data.lgg, data.phantom -> data.files -> data.volumes
 

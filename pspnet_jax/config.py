@@ -184,6 +184,8 @@ RULES: dict[str, Rule] = {
     'predict.min_size': _integer(0),
     'eval.batch_size': _integer(1),
     'eval.spacing': _all(_POSITIVE, length=3),
+    'eval.surface_tolerance': _number(0),
+    'eval.calibration_bins': _integer(2, 1000),
     'eval.bootstrap': _integer(1),
     'eval.checkpoint': (lambda x: isinstance(x, str), "'best', 'last' or a step"),
 }

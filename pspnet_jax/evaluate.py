@@ -2,6 +2,7 @@
 
   python -m pspnet_jax.evaluate --workdir=RUN --split=test
   python -m pspnet_jax.evaluate --workdir=RUN --data=FOLDER
+  python -m pspnet_jax.evaluate --workdir=RUN --split=validation --fit_temperature
 
 The figure to quote is Dice over the whole volume of a patient, its mean, median and
 deviation over patients. Per-slice and pooled figures stand under those names only,
@@ -11,7 +12,7 @@ beside the baseline that calls everything background.
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,29 +23,58 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from pspnet_jax import checkpoint, cli, infer, metrics, models, postprocess, visualize
+from pspnet_jax import (
+    calibration,
+    checkpoint,
+    cli,
+    infer,
+    metrics,
+    models,
+    postprocess,
+    report,
+    visualize,
+)
 from pspnet_jax.config import from_dict, to_dict, with_prediction
 from pspnet_jax.data import lgg, pipeline, sources, splits, volumes
-from pspnet_jax.data.volumes import Volume
-from pspnet_jax.errors import DataError
+from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
+from pspnet_jax.errors import ConfigError, DataError
 from pspnet_jax.models.published import fixed_intensity
 
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
+FIT_VOXELS = 50_000  # of each validation patient that the temperature is fitted on
 
 
-def predict_volume(
+def predict_slices(
+    predict_fn: PredictFn, volume: Volume, *, batch_size: int, intensity: np.ndarray | None
+) -> Iterator[np.ndarray]:
+    """n H W K probabilities, batch by batch: of all D slices in order, and of no padding."""
+    left = len(volume.image)
+    for batch in pipeline.eval_batches(volume, batch_size, intensity):
+        yield np.asarray(predict_fn(batch))[:left]
+        left -= len(batch)
+
+
+def predict_foreground(
     predict_fn: PredictFn,
     volume: Volume,
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    temperature: float = 1.0,
     threshold: float | None = None,
     **clean_options: Any,
-) -> np.ndarray:
-    """D H W uint8 labels; `threshold` and `clean_options` as `postprocess` has them."""
-    batches = pipeline.eval_batches(volume, batch_size, intensity)
-    labels = [postprocess.to_labels(np.asarray(predict_fn(batch)), threshold) for batch in batches]
-    return postprocess.clean(np.concatenate(labels)[: len(volume.image)], **clean_options)
+) -> tuple[np.ndarray, np.ndarray]:
+    """D H W uint8 labels, and D H W float32: the probability of any class but 0.
+
+    `threshold` and `clean_options` as `postprocess` has them. The temperature is the
+    probability's alone: labels are those without.
+    """
+    labels, foreground = [], []
+    parts = predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity)
+    for prob in parts:
+        labels.append(postprocess.to_labels(prob, threshold))
+        foreground.append(calibration.temper(prob, temperature)[..., 1:].sum(-1))
+    return postprocess.clean(np.concatenate(labels), **clean_options), np.concatenate(foreground)
 
 
 def program_options(config) -> dict[str, Any]:
@@ -62,7 +92,7 @@ def program_options(config) -> dict[str, Any]:
 
 
 def label_options(config) -> dict[str, Any]:
-    """Those of `predict_volume`: what is made of the probabilities."""
+    """Those of `predict_foreground`: what is made of the probabilities."""
     predict = config.predict
     return {
         'threshold': predict.threshold,
@@ -78,6 +108,8 @@ def evaluate_options(config) -> dict[str, Any]:
         'num_classes': config.model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'spacing': config.eval.spacing,
+        'surface_tolerance': config.eval.surface_tolerance,
+        'calibration_bins': config.eval.calibration_bins,
         'bootstrap': config.eval.bootstrap,
     }
 
@@ -91,76 +123,116 @@ def evaluate_volumes(
     num_classes: int,
     ignore_label: int,
     spacing: tuple[float, float, float],
+    surface_tolerance: float,
+    calibration_bins: int,
     bootstrap: int,
+    temperature: float = 1.0,
     label_options: Mapping[str, Any] = MappingProxyType({}),
     each: Callable[[Volume, np.ndarray], None] = lambda volume, pred: None,
 ) -> dict[str, Any]:
-    """{'summary', 'patients', 'baseline', 'data'} over volumes, read one at a time.
+    """{'summary', 'patients', 'baseline', 'calibration', 'data'} over volumes, one at a time.
 
     With more than two classes a patient's figure is the mean over the structures
     1..K-1. Undefined figures are None, and `n` says over how many patients a mean is.
-    `label_options` are further ones of `predict_volume`.
+    Calibration is of the probability of any class but 0, over all counted voxels.
+    `label_options` are further ones of `predict_foreground`.
     `each(volume, labels_DHW)` is called with every prediction. Raises DataError for
     labels outside 0..K-1, and when there is no volume.
     """
     patients, per_slice, per_slice_empty = [], [], []
+    calibrated = np.zeros((calibration_bins, 3))
     for volume in data:
-        wrong = np.setdiff1d(volume.mask, [*range(num_classes), ignore_label])
-        if wrong.size:
-            raise DataError(
-                f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
-                f'{num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
-            )
-        pred = predict_volume(
-            predict_fn, volume, batch_size=batch_size, intensity=intensity, **label_options
+        _check_labels(volume, num_classes, ignore_label)
+        pred, foreground = predict_foreground(
+            predict_fn,
+            volume,
+            batch_size=batch_size,
+            intensity=intensity,
+            temperature=temperature,
+            **label_options,
         )
         each(volume, pred)
-        patients.append(_patient_row(pred, volume, num_classes, ignore_label, spacing))
+        patients.append(
+            _patient_row(pred, volume, num_classes, ignore_label, spacing, surface_tolerance)
+        )
+        counted = volume.mask != ignore_label
+        calibrated += metrics.calibration_counts(
+            foreground[counted], volume.mask[counted] > 0, calibration_bins
+        )
         for labels, truth in zip(pred, volume.mask, strict=True):
             per_slice.append(metrics.counts(labels, truth, num_classes, ignore_label))
             background = np.zeros_like(labels)
             per_slice_empty.append(metrics.counts(background, truth, num_classes, ignore_label))
     if not patients:
         raise DataError('there is no volume to evaluate: the split is empty')
-    names = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95')
-    empty = np.sum(per_slice_empty, axis=0)
+    if not calibrated.any():
+        raise DataError(f'every voxel is labelled {ignore_label}, to be ignored: nothing to score')
+    names = (
+        'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'assd', 'surface_dice'
+    )  # fmt: skip
+    pooled, empty = np.sum(per_slice, axis=0), np.sum(per_slice_empty, axis=0)
     return {
         'summary': {name: _over_patients(patients, name, bootstrap) for name in names}
         | {
             'per_slice_dice_empty_is_1': _slice_dice(per_slice),
-            'pooled': _structures(metrics.ratios(np.sum(per_slice, axis=0))),
+            'pooled': _structures(metrics.ratios(pooled)),
+            'pooled_pixel_accuracy': _accuracy(pooled),
+            **metrics.pooled_iou(pooled),
         },
         'patients': patients,
         'baseline': {
             'prediction': 'all background',
             'dice': 0.0,
             'per_slice_dice_empty_is_1': _slice_dice(per_slice_empty),
-            'pooled_pixel_accuracy': float(empty[:, 0].sum() / empty[:, [0, 2]].sum()),
+            'pooled_pixel_accuracy': _accuracy(empty),
             'pooled_mean_iou': float(np.nanmean(metrics.ratios(empty)['iou'])),
+            **metrics.pooled_iou(empty),
+        },
+        'calibration': {
+            'of': 'the probability of any class but 0, over all counted voxels',
+            'temperature': temperature,
+            'expected_calibration_error': metrics.expected_calibration_error(calibrated),
+            'bins': _calibration_bins(calibrated),
         },
         'data': {
             'patients': len(patients),
             'slices': len(per_slice),
             'lesion_slices': sum(bool(c[1:, [0, 2]].sum()) for c in per_slice),
             'hd95_unit': f'steps of (slice, row, column) = {tuple(spacing)}',
+            'spacing': list(spacing),
+            'surface_tolerance': surface_tolerance,
         },
     }
 
 
-def _patient_row(pred, volume, num_classes, ignore_label, spacing) -> dict[str, Any]:
+def _check_labels(volume: Volume, num_classes: int, ignore_label: int) -> None:
+    wrong = np.setdiff1d(volume.mask, [*range(num_classes), ignore_label])
+    if wrong.size:
+        raise DataError(
+            f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
+            f'{num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
+        )
+
+
+def _patient_row(
+    pred, volume, num_classes, ignore_label, spacing, surface_tolerance
+) -> dict[str, Any]:
     """One patient's figures, means over the structures."""
-    largest, hd95 = np.zeros_like(pred), []
+    largest, surfaces = np.zeros_like(pred), []
+    counted = volume.mask != ignore_label
     for label in range(1, num_classes):
         largest[metrics.largest_component(pred == label)] = label
-        counted = volume.mask != ignore_label
-        hd95.append(metrics.hd95((pred == label) & counted, volume.mask == label, spacing))
+        distances = metrics.surface_distances(
+            (pred == label) & counted, volume.mask == label, spacing
+        )
+        surfaces.append(metrics.surface_ratios(distances, surface_tolerance))
     count = metrics.counts(pred, volume.mask, num_classes, ignore_label)
     largest_count = metrics.counts(largest, volume.mask, num_classes, ignore_label)
     return {
         'patient': volume.patient,
         **_structures(metrics.ratios(count)),
         'dice_largest': _structures(metrics.ratios(largest_count))['dice'],
-        'hd95': _mean(hd95),
+        **{name: _mean([ratios[name] for ratios in surfaces]) for name in surfaces[0]},
         'slices': len(pred),
         'lesion_voxels': int(count[1:, [0, 2]].sum()),
         'predicted_voxels': int(count[1:, [0, 1]].sum()),
@@ -175,6 +247,26 @@ def _structures(ratios: dict[str, np.ndarray]) -> dict[str, float | None]:
 def _mean(values) -> float | None:
     values = np.array([np.nan if v is None else v for v in values], np.float64)
     return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _accuracy(counts: np.ndarray) -> float:
+    """(K, 3) pooled counts -> share of the pixels that are right."""
+    return float(counts[:, 0].sum() / counts[:, [0, 2]].sum())
+
+
+def _calibration_bins(counts: np.ndarray) -> list[dict[str, Any]]:
+    """(bins, 3) counts -> each bin's range, voxels, mean probability and share of foreground."""
+    edges = np.linspace(0, 1, len(counts) + 1)
+    return [
+        {
+            'low': float(low),
+            'high': float(high),
+            'voxels': int(number),
+            'probability': float(prob / number) if number else None,
+            'frequency': float(true / number) if number else None,
+        }
+        for low, high, (number, prob, true) in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
 
 
 def _slice_dice(counts: Sequence[np.ndarray]) -> float:
@@ -213,16 +305,41 @@ def restore_model(workdir: str | Path, which: str = ''):
     return config, model, variables, fixed_intensity(meta['inputs']), step
 
 
-def read_folder(data: str | Path, config) -> Iterable[Volume]:
-    """The volumes below a folder with images/ and masks/, as the config reads them, or with the
-    Kaggle layout.
+def fit_temperature(
+    predict_fn: PredictFn,
+    data: Iterable[Volume],
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    num_classes: int,
+    ignore_label: int,
+) -> dict[str, Any]:
+    """'temperature', the negative log likelihood without and with it, and over how much.
+
+    On at most FIT_VOXELS voxels a volume, drawn evenly, so small volumes weigh what large
+    ones do. Raises DataError when there is nothing to fit on.
     """
-    if not (Path(data).expanduser() / config.data.images[0]).is_dir():
-        return lgg.read_volumes(data)
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.update(name='folder', source=str(data))
-    return volumes.iterate_volumes(sources.read(config))
+    probs, labels = [], []
+    for index, volume in enumerate(data):
+        _check_labels(volume, num_classes, ignore_label)
+        start, depth = 0, len(volume.mask)
+        for part in predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity):
+            mask, count = volume.mask[start : start + len(part)], FIT_VOXELS * len(part) // depth
+            prob, label = calibration.sample(part, mask, ignore_label, count, [index, start])
+            probs.append(prob)
+            labels.append(label)
+            start += len(part)
+    if not sum(map(len, labels)):
+        raise DataError('there is no voxel to fit the temperature on: the split is empty')
+    prob, label = np.concatenate(probs), np.concatenate(labels)
+    temperature = calibration.fit(prob, label)
+    return {
+        'temperature': temperature,
+        'negative_log_likelihood': calibration.negative_log_likelihood(prob, label, temperature),
+        'without': calibration.negative_log_likelihood(prob, label, 1.0),
+        'voxels': len(label),
+        'patients': index + 1,
+    }
 
 
 def evaluate_checkpoint(
@@ -231,24 +348,26 @@ def evaluate_checkpoint(
     split: str = 'test',
     data: str = '',
     which: str = '',
+    fit: bool = False,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Evaluate; write WORKDIR/evaluation.json and pictures; print the table.
+    """Evaluate; write WORKDIR/evaluation.json, report.html and pictures; print the table.
 
-    `data` is a folder for `read_folder`; without it, the patients of `split` in the
-    data set that the run was trained on. `changes` are to the config's `predict` section;
-    evaluation.json has the config as it was used. Returns what it holds.
+    `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
+    without it, the patients of `split` in the data set that the run was trained on. `changes` are
+    to the config's `predict` section; evaluation.json has the config as it was used. With `fit`
+    the temperature is fitted on the validation patients first and kept in
+    WORKDIR/temperature.json; this and every later call applies it to the probabilities of that
+    checkpoint. Returns what evaluation.json holds.
     """
+    if fit and (data or split != 'validation'):
+        raise ConfigError(
+            '--fit_temperature is for the patients of --split=validation: what is fitted on '
+            'others would be tested on them'
+        )
     config, model, variables, intensity, step = restore_model(workdir, which)
     config = with_prediction(config, changes)
-    if data:
-        source = read_folder(data, config)
-    else:
-        kept = Path(workdir) / splits.KEPT
-        slices, parts = sources.load(config, kept if kept.exists() else '')
-        if not parts[split]:
-            raise DataError(f'the split {split!r} has no patient in this data set')
-        source = volumes.iterate_volumes(volumes.select(slices, parts[split]))
+    open_volumes = _volume_source(config, workdir, split, data)
     folder = Path(workdir) / 'pictures'
     folder.mkdir(exist_ok=True)
 
@@ -256,13 +375,25 @@ def evaluate_checkpoint(
         picture = visualize.volume_picture(volume, pred)
         Image.fromarray(picture).save(folder / f'{volume.patient}.png')
 
+    program = infer.compile_predict(model, **program_options(config))
+    predict_fn = functools.partial(program, jax.device_put(variables))
+    how = {'batch_size': config.eval.batch_size, 'intensity': intensity}
+    if fit:
+        classes = {
+            'num_classes': config.model.num_classes,
+            'ignore_label': config.loss.ignore_label,
+        }
+        facts = fit_temperature(predict_fn, open_volumes(), **classes, **how)
+        calibration.save(workdir, {'step': step, 'split': split, **facts})
+        print(
+            f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
+            f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
+        )
+    how['temperature'] = calibration.load(workdir, step)
     result = evaluate_volumes(
-        functools.partial(
-            infer.compile_predict(model, **program_options(config)), jax.device_put(variables)
-        ),
-        source,
-        intensity=intensity,
-        **evaluate_options(config),
+        predict_fn,
+        open_volumes(),
+        **evaluate_options(config) | how,
         label_options=label_options(config),
         each=save_picture,
     )
@@ -272,9 +403,50 @@ def evaluate_checkpoint(
     aside = path.with_suffix('.tmp')
     aside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
     os.replace(aside, path)
+
+    # Which patient is the median is known only now: the few shown are predicted again.
+    roles = {row['patient']: role for role, row in report.extremes(result['patients'])}
+    cases = {}
+    for volume in open_volumes(list(roles)):
+        shown = np.where(volume.mask == config.loss.ignore_label, IGNORE_LABEL, volume.mask)
+        pred, foreground = predict_foreground(predict_fn, volume, **how, **label_options(config))
+        cases[volume.patient] = report.make_case(volume._replace(mask=shown), pred, foreground)
+    page = report.write(workdir, result, [(role, cases[name]) for name, role in roles.items()])
     print(table(result))
-    print(f'written to {path}; pictures in {folder}')
+    print(f'written to {path} and {page}; pictures in {folder}')
     return result
+
+
+def _volume_source(
+    config, workdir, split: str, data: str
+) -> Callable[[Sequence[str] | None], Iterator[Volume]]:
+    """`open_volumes(patients=None)`: the volumes to evaluate, one at a time, or those of these."""
+    if data and (Path(data).expanduser() / config.data.images[0]).is_dir():
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.data.update(name='folder', source=str(data))
+        slices, parts = sources.read(config), {}
+        parts[split] = list(slices.intensity)
+    elif data:
+        found = lgg.check(data, size=None)
+
+        def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
+            chosen = [case for case in found if patients is None or case.patient in patients]
+            return (lgg.read_case(case, size=None) for case in chosen)
+
+        return open_folder
+    else:
+        kept = Path(workdir) / splits.KEPT
+        slices, parts = sources.load(config, kept if kept.exists() else '')
+    if not parts[split]:
+        raise DataError(f'the split {split!r} has no patient in this data set')
+
+    def open_split(patients: Sequence[str] | None = None) -> Iterator[Volume]:
+        for volume in volumes.iterate_volumes(volumes.select(slices, parts[split])):
+            if patients is None or volume.patient in patients:
+                yield volume
+
+    return open_split
 
 
 def table(result: dict[str, Any]) -> str:
@@ -294,19 +466,27 @@ def table(result: dict[str, Any]) -> str:
     for statistic in ('mean', 'median', 'sd'):
         cells = ' '.join(f'{cell(result["summary"][c][statistic]):>12}' for c in columns)
         lines.append(f'{statistic:{wide}} {cells}')
-    dice, baseline = result['summary']['dice'], result['baseline']
+    summary, baseline, calibrated = result['summary'], result['baseline'], result['calibration']
+    dice, hd95 = summary['dice'], summary['hd95']
     low, high = dice['ci95'] or (None, None)
-    hd95 = result['summary']['hd95']
     lines += [
         f'per-volume Dice {cell(dice["mean"])}, 95 % interval {cell(low)} to {cell(high)} '
         f'(bootstrap over {dice["n"]} of {len(result["patients"])} patients); '
         f'HD95 over {hd95["n"]} of {len(result["patients"])}',
-        f'pooled Dice {cell(result["summary"]["pooled"]["dice"])}; per-slice Dice with empty = 1 '
-        f'{cell(result["summary"]["per_slice_dice_empty_is_1"])}',
+        f'pooled Dice {cell(summary["pooled"]["dice"])}; per-slice Dice with empty = 1 '
+        f'{cell(summary["per_slice_dice_empty_is_1"])}',
         f'all background: per-volume Dice {cell(baseline["dice"])}, per-slice with empty = 1 '
         f'{cell(baseline["per_slice_dice_empty_is_1"])}, '
         f'pixel accuracy {cell(baseline["pooled_pixel_accuracy"])}, '
         f'mean IoU {cell(baseline["pooled_mean_iou"])}',
+        f'ASSD {cell(summary["assd"]["mean"])} over {summary["assd"]["n"]}; surface Dice within '
+        f'{result["data"]["surface_tolerance"]:g} {cell(summary["surface_dice"]["mean"])} over '
+        f'{summary["surface_dice"]["n"]}',
+        f'pooled: frequency_weighted_IU {cell(summary["frequency_weighted_IU"])}, mean_IU '
+        f'{cell(summary["mean_IU"])}, class_wise_IU '
+        f'{" ".join(cell(value) for value in summary["class_wise_IU"])}',
+        f'expected calibration error {cell(calibrated["expected_calibration_error"], 4)} at '
+        f'temperature {cell(calibrated["temperature"])}',
     ]
     return '\n'.join(lines)
 
@@ -318,6 +498,7 @@ def main() -> None:
         split=options.split,
         data=options.data,
         which=options.checkpoint,
+        fit=options.fit_temperature,
         changes=cli.prediction_changes(),
     )
 
@@ -327,5 +508,8 @@ if __name__ == '__main__':
     flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'whose patients')
     flags.DEFINE_string('data', '', 'instead: a folder with images/ and masks/, or kaggle_3m')
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
+    flags.DEFINE_bool(
+        'fit_temperature', False, 'fit it on --split=validation and keep it with the run'
+    )
     cli.define_prediction_flags()
     cli.run(main)

@@ -57,6 +57,13 @@ class MetricLog:
         self._board.close()
 
 
+def read(workdir: str | Path) -> list[dict[str, float | None]]:
+    """The records of WORKDIR/metrics.jsonl, in order; none where there is no such file."""
+    path = Path(workdir) / 'metrics.jsonl'
+    records = map(json.loads, _whole_lines(path)) if path.exists() else ()
+    return [record for record in records if isinstance(record, dict) and 'step' in record]
+
+
 def _whole_lines(path: Path) -> list[str]:
     """Lines that parse: a killed process may have left half a line at the end."""
     lines = []

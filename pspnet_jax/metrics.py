@@ -5,6 +5,7 @@ pooled pixels) is decided, and named, by whoever adds the counts up.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -46,26 +47,113 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     return labels == sizes.argmax()
 
 
-def hd95(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
-    """95th percentile Hausdorff distance between two boolean volumes, in spacing's unit.
+def pooled_iou(counts: np.ndarray) -> dict[str, Any]:
+    """(K, 3) pooled counts -> frequency_weighted_IU, mean_IU, class_wise_IU.
 
-    The larger of the two directed 95th percentiles of the distance from one mask's
-    surface (voxels with a face neighbour outside it) to the other's. NaN when a mask
-    is empty: there is no surface to measure to.
+    The figures that image-segmentation-keras' evaluate_segmentation gives under these names,
+    here at the masks' full size: a class that is nowhere counts 0 in the mean, and weights
+    are the true pixels of each class. No pixel at all gives NaN weights.
     """
-    if not pred.any() or not true.any():
-        return float('nan')
-    # Only the box around both masks matters; one voxel of margin keeps surfaces surfaces.
+    tp, fp, fn = np.asarray(counts, np.float64).T
+    class_wise = tp / (tp + fp + fn + 1e-12)  # theirs, in place of 0/0
+    with np.errstate(invalid='ignore'):
+        weights = (tp + fn) / (tp + fn).sum()
+    return {
+        'frequency_weighted_IU': float((weights * class_wise).sum()),
+        'mean_IU': float(class_wise.mean()),
+        'class_wise_IU': class_wise.tolist(),
+    }
+
+
+def surface_distances(
+    pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of each surface voxel of `pred` to the surface of `true`, and of `true`'s to pred's.
+
+    The surface of a boolean volume are its voxels with a face neighbour outside it, or outside
+    the array. Distances are between centres of voxels, in spacing's unit; infinite where the
+    other mask is empty.
+    """
     where = np.argwhere(pred | true)
+    if not len(where):
+        return np.zeros(0), np.zeros(0)
+    # Only the box around both masks matters; one voxel of margin keeps surfaces surfaces.
     box = tuple(slice(a, b + 1) for a, b in zip(where.min(0), where.max(0), strict=True))
     pred, true = np.pad(pred[box], 1), np.pad(true[box], 1)
     pred_surface = pred & ~ndimage.binary_erosion(pred)
     true_surface = true & ~ndimage.binary_erosion(true)
-    to_true = ndimage.distance_transform_edt(~true_surface, sampling=spacing)
-    to_pred = ndimage.distance_transform_edt(~pred_surface, sampling=spacing)
-    return float(
-        max(np.percentile(to_true[pred_surface], 95), np.percentile(to_pred[true_surface], 95))
-    )
+
+    def between(these, those):
+        if not those.any():
+            return np.full(np.count_nonzero(these), np.inf)
+        return ndimage.distance_transform_edt(~those, sampling=spacing)[these]
+
+    return between(pred_surface, true_surface), between(true_surface, pred_surface)
+
+
+def surface_ratios(
+    distances: tuple[np.ndarray, np.ndarray], tolerance: float = 0.0
+) -> dict[str, float]:
+    """`surface_distances` -> hd95, assd and surface_dice, as the functions of these names."""
+    both = np.concatenate(distances)
+    hd95 = assd = float('nan')
+    if all(map(len, distances)):
+        hd95 = float(max(np.percentile(each, 95) for each in distances))
+        assd = float(both.mean())
+    within = both <= tolerance * (1 + 1e-9)  # 3 steps of 0.1 are within 0.3
+    surface_dice = float(within.mean()) if len(both) else float('nan')
+    return {'hd95': hd95, 'assd': assd, 'surface_dice': surface_dice}
+
+
+def hd95(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
+    """95th percentile Hausdorff distance between two boolean volumes, in spacing's unit.
+
+    The larger of the two directed 95th percentiles of the distance from one mask's
+    surface to the other's (`surface_distances`). NaN when a mask is empty: there is no
+    surface to measure to.
+    """
+    return surface_ratios(surface_distances(pred, true, spacing))['hd95']
+
+
+def assd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
+    """Average symmetric surface distance, in spacing's unit: over the voxels of both surfaces.
+
+    NaN when a mask is empty.
+    """
+    return surface_ratios(surface_distances(pred, true, spacing))['assd']
+
+
+def surface_dice(
+    pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance: float
+) -> float:
+    """Share of the voxels of both surfaces that are within `tolerance` of the other surface.
+
+    Nikolov et al. 2018 (arXiv:1809.04430). Deviation: surface voxels are counted, theirs are
+    weighted by the area of a mesh through them. 0 when one mask is empty, NaN when both are.
+    """
+    return surface_ratios(surface_distances(pred, true, spacing), tolerance)['surface_dice']
+
+
+def calibration_counts(prob: np.ndarray, true: np.ndarray, bins: int) -> np.ndarray:
+    """(bins, 3) float64: how many, sum of `prob`, how many are `true`, by equal bins of `prob`.
+
+    `prob` is the probability of what the booleans `true` tell; merged by +.
+    """
+    prob = np.asarray(prob, np.float64).ravel()
+    index = np.minimum((prob * bins).astype(np.int64), bins - 1)
+    weights = (None, prob, np.asarray(true).ravel())
+    return np.stack([np.bincount(index, w, minlength=bins) for w in weights], axis=-1)
+
+
+def expected_calibration_error(counts: np.ndarray) -> float:
+    """Mean distance of a bin's probability from its frequency, weighted by how many are in it.
+
+    Naeini et al. 2015, Guo et al. 2017 (equation 3). Deviation: over bins of the probability
+    of one event, not of the winning class's confidence. NaN of nothing.
+    """
+    number, prob, true = counts.T
+    with np.errstate(invalid='ignore'):
+        return float(np.abs(prob - true).sum() / number.sum())
 
 
 def bootstrap_ci(values: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> list[float]:

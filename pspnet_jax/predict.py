@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from pspnet_jax import checkpoint, cli, infer, postprocess, visualize
+from pspnet_jax import calibration, checkpoint, cli, infer, postprocess, visualize
 from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.data import files, video
 from pspnet_jax.data.files import Picture
@@ -59,13 +59,15 @@ SIZES = 8  # of images, after which the log recommends tiles
 class Predictor(NamedTuple):
     """A run, or several as an ensemble: predict_fn takes B H W C normalised images.
 
-    `intensity` normalises every image alike; None: each volume has its own.
+    `intensity` normalises every image alike; None: each volume has its own. `temperature` is
+    that which was fitted for the checkpoint, of probabilities alone: labels are those without.
     """
 
     config: ConfigDict
     predict_fn: Callable[[np.ndarray], np.ndarray]
     intensity: np.ndarray | None
     channels: int
+    temperature: float = 1.0
 
 
 class Case(NamedTuple):
@@ -113,7 +115,8 @@ def load(
     program = infer.compile_predict(model, ensemble=ensemble, **program_options(config))
     channels = checkpoint.metadata(workdirs[0], step)['inputs']['channels']
     predict_fn = functools.partial(program, jax.device_put(variables))
-    return Predictor(config, predict_fn, intensity, channels)
+    temperature = 1.0 if ensemble else calibration.load(workdirs[0], step)
+    return Predictor(config, predict_fn, intensity, channels, temperature)
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +161,7 @@ def segment(
             for (c, d), labels_HW, prob_HWK in zip(batch, labels_BHW, prob_BHWK, strict=False):
                 labels[c][d] = labels_HW
                 if probabilities:
-                    probs[c][d] = prob_HWK
+                    probs[c][d] = calibration.temper(prob_HWK, predictor.temperature)
     return [
         (postprocess.clean(labels_DHW, **options), np.stack(prob) if probabilities else None)
         for labels_DHW, prob in zip(labels, probs, strict=True)

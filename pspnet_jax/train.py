@@ -34,6 +34,7 @@ from pspnet_jax import (
     losses,
     models,
     optim,
+    report,
     transfer,
     visualize,
 )
@@ -637,12 +638,15 @@ def train_and_evaluate(
     pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()
     programs, step, logged = {}, first_step, first_step
 
-    # Closing waits for a checkpoint that is still being written, whatever ends the loop.
+    # Whatever ends the loop: closing waits for a checkpoint that is still being written, and
+    # the curves are drawn behind it all, also of a run that diverged.
     with (
+        contextlib.ExitStack() as end,
         contextlib.closing(checkpoint.open_writer(workdir)) as writer,
         contextlib.closing(MetricLog(workdir, first_step, on_log)) as log,
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
+        end.callback(report.write_curves, workdir)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
                 logging.info('no better Dice in %d validations: stopping', progress['stale'])

@@ -6,13 +6,26 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from pspnet_jax.data.volumes import Volume
+from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 
 # Okabe and Ito's colours, told apart by colour-blind eyes: class 1, 2, ...
 COLORS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
      [0, 114, 178], [213, 94, 0], [204, 121, 167]], np.uint8
 )  # fmt: skip
+
+
+DIFFERENCE = {
+    1: ('in both', (150, 205, 190)),
+    2: ('predicted only', (213, 94, 0)),
+    3: ('missed', (60, 150, 230)),
+    4: ('another class', (204, 121, 167)),
+}
+# Black, purple, orange, yellow, white at 0, 1/4, 1/2, 3/4, 1: lightness rises all along.
+HEAT = np.stack(
+    [np.interp(np.arange(256), (0, 64, 128, 192, 255), c)
+     for c in ((0, 90, 205, 250, 255), (0, 20, 70, 170, 255), (0, 110, 70, 30, 220))], axis=-1
+).astype(np.uint8)  # fmt: skip
 
 
 def class_color(label: int) -> np.ndarray:
@@ -91,6 +104,25 @@ def mask_picture(mask_HW: np.ndarray) -> np.ndarray:
     for label in np.unique(mask_HW[mask_HW > 1]):
         picture[mask_HW == label] = class_color(label)
     return picture
+
+
+def label_palette() -> np.ndarray:
+    """(256, 3) uint8: the colour of each label; background black, ignored grey."""
+    palette = np.stack([class_color(label) for label in range(1, 257)])
+    return np.concatenate([[[0, 0, 0]], palette[:254], [[128, 128, 128]]]).astype(np.uint8)
+
+
+def difference_palette() -> np.ndarray:
+    """(5, 3) uint8: the colours of `difference`; where there is none, black."""
+    return np.array([(0, 0, 0), *(color for _, color in DIFFERENCE.values())], np.uint8)
+
+
+def difference(pred_HW: np.ndarray, true_HW: np.ndarray) -> np.ndarray:
+    """H W uint8: a key of DIFFERENCE; 0 where both are background or the truth is ignored."""
+    pred, true = pred_HW > 0, true_HW > 0
+    found = np.where(pred_HW == true_HW, 1, 4)
+    found = np.where(pred & ~true, 2, np.where(true & ~pred, 3, found))
+    return np.where((pred | true) & (true_HW != IGNORE_LABEL), found, 0).astype(np.uint8)
 
 
 def three_panels(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:

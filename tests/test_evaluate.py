@@ -1,6 +1,7 @@
 """Evaluation: the numbers by hand, their names, and the command on a folder."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from pspnet_jax import evaluate, infer
 from pspnet_jax.config import with_prediction
 from pspnet_jax.data import sources
 from pspnet_jax.data.volumes import Volume, iterate_volumes, normalize, select
-from pspnet_jax.errors import CheckpointError, DataError
+from pspnet_jax.errors import CheckpointError, ConfigError, DataError
 from tests.conftest import write_case
 
 OPTIONS = {
@@ -18,6 +19,8 @@ OPTIONS = {
     'num_classes': 2,
     'ignore_label': 255,
     'spacing': (1.0, 1.0, 1.0),
+    'surface_tolerance': 1.0,
+    'calibration_bins': 10,
     'bootstrap': 100,
 }
 
@@ -46,7 +49,10 @@ def test_the_truth_scores_one():
     result = evaluate.evaluate_volumes(oracle, [volume('a', MASK)], **OPTIONS)
     (row,) = result['patients']
     assert row['dice'] == row['dice_largest'] == row['iou'] == 1
-    assert row['hd95'] == 0
+    assert row['hd95'] == row['assd'] == 0
+    assert row['surface_dice'] == 1
+    assert result['summary']['class_wise_IU'] == pytest.approx([1, 1])
+    assert result['calibration']['expected_calibration_error'] == 0
     assert row['lesion_voxels'] == row['predicted_voxels'] == 9
     assert result['summary']['dice'] == {
         'mean': 1, 'median': 1, 'sd': None, 'ci95': [1, 1], 'n': 1
@@ -63,6 +69,13 @@ def test_predicting_nothing_is_the_baseline():
         assert part['per_slice_dice_empty_is_1'] == pytest.approx(2 / 3)
     assert baseline['pooled_pixel_accuracy'] == pytest.approx(1 - 9 / 108)
     assert baseline['pooled_mean_iou'] == pytest.approx((99 / 108 + 0) / 2)
+    for part in (summary, baseline):
+        assert part['class_wise_IU'] == pytest.approx([99 / 108, 0])
+        assert part['frequency_weighted_IU'] == pytest.approx((99 / 108) ** 2)
+    # Certain of background everywhere: wrong in 9 of 108 voxels, and missed surfaces count.
+    assert result['calibration']['expected_calibration_error'] == pytest.approx(9 / 108)
+    assert summary['surface_dice']['mean'] == 0
+    assert summary['assd']['n'] == 0
 
 
 def test_a_mean_over_patients_is_not_the_pooled_figure():
@@ -109,11 +122,77 @@ def test_a_volume_without_lesion_is_undefined_not_one():
     assert '(bootstrap over 1 of 2 patients)' in evaluate.table(result)
 
 
+def hesitant(image):
+    """Three classes: 0.7 or 0.5 for what channel 0 says, the rest evenly, by column."""
+    sure = np.where(np.arange(image.shape[2]) % 2, 0.7, 0.5)
+    said = np.arange(3) == image[..., :1]
+    return np.where(said, sure[:, None], (1 - sure[:, None]) / 2).astype(np.float32)
+
+
+def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
+    first, second = MASK.copy(), 2 * MASK
+    first[0, 0, :3] = 255  # 3 voxels that count nowhere; the images say class 0 there
+    data = [volume('a', first), volume('b', second)]
+    data[0].image[0, 0, :3] = 0
+    data[1].image[:] = 0  # says background everywhere
+    found = evaluate.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
+    bins = found['calibration']['bins']
+    assert sum(b['voxels'] for b in bins) == 2 * 108 - 3
+    # Where 0.7 is said of background, foreground has 0.3; of class 1 or 2, 1 - 0.3 / 2.
+    filled = {round(b['probability'], 3): b for b in bins if b['voxels']}
+    assert filled.keys() == {0.3, 0.5, 0.75, 0.85}
+    columns = {0.3: (1, 3), 0.5: (2,), 0.85: (1, 3), 0.75: (2,)}  # of MASK's square
+    for prob in (0.3, 0.5):
+        assert filled[prob]['frequency'] == pytest.approx(
+            3 * len(columns[prob]) / filled[prob]['voxels']
+        )
+    for prob in (0.75, 0.85):
+        assert filled[prob]['voxels'] == 3 * len(columns[prob])
+        assert filled[prob]['frequency'] == 1
+    gaps = [b['voxels'] * abs(p - b['frequency']) for p, b in filled.items()]
+    error = found['calibration']['expected_calibration_error']
+    assert error == pytest.approx(sum(gaps) / 213)
+
+
+def test_a_temperature_changes_probabilities_and_no_label():
+    data = volume('a', MASK)
+    how = {'batch_size': 2, 'intensity': None}
+    labels, plain = evaluate.predict_foreground(hesitant, data, **how)
+    again, tempered = evaluate.predict_foreground(hesitant, data, **how, temperature=4.0)
+    assert (labels == again).all()
+    assert (labels == evaluate.predict_volume(hesitant, data, **how)).all()
+    assert np.abs(tempered - 2 / 3).max() < np.abs(plain - 2 / 3).max() / 2  # nearer to even
+    assert plain.shape == tempered.shape == MASK.shape
+
+
+def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
+    def sure(image):
+        return np.where(np.arange(2) == (image[..., :1] == 1), 0.99, 0.01).astype(np.float32)
+
+    wrong = volume('a', MASK)
+    wrong.image[0, 0, 0] = 1  # 1 of 107 voxels
+    ignored = MASK.copy()
+    ignored[2, 5, 5] = 255
+    found = evaluate.fit_temperature(
+        sure,
+        [wrong._replace(mask=ignored.astype(np.uint8)), wrong],
+        batch_size=2, intensity=None, num_classes=2, ignore_label=255,
+    )  # fmt: skip
+    assert found['voxels'] == 107 + 108
+    assert found['patients'] == 2
+    # The likeliest probability of being right is how often it is: 213 of 215 times.
+    expected = np.log(0.99 / 0.01) / np.log(213 / 2)
+    assert found['temperature'] == pytest.approx(expected, rel=1e-3)
+    assert found['negative_log_likelihood'] < found['without']
+
+
 def test_labels_outside_the_model_and_no_volume_are_errors():
     with pytest.raises(DataError, match=r'a has labels \[2\], the model has classes 0 to 1'):
         evaluate.evaluate_volumes(oracle, [volume('a', 2 * MASK)], **OPTIONS)
     with pytest.raises(DataError, match='no volume'):
         evaluate.evaluate_volumes(oracle, [], **OPTIONS)
+    with pytest.raises(DataError, match='every voxel is labelled 255'):
+        evaluate.evaluate_volumes(oracle, [volume('a', 0 * MASK + 255)], **OPTIONS)
 
 
 def test_evaluation_json_has_what_is_promised(trained):
@@ -121,7 +200,10 @@ def test_evaluation_json_has_what_is_promised(trained):
     written = json.loads((workdir / 'evaluation.json').read_text())
     assert written == json.loads(json.dumps(evaluation))
     assert {'summary', 'patients', 'baseline', 'checkpoint', 'data'} <= set(written)
-    for name in ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95'):
+    assert {'frequency_weighted_IU', 'mean_IU', 'class_wise_IU'} <= set(written['summary'])
+    for name in (
+        'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'assd', 'surface_dice'
+    ):  # fmt: skip
         assert set(written['summary'][name]) == {'mean', 'median', 'sd', 'ci95', 'n'}
         assert name in written['patients'][0]
     assert written['checkpoint']['config']['model']['name'] == 'pspnet'
@@ -130,8 +212,6 @@ def test_evaluation_json_has_what_is_promised(trained):
 
 
 def test_a_folder_in_the_kaggle_layout_is_evaluated_from_the_checkpoint_alone(trained, tmp_path):
-    import shutil
-
     alone = tmp_path / 'alone'
     shutil.copytree(trained[0] / 'checkpoints', alone / 'checkpoints')
     write_case(tmp_path / 'kaggle_3m', 'someone', slices=3)
@@ -167,3 +247,26 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match='holds no checkpoint'):
         evaluate.evaluate_checkpoint(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(trained[0], workdir)
+    plain = evaluate.evaluate_checkpoint(workdir, split='validation')
+    fitted = evaluate.evaluate_checkpoint(workdir, split='validation', fit=True)
+    kept = json.loads((workdir / 'temperature.json').read_text())
+    assert kept['step'] == fitted['checkpoint']['step']
+    assert kept['negative_log_likelihood'] < kept['without']
+    assert fitted['calibration']['temperature'] == kept['temperature'] != 1
+    assert plain['calibration']['temperature'] == 1
+    assert fitted['summary'] == plain['summary']  # no label has changed
+    assert fitted['calibration']['bins'] != plain['calibration']['bins']
+    # Kept: for that checkpoint's next evaluation, on other patients.
+    again = evaluate.evaluate_checkpoint(workdir, split='test')
+    assert again['calibration']['temperature'] == kept['temperature']
+
+
+@pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
+def test_a_temperature_is_fitted_on_validation_only(tmp_path, where):
+    with pytest.raises(ConfigError, match='--fit_temperature is for'):
+        evaluate.evaluate_checkpoint(tmp_path, fit=True, **where)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from pspnet_jax import metrics
 
@@ -56,7 +57,9 @@ def test_largest_component_connects_corners_and_slices():
     assert not metrics.largest_component(np.zeros((2, 2, 2), bool)).any()
 
 
-def brute_force_hd95(a, b, spacing):
+def brute_force_distances(a, b, spacing):
+    """Of each surface voxel of `a` to the nearest of `b`, and back, over all pairs."""
+
     def surface(mask):
         padded = np.pad(mask, 1)
         for z, y, x in np.argwhere(padded):
@@ -65,17 +68,23 @@ def brute_force_hd95(a, b, spacing):
                 yield np.array([z, y, x]) * spacing
 
     def directed(these, those):
-        return np.percentile([min(np.linalg.norm(p - q) for q in those) for p in these], 95)
+        return [min(np.linalg.norm(p - q) for q in those) for p in these]
 
     a, b = list(surface(a)), list(surface(b))
-    return max(directed(a, b), directed(b, a))
+    return directed(a, b), directed(b, a)
 
 
 @pytest.mark.parametrize('spacing', [(1.0, 1.0, 1.0), (3.0, 0.5, 0.8)])
-def test_hd95_equals_brute_force(rng, spacing):
+def test_distances_of_surfaces_equal_brute_force(rng, spacing):
     for _ in range(3):
-        a, b = rng.random((2, 5, 7, 6)) < 0.15
-        assert metrics.hd95(a, b, spacing) == pytest.approx(brute_force_hd95(a, b, spacing))
+        a, b = ndimage.binary_dilation(rng.random((2, 5, 7, 6)) < 0.04, np.ones((1, 2, 2, 2)))
+        there, back = brute_force_distances(a, b, spacing)
+        hd95 = max(np.percentile(there, 95), np.percentile(back, 95))
+        assert metrics.hd95(a, b, spacing) == pytest.approx(hd95)
+        assert metrics.assd(a, b, spacing) == pytest.approx(np.mean(there + back))
+        for tolerance in (0.0, 0.9, 1.75, 3.1):
+            share = sum(d <= tolerance for d in there + back) / len(there + back)
+            assert metrics.surface_dice(a, b, spacing, tolerance) == pytest.approx(share)
 
 
 def test_hd95_of_a_shift_is_the_shift():
@@ -86,10 +95,67 @@ def test_hd95_of_a_shift_is_the_shift():
     assert metrics.hd95(a, a, (1, 1, 1)) == 0
 
 
-def test_hd95_without_a_surface_is_undefined():
+def test_distances_without_a_surface_are_undefined_and_a_missed_one_scores_0():
     empty, full = np.zeros((2, 2, 2), bool), np.ones((2, 2, 2), bool)
     for a, b in itertools.product((empty, full), repeat=2):
-        assert np.isnan(metrics.hd95(a, b, (1, 1, 1))) == (not (a.any() and b.any()))
+        for distance in (metrics.hd95, metrics.assd):
+            assert np.isnan(distance(a, b, (1, 1, 1))) == (not (a.any() and b.any()))
+    assert metrics.surface_dice(full, full, (1, 1, 1), 0) == 1
+    assert metrics.surface_dice(full, empty, (1, 1, 1), 9) == 0
+    assert metrics.surface_dice(empty, full, (1, 1, 1), 9) == 0
+    assert np.isnan(metrics.surface_dice(empty, empty, (1, 1, 1), 9))
+
+
+def test_a_shift_by_the_tolerance_is_within_it_though_its_float_is_not():
+    a, b = np.zeros((2, 1, 1, 8), bool)
+    a[..., 0] = b[..., 3] = True
+    assert 3 * 0.1 > 0.3
+    assert metrics.surface_dice(a, b, (1, 1, 0.1), 0.3) == 1
+    assert metrics.surface_dice(a, b, (1, 1, 0.1), 0.29) == 0
+
+
+def test_pooled_iou_is_what_the_keras_tool_computes(rng):
+    """Its evaluate_segmentation, pixel by pixel: tp, fp, fn and pixels of each class, pooled."""
+    true, pred = rng.integers(0, 3, (2, 4, 9, 9))  # of four classes: the last is nowhere
+    tp, fp, fn, pixels = np.zeros((4, 4))
+    for t, p in zip(true.ravel(), pred.ravel(), strict=True):
+        pixels[t] += 1
+        if t == p:
+            tp[t] += 1
+        else:
+            fp[p] += 1
+            fn[t] += 1
+    class_wise = tp / (tp + fp + fn + 1e-12)
+    parts = [metrics.counts(p, t, 4) for p, t in zip(pred, true, strict=True)]
+    found = metrics.pooled_iou(np.sum(parts, axis=0))
+    assert found['class_wise_IU'] == pytest.approx(class_wise)
+    assert found['class_wise_IU'][3] == 0
+    assert found['mean_IU'] == pytest.approx(class_wise.mean())
+    weighted = (class_wise * pixels / pixels.sum()).sum()
+    assert found['frequency_weighted_IU'] == pytest.approx(weighted)
+
+
+def test_calibration_counts_are_a_count_by_bins_and_add_up(rng):
+    prob, true = rng.random((3, 50), np.float32), rng.random((3, 50)) < 0.3
+    prob[0, :3] = 0.0, 0.25, 1.0  # a bin holds its lower edge, the last both
+    expected = np.zeros((4, 3))
+    for p, t in zip(prob.ravel().tolist(), true.ravel().tolist(), strict=True):
+        b = max(b for b in range(4) if b / 4 <= p)
+        expected[b] += 1, p, t
+    parts = [metrics.calibration_counts(p, t, 4) for p, t in zip(prob, true, strict=True)]
+    np.testing.assert_allclose(np.sum(parts, axis=0), expected)
+    np.testing.assert_allclose(metrics.calibration_counts(prob, true, 4), expected)
+    gaps = [n / 150 * abs(p / n - t / n) for n, p, t in expected]
+    assert metrics.expected_calibration_error(expected) == pytest.approx(sum(gaps))
+
+
+def test_calibration_error_is_0_where_frequency_is_probability_and_the_gap_where_not():
+    prob, true = np.repeat([0.25, 0.75], 8), np.tile([1, 0, 0, 0], 4)
+    true[8:] = 1 - true[8:]
+    assert metrics.expected_calibration_error(metrics.calibration_counts(prob, true, 10)) == 0
+    sure = metrics.calibration_counts(np.ones(8), true[:8], 10)
+    assert metrics.expected_calibration_error(sure) == 0.75
+    assert np.isnan(metrics.expected_calibration_error(np.zeros((10, 3))))
 
 
 def test_bootstrap_interval_narrows_with_the_number_of_patients(rng):

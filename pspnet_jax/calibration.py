@@ -1,0 +1,101 @@
+"""One temperature for all probabilities, fitted on validation patients and kept with the run.
+
+Guo et al. 2017 (arXiv:1706.04599, section 4.2). Which class is the most probable never
+changes, so neither do labels, Dice and distances.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from scipy import optimize, special
+
+from pspnet_jax.errors import DataError
+
+KEPT = 'temperature.json'  # in a run's workdir
+BOUNDS = (0.05, 20.0)
+TINY = np.finfo(np.float32).tiny  # a probability of 0 is one that float32 does not hold
+
+
+def temper(prob: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(log p / T) over the last axis.
+
+    For p = softmax(logits) that is softmax(logits / T): log p differs from the logits by a
+    constant of each pixel. Also behind a CRF, which gives probabilities only.
+    """
+    if temperature == 1.0:
+        return prob
+    return special.softmax(np.log(np.maximum(prob, TINY)) / np.float32(temperature), axis=-1)
+
+
+def sample(
+    prob: np.ndarray, labels: np.ndarray, ignore_label: int, count: int, seed: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, K) probabilities and n labels of at most `count` pixels, the same for the same seed.
+
+    `prob` is ... K, `labels` ...; every pixel that is not ignored has the same chance.
+    """
+    counted = np.flatnonzero(labels.ravel() != ignore_label)
+    if len(counted) > count:
+        counted = np.random.default_rng(seed).choice(counted, count, replace=False)
+    return prob.reshape(-1, prob.shape[-1])[counted], labels.ravel()[counted]
+
+
+def negative_log_likelihood(prob: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    """Mean over N of -log softmax(log p / T)[label]; prob N K, labels N."""
+    log_prob = np.log(np.maximum(prob, TINY)).astype(np.float64) / temperature
+    chosen = log_prob[np.arange(len(labels)), labels]
+    return float(np.mean(special.logsumexp(log_prob, axis=-1) - chosen))
+
+
+def fit(prob: np.ndarray, labels: np.ndarray) -> float:
+    """The T within `BOUNDS` with the smallest negative log likelihood of labels N, prob N K.
+
+    It is convex in 1/T, so the minimum is one. Where every label has the largest probability
+    it falls with T, and the lower bound comes back.
+    """
+    found = optimize.minimize_scalar(
+        lambda log_t: negative_log_likelihood(prob, labels, math.exp(log_t)),
+        bounds=np.log(BOUNDS),
+        method='bounded',
+        options={'xatol': 1e-4},
+    )
+    return math.exp(found.x)
+
+
+def save(workdir: str | Path, facts: dict[str, Any]) -> None:
+    """Write WORKDIR/temperature.json: 'step', 'temperature', and whatever tells where from."""
+    path = Path(workdir) / KEPT
+    aside = path.with_name(f'.{path.name}.tmp')
+    aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
+    os.replace(aside, path)
+
+
+def load(workdir: str | Path, step: int) -> float:
+    """The temperature that was fitted for the checkpoint of `step`; 1 where none was.
+
+    Raises DataError for a file that is not ours.
+    """
+    path = Path(workdir) / KEPT
+    if not path.exists():
+        return 1.0
+    try:
+        with path.open() as file:
+            kept = json.loads(file.read(100_000))
+        fitted, temperature = int(kept['step']), float(kept['temperature'])
+        if not BOUNDS[0] * 0.99 <= temperature <= BOUNDS[1] * 1.01:
+            raise ValueError(temperature)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f'{path} holds no step and temperature ({error}): delete it, or fit it again by '
+            'python -m pspnet_jax.evaluate --split=validation --fit_temperature'
+        ) from error
+    if fitted != step:
+        logging.warning('%s is of step %d, this is step %d: not applied', path, fitted, step)
+        return 1.0
+    return temperature

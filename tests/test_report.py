@@ -1,0 +1,340 @@
+"""The report: complete in itself, safe with any name, and working in a browser."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import urllib.request
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspnet_jax import evaluate, report, visualize
+from pspnet_jax.data.volumes import Volume
+from tests.conftest import tiny_config
+
+HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="hacked=1">\'"&'
+
+
+def make_volume(name, rng, depth=5, size=24, lesion=True):
+    mask = np.zeros((depth, size, size), np.uint8)
+    if lesion:
+        mask[1:4, 5:15, 5:15] = 1
+        mask[2, 15:18, 5:15] = 1  # the slice with most of it
+    image = rng.integers(0, 90, (*mask.shape, 3)).astype(np.uint8)
+    intensity = np.array([[0], [255], [0], [1]], np.float32) * np.ones((1, 3), np.float32)
+    return Volume(name, image, mask, np.arange(3, 3 + depth), intensity)
+
+
+def bright(image):
+    """0.9 for lesion where channel 0 is above 50, else 0.1."""
+    said = np.arange(2) == (image[..., :1] > 50)
+    return np.where(said, 0.9, 0.1).astype(np.float32)
+
+
+@pytest.fixture
+def evaluated(rng):
+    """(result, cases) of four patients: Dice rises with the number, the last has no lesion."""
+    names = ['patient 10', HOSTILE, 'patient 9', 'none']
+    data = [make_volume(n, rng, depth=5 + i, lesion=n != 'none') for i, n in enumerate(names)]
+    for hit, each in zip((0.2, 0.6, 0.95, 0), data, strict=True):
+        each.image[..., 0] = np.where(each.mask & (rng.random(each.mask.shape) < hit), 200, 20)
+    options = evaluate.evaluate_options(tiny_config()) | {'intensity': None}
+    result = evaluate.evaluate_volumes(bright, data, **options)
+    result['data'] |= {'source': HOSTILE, 'split': 'test'}
+    result['checkpoint'] = {'step': 7, 'config': {'model': {'name': 'pspnet'}}}
+    cases = []
+    for role, row in report.extremes(result['patients']):
+        volume = data[names.index(row['patient'])]
+        found = evaluate.predict_foreground(bright, volume, batch_size=2, intensity=None)
+        cases.append((role, report.make_case(volume, *found)))
+    return result, cases
+
+
+RECORDS = [{'step': s, 'loss': 2.0 / s, 'learning_rate': 1e-3} for s in range(1, 900)] + [
+    {'step': s, 'validation/dice': s / 1000, 'validation/dice_median': None, 'validation/hd95': 4}
+    for s in (300, 600, 899)
+]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text that follows each up to the next tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.within = [], [], False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.text.append('')
+        self.within = True
+
+    def handle_endtag(self, tag):
+        self.within = False
+
+    def handle_data(self, data):
+        if self.within:
+            self.text[-1] += data
+
+    def of(self, tag):
+        return [(a, t) for (name, a), t in zip(self.tags, self.text, strict=True) if name == tag]
+
+
+def png(uri):
+    head, data = uri.split(',')
+    assert head == 'data:image/png;base64'
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def test_the_page_asks_for_nothing_and_runs_only_its_own_script(evaluated):
+    text = report.render(evaluated[0], report.run_charts(RECORDS), evaluated[1])
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert not any(name.startswith('on') for name in attributes), (tag, attributes)
+        for name in ('src', 'href', 'action', 'data'):
+            assert attributes.get(name, 'data:').startswith('data:'), (tag, attributes)
+    assert 'http://' not in text
+    assert 'https://' not in text
+    (data, _), (own, script) = page.of('script')
+    assert data['type'] == 'application/json'
+    assert own == {}
+    policy = next(a['content'] for a, _ in page.of('meta') if 'http-equiv' in a)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_a_name_stands_in_the_page_as_it_is_and_is_no_markup(evaluated):
+    result, cases = evaluated
+    page = Page(report.render(result, [], cases))
+    words = ' '.join(text for (tag, _), text in zip(page.tags, page.text, strict=True))
+    assert words.count(HOSTILE) >= 3  # the source, the table, its dot or its pictures
+    assert not page.of('img')  # all pictures are made by the script
+    assert not any('hacked' in json.dumps(attributes) for _, attributes in page.tags)
+
+
+def test_json_in_the_page_is_the_same_json_and_ends_no_script():
+    value = {'</script>': ['<!--', '&amp;', '\u2028', '"']}
+    assert json.loads(report._json(value)) == value
+    assert not set('<>&') & set(report._json(value))
+
+
+def test_the_tables_hold_the_figures(evaluated):
+    result, cases = evaluated
+    page = Page(report.render(result, [], cases))
+    values = [a['data-value'] for a, _ in page.of('td') if 'data-value' in a]
+    columns = [*report.FIGURES, 'lesion_voxels', 'predicted_voxels', 'slices']
+    expected = [p[name] for p in result['patients'] for name in columns]
+    assert values == ['' if v is None else str(v) for v in expected]
+    cells = [text for a, text in page.of('td') if 'data-value' not in a]
+    dice = result['summary']['dice']
+    assert cells[:5] == [
+        f'{dice["mean"]:.3f}', f'{dice["ci95"][0]:.3f} to {dice["ci95"][1]:.3f}',
+        f'{dice["median"]:.3f}', f'{dice["sd"]:.3f}', '3 of 4',
+    ]  # fmt: skip
+
+
+def test_best_median_and_worst():
+    def rows(*dice):
+        return [{'patient': str(i), 'dice': d} for i, d in enumerate(dice)]
+
+    def found(*dice):
+        return {role: row['patient'] for role, row in report.extremes(rows(*dice))}
+
+    assert found(0.5, 0.9, None, 0.1, 0.7, 0.6) == {'best': '1', 'median': '5', 'worst': '3'}
+    assert found(0.5, 0.9, 0.1, 0.7) == {'best': '1', 'median': '0', 'worst': '2'}
+    assert found(0.5, 0.9) == {'best': '1', 'median and worst': '0'}
+    assert found(None, 0.5) == {'best and median and worst': '1'}
+    assert found(None) == {}
+
+
+def test_nothing_to_show_is_said(evaluated):
+    result, _ = evaluated
+    for patient in result['patients']:
+        patient['dice'] = None
+    text = report.render(result, [], [])
+    for words in ('no metrics.jsonl', 'No patient has a lesion', 'No patient has a defined Dice'):
+        assert words in text
+
+
+def test_pictures_are_the_slices(evaluated):
+    result, cases = evaluated
+    page = Page(report.render(result, [], cases))
+    shown = json.loads(page.of('script')[0][1])
+    for (_, case), pictures in zip(cases, shown, strict=True):
+        assert pictures['number'] == case.number.tolist()
+        for d in range(len(case.number)):
+            truth, pred, apart = (
+                np.array(png(pictures[layer][d])) for layer in ('truth', 'prediction', 'difference')
+            )
+            assert (truth == case.truth[d]).all()
+            assert (pred == case.pred[d]).all()
+            assert (apart == visualize.difference(case.pred[d], case.truth[d])).all()
+            assert png(pictures['truth'][d]).convert('RGBA').getpixel((0, 0))[3] == 0  # see-through
+            heat = png(pictures['probability'][d]).convert('RGB')
+            assert (np.array(heat) == visualize.HEAT[case.prob[d]]).all()
+            image = np.array(png(pictures['image'][d]).convert('RGB'), int)
+            assert np.abs(image - case.image[d]).mean() < 8  # of 256 colours
+
+
+def test_a_large_volume_is_shown_by_every_nth_pixel_and_few_slices(rng):
+    volume = make_volume('large', rng, depth=100, size=300)
+    prob = rng.random(volume.mask.shape, np.float32)
+    case = report.make_case(volume, volume.mask, prob)
+    assert len(case.number) <= report.MOST_SLICES
+    assert {3, 102, 3 + 2} <= set(case.number)  # the ends, and the slice with most lesion
+    rows = case.number - 3
+    assert (case.truth == volume.mask[rows, ::2, ::2]).all()
+    assert (case.image == volume.image[rows, ::2, ::2]).all()
+    np.testing.assert_allclose(case.prob / 255, prob[rows, ::2, ::2], atol=0.5 / 255 + 1e-6)
+
+
+def test_pictures_become_coarser_until_they_fit(evaluated, monkeypatch):
+    _, cases = evaluated
+    cases = [case for _, case in cases]
+    sizes = []
+    for limit in (10**9, 30_000, 1):
+        monkeypatch.setattr(report, 'PICTURE_BYTES', limit)
+        shown = report._encode(cases)
+        size = sum(len(uri) for case in shown for layer in report.LAYERS for uri in case[layer])
+        assert size <= limit or limit == 1
+        sizes.append(png(shown[0]['truth'][0]).size[0])
+    assert sizes[0] == 24 > sizes[1] > sizes[2] == 1
+
+
+def test_differences_by_hand():
+    pred = np.array([[0, 1, 1, 0, 2, 1]])
+    true = np.array([[0, 1, 0, 1, 1, 255]])
+    found = visualize.difference(pred, true)
+    assert found.tolist() == [[0, 1, 2, 3, 4, 0]]
+    assert len(visualize.difference_palette()) == 1 + len(visualize.DIFFERENCE)
+
+
+def test_curves_are_thinned_to_means():
+    x, y = report.thin(range(1, 1001), np.arange(1000.0) % 4)
+    assert len(x) == 250
+    assert set(y) == {1.5}
+    loss, dice, hd95, rate = report.run_charts(RECORDS)
+    assert [len(c.series[0].x) for c in (loss, dice, hd95, rate)] == [300, 3, 3, 300]
+    assert dice.series[0].y == [0.3, 0.6, 0.899]
+    assert report.run_charts([{'step': 1, 'loss': None}]) == []
+
+
+def test_a_run_leaves_curves_and_a_report(trained, tmp_path):
+    workdir, evaluation = trained
+    picture = np.array(Image.open(workdir / 'curves.png'))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 3
+    page = Page((workdir / 'report.html').read_text())
+    assert len(page.of('svg')) == 2 + 4  # two of the evaluation, four of the run
+    assert [text for _, text in page.of('h2')][-1] == 'Best, median, worst'
+    best = max(p['dice'] for p in evaluation['patients'])
+    assert any(text.startswith('Best') and f'Dice {best:.3f}' in text for _, text in page.of('h3'))
+    assert report.write_curves(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    assert not [path for path in workdir.iterdir() if path.name.startswith('.')]
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+DRIVER = shutil.which('chromedriver')
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """`call(path, body)` to a headless Chromium, by the WebDriver protocol."""
+    if not (CHROMIUM and DRIVER):
+        pytest.skip('no browser here: apt-get install chromium chromium-driver')
+    process = subprocess.Popen([DRIVER, '--port=0'], stdout=subprocess.PIPE, text=True)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        found = (re.search(r'started successfully on port (\d+)', line) for line in process.stdout)
+        port = next(match[1] for match in found if match)
+
+        def request(path, body=None, method=None):
+            data = None if body is None else json.dumps(body).encode()
+            url = f'http://127.0.0.1:{port}/session{path}'
+            with opener.open(urllib.request.Request(url, data, method=method), timeout=60) as reply:
+                return json.load(reply)['value']
+
+        options = {
+            'binary': CHROMIUM,
+            'args': [
+                '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+                '--no-first-run', '--disable-background-networking', '--disable-sync',
+                '--disable-component-update', '--window-size=1200,900',
+                f'--user-data-dir={tmp_path / "browser"}',
+            ],
+        }  # fmt: skip
+        always = {'goog:chromeOptions': options, 'goog:loggingPrefs': {'browser': 'ALL'}}
+        session = request('', {'capabilities': {'alwaysMatch': always}})['sessionId']
+        yield lambda path, body=None: request(f'/{session}{path}', body)
+        request(f'/{session}', method='DELETE')
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
+    result, cases = evaluated
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, RECORDS)))
+    browser('/url', {'url': report.write(tmp_path, result, cases).as_uri()})
+
+    def run(script):
+        return browser('/execute/sync', {'script': f'return {script}', 'args': []})
+
+    def element(css):
+        return next(iter(browser('/element', {'using': 'css selector', 'value': css}).values()))
+
+    def click(css):
+        browser(f'/element/{element(css)}/click', {})
+
+    def column(n):
+        cells = f'#patient-table tbody tr > :nth-child({n})'
+        return run(f'[...document.querySelectorAll("{cells}")].map(cell => cell.textContent)')
+
+    assert run('document.querySelectorAll("svg").length') == 6
+
+    # Sorting: by number with the undefined last, either way; by name in the order of its numbers.
+    dice = sorted(p['dice'] for p in result['patients'] if p['dice'] is not None)
+    heading = '#patient-table th:nth-child(2) button'
+    for ranked in (dice, dice[::-1]):
+        click(heading)
+        assert column(2) == [*(f'{d:.3f}' for d in ranked), '-']
+    click('#patient-table th:nth-child(1) button')
+    assert column(1) == [HOSTILE, 'none', 'patient 9', 'patient 10']
+    sorts = run(
+        '[...document.querySelectorAll("#patient-table th[aria-sort]")].map(h => h.ariaSort)'
+    )
+    assert sorts == ['ascending', *['none'] * 11]
+
+    # The slider: starts where most lesion is, an arrow key shows the next slice in all panels.
+    images = '[...document.querySelectorAll(".case img")]'
+    before = run(f'{images}.map(image => image.src)')
+    assert run('document.querySelector("output").value') == f'5 (3 of {len(cases[0][1].number)})'
+    browser(f'/element/{element(".case input")}/value', {'text': '\ue014'})
+    assert run('document.querySelector("output").value').startswith('6 (4 of ')
+    after = run(f'{images}.map(image => image.src)')
+    assert len(after) == 3 * 8
+    assert before[8:] == after[8:]  # the other patients stand still
+    assert all(a != b for a, b in zip(before[:2], after[:2], strict=True))
+    browser('/execute/async', {
+        'script': f'Promise.all({images}.map(image => image.decode())).then(arguments[0])',
+        'args': [],
+    })  # fmt: skip
+    assert run(f'{images}.every(image => image.naturalWidth === 24)')
+
+    # No name has run, nothing was fetched, and the console is silent.
+    assert run('typeof window.hacked') == 'undefined'
+    assert not [
+        entry
+        for entry in run('performance.getEntriesByType("resource").map(entry => entry.name)')
+        if not entry.startswith('data:')
+    ]
+    assert browser('/se/log', {'type': 'browser'}) == []
