@@ -75,9 +75,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within low..high; 2 and 5 times them too where they are fewer than three."""
+    """Powers of ten within low..high; 3 times them too, or 2 and 5 times, where they are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 2, 5)):
+    for factors in ((1,), (1, 3), (1, 2, 5)):
         found = [n * 10.0**p for p in powers for n in factors if low <= n * 10.0**p <= high]
         if len(found) >= 3:
             break
@@ -124,7 +124,7 @@ def _layout(chart: Chart) -> Iterator[Line | Dot | Text]:
     end = WIDTH - RIGHT
     for series in reversed([s for s in chart.series if s.name]):  # the legend, right to left
         yield Text((end, TOP - 12), series.name, 'end')
-        end -= 6.5 * len(series.name) + 8
+        end -= 7 * len(series.name) + 10
         if series.line:
             yield Line([(end - 16, TOP - 16), (end, TOP - 16)], series.color, 2, series.dashed)
         if series.dots:
