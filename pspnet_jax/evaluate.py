@@ -133,13 +133,14 @@ def evaluate_volumes(
     """{'summary', 'patients', 'baseline', 'calibration', 'data'} over volumes, one at a time.
 
     With more than two classes a patient's figure is the mean over the structures
-    1..K-1. Undefined figures are None, and `n` says over how many patients a mean is.
+    1..K-1. Distances are in mm where a volume has its spacing, else in `spacing`'s unit.
+    Undefined figures are None, and `n` says over how many patients a mean is.
     Calibration is of the probability of any class but 0, over all counted voxels.
     `label_options` are further ones of `predict_foreground`.
     `each(volume, labels_DHW)` is called with every prediction. Raises DataError for
     labels outside 0..K-1, and when there is no volume.
     """
-    patients, per_slice, per_slice_empty = [], [], []
+    patients, per_slice, per_slice_empty, in_mm = [], [], [], []
     calibrated = np.zeros((calibration_bins, 3))
     for volume in data:
         _check_labels(volume, num_classes, ignore_label)
@@ -153,8 +154,16 @@ def evaluate_volumes(
         )
         each(volume, pred)
         patients.append(
-            _patient_row(pred, volume, num_classes, ignore_label, spacing, surface_tolerance)
+            _patient_row(
+                pred,
+                volume,
+                num_classes,
+                ignore_label,
+                volume.spacing or spacing,
+                surface_tolerance,
+            )
         )
+        in_mm.append(volume.spacing is not None)
         counted = volume.mask != ignore_label
         calibrated += metrics.calibration_counts(
             foreground[counted], volume.mask[counted] > 0, calibration_bins
@@ -171,6 +180,9 @@ def evaluate_volumes(
         'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'assd', 'surface_dice'
     )  # fmt: skip
     pooled, empty = np.sum(per_slice, axis=0), np.sum(per_slice_empty, axis=0)
+    steps = f'steps of (slice, row, column) = {tuple(spacing)}'
+    if any(in_mm):
+        steps = f'mm where the file says its spacing, else {steps}'
     return {
         'summary': {name: _over_patients(patients, name, bootstrap) for name in names}
         | {
@@ -198,7 +210,7 @@ def evaluate_volumes(
             'patients': len(patients),
             'slices': len(per_slice),
             'lesion_slices': sum(bool(c[1:, [0, 2]].sum()) for c in per_slice),
-            'hd95_unit': f'steps of (slice, row, column) = {tuple(spacing)}',
+            'hd95_unit': 'mm' if all(in_mm) else steps,
             'spacing': list(spacing),
             'surface_tolerance': surface_tolerance,
         },
@@ -442,7 +454,14 @@ def _volume_source(
         raise DataError(f'the split {split!r} has no patient in this data set')
 
     def open_split(patients: Sequence[str] | None = None) -> Iterator[Volume]:
-        for volume in volumes.iterate_volumes(volumes.select(slices, parts[split])):
+        chosen = parts[split]
+        if patients is not None:  # one whose slices have several sizes is several, 'NAME 32x40'
+            begin = tuple(f'{name} ' for name in chosen)
+            found = {
+                name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients
+            }
+            chosen = [name for name in chosen if name in found]
+        for volume in volumes.iterate_volumes(volumes.select(slices, chosen)):
             if patients is None or volume.patient in patients:
                 yield volume
 

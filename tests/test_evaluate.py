@@ -59,6 +59,18 @@ def test_the_truth_scores_one():
     }  # fmt: skip
 
 
+def test_distances_are_in_mm_where_the_volume_has_its_spacing():
+    moved = volume('a', np.roll(MASK, 1, axis=2))._replace(mask=MASK.astype(np.uint8))
+    steps = evaluate.evaluate_volumes(oracle, [moved], **OPTIONS)
+    assert steps['patients'][0]['hd95'] == 1
+    mm = evaluate.evaluate_volumes(oracle, [moved._replace(spacing=(3.0, 0.5, 0.7))], **OPTIONS)
+    assert mm['patients'][0]['hd95'] == pytest.approx(0.7)
+    assert mm['data']['hd95_unit'] == 'mm'
+    both = [moved, moved._replace(patient='b', spacing=(3.0, 0.5, 0.7))]
+    unit = evaluate.evaluate_volumes(oracle, both, **OPTIONS)['data']['hd95_unit']
+    assert 'where the file says' in unit
+
+
 def test_predicting_nothing_is_the_baseline():
     result = evaluate.evaluate_volumes(nothing, [volume('a', MASK)], **OPTIONS)
     summary, baseline = result['summary'], result['baseline']
@@ -160,7 +172,8 @@ def test_a_temperature_changes_probabilities_and_no_label():
     labels, plain = evaluate.predict_foreground(hesitant, data, **how)
     again, tempered = evaluate.predict_foreground(hesitant, data, **how, temperature=4.0)
     assert (labels == again).all()
-    assert (labels == evaluate.predict_volume(hesitant, data, **how)).all()
+    batch = normalize(data.image, data.intensity)
+    assert (labels == hesitant(batch).argmax(-1)).all()
     assert np.abs(tempered - 2 / 3).max() < np.abs(plain - 2 / 3).max() / 2  # nearer to even
     assert plain.shape == tempered.shape == MASK.shape
 
