@@ -22,7 +22,12 @@ ALLOWED = {
     'models.refinenet': {'models.layers'},
     'models.fcn': {'models.layers', 'models.backbones'},
     'models.dilated': {'models.layers', 'models.backbones', 'models.fcn'},
-    'models.deeplab': {'models.layers', 'models.backbones', 'models.fcn'},
+    'models.deeplab': {
+        'models.convolution',
+        'models.layers',
+        'models.backbones',
+        'models.fcn',
+    },
     'models.published': set(),
     'models.pretrained': {'errors', 'models.published'},
     'models.__init__': {
@@ -51,6 +56,7 @@ ALLOWED = {
     'data.sources': {'data.folder', 'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
     'infer': {'data.volumes', 'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
+    'onnx_graph': {'errors'},
     'log': set(),
     'checkpoint': {'errors'},
     'config': {'errors', 'models', 'models.backbones'},
@@ -64,6 +70,7 @@ COMMANDS = {
     'evaluate',
     'predict',
     'api',
+    'export',
     'data.check',
 }  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))

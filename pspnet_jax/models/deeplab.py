@@ -27,10 +27,13 @@ Deviations of both: dropout 0.5 behind v3's ASPP and v3+'s, as torchvision and s
 the papers do not mention.
 """
 
+from fractions import Fraction
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pspnet_jax.models.convolution import is_static
 from pspnet_jax.models.fcn import FullyConnected
 from pspnet_jax.models.layers import (
     ConvNorm,
@@ -98,6 +101,14 @@ class SummedASPP(nn.Module):
         return total
 
 
+def scaled(size: int, scale: float) -> int:
+    """round(size * scale), for a symbol too: to the nearest, halves to the even number."""
+    if is_static([size]):
+        return round(size * scale)
+    over, under = Fraction(scale).limit_denominator(1000).as_integer_ratio()
+    return (2 * over * size + under - 1 + over * size // under % 2) // (2 * under)
+
+
 class DeepLabV2(nn.Module):
     """B H W C -> {'logits': B H W K, and in training 'aux_SCALE' for each}, float32."""
 
@@ -124,7 +135,7 @@ class DeepLabV2(nn.Module):
         )
         scores = {}
         for scale in self.scales:
-            x = resize(image, (round(H * scale), round(W * scale)), align_corners=False)
+            x = resize(image, (scaled(H, scale), scaled(W, scale)), align_corners=False)
             x = self.backbone(x.astype(self.dtype), train)[32]
             scores[scale] = resize(aspp(x, train), (H, W), align_corners=False)
         out = {'logits': jnp.stack(list(scores.values())).max(axis=0)}
