@@ -299,6 +299,11 @@ def _slice(graph, equation, x):
         )
         if (start, stop, stride) != (0, size, 1)
     ]
+    return _sliced(graph, x, rows)
+
+
+def _sliced(graph: Graph, x: Value, rows: Sequence[tuple[int, ...]]) -> Value:
+    """By (axis, start, stop, stride) each."""
     if not rows:
         return x
     axes, starts, stops, strides = (
@@ -326,6 +331,12 @@ def _pad(graph, equation, x, value):
 
 def _concatenate(graph, equation, *parts):
     return graph.add('Concat', *parts, axis=equation.params['dimension'])
+
+
+def _stack(graph, equation, *parts):
+    axis = np.array([equation.params['axis']], np.int64)
+    parts = [graph.add('Unsqueeze', part, axis) for part in parts]
+    return graph.add('Concat', *parts, axis=int(axis[0]))
 
 
 def _reduce(operator: str) -> Callable[..., str]:
@@ -376,10 +387,15 @@ def _different(graph, equation, x, y):
 
 
 def _gather(graph, equation, x, index):
-    """Rows of one axis by known numbers, as x[:, rows] gives them."""
+    """Rows of one axis by known numbers, as x[:, rows] gives them; or x[:, :H], from numbers."""
     params, shape = equation.params, equation.invars[0].aval.shape
     numbers = params['dimension_numbers']
     axes = tuple(numbers.collapsed_slice_dims)
+    if isinstance(index, np.ndarray) and index.ndim == 1 and not axes:
+        sizes = params['slice_sizes']
+        starts = zip(numbers.start_index_map, index.tolist(), strict=True)
+        rows = [(axis, start, start + sizes[axis], 1) for axis, start in starts]
+        return _sliced(graph, x, rows)
     whole = all(
         taken == (1 if i in axes else size)
         for i, (taken, size) in enumerate(zip(params['slice_sizes'], shape, strict=True))
@@ -446,6 +462,7 @@ RULES: dict[str, Callable[..., Any]] = {
     'expand_dims': _reshape,
     'transpose': _transpose,
     'concatenate': _concatenate,
+    'stack': _stack,
     'slice': _slice,
     'split': _split,
     'pad': _pad,

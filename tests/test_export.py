@@ -41,7 +41,7 @@ SMALL = {
     'deeplab_v1': {'fc_features': 8},
     'deeplab_v2': {'backbone': 'resnet18', 'rates': (2, 3)},
     'refinenet': {'backbone': 'resnet18'},
-    'pspnet': {},
+    'pspnet': {'backbone': 'resnet18'},
     'deeplab_v3': {'backbone': 'resnet18'},
     'deeplab_v3plus': {'backbone': 'resnet18'},
     'vgg_pspnet_blog': {},
@@ -56,7 +56,7 @@ FIXED = IMAGENET.intensity(3)
 NO_CRF = {'kernel': 'none'}
 
 
-def random_variables(model, channels=3):
+def random_variables(model, channels=3, gain=2.0):
     """Of the right shapes, none of them zero: a branch that is lost shows."""
     rng = np.random.default_rng(3)
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
@@ -64,7 +64,7 @@ def random_variables(model, channels=3):
 
     def draw(name, leaf):
         if name.endswith('kernel'):
-            deviation = np.sqrt(1 / np.prod(leaf.shape[:-1]))
+            deviation = np.sqrt(gain / np.prod(leaf.shape[:-1]))
             return rng.normal(0, deviation, leaf.shape).astype(np.float32)
         if name.endswith(('scale', 'var')):
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
@@ -87,14 +87,15 @@ def images(*shape):
 def served(case):
     """(function to export, images at an odd size, what the model gives for them)."""
     model = small(case)
-    variables = random_variables(model)
+    # refinenet has no BatchNorm in its units: with a gain of 2 nothing is left to be unsure of.
+    variables = random_variables(model, gain=1.0 if case == 'refinenet' else 2.0)
     function = functools.partial(
         export.serve, variables=variables, model=model, intensity=FIXED, crf=NO_CRF
     )
     image = images(2, 45, 52, 3)
     predict = jax.jit(functools.partial(infer.probabilities, model=model))
     expected = np.asarray(predict(variables, volumes.normalize(image, FIXED)))
-    assert expected.std(axis=(0, 1, 2)).min() > 1e-3, 'too flat an output to compare'
+    assert expected.std(axis=(0, 1, 2)).min() > 1e-4, expected.std(axis=(0, 1, 2))
     return function, image, expected
 
 
@@ -206,7 +207,9 @@ def test_a_volume_measured_by_onnx_is_that_of_numpy():
 def published(tmp_path_factory):
     """A workdir whose checkpoint has a fixed normalisation, as converted weights have."""
     workdir = tmp_path_factory.mktemp('published')
-    config = tiny_config(**{'model.name': 'unet_mini', 'model.num_classes': 4})
+    config = tiny_config(
+        **{'model.name': 'unet_mini', 'model.backbone': None, 'model.num_classes': 4}
+    )
     variables = random_variables(models.create(**config.model))
     state = types.SimpleNamespace(**variables, ema_params=None, opt_state=None)
     writer = checkpoint.open_writer(workdir)
@@ -360,23 +363,23 @@ def test_a_file_of_something_else_is_refused(tmp_path, name):
         export.read(path)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(trained, tmp_path, monkeypatch):
+def test_a_file_that_computes_something_else_is_not_kept(published, tmp_path, monkeypatch):
     serve = export.serve
     monkeypatch.setattr(
         export, 'serve', lambda image, **options: serve(image[:, :, ::-1], **options)
     )
     output = tmp_path / 'new' / 'model.stablehlo.zip'
     with pytest.raises(ExportError, match='computes something else than the model'):
-        export.export_checkpoint(trained[0], 'stablehlo', output=output, size=(32, 32))
+        export.export_checkpoint(published, 'stablehlo', output=output, size=(32, 32))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_there_survives_a_failure(trained, tmp_path, monkeypatch):
+def test_a_file_that_is_there_survives_a_failure(published, tmp_path, monkeypatch):
     output = tmp_path / 'model.safetensors'
     output.write_bytes(b'older')
     monkeypatch.setattr(export, 'TOLERANCE', {'float32': -1.0})
     with pytest.raises(ExportError):
-        export.export_checkpoint(trained[0], 'savedparams', output=output, size=(32, 32))
+        export.export_checkpoint(published, 'savedparams', output=output, size=(32, 32))
     assert output.read_bytes() == b'older'
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
