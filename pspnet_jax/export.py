@@ -85,14 +85,15 @@ def measure_intensity(image_BHWC: jax.Array) -> jax.Array:
 
 
 def serve(
-    image_BHWC: jax.Array, *, variables, model, intensity: np.ndarray | None, crf: dict[str, Any]
+    image_BHWC: jax.Array, *, variables, model, intensity: np.ndarray | None, crf_options: Any
 ) -> jax.Array:
     """B H W C uint8 -> B H W K float32: `data.volumes.normalize`, then `infer.probabilities`."""
     if intensity is None:
         intensity = measure_intensity(image_BHWC)
     low, high, mean, std = intensity.reshape(4, 1, 1, 1, -1)
     image_BHWC = jnp.clip(image_BHWC.astype(jnp.float32), low, high)
-    return infer.probabilities(variables, (image_BHWC - mean) * (1 / std), model=model, **crf)
+    image_BHWC = (image_BHWC - mean) * (1 / std)
+    return infer.probabilities(variables, image_BHWC, model=model, crf_options=crf_options)
 
 
 def reference(
@@ -134,6 +135,17 @@ def to_onnx(function: Callable, channels: int, size: tuple[int, int], metadata: 
     )
 
 
+def left_out(config) -> list[str]:
+    """What `evaluate` and `predict` do around the network that no file does, 'knob = value'."""
+    usual = from_dict({})  # every default
+    knobs = [('data', 'size'), *(('predict', key) for key in usual.predict)]
+    return [
+        f'{section}.{key} = {config[section][key]!r}'
+        for section, key in knobs
+        if config[section][key] != usual[section][key]
+    ]
+
+
 def describe(
     fmt: str, config, inputs: dict[str, Any], step: int, size: tuple[int, int], crf: str
 ) -> dict[str, Any]:
@@ -167,6 +179,7 @@ def describe(
         },
         'normalization': normalization,
         'crf': crf,
+        'left_out': left_out(config),
         'inputs': inputs,
         'config': to_dict(config),
     }
@@ -192,13 +205,13 @@ def export_checkpoint(
     target = Path(output) if output else Path(workdir) / FILES[fmt]
     config, model, variables, intensity, step = restore_model(workdir, which)
     inputs = checkpoint.metadata(workdir, step)['inputs']
-    refine = config.crf.to_dict() if crf else {'kernel': 'none'}
-    check_crf(fmt, refine['kernel'])
+    crf_options = config.crf.to_dict() | ({} if crf else {'kernel': 'none'})
+    check_crf(fmt, crf_options['kernel'])
     if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
-    metadata = describe(fmt, config, inputs, step, size, refine['kernel'])
+    metadata = describe(fmt, config, inputs, step, size, crf_options['kernel'])
     function = functools.partial(
-        serve, variables=variables, model=model, intensity=intensity, crf=refine
+        serve, variables=variables, model=model, intensity=intensity, crf_options=crf_options
     )
     aside = target.with_name(f'.{target.name}.tmp')
     made = [folder for folder in target.parents if not folder.exists()]
@@ -214,13 +227,24 @@ def export_checkpoint(
             aside.write_bytes(proto.SerializeToString())
         else:
             _write_params(aside, variables, metadata)
-        print(_compare(aside, fmt, model, variables, intensity, refine, inputs['channels'], size))
+        predict, _ = READERS[fmt](aside)
+        expect = functools.partial(
+            reference,
+            variables=variables,
+            predict_fn=infer.compile_predict(model, crf_options=crf_options),
+            intensity=intensity,
+        )
+        other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
+        limit = TOLERANCE[jnp.dtype(model.dtype).name]
+        print(compare(predict, expect, inputs['channels'], (size, other), limit))
         os.replace(aside, target)
     except BaseException:
         aside.unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()
         raise
+    if metadata['left_out']:
+        print(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')
     return target
 
 
@@ -251,18 +275,13 @@ def sample_images(channels: int, size: tuple[int, int], batch: int) -> np.ndarra
     return (blocks + rng.integers(0, 36, blocks.shape)).astype(np.uint8)
 
 
-def _compare(path, fmt, model, variables, intensity, crf, channels, size) -> str:
-    """A line with the largest difference; raises ExportError where it is too large."""
-    predict, _ = READERS[fmt](path)
-    expect = functools.partial(
-        reference,
-        variables=variables,
-        predict_fn=infer.compile_predict(model, **crf),
-        intensity=intensity,
-    )
-    other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
+def compare(predict: Predict, expect: Predict, channels: int, sizes, limit: float) -> str:
+    """A line with the largest difference over a batch of 2 and one of 1, of each size in turn.
+
+    Raises ExportError where it is above the limit.
+    """
     worst, differing, pixels, shapes = 0.0, 0, 0, []
-    for batch, (H, W) in ((2, size), (1, other)):
+    for batch, (H, W) in zip((2, 1), sizes, strict=True):
         image = sample_images(channels, (H, W), batch)
         got, expected = predict(image), expect(image)
         if got.shape != expected.shape:
@@ -271,7 +290,6 @@ def _compare(path, fmt, model, variables, intensity, crf, channels, size) -> str
         differing += int((got.argmax(-1) != expected.argmax(-1)).sum())
         pixels += batch * H * W
         shapes.append(f'{batch} x {H} x {W}')
-    limit = TOLERANCE[jnp.dtype(model.dtype).name]
     if not worst <= limit:  # NaN too
         raise ExportError(
             f'the file computes something else than the model: probabilities differ by '
@@ -355,11 +373,11 @@ def read_savedparams(path: str | Path) -> tuple[Predict, dict[str, Any]]:
     """(predict, metadata): the network of `read_params`, as `predict` runs it."""
     variables, metadata = read_params(path)
     config = from_dict(metadata['config'])
-    crf = config.crf.to_dict() | {'kernel': metadata['crf']}
+    crf_options = config.crf.to_dict() | {'kernel': metadata['crf']}
     predict = functools.partial(
         reference,
         variables=variables,
-        predict_fn=infer.compile_predict(models.create(**config.model), **crf),
+        predict_fn=infer.compile_predict(models.create(**config.model), crf_options=crf_options),
         intensity=fixed_intensity(metadata['inputs']),
     )
     return predict, metadata

@@ -22,12 +22,7 @@ ALLOWED = {
     'models.refinenet': {'models.layers'},
     'models.fcn': {'models.layers', 'models.backbones'},
     'models.dilated': {'models.layers', 'models.backbones', 'models.fcn'},
-    'models.deeplab': {
-        'models.convolution',
-        'models.layers',
-        'models.backbones',
-        'models.fcn',
-    },
+    'models.deeplab': {'models.layers', 'models.backbones', 'models.fcn'},
     'models.published': set(),
     'models.pretrained': {'errors', 'models.published'},
     'models.__init__': {

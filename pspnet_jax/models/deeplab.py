@@ -27,13 +27,10 @@ Deviations of both: dropout 0.5 behind v3's ASPP and v3+'s, as torchvision and s
 the papers do not mention.
 """
 
-from fractions import Fraction
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pspnet_jax.models.convolution import is_static
 from pspnet_jax.models.fcn import FullyConnected
 from pspnet_jax.models.layers import (
     ConvNorm,
@@ -41,6 +38,7 @@ from pspnet_jax.models.layers import (
     Head,
     SeparableConvNorm,
     resize,
+    scaled,
     score,
 )
 
@@ -99,14 +97,6 @@ class SummedASPP(nn.Module):
             else:
                 total += score(x, self.num_classes, 3, dilation=rate, name=f'classifier{rate}')
         return total
-
-
-def scaled(size: int, scale: float) -> int:
-    """round(size * scale), for a symbol too: to the nearest, halves to the even number."""
-    if is_static([size]):
-        return round(size * scale)
-    over, under = Fraction(scale).limit_denominator(1000).as_integer_ratio()
-    return (2 * over * size + under - 1 + over * size // under % 2) // (2 * under)
 
 
 class DeepLabV2(nn.Module):

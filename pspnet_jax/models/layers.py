@@ -8,6 +8,7 @@ any size, the same matrices are computed when it runs.
 
 import functools
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
@@ -110,6 +111,14 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> 
         resize_matrix(h, size[0], align_corners=align_corners),
         resize_matrix(w, size[1], align_corners=align_corners),
     )
+
+
+def scaled(size: int, scale: float) -> int:
+    """round(size * scale), for a symbol too: to the nearest, halves to the even number."""
+    if is_static([size]):
+        return round(size * scale)
+    over, under = Fraction(scale).limit_denominator(1000).as_integer_ratio()
+    return (2 * over * size + under - 1 + over * size // under % 2) // (2 * under)
 
 
 def resize_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
