@@ -17,6 +17,8 @@ Nothing imports configs, experiments or tests.
 
 import importlib
 
+__version__ = '0.1.0'  # as pyproject.toml has it
+
 
 def __getattr__(name):
     """`pspnet_jax.load` and `.train` (and `.Model`), imported when they are asked for."""

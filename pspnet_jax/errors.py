@@ -27,3 +27,7 @@ class PretrainedError(PspnetError):
 
 class NonFiniteLossError(PspnetError):
     """Loss or gradient stopped being a number."""
+
+
+class ExportError(PspnetError):
+    """An exported file that would not compute what the model does, or can't be read back."""

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from pspnet_jax import compilation, crf
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import ConfigError
-from pspnet_jax.models.layers import resize
+from pspnet_jax.models.layers import resize, scaled
 
 EXACT_CRF_PIXELS = 128 * 128  # a matrix of 1 GiB
 
@@ -51,7 +51,7 @@ def probabilities(
         return jax.nn.softmax(resize(logits_BijK, image_BhwC.shape[1:3]))
 
     def at_scale(variables, scale):
-        image_BhwC = resize(image_BHWC, [max(round(scale * size), 1) for size in (H, W)])
+        image_BhwC = resize(image_BHWC, [max(scaled(size, scale), 1) for size in (H, W)])
         if not flip:
             return resize(network(variables, image_BhwC), (H, W))
         both = jnp.stack([image_BhwC, image_BhwC[:, :, ::-1]])

@@ -45,6 +45,8 @@ PHANTOM = '--config=configs/phantom.py'
             ['--workdir=/no', '--input=/no', '--output=x', '--scales=1,two'],
             "--scales=1,two: could not convert string to float: 'two'",
         ),
+        ('export', ['--workdir=/no', '--format=onnx'], '/no holds no checkpoint'),
+        ('export', ['--workdir=/no', '--format=onnx', '--size=9'], '--size=9 is not HEIGHT,WIDTH'),
         ('data.lgg', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
     ],
 )

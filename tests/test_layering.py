@@ -51,6 +51,7 @@ ALLOWED = {
     'data.sources': {'data.folder', 'data.lgg', 'data.phantom', 'data.splits', 'data.volumes'},
     'infer': {'data.volumes', 'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
+    'onnx_graph': {'errors'},
     'log': set(),
     'chart': set(),
     'calibration': {'errors'},
@@ -67,6 +68,7 @@ COMMANDS = {
     'evaluate',
     'predict',
     'api',
+    'export',
     'data.check',
 }  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))

@@ -9,6 +9,8 @@ experiments/README.md has what each gave.
 """
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,11 +28,19 @@ PRODUCT_CHANNELS = 64  # from here to there, a 3x3's weight gradient is stated a
 LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient goes by bands of rows
 
 
+def is_static(sizes: Iterable[Any]) -> bool:
+    """Whether all are numbers; in an exported program some are symbols, as in `jax.export`."""
+    return all(isinstance(size, int | np.integer) for size in sizes)
+
+
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     """`lax.conv_general_dilated` for images B H W C and kernels h w I O, the forms above in it.
 
-    What comes out has the name CONVOLVED, by which `jax.checkpoint` can keep it.
+    What comes out has the name CONVOLVED, by which `jax.checkpoint` can keep it. With a size that
+    is not known yet (an exported program, which has to suit every platform) it is XLA's own.
     """
+    if not is_static(x.shape):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
     dilation = tuple(kwargs.get('rhs_dilation') or (1, 1))
     same, dense = tuple((d, d) for d in dilation), kwargs.get('feature_group_count', 1) == 1
     strides = tuple(strides)

@@ -38,6 +38,7 @@ from pspnet_jax.models.layers import (
     Head,
     SeparableConvNorm,
     resize,
+    scaled,
     score,
 )
 
@@ -124,7 +125,7 @@ class DeepLabV2(nn.Module):
         )
         scores = {}
         for scale in self.scales:
-            x = resize(image, (round(H * scale), round(W * scale)), align_corners=False)
+            x = resize(image, (scaled(H, scale), scaled(W, scale)), align_corners=False)
             x = self.backbone(x.astype(self.dtype), train)[32]
             scores[scale] = resize(aspp(x, train), (H, W), align_corners=False)
         out = {'logits': jnp.stack(list(scores.values())).max(axis=0)}

@@ -2,27 +2,34 @@
 
 Adaptive average pooling and bilinear resizing are linear maps, so with static shapes each
 is a product with a constant matrix, of both axes or of one after the other: exact,
-differentiable, exportable, and the same on every platform.
+differentiable, exportable, and the same on every platform. In a program that is exported for
+any size, the same matrices are computed when it runs.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspnet_jax.models.convolution import conv_general_dilated, product
+from pspnet_jax.models.convolution import conv_general_dilated, is_static, product
 
 HE_NORMAL = nn.initializers.he_normal()
 
 
-def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray:
+def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray | jax.Array:
     """(bins, size) matrix of adaptive average pooling; PyTorch's bin edges.
 
     Bin i averages cells floor(i*size/bins) .. ceil((i+1)*size/bins)-1.
     """
+    if not is_static([size]):
+        i, cells, size = jnp.arange(bins)[:, None], jnp.arange(size)[None], jnp.asarray(size)
+        start, stop = i * size // bins, -(-(i + 1) * size // bins)
+        return jnp.where((cells >= start) & (cells < stop), 1.0 / (stop - start), 0.0)
     matrix = np.zeros((bins, size), np.float32)
     for i in range(bins):
         start, stop = i * size // bins, -(-(i + 1) * size // bins)
@@ -30,13 +37,15 @@ def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray:
     return matrix
 
 
-def resize_matrix(size: int, out: int, *, align_corners: bool = True) -> np.ndarray:
+def resize_matrix(size: int, out: int, *, align_corners: bool = True) -> np.ndarray | jax.Array:
     """(out, size) matrix of bilinear interpolation along one axis.
 
     `align_corners` maps first cell to first and last to last (the paper and
     PyTorch's `align_corners=True`); otherwise cells are half-pixel centred with
     clamped ends (PyTorch's False, TensorFlow 2).
     """
+    if not is_static([size, out]):
+        return _resize_matrix_of_symbols(size, out, align_corners)
     if align_corners:
         position = np.arange(out) * ((size - 1) / max(out - 1, 1))
     else:
@@ -49,7 +58,24 @@ def resize_matrix(size: int, out: int, *, align_corners: bool = True) -> np.ndar
     return matrix
 
 
-def apply_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+def _resize_matrix_of_symbols(size: Any, out: Any, align_corners: bool) -> jax.Array:
+    """`resize_matrix` in 32 bits: positions are fractions of whole numbers, so nothing is lost."""
+    i, cells = jnp.arange(out)[:, None], jnp.arange(size)[None]
+    size, out = jnp.asarray(size), jnp.asarray(out)
+    if align_corners:
+        over, under = i * (size - 1), jnp.maximum(out - 1, 1)
+    else:
+        over, under = (2 * i + 1) * size - out, 2 * out
+        over = jnp.clip(over, 0, (size - 1) * under)
+    low = jnp.minimum(over // under, jnp.maximum(size - 2, 0))
+    weight = (over - low * under) / under
+    high = jnp.minimum(low + 1, size - 1)
+    return jnp.where(cells == low, 1.0 - weight, 0.0) + jnp.where(cells == high, weight, 0.0)
+
+
+def apply_matrices(
+    x: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray | jax.Array
+) -> jax.Array:
     """B h w C -> B H W C by `rows` (H, h) and `columns` (W, w), in x's dtype."""
     rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
     x = jnp.einsum('Hh,bhwc->bHwc', rows, x, precision='highest')
@@ -62,8 +88,9 @@ def adaptive_pools(x: jax.Array, bins: Sequence[int]) -> list[jax.Array]:
     One product with all the bins' averages reads x once, and in the order it lies in.
     """
     B, h, w, C = x.shape
-    averages = np.concatenate(
-        [np.kron(adaptive_pool_matrix(h, n), adaptive_pool_matrix(w, n)) for n in bins]
+    xp = np if is_static([h, w]) else jnp
+    averages = xp.concatenate(
+        [xp.kron(adaptive_pool_matrix(h, n), adaptive_pool_matrix(w, n)) for n in bins]
     )
     averages = jnp.broadcast_to(averages.astype(x.dtype), (B, *averages.shape))
     pooled = jnp.einsum('bnp,bpc->bnc', averages, x.reshape(B, h * w, C), precision='highest')
@@ -86,10 +113,19 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> 
     )
 
 
+def scaled(size: int, scale: float) -> int:
+    """round(size * scale), for a symbol too: to the nearest, halves to the even number."""
+    if is_static([size]):
+        return round(size * scale)
+    over, under = Fraction(scale).limit_denominator(1000).as_integer_ratio()
+    return (2 * over * size + under - 1 + over * size // under % 2) // (2 * under)
+
+
 def resize_nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """B h w C -> B H W C; cell i takes floor(i h / H), PyTorch's `mode='nearest'`."""
     _, h, w, _ = x.shape
-    rows, columns = np.arange(size[0]) * h // size[0], np.arange(size[1]) * w // size[1]
+    xp = np if is_static([h, w, *size]) else jnp
+    rows, columns = xp.arange(size[0]) * h // size[0], xp.arange(size[1]) * w // size[1]
     return x[:, rows][:, :, columns]
 
 
@@ -245,11 +281,11 @@ class PyramidConv(nn.Module):
         """B i j C -> B h w O: the convolution of `small` resized to `size`."""
 
         def taps(cells, out):  # (out, taps, cells): the resized map as each tap sees it
-            pad = self.kernel // 2
-            matrix = np.pad(
+            pad, xp = self.kernel // 2, np if is_static([cells, out]) else jnp
+            matrix = xp.pad(
                 resize_matrix(cells, out, align_corners=self.align_corners), ((pad, pad), (0, 0))
             )
-            return np.stack([matrix[t : t + out] for t in range(self.kernel)], axis=1)
+            return xp.stack([matrix[t : t + out] for t in range(self.kernel)], axis=1)
 
         rows, columns = taps(small.shape[1], size[0]), taps(small.shape[2], size[1])
         products = jnp.einsum('bijc,yxco->bijyxo', small, kernel)
@@ -361,7 +397,9 @@ def global_indices(batch: int, axis_name: str | None) -> jax.Array:
 
 def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
     """B H W C, zeros below and to the right up to the next multiple of both sizes."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, -x.shape[2] % multiple), (0, 0)))
+    # Multiples by their form, so that with symbols for sizes halvings are known to be exact.
+    rows, columns = ((n + multiple - 1) // multiple * multiple - n for n in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
 
 
 def bilinear_kernel(key, shape, dtype=jnp.float32):
