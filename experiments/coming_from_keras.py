@@ -134,6 +134,15 @@ ROWS = {
         'python -m pspnet_jax.predict --workdir=RUN --input=film.mp4 --output=OUT',
         ('test_video::test_a_video_becomes_videos_frame_by_frame',),
     ),
+    'F23': Row(
+        'evaluate_segmentation: frequency_weighted_IU, mean_IU, class_wise_IU at a quarter of the '
+        'size',
+        'the same keys at full size; Dice, HD95, ASSD of whole volumes, by patient, with '
+        'intervals and the baseline; report.html',
+        "python -m pspnet_jax.evaluate --workdir=RUN; model.evaluate(images, masks)",
+        ('test_metrics::test_pooled_iou_is_what_the_keras_tool_computes',
+         'test_evaluate::test_evaluation_json_has_what_is_promised'),
+    ),
     'F24, F25': Row(
         'overlay_img, class_names, show_legends, colors; prediction_width and _height',
         'overlay with its legend, outline, three panels; always at the own size of the picture',
