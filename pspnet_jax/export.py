@@ -260,10 +260,10 @@ def check_crf(fmt: str, kernel: str) -> None:
 
 
 def _write_params(path: Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(x) for name, x in flatten_dict(variables, sep='/').items()}
-    save_file(arrays, path, metadata={KEY: json.dumps(metadata)})
+    path.write_bytes(save(arrays, metadata={KEY: json.dumps(metadata)}))
 
 
 def sample_images(channels: int, size: tuple[int, int], batch: int) -> np.ndarray:
