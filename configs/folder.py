@@ -8,18 +8,12 @@ The argument is a network's name and a recipe of augmentation, as in configs/lgg
 pspnet_jax.data.check` with the same flags says what is wrong with the data before training.
 """
 
-from configs import augmentations, base
+from configs import base, lgg
 
 
 def get_config(arg: str = ''):
     config = base.get_config()
     config.data.name = 'folder'
-    name, recipe = augmentations.split_recipe(arg)
-    config.augment.update(recipe)
-    name = name or 'pspnet_resnet50'
-    if name.startswith('pspnet_resnet'):
-        config.model.name, config.model.backbone = name.split('_')
-    else:
-        config.model.name = name
+    lgg.choose_network(config, arg)
     config.train.batch_size = 8
     return config

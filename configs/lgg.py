@@ -16,17 +16,22 @@
 from configs import augmentations, base
 
 
+def choose_network(config, arg: str) -> None:
+    """Set the network and the augmentation that 'NETWORK,RECIPE' names."""
+    name, recipe = augmentations.split_recipe(arg)
+    config.augment.update(recipe)
+    name = name or 'pspnet_resnet50'
+    if name.startswith('pspnet_resnet'):
+        config.model.name, config.model.backbone = name.split('_')
+    else:
+        config.model.name = name
+
+
 def get_config(arg: str = ''):
     config = base.get_config()
     config.data.name = 'lgg'
     config.data.normalize = 'volume'  # z-scores (Buda 2019): intensities of MRI have no unit
-    arg, recipe = augmentations.split_recipe(arg)
-    config.augment.update(recipe)
-    arg = arg or 'pspnet_resnet50'
-    if arg.startswith('pspnet_resnet'):
-        config.model.name, config.model.backbone = arg.split('_')
-    else:
-        config.model.name = arg
-    if arg in ('deeplab_v1', 'deeplab_v2'):
+    choose_network(config, arg)
+    if config.model.name in ('deeplab_v1', 'deeplab_v2'):
         config.crf.kernel = 'windowed'  # 256 x 256 pixels are too many for all pairs
     return config

@@ -3,11 +3,11 @@
   python -m experiments.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
 Each variant is PSPNet-50's step at 256x256, batch 4, float32 (`transposed_2x2`: U-Net's) in a
-process of its own; they take turns. A line with the seconds of a step, of compilation, and the
-temporaries in MB is added to experiments/results/forms.jsonl for each.
+process of its own; they take turns. A line with the seconds of a step, of compilation, the GFLOP
+that are left as XLA counts them, and the temporaries in MB is added to
+experiments/results/forms.jsonl for each.
 """
 
-import functools
 import json
 import statistics
 import subprocess
@@ -136,23 +136,14 @@ def compile_step(name: str):
         'image': jnp.asarray(rng.standard_normal((4, 256, 256, 3)), jnp.float32),
         'mask': jnp.asarray(rng.integers(0, 2, (4, 256, 256)), jnp.int32),
     }
-    config = base.get_config()
-    step = functools.partial(
-        train.train_step,
-        model=model,
-        tx=tx,
-        loss_options=config.loss.to_dict(),
-        augment_options=config.augment.to_dict(),
-        seed=0,
-        **{'remat': config.train.remat, **options},
-    )
+    step = train.bind_step(base.get_config(), model, tx, **options)
     jitted = jax.jit(step, donate_argnums=0, compiler_options=compilation.options())
     compiled, facts = compilation.compile_now(jitted, state, batch)
     return compiled, state, batch, facts
 
 
 def measure(name: str) -> dict[str, float]:
-    """Seconds of a step (median of three behind one), of compilation, and temporaries in MB."""
+    """Seconds of a step (median of three behind one) and of compilation, GFLOP, temporaries."""
     import jax
 
     compiled, state, batch, facts = compile_step(name)
@@ -165,6 +156,7 @@ def measure(name: str) -> dict[str, float]:
     return {
         'seconds': statistics.median(seconds[1:]),
         'compile_seconds': facts['seconds'],
+        'gflop': facts['gflop'],
         'temporary_mb': facts['temporary_mb'],
     }
 

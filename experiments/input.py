@@ -7,7 +7,6 @@ the loader, of evaluation's volumes, and the memory of the process, at 100 to 10
 256x256 as PNG, not kept in memory and kept. Lines are added to experiments/results/input.jsonl.
 """
 
-import functools
 import io
 import itertools
 import json
@@ -61,16 +60,7 @@ def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, An
     model = models.create(**config.model)
     tx, _ = optim.create(steps=10, **config.optim)
     state = train.create_state(model, tx, seed=0, channels=slices.channels, ema=False)
-    step = functools.partial(
-        train.train_step,
-        model=model,
-        tx=tx,
-        loss_options=config.loss.to_dict(),
-        augment_options=config.augment.to_dict(),
-        seed=0,
-        remat=config.train.remat,
-    )
-    placed = train.over_mesh(step)
+    placed = train.over_mesh(train.bind_step(config, model, tx))
     state, batch = placed.put_state(state), placed.put_batch(batch)
     run, _ = placed.compile(state, batch)
     for n in range(4):

@@ -143,15 +143,8 @@ def ours(case: dict[str, Any]) -> None:
             None,
         )
         config = base.get_config()
-        step_fn = functools.partial(
-            train.train_step,
-            model=model,
-            tx=tx,
-            loss_options={**config.loss.to_dict(), 'dice': 0.0},
-            augment_options={},
-            seed=0,
-            remat=config.train.remat,
-        )
+        plain = {'loss_options': {**config.loss.to_dict(), 'dice': 0.0}, 'augment_options': {}}
+        step_fn = train.bind_step(config, model, tx, **plain)
         small = case['size'] // 4 if case['peer'] == 'keras' else case['size']  # of its labels
         rng = np.random.default_rng(0)
         labels = rng.integers(0, case['classes'], (case['batch'], small, small))

@@ -134,12 +134,12 @@ def speed() -> str:
 
 def forms() -> str:
     """The training step with each form that is there for speed, and without."""
-    rows = ['| step | s | compiled in, s | temporaries, MB |', '|---|---:|---:|---:|']
+    rows = ['| step | s | compiled in, s | GFLOP | temporaries, MB |', '|---|---:|---:|---:|---:|']
     lines = read_lines('forms')
     for line in lines:
         rows.append(
             f'| {line["variant"]} | {line["seconds"]:.2f} | {line["compile_seconds"]:.1f} | '
-            f'{line["temporary_mb"]:.0f} |'
+            f'{line["gflop"]:.0f} | {line["temporary_mb"]:.0f} |'
         )
     return '\n'.join([*rows, '', _made_by('python -m experiments.forms', lines)])
 

@@ -7,12 +7,15 @@ Dimension letters, wherever a name carries its shape (logits_BHWK, labels_BHW):
 
 Imports point downwards, held by tests/test_layering.py:
 
-  main -> train -> evaluate -> infer -> crf, metrics, calibration
-                -> report -> chart, log, visualize
-                -> models, optim, losses, checkpoint, log, visualize
-                -> data.sources -> data.lgg, data.phantom -> data.files -> data.volumes
+  main -> train -> transfer -> evaluate -> infer -> crf
+                                        -> report -> chart, log, visualize
+                                        -> calibration, metrics, postprocess
+                -> models, optim, losses, checkpoint
+                -> data.sources -> data.folder, data.lgg, data.phantom
+                                -> data.via, data.files -> data.volumes
+  api, predict, export stand on these.
 
-Nothing imports configs, experiments or tests.
+No file imports configs, experiments or tests; two functions look up a default in configs.
 """
 
 import importlib

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import predict
-from pspnet_jax.data import files, folder, volumes
+from pspnet_jax.data import files, sources, volumes
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options
 from pspnet_jax.train import train_and_evaluate
@@ -58,17 +58,12 @@ class Model:
     def evaluate(self, images: str | Path, masks: str | Path) -> dict[str, Any]:
         """`evaluate.evaluate_volumes`'s figures over a folder of images and one of masks."""
         config = self.config
-        slices = folder.load(
-            '',
+        slices = sources.read_folder(
+            config,
+            source='',
             images=(str(Path(images).absolute()),),
             masks=str(Path(masks).absolute()),
-            group=config.data.group,
-            mask_format=config.data.mask_format,
-            mask_colors=config.data.mask_colors,
-            num_classes=config.model.num_classes,
-            ignore_label=config.loss.ignore_label,
             mixed_sizes=True,
-            threads=config.data.threads,
         )
         return evaluate_volumes(
             self.predictor.predict_fn,

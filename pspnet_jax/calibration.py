@@ -6,7 +6,6 @@ changes, so neither do labels, Dice and distances.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from absl import logging
 from scipy import optimize, special
 
+from pspnet_jax.data.files import writing
 from pspnet_jax.errors import DataError
 
 KEPT = 'temperature.json'  # in a run's workdir
@@ -71,9 +71,8 @@ def fit(prob: np.ndarray, labels: np.ndarray) -> float:
 def save(workdir: str | Path, facts: dict[str, Any]) -> None:
     """Write WORKDIR/temperature.json: 'step', 'temperature', and whatever tells where from."""
     path = Path(workdir) / KEPT
-    aside = path.with_name(f'.{path.name}.tmp')
-    aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
-    os.replace(aside, path)
+    with writing(path) as aside:
+        aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
 
 
 def load(workdir: str | Path, step: int) -> float:

@@ -11,7 +11,6 @@ beside the baseline that calls everything background.
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +34,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import from_dict, to_dict, with_prediction
-from pspnet_jax.data import lgg, pipeline, sources, splits, volumes
+from pspnet_jax.data import files, lgg, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError
 from pspnet_jax.models.published import fixed_intensity
@@ -412,9 +411,8 @@ def evaluate_checkpoint(
     result['data'] |= {'source': data or config.data.name, 'split': '' if data else split}
     result['checkpoint'] = {'step': step, 'config': to_dict(config)}
     path = Path(workdir) / 'evaluation.json'
-    aside = path.with_suffix('.tmp')
-    aside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
-    os.replace(aside, path)
+    with files.writing(path) as aside:
+        aside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
 
     # Which patient is the median is known only now: the few shown are predicted again.
     roles = {row['patient']: role for role, row in report.extremes(result['patients'])}
@@ -434,11 +432,8 @@ def _volume_source(
 ) -> Callable[[Sequence[str] | None], Iterator[Volume]]:
     """`open_volumes(patients=None)`: the volumes to evaluate, one at a time, or those of these."""
     if data and (Path(data).expanduser() / config.data.images[0]).is_dir():
-        config = config.copy_and_resolve_references()
-        with config.unlocked():
-            config.data.update(name='folder', source=str(data))
-        slices, parts = sources.read(config), {}
-        parts[split] = list(slices.intensity)
+        slices = sources.read_folder(config, source=data, mixed_sizes=True)
+        parts = {split: list(slices.intensity)}
     elif data:
         found = lgg.check(data, size=None)
 

@@ -40,9 +40,8 @@ def probabilities(
     The mean over `scales`, sizes at which the network sees the image, and with `flip` over
     image and mirror image (left-right) at each. With `ensemble` the arrays of `variables` hold
     several networks along a leading axis, and the mean is over them too: one after the other,
-    as a map over weights makes each convolution a grouped one (1.6 times as long for three
-    ResNet-18s on a CPU) and holds the activations of all. `crf_options`, those of
-    `refine`, put a CRF behind the mean.
+    as a map over weights makes each convolution a grouped one and holds the activations of all.
+    `crf_options`, those of `refine`, put a CRF behind the mean.
     """
     H, W = image_BHWC.shape[1:3]
 

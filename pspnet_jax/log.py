@@ -22,7 +22,7 @@ class MetricLog:
         first_step: int,
         each: Callable[[int, dict[str, float | None]], object] = lambda step, values: None,
     ):
-        # Here, since it imports PyTorch where that is installed: 1.5 s and 200 MB.
+        # Here, since it imports PyTorch where that is installed.
         from tensorboardX import SummaryWriter
 
         path = Path(workdir) / 'metrics.jsonl'

@@ -10,7 +10,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from PIL import Image
 
 from pspnet_jax import chart, log, visualize
 from pspnet_jax.chart import Chart, Series
+from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
 
 MOST_SLICES = 48  # of a patient shown
@@ -222,9 +222,8 @@ def write_curves(workdir: str | Path) -> Path | None:
     if not charts:
         return None
     path = Path(workdir) / 'curves.png'
-    aside = path.with_name(f'.{path.name}.tmp')
-    Image.fromarray(chart.grid([chart.picture(each) for each in charts])).save(aside, 'png')
-    os.replace(aside, path)
+    with writing(path) as aside:
+        Image.fromarray(chart.grid([chart.picture(each) for each in charts])).save(aside, 'png')
     return path
 
 
@@ -236,10 +235,9 @@ def write(workdir: str | Path, result: dict[str, Any], cases: Sequence[tuple[str
     fit.
     """
     path = Path(workdir) / 'report.html'
-    aside = path.with_name(f'.{path.name}.tmp')
     page = render(result, run_charts(log.read(workdir)), cases)
-    aside.write_text(page, encoding='utf-8', errors='replace')  # names need not be UTF-8
-    os.replace(aside, path)
+    with writing(path) as aside:
+        aside.write_text(page, encoding='utf-8', errors='replace')  # names need not be UTF-8
     return path
 
 

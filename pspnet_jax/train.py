@@ -282,6 +282,19 @@ def train_step(
     return state, metrics
 
 
+def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Callable:
+    """`train_step(state, batch)` with what the config decides, and further options of it."""
+    decided = {
+        'loss_options': config.loss.to_dict(),
+        'augment_options': config.augment.to_dict(),
+        'seed': config.seed,
+        'accumulate': config.train.accumulate,
+        'remat': config.train.remat,
+        'ema_decay': config.train.ema_decay,
+    }
+    return functools.partial(train_step, model=model, tx=tx, **decided | options)
+
+
 class Placed(NamedTuple):
     """A step on devices, and how state and batch get there and back.
 
@@ -587,8 +600,6 @@ def train_and_evaluate(
 
     # Data: which patients, and how many of their slices hold a lesion.
     slices, parts = sources.load(config)
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    splits.keep(Path(workdir) / splits.KEPT, parts, slices)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     if config.data.size:  # validation and test stay at their own size
         split['train'] = volumes.resized(split['train'], config.data.size)
@@ -614,22 +625,12 @@ def train_and_evaluate(
         features = config.distill.pairwise > 0
         teacher, taught = transfer.load_teacher(where, model, inputs, features=features)
         state = state.replace(teacher=taught)
+    splits.keep(Path(workdir) / splits.KEPT, parts, slices)  # nothing that was asked for fails now
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
-    step_fn = functools.partial(
-        train_step,
-        model=model,
-        tx=tx,
-        loss_options=config.loss.to_dict(),
-        augment_options=config.augment.to_dict(),
-        seed=config.seed,
-        accumulate=config.train.accumulate,
-        remat=config.train.remat,
-        ema_decay=config.train.ema_decay,
-        augment_fn=augment_fn,
-        teacher=teacher,
-        distill_options=distill,
+    step_fn = bind_step(
+        config, model, tx, augment_fn=augment_fn, teacher=teacher, distill_options=distill
     )
     placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step)
     predict = infer.compile_predict(model, size=config.data.size)

@@ -98,6 +98,28 @@ def tiny_config(**changes):
     return config
 
 
+@pytest.fixture
+def power_cut(monkeypatch):
+    """`power_cut(config, workdir, steps)` trains until the batch behind `steps` is asked for."""
+    from pspnet_jax import train
+    from pspnet_jax.data import pipeline
+
+    def run(config, workdir, steps):
+        real = pipeline.batches
+
+        def broken_off(*args, first_step, **options):
+            batches = real(*args, first_step=first_step, **options)
+            yield from (next(batches) for _ in range(steps - first_step))
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, 'batches', broken_off)
+            with pytest.raises(KeyboardInterrupt):
+                train.train_and_evaluate(config, str(workdir))
+
+    return run
+
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """(workdir, evaluation) of one tiny run; tests must not change it."""

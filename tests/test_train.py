@@ -16,19 +16,9 @@ from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
 from tests.conftest import tiny_config
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, monkeypatch):
+def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
     workdir, evaluation = trained
-    real = pipeline.batches
-
-    def power_cut(*args, first_step, **options):
-        batches = real(*args, first_step=first_step, **options)
-        yield from (next(batches) for _ in range(3 - first_step))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, 'batches', power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(tiny_config(), str(tmp_path))
-    monkeypatch.undo()
+    power_cut(tiny_config(), tmp_path, steps=3)
     assert checkpoint.steps(tmp_path)[-1] == 3
     resumed = train.train_and_evaluate(tiny_config(), str(tmp_path))
 

@@ -10,7 +10,6 @@ import pytest
 
 from pspnet_jax import checkpoint, evaluate, models, optim, train, transfer
 from pspnet_jax.config import to_dict
-from pspnet_jax.data import pipeline
 from pspnet_jax.errors import CheckpointError, ConfigError
 from pspnet_jax.models import published
 from tests.conftest import tiny_config
@@ -253,7 +252,7 @@ def test_coarse_students_meet_a_teacher_of_full_size(rng):
     assert float(loss['distillation']) == pytest.approx(float((gap**2).mean()), rel=1e-5)
 
 
-def test_teacher_and_affinities_resume_to_the_bit(trained, tmp_path, monkeypatch):
+def test_teacher_and_affinities_resume_to_the_bit(trained, tmp_path, power_cut):
     """The teacher is read anew, and in no checkpoint."""
     config = tiny_config(
         **{
@@ -265,17 +264,7 @@ def test_teacher_and_affinities_resume_to_the_bit(trained, tmp_path, monkeypatch
     )
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
     train.train_and_evaluate(config, str(whole))
-    real = pipeline.batches
-
-    def power_cut(*args, first_step, **options):
-        batches = real(*args, first_step=first_step, **options)
-        yield from (next(batches) for _ in range(1 - first_step))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, 'batches', power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(config, str(halves))
-    monkeypatch.undo()
+    power_cut(config, halves, steps=1)
     assert checkpoint.steps(halves)[-1] == 1
     train.train_and_evaluate(config, str(halves))
     digests = [checkpoint.metadata(folder, 2)['sha256'] for folder in (whole, halves)]

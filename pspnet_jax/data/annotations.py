@@ -26,7 +26,7 @@ import numpy as np
 from pspnet_jax.data.outlines import MAX_SIDE, Shape
 from pspnet_jax.errors import ConfigError, DataError
 
-MAX_BYTES = 2**26  # of a file; parsed, it can take twenty times as much
+MAX_BYTES = 2**26  # of a file; parsed, it takes many times as much
 MAX_FAULTS = 1000  # of a file, after which it is not read on
 CSV_HEADER = (
     'filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,'

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pspnet_jax import cli, visualize
 from pspnet_jax.config import validate
-from pspnet_jax.data import sources, volumes
+from pspnet_jax.data import files, sources, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
 from pspnet_jax.errors import ConfigError, DataError
 
@@ -116,16 +116,13 @@ def check(config, out: str | Path) -> None:
     shares = (f'{label}: {100 * n / total:.2f} %' for label, n in pixels.items())
     print('classes    ' + ', '.join(shares))
     missing = set(range(config.model.num_classes)) - pixels.keys()
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     train = volumes.select(slices, parts['train'])
     if config.data.size:
         train = volumes.resized(train, config.data.size)
-    path = folder / 'contact_sheet.png'
-    aside = path.with_name(f'.{path.name}.tmp')
+    path = Path(out) / 'contact_sheet.png'
     sheet = contact_sheet(train, config.augment.to_dict(), config.seed)
-    Image.fromarray(sheet).save(aside, 'png')
-    aside.replace(path)
+    with files.writing(path) as aside:
+        Image.fromarray(sheet).save(aside, 'png')
     print(f'written to {path}')
 
     faults = [f'no pixel is of class {label}: lower model.num_classes' for label in sorted(missing)]

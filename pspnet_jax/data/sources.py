@@ -1,25 +1,34 @@
 """Where slices come from: one function a source, from the config's sections to `Slices`."""
 
 from pathlib import Path
+from typing import Any
 
 from pspnet_jax.data import folder, lgg, phantom, splits
 from pspnet_jax.data.volumes import Slices
 
+
+def read_folder(config, **where: Any) -> Slices:
+    """Pictures and masks as the config reads them; `where` are other arguments of `folder.load`."""
+    data, model = config.data, config.model
+    options = {
+        'source': data.source,
+        'images': data.images,
+        'masks': data.masks,
+        'group': data.group,
+        'classes': {name: n for n, name in enumerate(model.class_names)} or None,
+        'attribute': data.attribute,
+        'mask_format': data.mask_format,
+        'mask_colors': data.mask_colors,
+        'num_classes': model.num_classes,
+        'ignore_label': config.loss.ignore_label,
+        'mixed_sizes': bool(data.size),
+        'threads': data.threads,
+    }
+    return folder.load(**options | where)
+
+
 SOURCES = {
-    'folder': lambda config: folder.load(
-        config.data.source,
-        images=config.data.images,
-        masks=config.data.masks,
-        group=config.data.group,
-        classes={name: n for n, name in enumerate(config.model.class_names)} or None,
-        attribute=config.data.attribute,
-        mask_format=config.data.mask_format,
-        mask_colors=config.data.mask_colors,
-        num_classes=config.model.num_classes,
-        ignore_label=config.loss.ignore_label,
-        mixed_sizes=bool(config.data.size),
-        threads=config.data.threads,
-    ),
+    'folder': read_folder,
     'phantom': lambda config: phantom.load(**config.phantom),
     'lgg': lambda config: lgg.load(config.data.source, config.data.root),
 }

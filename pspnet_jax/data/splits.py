@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import Slices
 from pspnet_jax.errors import DataError
 
@@ -133,9 +134,9 @@ def fingerprint(slices: Slices) -> str:
 
 def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`parts` of `slices` as JSON, written aside and renamed."""
-    aside = Path(path).with_suffix('.tmp')
-    aside.write_text(json.dumps({**parts, 'fingerprint': fingerprint(slices)}, indent=1) + '\n')
-    aside.replace(path)
+    with writing(Path(path)) as aside:
+        found = {**parts, 'fingerprint': fingerprint(slices)}
+        aside.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:

@@ -133,7 +133,7 @@ def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
     """Of `winograd_3x3`, `tapped_3x3` and `plain_3x3`, that with least multiplications.
 
     Few cells a phase leave Winograd's tiles half empty; a dilation near the map's size leaves
-    most taps outside. Moving the tiles costs Winograd a quarter more.
+    most taps outside. A quarter more is allowed for moving Winograd's tiles.
     """
     tiles, inside = 1, 1.0
     for size, step in zip(shape[1:3], dilation, strict=True):
