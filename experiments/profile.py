@@ -3,8 +3,9 @@
   python -m experiments.profile
 
 One step under JAX's profiler; each operation's time goes to the stage of the network whose
-module it came from. Operations that run side by side both count. A line is added to
-experiments/results/profile.jsonl.
+module it came from. Operations that run side by side both count. Beside it the roofline: what the
+step multiplies and moves, as XLA counts them, against the machine's two ceilings. A line is
+added to experiments/results/profile.jsonl.
 """
 
 import collections
@@ -12,9 +13,12 @@ import gzip
 import json
 import re
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import app
 
 from experiments import forms
@@ -29,6 +33,34 @@ def stage_of(op_name: str) -> str:
     if not inside:
         return 'loss, optimiser, augmentation'
     return next((s for s in STAGES if re.search(rf'\b{s}(_\d+)?/', inside[1])), 'stem')
+
+
+def best(function: Callable, *arrays: jax.Array) -> float:
+    """Seconds of the fastest of five calls behind one."""
+    run, seconds = jax.jit(function), []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def roofline(cost: dict[str, float]) -> dict[str, float]:
+    """GFLOP and GB of a program, GFLOP/s and GB/s of the machine, and the seconds that each costs.
+
+    The ceilings are a product of two 2048 x 2048 matrices, and one read and one write of 1 GB.
+    """
+    matrix, long = jnp.ones((2048, 2048)), jnp.ones(2**28)
+    facts = {
+        'gflop': cost['flops'] / 1e9,
+        'gigabytes': cost['bytes accessed'] / 1e9,
+        'gflop_per_second': 2 * 2048**3 / best(jnp.dot, matrix, matrix) / 1e9,
+        'gigabytes_per_second': 2 * long.nbytes / best(lambda x: x + 1, long) / 1e9,
+    }
+    return facts | {
+        'seconds_of_flops': facts['gflop'] / facts['gflop_per_second'],
+        'seconds_of_bytes': facts['gigabytes'] / facts['gigabytes_per_second'],
+    }
 
 
 def main(_) -> None:
@@ -52,12 +84,14 @@ def main(_) -> None:
     order = ('stem', *STAGES, 'loss, optimiser, augmentation')
     line = {
         'stages': {stage: stages[stage] for stage in order},
+        'roofline': roofline(compiled.cost_analysis()),
         'device': device(),
         'versions': {'jax': jax.__version__},
         'commit': commit(),
     }
     for stage, found in line['stages'].items():
         print(f'{stage:30} {found["forward"]:8.0f} {found["backward"]:8.0f} ms')
+    print(line['roofline'])
     with open('experiments/results/profile.jsonl', 'a') as file:
         file.write(json.dumps(line) + '\n')
 

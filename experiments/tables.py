@@ -108,18 +108,19 @@ def speed() -> str:
     """Images a second of ours and of the peer, the newest line of each case and device."""
     newest = {(line['case'], line['device']): line for line in read_lines('speed')}
     rows = [
-        '| case | ours, images/s | peer | ratio | peak MB, ours and peer | of the process | '
-        'ready in, s |',
-        '|---|---:|---|---:|---:|---:|---:|',
+        '| case | ours, images/s | peer | ratio | p95 of a step, s, ours and peer | '
+        'peak MB | of the process | ready in, s |',
+        '|---|---:|---|---:|---:|---:|---:|---:|',
     ]
     for line in newest.values():
         memory, process, ready = (
             f'{line[key]["ours"]:.0f}, {line[key]["peer"]:.0f}'
             for key in ('peak_memory_mb', 'peak_process_mb', 'compile_seconds')
         )
+        p95 = f'{line["p95"]["ours"]:.2f}, {line["p95"]["peer"]:.2f}'
         rows.append(
             f'| {line["case"]} | {line["ours"]:.2f} | {line["peer"]:.2f} ({line["peer_is"]}) | '
-            f'{line["ratio"]:.2f} | {memory} | {process} | {ready} |'
+            f'{line["ratio"]:.2f} | {p95} | {memory} | {process} | {ready} |'
         )
     note = (
         'Medians of turns taken one after the other; the same parameters and, with the same '
@@ -165,11 +166,19 @@ def input_rates() -> str:
 
 def profile() -> str:
     """Where a training step spends its time."""
-    lines = read_lines('profile')
+    lines = read_lines('profile')[-1:]
     rows = ['| stage | forward, ms | backward, ms |', '|---|---:|---:|']
     for line in lines:
         for stage, found in line['stages'].items():
             rows.append(f'| {stage} | {found["forward"]:.0f} | {found["backward"]:.0f} |')
+        roof = line['roofline']
+        rows += [
+            '',
+            f'Roofline: {roof["gflop"]:.0f} GFLOP at {roof["gflop_per_second"]:.0f} a second take '
+            f'{roof["seconds_of_flops"]:.1f} s, {roof["gigabytes"]:.0f} GB at '
+            f'{roof["gigabytes_per_second"]:.0f} a second {roof["seconds_of_bytes"]:.1f} s; XLA '
+            'counts what each operation reads and writes, cache or not.',
+        ]
     return '\n'.join([*rows, '', _made_by('python -m experiments.profile', lines)])
 
 
