@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pspnet_jax.data import files
 from pspnet_jax.errors import DataError
@@ -97,6 +97,27 @@ def test_a_jpeg_is_close_to_its_pixels_and_other_numbers_become_float32(tmp_path
         image = files.read(tmp_path / f'{name}.tif').image
         assert image.dtype == np.float32
         np.testing.assert_array_equal(image[0, ..., 0], values)
+
+
+@pytest.mark.parametrize('ending', ['png', 'tif', 'webp'])
+@pytest.mark.parametrize('turn', range(1, 9))
+def test_a_picture_is_read_upright_as_viewers_show_it(tmp_path, ending, turn):
+    exif, path = Image.Exif(), tmp_path / f'a.{ending}'
+    exif[files.ORIENTATION] = turn
+    options = {'tif': {'compression': 'tiff_lzw'}, 'webp': {'lossless': True}}.get(ending, {})
+    Image.fromarray(COLOUR).save(path, exif=exif, **options)
+    plain = Image.fromarray(COLOUR)
+    plain.getexif()[files.ORIENTATION] = turn
+    np.testing.assert_array_equal(files.read(path).image[0], ImageOps.exif_transpose(plain))
+    np.testing.assert_array_equal(files.read_labels(path)[0], ImageOps.exif_transpose(plain))
+
+
+def test_a_tiff_that_pillow_turns_wrongly_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[files.ORIENTATION] = 6
+    Image.fromarray(COLOUR).save(tmp_path / 'a.tif', exif=exif)
+    with pytest.raises(DataError, match=r'a\.tif is stored turned and without compression'):
+        files.read(tmp_path / 'a.tif')
 
 
 def test_webp_is_read_as_it_was_packed(tmp_path):

@@ -41,7 +41,7 @@ ALLOWED = {
     'data.splits': {'data.files', 'data.volumes', 'errors'},
     'data.outlines': {'errors'},
     'data.annotations': {'data.outlines', 'errors'},
-    'data.via': {'data.annotations', 'data.outlines', 'errors'},
+    'data.via': {'data.annotations', 'data.files', 'data.outlines', 'errors'},
     'data.augment': {'data.volumes'},
     'data.phantom': {'data.volumes'},
     'data.lgg': {'data.files', 'data.splits', 'data.volumes', 'errors'},

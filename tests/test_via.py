@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax.data import annotations, via
+from pspnet_jax.data import annotations, files, via
 from pspnet_jax.errors import ConfigError, DataError
 from tests.conftest import ROOT
 
@@ -469,14 +469,16 @@ def test_the_picture_must_be_the_one_that_was_annotated(tmp_path, images):
     assert "'a.png' is 48 x 40 pixels, the annotations are of 24 x 20" in message
     assert '\n' not in message
 
+
+def test_a_picture_that_is_stored_turned_was_annotated_upright(tmp_path, images):
     (images / 'a.png').unlink()
     exif = Image.Exif()
-    exif[via.ORIENTATION] = 6
-    save_picture(images / 'a.jpg', exif=exif)
+    exif[files.ORIENTATION] = 6
+    save_picture(images / 'a.jpg', (20, 24), exif=exif)
     path = via_file(tmp_path, region(), name='a.jpg')
-    message = fault(via.write_masks, path, images, tmp_path / 'masks')
-    assert 'stored turned' in message
-    assert '\n' not in message
+    via.write_masks(path, images, tmp_path / 'masks')
+    assert np.array(Image.open(tmp_path / 'masks' / 'a.png')).shape == (24, 20)
+    assert files.read(images / 'a.jpg').image.shape[:3] == (1, 24, 20)
 
 
 @pytest.mark.parametrize(

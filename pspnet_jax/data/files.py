@@ -1,7 +1,8 @@
 """Every picture and volume format in; label volumes and probabilities out, in the geometry of
 their input.
 
-Flat pictures (png, jpg, bmp, tif, webp; 8 and 16 bit; grey, palette, RGB, RGBA) keep their grid.
+Flat pictures (png, jpg, bmp, tif, webp; 8 and 16 bit; grey, palette, RGB, RGBA) keep their grid,
+upright as viewers show it.
 Volumes with a position in space (NIfTI, DICOM series) are turned by quarters, never resampled,
 into one orientation, that in which radiologists look at them: slices from the feet to the head,
 rows from front to back, columns from the patient's right to the left. A volume of a single
@@ -46,6 +47,18 @@ PIP = {'nibabel': 'nibabel>=5.4,<6', 'pydicom': 'pydicom>=3.0,<4'}
 # The directions in which slices, rows and columns go, by the axis that is sliced.
 VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
+COMPRESSION = 0x0103  # tag of a TIFF; 1 is none
+ORIENTATION = 0x0112  # EXIF tag: how cameras say that they were held upright
+# Its value -> the pixels H W C as viewers and annotation tools show them.
+UPRIGHT = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
 
 
 class Geometry(NamedTuple):
@@ -272,7 +285,8 @@ def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
                         f'{path} is too short for its {" x ".join(map(str, size))} values: '
                         'copy it again'
                     )
-                pixels = (_label_pixels if labels else _image_pixels)(picture, path, page)
+                turn = UPRIGHT.get(orientation(picture), np.asarray)
+                pixels = turn((_label_pixels if labels else _image_pixels)(picture, path, page))
                 if image is None:
                     image = np.empty((len(paths) * pages, *pixels.shape), pixels.dtype)
                 if (pixels.shape, pixels.dtype) != (image.shape[1:], image.dtype):
@@ -295,6 +309,24 @@ def _count_pages(picture: Image.Image, path: Path) -> int:
             picture.seek(0)
             return page
     raise DataError(f'{path} has more than {MAX_SLICES} pages: split it')
+
+
+def orientation(picture: Image.Image) -> int:
+    """The turn that is left to do, of UPRIGHT; 1 for none. Pillow turns TIFFs itself.
+
+    Raises DataError for those that it turns wrongly.
+    """
+    if picture.format == 'PNG' and 'exif' not in picture.info:  # where Pillow would decode it
+        return 1
+    if picture.format != 'TIFF':
+        return picture.getexif().get(ORIENTATION, 1)
+    tags = picture.tag_v2
+    if tags.get(ORIENTATION, 1) in (5, 6, 7, 8) and tags.get(COMPRESSION, 1) == 1:
+        raise DataError(
+            f'{picture.filename} is stored turned and without compression, which is not read: '
+            'save it upright'
+        )
+    return 1
 
 
 def _dtype_of(picture: Image.Image) -> np.dtype:

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from pspnet_jax.data import files
 from pspnet_jax.data.annotations import (
     Annotations,
     all_faults,
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
-ORIENTATION = 0x0112  # EXIF tag
 
 
 def match_pictures(
@@ -134,23 +134,19 @@ def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """(H, W) from the picture's header. Raises DataError, also for one that is shown turned."""
+    """(H, W) from the picture's header, upright as `files.read` gives it. Raises DataError."""
     try:
         with Image.open(path) as picture:
             width, height = picture.size
-            # Pillow decodes a PNG to look for a tag behind the pixels: not here.
-            tags = 'exif' in picture.info or picture.format != 'PNG'
-            turned = tags and picture.getexif().get(ORIENTATION, 1) not in (0, 1)
+            if files.orientation(picture) in (5, 6, 7, 8):
+                width, height = height, width
+    except DataError:
+        raise
     except Exception as error:  # Pillow's parsers raise whatever a damaged header leads to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f'{path} is not a readable picture ({reason}): copy it again') from error
     if not (height < MAX_SIDE and width < MAX_SIDE and height * width <= MAX_PIXELS):
         raise DataError(f'{path} is {width} x {height} pixels, too large: cut it in pieces')
-    if turned:
-        raise DataError(
-            f'{path} is stored turned (EXIF orientation), which tools show upright: save it '
-            'upright without the tag, and see that the regions fit'
-        )
     return height, width
 
 
