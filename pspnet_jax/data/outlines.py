@@ -237,7 +237,10 @@ def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[s
             crosses, used = _crosses_itself(_grid(shape.points), pairs)
             pairs -= used
             if crosses:
-                notes.append(f'{shape.where} crosses itself: what is enclosed twice is outside')
+                notes.append(
+                    f'{shape.where} crosses itself: what is enclosed twice is outside; draw it '
+                    'again if that is not meant'
+                )
     if pairs <= 0:
         notes.append('not all outlines were searched for crossings: they have too many points')
     return faults, notes
