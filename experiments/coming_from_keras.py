@@ -183,13 +183,15 @@ ROWS = {
         '0/255, palettes and colours become classes, said in one line, refused where in doubt',
         '--config.data.mask_colors="(\'#000000\', \'#ff0000\')"',
         ('test_folder::test_every_kind_of_mask_becomes_the_same_classes',
-         'test_folder::test_what_could_mean_two_things_is_refused_with_the_choices'),
+         'test_folder::test_what_could_mean_two_things_is_refused_with_the_choices',
+         'test_whole::test_the_same_masks_of_another_kind_give_the_same_run'),
     ),
     'F34': Row(
         'train, predict, predict_video, verify_dataset, visualize_dataset, evaluate_model',
         'main, predict (videos too), data.check (verifies and draws), evaluate',
         'python -m pspnet_jax.evaluate --workdir=RUN',
-        ('test_cli::test_build_then_evaluate_then_predict',),
+        ('test_cli::test_build_then_evaluate_then_predict',
+         'test_whole::test_pictures_go_through_every_command'),
     ),
 }  # fmt: skip
 

@@ -380,11 +380,11 @@ def evaluate_checkpoint(
     config = with_prediction(config, changes)
     open_volumes = _volume_source(config, workdir, split, data)
     folder = Path(workdir) / 'pictures'
-    folder.mkdir(exist_ok=True)
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
         picture = visualize.volume_picture(volume, pred)
-        Image.fromarray(picture).save(folder / f'{volume.patient}.png')
+        with files.writing(folder / f'{volume.patient}.png') as aside:
+            Image.fromarray(picture).save(aside, 'png')
 
     program = infer.compile_predict(model, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(variables))

@@ -13,9 +13,9 @@ one each image is alone, with each volume's own the batch is one volume. Metadat
 under 'pspnet_jax'. Each file is read again and compared with the model before it is there.
 """
 
+import contextlib
 import functools
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import pspnet_jax
 from pspnet_jax import checkpoint, cli, infer, models, onnx_graph
 from pspnet_jax.config import from_dict, to_dict
-from pspnet_jax.data import volumes
+from pspnet_jax.data import files, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
 from pspnet_jax.evaluate import restore_model
 from pspnet_jax.models.published import fixed_intensity
@@ -213,35 +213,33 @@ def export_checkpoint(
     function = functools.partial(
         serve, variables=variables, model=model, intensity=intensity, crf_options=crf_options
     )
-    aside = target.with_name(f'.{target.name}.tmp')
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if fmt == 'stablehlo':
-            program = to_stablehlo(function, inputs['channels']).serialize()
-            with zipfile.ZipFile(aside, 'w') as archive:
-                archive.writestr(PROGRAM, program)
-                archive.writestr(METADATA, json.dumps(metadata, indent=1))
-        elif fmt == 'onnx':
-            proto = to_onnx(function, inputs['channels'], size, metadata)
-            aside.write_bytes(proto.SerializeToString())
-        else:
-            _write_params(aside, variables, metadata)
-        predict, _ = READERS[fmt](aside)
-        expect = functools.partial(
-            reference,
-            variables=variables,
-            predict_fn=infer.compile_predict(model, crf_options=crf_options),
-            intensity=intensity,
-        )
-        other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
-        limit = TOLERANCE[jnp.dtype(model.dtype).name]
-        print(compare(predict, expect, inputs['channels'], (size, other), limit))
-        os.replace(aside, target)
+        with files.writing(target) as aside:
+            if fmt == 'stablehlo':
+                program = to_stablehlo(function, inputs['channels']).serialize()
+                with zipfile.ZipFile(aside, 'w') as archive:
+                    archive.writestr(PROGRAM, program)
+                    archive.writestr(METADATA, json.dumps(metadata, indent=1))
+            elif fmt == 'onnx':
+                proto = to_onnx(function, inputs['channels'], size, metadata)
+                aside.write_bytes(proto.SerializeToString())
+            else:
+                _write_params(aside, variables, metadata)
+            predict, _ = READERS[fmt](aside)
+            expect = functools.partial(
+                reference,
+                variables=variables,
+                predict_fn=infer.compile_predict(model, crf_options=crf_options),
+                intensity=intensity,
+            )
+            other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
+            limit = TOLERANCE[jnp.dtype(model.dtype).name]
+            print(compare(predict, expect, inputs['channels'], (size, other), limit))
     except BaseException:
-        aside.unlink(missing_ok=True)
         for folder in made:
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # it could not be made
+                folder.rmdir()
         raise
     if metadata['left_out']:
         print(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')

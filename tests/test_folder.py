@@ -119,6 +119,17 @@ def test_every_fault_is_listed_at_once(tmp_path):
         assert words in message
 
 
+def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
+    for name in ('p1_a', 'p1_b'):
+        write(tmp_path, name)
+    with caplog.at_level('WARNING', 'absl'):
+        folder.load(tmp_path, group='(.+)_')
+        assert not caplog.records
+        folder.load(tmp_path)
+    assert 'no data.group: each of 2 pictures counts as a patient of its own' in caplog.text
+    assert 'the figures will be too good' in caplog.text
+
+
 def test_patients_by_expression_and_by_table(tmp_path):
     for name in ('p1_a', 'p1_b', 'p2_a'):
         write(tmp_path, name)

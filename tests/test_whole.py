@@ -3,6 +3,7 @@ line; and every bad input, which is one line and leaves nothing.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import export
+from pspnet_jax import checkpoint, export
 from pspnet_jax.data import files, video
 from tests import test_via as drawn
 from tests.conftest import ROOT
@@ -24,10 +25,19 @@ TINY = (
 )  # fmt: skip
 
 
-def run(module, *arguments, **options):
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def run(module, *arguments, largest=None):
+    """The command; with `largest` no file can grow beyond so many bytes, as on a full disk."""
+    limit = ['-c', LIMITED, str(largest)] if largest else []
     done = subprocess.run(
-        [sys.executable, '-m', f'pspnet_jax.{module}', *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, **options,
+        [sys.executable, *limit, '-m', f'pspnet_jax.{module}', *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert 'Traceback' not in done.stderr
     return done
@@ -150,6 +160,8 @@ def test_the_same_masks_of_another_kind_give_the_same_run(own, tmp_path, kind):
     root, kinds, workdir = own
     train(root, kinds[kind], tmp_path / 'run')
     assert figures(tmp_path / 'run') == figures(workdir)
+    ours, theirs = (checkpoint.metadata(run, 2)['sha256'] for run in (tmp_path / 'run', workdir))
+    assert ours == theirs  # so that all that is predicted and exported is the same
     assert (tmp_path / 'run' / 'report.html').stat().st_size
 
 
@@ -252,7 +264,7 @@ def no_mask(root):
 
 def other_size(root):
     Image.new('L', (30, 30)).save(root / 'masks/p1.png')
-    return 'p1.png'
+    return 'p1.png are not of one size'
 
 
 def unknown_label(root):
@@ -321,10 +333,37 @@ def test_an_outline_that_crosses_itself_is_named_and_taken(pictures, tmp_path):
 
 
 def test_a_film_of_no_frames_is_one_line(own, tmp_path):
-    pytest.importorskip('av', reason='videos are read and written by PyAV')
-    (tmp_path / 'film.mp4').write_bytes(b'')
-    done = run('predict', f'--workdir={own[2]}', f'--input={tmp_path / "film.mp4"}',
+    av = pytest.importorskip('av', reason='videos are read and written by PyAV')
+    with av.open(tmp_path / 'film.avi', 'w') as container:  # a header alone
+        stream = container.add_stream('mjpeg', rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 40, 'yuvj420p'
+        container.start_encoding()
+    done = run('predict', f'--workdir={own[2]}', f'--input={tmp_path / "film.avi"}',
                f'--output={tmp_path / "out"}')  # fmt: skip
     assert done.returncode == 1
-    assert 'film.mp4 is not a readable video' in done.stderr
+    assert 'film.avi has no frame that can be read: record or export it again' in done.stderr
     assert not snapshot(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'predict', 'export', 'check', 'via'])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(own, tmp_path, command):
+    root, _, run_of_all = own
+    workdir = shutil.copytree(run_of_all, tmp_path / 'run')
+    call = {
+        'evaluate': ('evaluate', f'--workdir={workdir}'),
+        'predict': ('predict', f'--workdir={workdir}', f'--input={root / "images"}',
+                    f'--output={tmp_path / "out"}', '--save=overlay'),
+        'export': ('export', f'--workdir={workdir}', '--format=savedparams',
+                   f'--output={tmp_path / "out" / "model.safetensors"}'),
+        'check': ('data.check', '--config=configs/folder.py', f'--config.data.source={root}',
+                  '--config.data.masks=binary', f'--out={tmp_path / "out"}'),
+        'via': ('data.via', f'--annotations={root / "coco.json"}', f'--images={root / "images"}',
+                f'--out={tmp_path / "out"}'),
+    }[command]  # fmt: skip
+    before = snapshot(tmp_path)
+    done = run(*call, largest=60)
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert done.returncode == 1
+    assert len(errors) == 1
+    assert 'can not be written (File too large): free some space' in errors[0]
+    assert snapshot(tmp_path) == before

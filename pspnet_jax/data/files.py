@@ -706,6 +706,7 @@ def writing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f'.{path.name}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
         yield aside
         os.replace(aside, path)
     except OSError as error:

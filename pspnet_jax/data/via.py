@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from PIL import Image
 
@@ -185,7 +184,9 @@ def write_masks(
     if faults:
         raise all_faults(annotations, faults)
     for path, shapes in matched.items():
-        _write(targets[path], rasterize(shapes, sizes[path], line_width=line_width))
+        with files.writing(targets[path]) as aside:
+            mask = rasterize(shapes, sizes[path], line_width=line_width)
+            Image.fromarray(mask).save(aside, 'png')
     return notes
 
 
@@ -205,22 +206,6 @@ def _check_targets(targets: Mapping[Path, Path], root: Path, out: Path) -> list[
         if len(paths) > 1:
             faults.append(f'{some(paths)} would share the mask {target}: rename one of them')
     return faults
-
-
-def _write(path: Path, mask_HW: np.ndarray) -> None:
-    aside = path.with_name(f'.{path.name}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.unlink(missing_ok=True)  # it may be a link: 'x' follows none
-        try:
-            with aside.open('xb') as file:
-                Image.fromarray(mask_HW).save(file, 'png')
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f'{path} can not be written ({reason}): make room for it') from error
 
 
 def parse_classes(text: str) -> dict[str, int]:
