@@ -2,10 +2,10 @@
 
   python -m experiments.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
-Each variant is PSPNet-50's step at 256x256, batch 4, float32 (`transposed_2x2`: U-Net's) in a
-process of its own; they take turns. A line with the seconds of a step, of compilation, the GFLOP
-that are left as XLA counts them, and the temporaries in MB is added to
-experiments/results/forms.jsonl for each.
+Each variant is a step of PSPNet-50 (`unet:` and `vgg:` are U-Net's and PSPNet's on VGG16) at
+256x256, batch 4, float32, in a process of its own; they take turns. A line with the seconds of a
+step, of compilation, the GFLOP that are left as XLA counts them, and the temporaries in MB is
+added to experiments/results/forms.jsonl for each.
 """
 
 import atexit
@@ -111,6 +111,7 @@ def second_start():
 
 
 PSPNET, UNET = {'name': 'pspnet', 'deep_stem': True}, {'name': 'unet'}
+VGG = {'name': 'pspnet', 'backbone': 'vgg16'}
 # Name -> network, what the step is given, and what is changed before the model is made.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     'all of them': (PSPNET, {}, None),
@@ -120,6 +121,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     'pyramid concatenated': (PSPNET, {}, without_pyramid_conv),
     "Flax's BatchNorm": (PSPNET, {}, without_batch_norm),
     "XLA's max pooling gradient": (PSPNET, {}, without_max_pool),
+    'vgg: all of them': (VGG, {}, None),
+    "vgg: XLA's max pooling gradient": (VGG, {}, without_max_pool),
     'default schedule': (PSPNET, {}, without_schedule),
     'second start': (PSPNET, {}, second_start),
     'remat none': (PSPNET, {'remat': 'none'}, None),

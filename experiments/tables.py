@@ -134,9 +134,9 @@ def speed() -> str:
 
 
 def forms() -> str:
-    """The training step with each form that is there for speed, and without."""
+    """The training step with each form that is there for speed, and without: the newest lines."""
     rows = ['| step | s | compiled in, s | GFLOP | temporaries, MB |', '|---|---:|---:|---:|---:|']
-    lines = read_lines('forms')
+    lines = list({line['variant']: line for line in read_lines('forms')}.values())
     for line in lines:
         rows.append(
             f'| {line["variant"]} | {line["seconds"]:.2f} | {line["compile_seconds"]:.1f} | '
@@ -146,20 +146,25 @@ def forms() -> str:
 
 
 def input_rates() -> str:
-    """The loader against the step, and as the data grow."""
+    """The loader against the step, and as the data grow: the newest lines."""
     rows = [
-        '| | cache | loader, slices/s | step, slices/s | volumes, slices/s | peak MB |',
-        '|---|---|---:|---:|---:|---:|',
+        '| | cache | loader, slices/s | step, slices/s | waiting | volumes, slices/s | peak MB |',
+        '|---|---|---:|---:|---:|---:|---:|',
     ]
-    lines = read_lines('input')
+    lines = list({(line['case'], line['cache']): line for line in read_lines('input')}.values())
     for line in lines:
-        step, volumes, memory = (
-            f'{line[key]:.0f}' if key in line else ''
-            for key in ('step_slices_per_second', 'volume_slices_per_second', 'peak_memory_mb')
+        step, wait, volumes, memory = (
+            format(line[key], form) if key in line else ''
+            for key, form in (
+                ('step_slices_per_second', '.2f'),
+                ('data_wait', '.2%'),
+                ('volume_slices_per_second', '.0f'),
+                ('peak_memory_mb', '.0f'),
+            )
         )
         rows.append(
             f'| {line["case"]} | {line["cache"]} | {line["slices_per_second"]:.0f} | {step} | '
-            f'{volumes} | {memory} |'
+            f'{wait} | {volumes} | {memory} |'
         )
     return '\n'.join([*rows, '', _made_by('python -m experiments.input --source=FOLDER', lines)])
 
