@@ -7,16 +7,18 @@ from pathlib import Path
 
 import jax
 
+RESULTS = ':!experiments/results'  # each line that is written there changes a tracked file
+
 
 def commit() -> str:
-    """The checked-out commit, with '+changes' where tracked files differ from it."""
+    """The checked-out commit; '+changes' where tracked files other than results differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ('git', *arguments), check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.')
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.', RESULTS)
     return git('rev-parse', 'HEAD') + ('+changes' if changed else '')
 
 
