@@ -63,6 +63,7 @@ def get_config(arg: str = '') -> ConfigDict:
     data.sampling = 'lesion'  # 'lesion': by area of lesion (Buda 2019), or 'uniform'
     data.lesion_floor = 0.1  # share of draws that ignore the lesion
     data.threads = 4  # that decode ahead of the step
+    data.bad_slices = 'stop'  # one that can't be read while training; 'skip': another, and a list
     data.cache = 'memory'  # decoded slices: 'none', 'memory' where they fit, 'device' (jit only)
 
     config.phantom = phantom = ConfigDict()
@@ -123,6 +124,8 @@ def get_config(arg: str = '') -> ConfigDict:
     train.log_every = 10  # steps
     train.validate_every = 0  # steps; 0: ten times a run
     train.checkpoint_every = 0  # steps; 0: at each validation
+    train.nan_policy = 'stop'  # a loss or gradient that is no number; 'skip': no update then
+    train.max_skipped = 10  # updates of a run; more of them stop it
     train.patience = 0  # validations without a better Dice before stopping; 0: never
 
     config.crf = crf = ConfigDict()  # fully connected, on evaluation and prediction

@@ -7,6 +7,8 @@ metadata holds a sha256 of each part, and a step that doesn't match is passed ov
 """
 
 import hashlib
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from orbax.checkpoint import v1 as ocp
 from pspnet_jax.errors import CheckpointError
 
 FOLDER = 'checkpoints'
+ASIDE = 'damaged'  # beside it
+SEAL = 'metadata_sha256'
 NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of the network
 
 
@@ -61,17 +65,18 @@ def save(
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
     parts = jax.tree.map(lambda x: np.array(x, copy=True), _parts(state))
+    meta = {
+        'config': config,
+        'progress': progress,
+        'inputs': inputs,
+        'dice': dice,
+        'sha256': {name: digest(tree) for name, tree in parts.items()},
+    }
     writer.save_checkpointables_async(
         step,
         parts,
         metrics=None if dice is None else {'dice': dice},
-        custom_metadata={
-            'config': config,
-            'progress': progress,
-            'inputs': inputs,
-            'dice': dice,
-            'sha256': {name: digest(tree) for name, tree in parts.items()},
-        },
+        custom_metadata={**meta, SEAL: seal(meta)},
     )
 
 
@@ -92,6 +97,11 @@ def digest(tree: Any) -> str:
     return sha.hexdigest()
 
 
+def seal(meta: dict[str, Any]) -> str:
+    """sha256 of metadata as JSON."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def steps(workdir: str | Path) -> list[int]:
     """Steps with a finished checkpoint, ascending."""
     folder = Path(workdir) / FOLDER
@@ -107,8 +117,11 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
         found = ocp.checkpointables_metadata(path).custom_metadata
     except Exception as error:  # Orbax raises what its storage layer does
         raise CheckpointError(f'{path} has no readable metadata: {_first_line(error)}') from error
-    if not found or not {'config', 'progress', 'inputs', 'sha256'} <= found.keys():
+    if not found or found.keys() - {SEAL} != {'config', 'progress', 'inputs', 'dice', 'sha256'}:
         raise CheckpointError(f'{path} is not a checkpoint of ours: its metadata is missing')
+    sealed = found.pop(SEAL, None)  # the first ones have none
+    if sealed not in (None, seal(found)):
+        raise CheckpointError(f'{path} has metadata that is not what was saved: its sha256 differs')
     return found
 
 
@@ -143,6 +156,21 @@ def restore(
     return None
 
 
+def set_aside(workdir: str | Path, step: int) -> None:
+    """Move checkpoints newer than `step`, which are damaged, to WORKDIR/damaged: a run that goes
+    on from `step` saves those steps again.
+    """
+    for newer in steps(workdir):
+        if newer > step:
+            source, target = Path(workdir) / FOLDER / str(newer), Path(workdir) / ASIDE
+            target.mkdir(exist_ok=True)
+            while (target / source.name).exists():
+                target = target / 'before'
+                target.mkdir(exist_ok=True)
+            os.rename(source, target / source.name)
+            logging.warning('%s is damaged, it is now in %s', source, target)
+
+
 def restore_variables(workdir: str | Path, step: int, variables: dict[str, Any]) -> dict[str, Any]:
     """{'params', 'batch_stats'} for inference; the averaged parameters where kept.
 
@@ -170,7 +198,13 @@ def choose(workdir: str | Path, which: str = 'best') -> int:
     if which == 'last':
         return found[-1]
     if which == 'best':
-        dice = {step: metadata(workdir, step).get('dice') for step in found}
+        dice = {}
+        for step in found:
+            try:
+                dice[step] = metadata(workdir, step)['dice']
+            except CheckpointError as error:
+                logging.warning('checkpoint %d is passed over: %s', step, error)
+        found = list(dice) or found
         ranked = {step: value for step, value in dice.items() if value is not None}
         return max(ranked, key=ranked.__getitem__) if ranked else found[-1]
     if not which.isdigit() or int(which) not in found:

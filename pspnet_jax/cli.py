@@ -12,11 +12,15 @@ from absl import app, flags, logging
 
 from pspnet_jax import compilation
 from pspnet_jax.config import RULES, nearest
-from pspnet_jax.errors import ConfigError, PspnetError
+from pspnet_jax.errors import ConfigError, PspnetError, StoppedError
 
 
 def run(main: Callable[[], None]) -> None:
-    """`absl.app.run`; a PspnetError is printed to stderr and ends with exit status 1."""
+    """`absl.app.run`; a PspnetError is printed to stderr and ends with exit status 1.
+
+    A run that a signal stopped behind a checkpoint ends as the signal would have ended it: 128
+    and its number, 143 for SIGTERM.
+    """
     # Orbax and tfds log their inner workings at INFO through the same logger.
     logging.get_absl_handler().addFilter(
         lambda record: (
@@ -29,6 +33,9 @@ def run(main: Callable[[], None]) -> None:
         compilation.use_cache()
         try:
             main()
+        except StoppedError as error:
+            print(error, file=sys.stderr)
+            sys.exit(128 + error.signum)
         except PspnetError as error:
             _fail(error)
 

@@ -30,8 +30,9 @@ def use_cache() -> None:
 def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
     """`jitted`, or what `jax.pmap` returns, compiled for these arguments, and what that took.
 
-    {'seconds', 'gflop', 'temporary_mb'}; gflop as XLA counts them in the program it made,
-    NaN where it does not say. What the compiler used goes back to the system.
+    {'seconds', 'gflop', 'temporary_mb', 'needed_mb'}; gflop as XLA counts them in the program it
+    made, needed_mb with its arguments and results, NaN where it does not say. What the compiler
+    used goes back to the system.
     """
     start = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()
@@ -40,7 +41,14 @@ def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
         'seconds': time.perf_counter() - start,
         'gflop': cost.get('flops', float('nan')) / 1e9,
         'temporary_mb': memory.temp_size_in_bytes / 2**20 if memory else float('nan'),
+        'needed_mb': _needed(memory) / 2**20 if memory else float('nan'),
     }
     if hasattr(ctypes.CDLL(None), 'malloc_trim'):  # glibc keeps freed memory: hundreds of MB here
         ctypes.CDLL(None).malloc_trim(0)
     return compiled, facts
+
+
+def _needed(memory: Any) -> int:
+    """Bytes: temporaries, arguments, and the results that do not take an argument's place."""
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + results

@@ -29,5 +29,17 @@ class NonFiniteLossError(PspnetError):
     """Loss or gradient stopped being a number."""
 
 
+class OutOfMemoryError(PspnetError):
+    """The device's memory is too small for the program."""
+
+
+class StoppedError(PspnetError):
+    """A signal asked the run to stop, which it did behind a checkpoint."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+
 class ExportError(PspnetError):
     """An exported file that would not compute what the model does, or can't be read back."""

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import functools
 import math
+import signal
 import sys
 import time
 import types
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from pspnet_jax import (
     checkpoint,
     compilation,
+    faults,
     infer,
     losses,
     models,
@@ -41,7 +43,7 @@ from pspnet_jax import (
 from pspnet_jax.config import to_dict, validate
 from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
-from pspnet_jax.errors import ConfigError, NonFiniteLossError
+from pspnet_jax.errors import ConfigError, NonFiniteLossError, StoppedError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog
 from pspnet_jax.models import pretrained, published
@@ -51,7 +53,9 @@ from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
 # (key, image H W C, mask H W) -> (image, mask), traced inside the compiled step.
 AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
-COMPILED = 'program of %d update(s): compiled in %.1f s, %.1f GFLOP, %.0f MB of temporaries'
+COMPILED = (
+    'program of %d update(s): compiled in %.1f s, %.1f GFLOP, %.0f MB of temporaries, %.0f in all'
+)
 
 
 @flax.struct.dataclass
@@ -192,6 +196,7 @@ def train_step(
     accumulate: int = 1,
     remat: str = 'none',
     ema_decay: float = 0.0,
+    nan_policy: str = 'stop',
     augment_fn: AugmentFn | None = None,
     teacher: nn.Module | None = None,
     distill_options: dict[str, Any] | None = None,
@@ -204,8 +209,10 @@ def train_step(
     example each, in one compiled loop; BatchNorm then sees B/k images at a time.
     With `remat` 'pointwise' the outputs of convolutions are kept for the gradient and all
     that lies between them, BatchNorm and ReLU mostly, is computed again.
-    `augment_fn` changes each example behind `augment`. `teacher` sees the same images in
-    inference mode, with `state.teacher`; what it adds to the loss is in the metrics.
+    With `nan_policy` 'skip' a loss or gradient that is no number changes nothing but the step;
+    the metric 'skipped' is 1 there. `augment_fn` changes each example behind `augment`.
+    `teacher` sees the same images in inference mode, with `state.teacher`; what it adds to the
+    loss is in the metrics.
     """
     if axis_name is not None:
         model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
@@ -276,10 +283,13 @@ def train_step(
     if ema_params is not None:
         ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
     metrics['gradient_norm'] = optax.tree.norm(grads)
-    state = TrainState(
-        state.step + 1, params, batch_stats, opt_state, ema_params, teacher=state.teacher
-    )
-    return state, metrics
+    changed = (params, batch_stats, opt_state, ema_params)
+    if nan_policy == 'skip':
+        sound = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
+        before = (state.params, state.batch_stats, state.opt_state, state.ema_params)
+        changed = jax.tree.map(lambda new, old: jnp.where(sound, new, old), changed, before)
+        metrics['skipped'] = 1.0 - sound
+    return TrainState(state.step + 1, *changed, teacher=state.teacher), metrics
 
 
 def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Callable:
@@ -291,6 +301,7 @@ def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Calla
         'accumulate': config.train.accumulate,
         'remat': config.train.remat,
         'ema_decay': config.train.ema_decay,
+        'nan_policy': config.train.nan_policy,
     }
     return functools.partial(train_step, model=model, tx=tx, **decided | options)
 
@@ -418,29 +429,46 @@ def parameter_table(params: Any) -> str:
 
 
 def read_metrics(
-    pending: list[tuple[int, dict[str, jax.Array]]], log: MetricLog, rate, every: int
-) -> float:
-    """Wait for these updates, log each `every`-th, return the last loss (0 of no updates).
+    pending: list[tuple[int, dict[str, jax.Array]]],
+    log: MetricLog,
+    rate,
+    every: int,
+    *,
+    skipped: int,
+    max_skipped: int,
+) -> tuple[float, int]:
+    """(last loss, 0 of no updates; updates skipped so far): wait for these, log each `every`-th.
 
-    `pending` has the number of the first update of a call, and a vector of each metric.
-    Raises NonFiniteLossError at a step whose loss or gradient is not finite.
+    `pending` has the number of the first update of a call, and a vector of each metric. A
+    skipped update is logged with their count so far, and None for what is no number. Raises
+    NonFiniteLossError where one is not skipped, and where more than `max_skipped` were.
     """
     loss = 0.0
     for first, metrics in pending:
         vectors = {name: np.asarray(vector).tolist() for name, vector in metrics.items()}
+        was_skipped = vectors.pop('skipped', [0.0] * len(vectors['loss']))
         loss = vectors['loss'][-1]
-        for i in range(len(vectors['loss'])):
-            values = {name: vector[i] for name, vector in vectors.items()}
-            if not all(map(math.isfinite, values.values())):
+        for i, skip in enumerate(was_skipped):
+            step, values = first + i, {name: vector[i] for name, vector in vectors.items()}
+            made = step - 1 - skipped  # updates before it, which the optimiser counts
+            skipped += int(skip)
+            sound = all(map(math.isfinite, values.values()))
+            if (not sound and not skip) or skipped > max_skipped:
+                why = f': update {skipped} of the run that is' if skip else ''
                 raise NonFiniteLossError(
-                    f'step {first + i}: {values}. Nothing after the last checkpoint was kept. '
+                    f'step {step}{why}: {values}. Nothing after the last checkpoint was kept. '
                     'Look at the learning rate (optim.learning_rate, optim.warmup_steps), '
                     'optim.clip_norm, the class weights, and at the data (python -m '
-                    'pspnet_jax.data.lgg checks it)'
+                    "pspnet_jax.data.check); train.nan_policy='skip' goes on without up to "
+                    'train.max_skipped updates'
                 )
-            if (first + i) % every == 0:
-                log.scalars(first + i, {**values, 'learning_rate': float(rate(first + i - 1))})
-    return loss
+            values = {n: v if math.isfinite(v) else None for n, v in values.items()}
+            if skip:
+                logging.warning('step %d: no number, no update (%d so far)', step, skipped)
+                values['skipped'] = skipped
+            if skip or step % every == 0:
+                log.scalars(step, {**values, 'learning_rate': float(rate(made))})
+    return loss, skipped
 
 
 def normalize_by_weights(config: ConfigDict) -> bool:
@@ -481,6 +509,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
         state, meta = restored
+        checkpoint.set_aside(workdir, int(state.step))
         logging.info('going on from step %d', state.step)
         return state, meta['progress'], meta['inputs']
     normalization = published.IMAGENET if normalize_by_weights(config) else None
@@ -510,7 +539,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     normalization = normalization and normalization._asdict()
     logging.info('images are normalised %s', transfer.words(normalization))
     inputs = {'channels': channels, 'normalization': normalization}
-    return state, {'best_dice': None, 'stale': 0}, inputs
+    return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs
 
 
 def validate_volumes(
@@ -542,11 +571,19 @@ def validate_volumes(
     return -1.0 if dice is None else dice
 
 
-def loader(config: ConfigDict, slices: volumes.Slices, step_fn, intensity, first_step: int):
+def loader(
+    config: ConfigDict,
+    slices: volumes.Slices,
+    step_fn,
+    intensity,
+    first_step: int,
+    unread: dict[int, str],
+):
     """(placed, next_batch): the step on all devices, and what `placed.put_batch` takes for its
     next `count` updates, from the one behind `first_step` on.
 
-    `count` is 1 unless the slices are on the device, where a batch is their rows.
+    `count` is 1 unless the slices are on the device, where a batch is their rows. `unread`
+    collects the faults of slices that are passed over, where the config says so.
     """
     data, batch_size = config.data, config.train.batch_size
     drawn = pipeline.draws(
@@ -557,14 +594,15 @@ def loader(config: ConfigDict, slices: volumes.Slices, step_fn, intensity, first
         'first_step': first_step,
         'shard': (jax.process_index(), jax.process_count()),
     }
+    read = {'intensity': intensity, 'unread': unread if data.bad_slices == 'skip' else None}
     if data.cache == 'device':
-        store = pipeline.store(slices, intensity)
+        store = pipeline.store(slices, **read)
         logging.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
         rows = pipeline.rows(drawn, **places)
         return over_mesh_cached(step_fn, store), lambda count: np.stack(
             [next(rows) for _ in range(count)]
         )
-    batches = pipeline.batches(slices, drawn, intensity=intensity, threads=data.threads, **places)
+    batches = pipeline.batches(slices, drawn, threads=data.threads, **read, **places)
     placed = under_pmap(step_fn) if config.parallel == 'pmap' else over_mesh(step_fn)
     return placed, lambda count: next(batches)
 
@@ -608,7 +646,36 @@ def train_and_evaluate(
             split[name] = volumes.in_memory(split[name])
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
-    log_every = config.train.log_every
+
+    with faults.alone(workdir):
+        run_steps(
+            config,
+            workdir,
+            split,
+            keep_split=lambda: splits.keep(Path(workdir) / splits.KEPT, parts, slices),
+            augment_fn=augment_fn,
+            on_log=on_log,
+            on_validation=on_validation,
+        )
+        return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')
+
+
+def run_steps(
+    config: ConfigDict,
+    workdir: str,
+    split: dict[str, volumes.Slices],
+    *,
+    keep_split: Callable[[], object],
+    augment_fn: AugmentFn | None,
+    on_log: Callable,
+    on_validation: Callable,
+) -> None:
+    """The loop: from the newest checkpoint, or from the first weights, to the last step.
+
+    `keep_split` is called once nothing that was asked for can fail any more. Raises StoppedError
+    behind a checkpoint where a signal asked to stop, and what `train_and_evaluate` raises.
+    """
+    batch_size, log_every = config.train.batch_size, config.train.log_every
     chunk = config.train.steps_per_call if config.data.cache == 'device' else 1  # updates a call
     epochs = round(config.train.epochs * len(split['train']) / batch_size)
     total = config.train.steps or -(-epochs // chunk) * chunk
@@ -616,38 +683,50 @@ def train_and_evaluate(
     checkpoint_every = config.train.checkpoint_every or validate_every
 
     # Model, optimiser, state: restored, or new with pretrained weights.
-    model = models.create(**config.model)
+    model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(steps=total, **config.optim)
-    state, progress, inputs = start_or_resume(config, model, tx, slices.channels, workdir)
+    state, progress, inputs = start_or_resume(config, model, tx, channels, workdir)
     intensity = published.fixed_intensity(inputs)
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0
         teacher, taught = transfer.load_teacher(where, model, inputs, features=features)
         state = state.replace(teacher=taught)
-    splits.keep(Path(workdir) / splits.KEPT, parts, slices)  # nothing that was asked for fails now
+    keep_split()
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
     step_fn = bind_step(
         config, model, tx, augment_fn=augment_fn, teacher=teacher, distill_options=distill
     )
-    placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step)
+    unread: dict[int, str] = {}
+    placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step, unread)
     predict = infer.compile_predict(model, size=config.data.size)
     interval = 1 if sys.stderr.isatty() else 60
     state = placed.put_state(state)
     pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()
-    programs, step, logged = {}, first_step, first_step
+    programs, step, logged, needed = {}, first_step, first_step, math.nan
+    skipped = progress.get('skipped', 0)
+
+    def read_pending() -> None:
+        nonlocal loss, skipped
+        last, skipped = read_metrics(
+            pending, log, rate, log_every, skipped=skipped, max_skipped=config.train.max_skipped
+        )
+        loss = last or loss
 
     # Whatever ends the loop: closing waits for a checkpoint that is still being written, and
     # the curves are drawn behind it all, also of a run that diverged.
     with (
         contextlib.ExitStack() as end,
+        faults.memory_explained(lambda: what_takes_memory(config, needed)),
         contextlib.closing(checkpoint.open_writer(workdir)) as writer,
         contextlib.closing(MetricLog(workdir, first_step, on_log)) as log,
+        faults.signals() as asked_to_stop,
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
         end.callback(report.write_curves, workdir)
+        end.callback(tell_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
                 logging.info('no better Dice in %d validations: stopping', progress['stale'])
@@ -662,9 +741,9 @@ def train_and_evaluate(
             if count not in programs:
                 programs[count], facts = placed.compile(state, batch)
                 logging.info(COMPILED, count, *facts.values())
-                waited, window, logged = 0.0, time.perf_counter(), step
+                needed, waited, window, logged = facts['needed_mb'], 0.0, time.perf_counter(), step
             state, metrics = programs[count](state, batch)
-            loss = read_metrics(pending, log, rate, log_every) or loss
+            read_pending()
             pending, step = [(first, metrics)], step + count
             bar.update(count)
             if step // log_every > (step - count) // log_every:
@@ -678,9 +757,10 @@ def train_and_evaluate(
                 waited, window, logged = 0.0, time.perf_counter(), step
 
             # Validate on whole volumes, and keep the state with the Dice that ranks it.
-            if step % validate_every and step % checkpoint_every and step < total:
+            stop = asked_to_stop()
+            if step % validate_every and step % checkpoint_every and step < total and not stop:
                 continue
-            read_metrics(pending, log, rate, log_every)
+            read_pending()
             pending, dice, whole = [], None, placed.get_state(state)
             if len(split['validation']) and (step % validate_every == 0 or step == total):
                 dice = validate_volumes(predict, whole, split['validation'], intensity, config, log)
@@ -688,6 +768,7 @@ def train_and_evaluate(
                 stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
                 progress = {'best_dice': best, 'stale': stale}
                 logging.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
+            progress = {**progress, 'skipped': skipped}
             checkpoint.save(
                 writer,
                 step,
@@ -699,9 +780,32 @@ def train_and_evaluate(
             )
             if dice is not None:
                 on_validation(step, dice, whole)
+            if stop:
+                raise StoppedError(
+                    f'{signal.Signals(stop).name}: stopped behind the checkpoint of step {step} of '
+                    f'{total}; the same command goes on from there',
+                    stop,
+                )
             waited, window, logged = 0.0, time.perf_counter(), step
 
-    return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')
+
+def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
+    """What a step asks for, and the knobs that make it less."""
+    train = config.train
+    size = 'whole slices' if not config.augment.crop else f'crops of {config.augment.crop}'
+    about = '' if math.isnan(needed_mb) else f' needs about {needed_mb:.0f} MB'
+    return (
+        f'a step of train.batch_size={train.batch_size} on {size}, train.accumulate='
+        f"{train.accumulate}, train.remat='{train.remat}'{about}{faults.device_memory()}: "
+        "raise accumulate, set remat='pointwise', or make batch_size or augment.crop smaller"
+    )
+
+
+def tell_unread(unread: dict[int, str]) -> None:
+    """The slices that could not be read, at the end of the run."""
+    if unread:
+        listed = '\n  '.join(unread.values())
+        logging.warning('%d slice(s) were passed over, others used:\n  %s', len(unread), listed)
 
 
 class _Callable(types.ModuleType):

@@ -53,6 +53,7 @@ ALLOWED = {
     'visualize': {'data.volumes'},
     'onnx_graph': {'errors'},
     'log': set(),
+    'faults': {'errors'},
     'chart': set(),
     'calibration': {'data.files', 'errors'},
     'report': {'chart', 'data.files', 'data.volumes', 'log', 'visualize'},

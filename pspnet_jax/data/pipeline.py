@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from pspnet_jax.data.volumes import Slices, Volume, normalize
+from pspnet_jax.errors import DataError
 
 
 def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
@@ -59,11 +60,37 @@ def rows(
         yield np.array([drawn[place] for place in places], np.int32)
 
 
-def store(slices: Slices, intensity: np.ndarray | None) -> dict[str, np.ndarray]:
+def read_row(
+    slices: Slices, row: int, intensity: np.ndarray | None, unread: dict[int, str] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(image H W C, mask H W, intensity 4 C) of a row.
+
+    With `unread`, of the next row that can be read, and the faults go there by row; None raises
+    the DataError. `intensity` is every image's, None takes the patient's own.
+    """
+    for other in range(row, row + len(slices)):
+        other %= len(slices)
+        try:
+            image, mask = slices.read(int(slices.key[other]))
+        except DataError as error:
+            if unread is None:
+                raise
+            unread[other] = str(error)
+            continue
+        own = slices.intensity[slices.patient[other]]
+        return image, mask, own if intensity is None else intensity
+    raise DataError(f'none of {len(slices)} slices can be read: {unread[row]}')
+
+
+def store(
+    slices: Slices, intensity: np.ndarray | None, unread: dict[int, str] | None = None
+) -> dict[str, np.ndarray]:
     """Every slice, decoded: 'image' N H W C and 'mask' N H W uint8, 'intensity' N 4 C."""
-    images, masks = zip(*(slices.read(int(key)) for key in slices.key), strict=True)
-    each = [slices.intensity[p] if intensity is None else intensity for p in slices.patient]
-    return {'image': np.stack(images), 'mask': np.stack(masks), 'intensity': np.stack(each)}
+    found = [read_row(slices, row, intensity, unread) for row in range(len(slices))]
+    names = ('image', 'mask', 'intensity')
+    return {
+        name: np.stack(part) for name, part in zip(names, zip(*found, strict=True), strict=True)
+    }
 
 
 def megabytes(arrays: dict[str, np.ndarray]) -> float:
@@ -80,21 +107,18 @@ def batches(
     intensity: np.ndarray | None,
     threads: int,
     shard: tuple[int, int] = (0, 1),
+    unread: dict[int, str] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Training batches without end, from `first_step` on; `batch_size` is over all hosts.
 
     `drawn` are the rows from `draws`, `shard` is (index, count) of this host. `intensity`
-    (4, C) normalises every image alike; None takes each patient's own.
+    (4, C) normalises every image alike; None takes each patient's own. `unread` as `read_row`.
     """
     index, count = shard
 
     def read(row: int) -> dict[str, np.ndarray]:
-        image, mask = slices.read(int(slices.key[row]))
-        measured = slices.intensity[slices.patient[row]]
-        return {
-            'image': normalize(image, measured if intensity is None else intensity),
-            'mask': mask.astype(np.int32),
-        }
+        image, mask, measured = read_row(slices, row, intensity, unread)
+        return {'image': normalize(image, measured), 'mask': mask.astype(np.int32)}
 
     dataset = drawn[first_step * batch_size + index :: count].map(read)
     dataset = dataset.batch(batch_size // count).to_iter_dataset(

@@ -1,0 +1,124 @@
+"""What reaches a run from outside: signals, a second run on its folder, memory that is too small.
+
+Each is a context manager around the loop, so that the loop reads as if nothing ever happened.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from pspnet_jax.errors import ConfigError, OutOfMemoryError
+
+LOCK = 'lock'  # in the workdir
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def alone(workdir: str | Path) -> Iterator[None]:
+    """Hold WORKDIR/lock, so that no two runs write there.
+
+    The system lets go of it when the process ends, however it ends: a stale one is no hindrance.
+    Raises ConfigError that names the other run and its age.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = Path(workdir) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open('a+') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f'{workdir} is in use{_owner(path)}: wait, stop it, or give another --workdir'
+                ) from error
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # its owner has just removed it
+            if before := _owner(path):
+                logging.info('the run before, begun%s, was cut off', before)
+            file.truncate(0)
+            owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
+            file.write(json.dumps(owner))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # nothing came of it
+                    path.parent.rmdir()
+            return
+
+
+def _owner(path: Path) -> str:
+    """' by process 7 on HOST for 3.2 minutes', or '' where the file does not say."""
+    try:
+        owner = json.loads(path.read_text())
+        minutes = (time.time() - float(owner['since'])) / 60
+        process, host = int(owner['process']), str(owner['host'])[:64]
+        return f' by process {process} on {host} for {minutes:.1f} minutes'
+    except (OSError, ValueError, KeyError, TypeError):
+        return ''
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Callable[[], int]]:
+    """A function that gives the number of the signal that asks to stop, 0 while there is none.
+
+    The first SIGTERM or SIGINT only asks; a second one does what it always did. In a thread
+    other than the main one, where Python takes no handlers, none is ever seen.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    found = []
+
+    def ask(signum, _):
+        found.append(signum)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        logging.warning('%s: stopping behind the next step', signal.Signals(signum).name)
+
+    before = {number: signal.signal(number, ask) for number in STOPPING}
+    try:
+        yield lambda: found[0] if found else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def memory_explained(what: Callable[[], str]) -> Iterator[None]:
+    """XLA's report that memory is exhausted becomes an OutOfMemoryError.
+
+    `what()` says what was asked for and which knobs make it less.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in text:
+            raise
+        asked = re.search(r'allocat\w* (\d+) ?bytes', text)
+        more = f' (the last {int(asked[1]) / 2**20:.0f} MB were refused)' if asked else ''
+        raise OutOfMemoryError(f'out of memory{more}: {what()}') from error
+
+
+def device_memory() -> str:
+    """', the device has N MB', or '' where it does not say, as CPUs don't."""
+    stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get('bytes_limit')
+    return f', the device has {limit / 2**20:.0f} MB' if limit else ''
