@@ -154,7 +154,11 @@ def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
     for _ in range(2):
         train.train_and_evaluate(tiny_config(**changes), str(tmp_path))
         assert checkpoint.choose(tmp_path, 'last') == 4
-        assert checkpoint.metadata(tmp_path, 4)['progress'] == {'best_dice': 0.6, 'stale': 2}
+        assert checkpoint.metadata(tmp_path, 4)['progress'] == {
+            'best_dice': 0.6,
+            'stale': 2,
+            'skipped': 0,
+        }
         assert checkpoint.choose(tmp_path, 'best') in (2, 3)  # of equal Dice
 
 

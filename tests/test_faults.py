@@ -1,0 +1,169 @@
+"""What reaches a run from outside: it loses nothing, and says what happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import checkpoint, faults, log, train
+from pspnet_jax.config import to_dict
+from pspnet_jax.data import pipeline, volumes
+from pspnet_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    StoppedError,
+)
+from tests.conftest import ROOT, tiny_config
+
+
+def state_of(workdir, step=4):
+    return checkpoint.metadata(workdir, step)['sha256']
+
+
+def records(workdir):
+    return (workdir / 'metrics.jsonl').read_text()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit(
+    trained, tmp_path, number
+):
+    def at_step_1(step, _):
+        if step == 1:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(StoppedError, match=f'{number.name}: stopped behind the checkpoint') as told:
+        train.train_and_evaluate(tiny_config(), str(tmp_path), on_log=at_step_1)
+    assert told.value.signum == number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert checkpoint.steps(tmp_path)[-1] < 4
+    train.train_and_evaluate(tiny_config(), str(tmp_path))
+    assert state_of(tmp_path) == state_of(trained[0])
+    assert records(tmp_path) == records(trained[0])
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    other = [sys.executable, '-c',
+             f'from pspnet_jax import faults\nwith faults.alone({str(tmp_path)!r}): print("in")']  # fmt: skip
+    with faults.alone(tmp_path):
+        done = subprocess.run(other, capture_output=True, text=True, cwd=ROOT, timeout=100)
+        assert f'is in use by process {os.getpid()} on' in done.stderr
+        with pytest.raises(ConfigError, match='is in use'), faults.alone(tmp_path):
+            pass
+    assert not (tmp_path / faults.LOCK).exists()
+    done = subprocess.run(other, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.stdout == 'in\n'
+
+
+def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path):
+    killed = f'import os\nfrom pspnet_jax import faults\nwith faults.alone({str(tmp_path)!r}): os._exit(9)'
+    subprocess.run([sys.executable, '-c', killed], cwd=ROOT, timeout=100, check=False)
+    assert json.loads((tmp_path / faults.LOCK).read_text())['process'] > 0
+    with faults.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize('cache', ['memory', 'device'])
+def test_an_update_of_no_number_is_skipped_and_counted(tmp_path, monkeypatch, cache):
+    def broken(key, image, mask):
+        """NaN in one slice of three or so."""
+        return jnp.where(jax.random.uniform(key) < 0.1, jnp.nan, image), mask
+
+    changes = {'train.nan_policy': 'skip', 'train.steps': 12, 'train.max_skipped': 12,
+               'data.cache': cache}  # fmt: skip
+    config = tiny_config(**changes)
+    train.train_and_evaluate(config, str(tmp_path / 'a'), augment_fn=broken)
+    found = [r for r in log.read(tmp_path / 'a') if 'loss' in r]
+    skipped = [r for r in found if 'skipped' in r]
+    assert [r['step'] for r in found] == list(range(1, 13))
+    assert 0 < len(skipped) < 12
+    assert [r['skipped'] for r in skipped] == list(range(1, len(skipped) + 1))
+    assert all(r['loss'] is None or r['gradient_norm'] is None for r in skipped)
+    progress = checkpoint.metadata(tmp_path / 'a', 12)['progress']
+    assert progress['skipped'] == len(skipped)
+    config.train.max_skipped = len(skipped) - 1
+    with pytest.raises(NonFiniteLossError, match=f'step {skipped[-1]["step"]}: update'):
+        train.train_and_evaluate(config, str(tmp_path / 'b'), augment_fn=broken)
+
+
+def slices_with(bad):
+    """Twenty slices whose image is their number, of which `bad` can't be read."""
+
+    def read(key):
+        if key in bad:
+            raise DataError(f'slice {key} is damaged')
+        return np.full((4, 4, 1), key, np.uint8), np.zeros((4, 4), np.uint8)
+
+    return volumes.Slices(
+        read=read,
+        key=np.arange(20),
+        patient=np.repeat(['a', 'b'], 10),
+        slice=np.tile(np.arange(10), 2),
+        lesion_pixels=np.zeros(20, int),
+        intensity={p: np.array([[0], [255], [0], [1]], np.float32) for p in 'ab'},
+    )
+
+
+def test_a_slice_that_can_not_be_read_gives_way_to_the_next_and_is_listed():
+    slices, unread = slices_with({3, 4, 19}), {}
+    values = [pipeline.read_row(slices, row, None, unread)[0][0, 0, 0].item() for row in range(20)]
+    assert values == [0, 1, 2, 5, 5, *range(5, 19), 0]
+    assert unread == {n: f'slice {n} is damaged' for n in (3, 4, 19)}
+    with pytest.raises(DataError, match='slice 3 is damaged'):
+        pipeline.read_row(slices, 3, None, None)
+    with pytest.raises(DataError, match='none of 20 slices can be read'):
+        pipeline.read_row(slices_with(set(range(20))), 3, None, {})
+
+
+def test_exhausted_memory_is_explained():
+    config = tiny_config()
+    with (
+        pytest.raises(
+            OutOfMemoryError, match=r'out of memory.*train\.batch_size=4.*7 MB.*accumulate'
+        ),
+        faults.memory_explained(lambda: train.what_takes_memory(config, 7.0)),
+    ):
+        jnp.zeros(2**46, jnp.float32).block_until_ready()  # 256 TiB
+    with pytest.raises(ZeroDivisionError), faults.memory_explained(str):
+        1 // 0
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / 'copy')
+
+
+def test_metadata_that_changed_is_not_believed(copy):
+    (path,) = [
+        p for p in (copy / 'checkpoints' / '4').rglob('*')
+        if p.is_file() and b'best_dice' in p.read_bytes()
+    ]  # fmt: skip
+    text = path.read_text()
+    path.write_text(text.replace('"stale": 0', '"stale": 7').replace('"stale": 1', '"stale": 7'))
+    assert path.read_text() != text
+    with pytest.raises(CheckpointError, match='sha256 differs'):
+        checkpoint.metadata(copy, 4)
+
+
+def test_a_damaged_newer_step_is_set_aside_and_saved_again(trained, copy):
+    step_3 = copy / 'checkpoints' / '3'
+    if not step_3.exists():
+        pytest.skip('the tiny run kept no step before the last')
+    largest = max((copy / 'checkpoints/4').rglob('*'), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    train.train_and_evaluate(tiny_config(), str(copy))
+    assert (copy / checkpoint.ASIDE / '4').is_dir()
+    assert state_of(copy) == state_of(trained[0])
+    assert to_dict(tiny_config())['train']['steps'] == 4
