@@ -53,8 +53,8 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit(
 
 
 def test_two_runs_on_one_folder(tmp_path):
-    other = [sys.executable, '-c',
-             f'from pspnet_jax import faults\nwith faults.alone({str(tmp_path)!r}): print("in")']  # fmt: skip
+    code = f'from pspnet_jax import faults\nwith faults.alone({str(tmp_path)!r}): print("in")'
+    other = [sys.executable, '-c', code]
     with faults.alone(tmp_path):
         done = subprocess.run(other, capture_output=True, text=True, cwd=ROOT, timeout=100)
         assert f'is in use by process {os.getpid()} on' in done.stderr
@@ -66,7 +66,8 @@ def test_two_runs_on_one_folder(tmp_path):
 
 
 def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path):
-    killed = f'import os\nfrom pspnet_jax import faults\nwith faults.alone({str(tmp_path)!r}): os._exit(9)'
+    held = f'with faults.alone({str(tmp_path)!r}): os._exit(9)'
+    killed = f'import os\nfrom pspnet_jax import faults\n{held}'
     subprocess.run([sys.executable, '-c', killed], cwd=ROOT, timeout=100, check=False)
     assert json.loads((tmp_path / faults.LOCK).read_text())['process'] > 0
     with faults.alone(tmp_path):
