@@ -21,11 +21,15 @@ def run(main: Callable[[], None]) -> None:
     A run that a signal stopped behind a checkpoint ends as the signal would have ended it: 128
     and its number, 143 for SIGTERM.
     """
-    # Orbax and tfds log their inner workings at INFO through the same logger.
+    # Orbax and tfds log their inner workings at INFO through the same logger, and asyncio at
+    # length what Orbax raises on a damaged checkpoint.
     logging.get_absl_handler().addFilter(
         lambda record: (
-            record.levelno > logging.converter.STANDARD_WARNING
-            or 'site-packages' not in record.pathname
+            record.name != 'asyncio'
+            and (
+                record.levelno > logging.converter.STANDARD_WARNING
+                or 'site-packages' not in record.pathname
+            )
         )
     )
 

@@ -1,5 +1,6 @@
 """What reaches a run from outside: it loses nothing, and says what happened."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pspnet_jax import checkpoint, faults, log, train
@@ -156,15 +158,53 @@ def test_metadata_that_changed_is_not_believed(copy):
         checkpoint.metadata(copy, 4)
 
 
-def test_a_damaged_newer_step_is_set_aside_and_saved_again(trained, copy):
-    step_3 = copy / 'checkpoints' / '3'
-    if not step_3.exists():
-        pytest.skip('the tiny run kept no step before the last')
-    largest = max((copy / 'checkpoints/4').rglob('*'), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 1
-    largest.write_bytes(data)
-    train.train_and_evaluate(tiny_config(), str(copy))
-    assert (copy / checkpoint.ASIDE / '4').is_dir()
-    assert state_of(copy) == state_of(trained[0])
-    assert to_dict(tiny_config())['train']['steps'] == 4
+def test_a_damaged_newer_step_is_set_aside_and_saved_again(trained, power_cut, tmp_path):
+    power_cut(tiny_config(), tmp_path, 3)
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '3', folder / '4')
+    largest = max((folder / '4').rglob('*'), key=lambda p: p.stat().st_size)
+    flip(largest, largest.stat().st_size // 2)
+    (folder / '99').mkdir()  # as a cut off deletion leaves it
+    train.train_and_evaluate(tiny_config(), str(tmp_path))
+    assert {p.name for p in (tmp_path / checkpoint.ASIDE).iterdir()} == {'4', '99'}
+    assert state_of(tmp_path) == state_of(trained[0])
+    assert records(tmp_path) == records(trained[0])
+
+
+def flip(path, place, mask=1):
+    data = bytearray(path.read_bytes())
+    data[place] ^= mask
+    path.write_bytes(data)
+
+
+def bytes_of(state, meta):
+    return json.dumps(meta, sort_keys=True), [
+        np.asarray(x).tobytes() for x in jax.tree.leaves(state)
+    ]
+
+
+def test_no_flipped_byte_is_loaded_in_silence(tmp_path):
+    """Of 200 bytes of all files, one at a time: an error, or what was saved, to the bit."""
+    rng, tx = np.random.default_rng(0), optax.adam(0.1)
+    params = {'kernel': rng.normal(size=(3, 3, 8, 8)).astype(np.float32)}
+    stats = {'mean': rng.normal(size=8).astype(np.float32)}
+    state = train.TrainState(jnp.asarray(7), params, stats, tx.init(params), params)
+    config = to_dict(tiny_config())
+    facts = {'progress': {'stale': 1}, 'inputs': {'channels': 3}, 'dice': 0.5}
+    with contextlib.closing(checkpoint.open_writer(tmp_path)) as writer:
+        checkpoint.save(writer, 7, state, config=config, **facts)
+    whole = bytes_of(*checkpoint.restore(tmp_path, state, config))
+    folder = tmp_path / 'checkpoints' / '7'
+    paths = sorted(p for p in folder.rglob('*') if p.is_file() and p.stat().st_size)
+    refused = 0
+    for n in range(200):
+        path = paths[n % len(paths)]  # small files as often as large ones
+        place, mask = int(rng.integers(path.stat().st_size)), int(1 << rng.integers(8))
+        flip(path, place, mask)
+        try:
+            assert bytes_of(*checkpoint.restore(tmp_path, state, config)) == whole, path
+        except CheckpointError:
+            refused += 1
+        flip(path, place, mask)
+    assert refused > 50  # the rest is in what is not needed to load
+    assert bytes_of(*checkpoint.restore(tmp_path, state, config)) == whole
