@@ -220,7 +220,7 @@ def locate(where: str) -> tuple[str, str]:
 
 def _load(workdir, step, abstract, meta) -> dict[str, Any]:
     path = Path(workdir).absolute() / FOLDER / str(step)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract
     )

@@ -4,13 +4,14 @@ compiles is kept for the next.
 
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from pspnet_jax import compilation
+from pspnet_jax import compilation, hosts
 from pspnet_jax.config import RULES, nearest
 from pspnet_jax.errors import ConfigError, PspnetError, StoppedError
 
@@ -36,12 +37,22 @@ def run(main: Callable[[], None]) -> None:
     def guarded(_) -> None:
         compilation.use_cache()
         try:
+            hosts.start_from_flags()
             main()
         except StoppedError as error:
             print(error, file=sys.stderr)
             sys.exit(128 + error.signum)
         except PspnetError as error:
-            _fail(error)
+            _say(error)
+            hosts.leave_after_an_error()
+            sys.exit(1)
+        except Exception as error:
+            if not hosts.several():
+                raise
+            traceback.print_exc()
+            if hosts.lost_another(error):
+                _say(hosts.lost())
+            hosts.leave_after_an_error()
 
     app.run(guarded, flags_parser=_parse)
 
@@ -101,5 +112,9 @@ def _allowed(message: str) -> str:
 
 
 def _fail(error: PspnetError) -> NoReturn:
-    print(f'error: {error}', file=sys.stderr)
+    _say(error)
     sys.exit(1)
+
+
+def _say(error: PspnetError) -> None:
+    print(f'error: {error}', file=sys.stderr)

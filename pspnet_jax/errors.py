@@ -41,5 +41,9 @@ class StoppedError(PspnetError):
         self.signum = signum
 
 
+class HostError(PspnetError):
+    """Processes of one run that do not find or no longer reach each other."""
+
+
 class ExportError(PspnetError):
     """An exported file that would not compute what the model does, or can't be read back."""

@@ -26,6 +26,7 @@ from pspnet_jax import (
     calibration,
     checkpoint,
     cli,
+    hosts,
     infer,
     metrics,
     models,
@@ -128,6 +129,7 @@ def evaluate_volumes(
     temperature: float = 1.0,
     label_options: Mapping[str, Any] = MappingProxyType({}),
     each: Callable[[Volume, np.ndarray], None] = lambda volume, pred: None,
+    order: Sequence[str] = (),
 ) -> dict[str, Any]:
     """{'summary', 'patients', 'baseline', 'calibration', 'data'} over volumes, one at a time.
 
@@ -136,11 +138,11 @@ def evaluate_volumes(
     Undefined figures are None, and `n` says over how many patients a mean is.
     Calibration is of the probability of any class but 0, over all counted voxels.
     `label_options` are further ones of `predict_foreground`.
-    `each(volume, labels_DHW)` is called with every prediction. Raises DataError for
-    labels outside 0..K-1, and when there is no volume.
+    `each(volume, labels_DHW)` is called with every prediction. On several hosts `data` are
+    this one's volumes and `order` the patients of all, and the figures are of all. Raises
+    DataError for labels outside 0..K-1, and when there is no volume.
     """
-    patients, per_slice, per_slice_empty, in_mm = [], [], [], []
-    calibrated = np.zeros((calibration_bins, 3))
+    rows = []
     for volume in data:
         _check_labels(volume, num_classes, ignore_label)
         pred, foreground = predict_foreground(
@@ -152,27 +154,36 @@ def evaluate_volumes(
             **label_options,
         )
         each(volume, pred)
-        patients.append(
-            _patient_row(
-                pred,
-                volume,
-                num_classes,
-                ignore_label,
-                volume.spacing or spacing,
-                surface_tolerance,
-            )
-        )
-        in_mm.append(volume.spacing is not None)
         counted = volume.mask != ignore_label
-        calibrated += metrics.calibration_counts(
+        calibrated = metrics.calibration_counts(
             foreground[counted], volume.mask[counted] > 0, calibration_bins
         )
-        for labels, truth in zip(pred, volume.mask, strict=True):
-            per_slice.append(metrics.counts(labels, truth, num_classes, ignore_label))
-            background = np.zeros_like(labels)
-            per_slice_empty.append(metrics.counts(background, truth, num_classes, ignore_label))
-    if not patients:
+        per_slice, empty = (
+            [
+                metrics.counts(labels, truth, num_classes, ignore_label).tolist()
+                for labels, truth in zip(predicted, volume.mask, strict=True)
+            ]
+            for predicted in (pred, np.zeros_like(pred))
+        )
+        figures = _patient_row(
+            pred,
+            volume,
+            num_classes,
+            ignore_label,
+            volume.spacing or spacing,
+            surface_tolerance,
+        )
+        in_mm = volume.spacing is not None
+        rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist(), in_mm])
+    rows = in_order(hosts.gather(rows), order)
+    if not rows:
         raise DataError('there is no volume to evaluate: the split is empty')
+    patients, per_slice, per_slice_empty, calibrated, in_mm = zip(*rows, strict=True)
+    patients, calibrated = list(patients), np.sum(calibrated, axis=0)
+    per_slice, per_slice_empty = (
+        np.array([counts for counts_of_one in part for counts in counts_of_one])
+        for part in (per_slice, per_slice_empty)
+    )
     if not calibrated.any():
         raise DataError(f'every voxel is labelled {ignore_label}, to be ignored: nothing to score')
     names = (
@@ -214,6 +225,17 @@ def evaluate_volumes(
             'surface_tolerance': surface_tolerance,
         },
     }
+
+
+def in_order(rows: Sequence[Any], order: Sequence[str]) -> list[Any]:
+    """Rows as one host has them: by the place of their patients in `order`, if there is one."""
+    place = {name: n for n, name in enumerate(order)}
+
+    def key(row) -> int:
+        name = row[0]['patient']  # or 'NAME 32x40', where its slices have several sizes
+        return place[name if name in place else name.rsplit(' ', 1)[0]]
+
+    return sorted(rows, key=key) if order else list(rows)
 
 
 def _check_labels(volume: Volume, num_classes: int, ignore_label: int) -> None:
@@ -378,7 +400,7 @@ def evaluate_checkpoint(
         )
     config, model, variables, intensity, step = restore_model(workdir, which)
     config = with_prediction(config, changes)
-    open_volumes = _volume_source(config, workdir, split, data)
+    names, open_volumes = _volume_source(config, workdir, split, data)
     folder = Path(workdir) / 'pictures'
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
@@ -395,7 +417,9 @@ def evaluate_checkpoint(
             'ignore_label': config.loss.ignore_label,
         }
         facts = fit_temperature(predict_fn, open_volumes(), **classes, **how)
-        calibration.save(workdir, {'step': step, 'split': split, **facts})
+        if hosts.is_first():
+            calibration.save(workdir, {'step': step, 'split': split, **facts})
+        hosts.wait_for_all()
         print(
             f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
             f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
@@ -403,13 +427,16 @@ def evaluate_checkpoint(
     how['temperature'] = calibration.load(workdir, step)
     result = evaluate_volumes(
         predict_fn,
-        open_volumes(),
+        open_volumes(hosts.share(names)),
         **evaluate_options(config) | how,
         label_options=label_options(config),
         each=save_picture,
+        order=names,
     )
     result['data'] |= {'source': data or config.data.name, 'split': '' if data else split}
     result['checkpoint'] = {'step': step, 'config': to_dict(config)}
+    if not hosts.is_first():
+        return result
     path = Path(workdir) / 'evaluation.json'
     with files.writing(path) as aside:
         aside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
@@ -429,8 +456,10 @@ def evaluate_checkpoint(
 
 def _volume_source(
     config, workdir, split: str, data: str
-) -> Callable[[Sequence[str] | None], Iterator[Volume]]:
-    """`open_volumes(patients=None)`: the volumes to evaluate, one at a time, or those of these."""
+) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
+    """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
+    time, or those of these.
+    """
     if data and (Path(data).expanduser() / config.data.images[0]).is_dir():
         slices = sources.read_folder(config, source=data, mixed_sizes=True)
         parts = {split: list(slices.intensity)}
@@ -441,7 +470,7 @@ def _volume_source(
             chosen = [case for case in found if patients is None or case.patient in patients]
             return (lgg.read_case(case, size=None) for case in chosen)
 
-        return open_folder
+        return [case.patient for case in found], open_folder
     else:
         kept = Path(workdir) / splits.KEPT
         slices, parts = sources.load(config, kept if kept.exists() else '')
@@ -457,10 +486,11 @@ def _volume_source(
             }
             chosen = [name for name in chosen if name in found]
         for volume in volumes.iterate_volumes(volumes.select(slices, chosen)):
-            if patients is None or volume.patient in patients:
+            own = volume.patient
+            if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
                 yield volume
 
-    return open_split
+    return sorted(parts[split]), open_split
 
 
 def table(result: dict[str, Any]) -> str:
@@ -526,4 +556,5 @@ if __name__ == '__main__':
         'fit_temperature', False, 'fit it on --split=validation and keep it with the run'
     )
     cli.define_prediction_flags()
+    hosts.define_flags()
     cli.run(main)

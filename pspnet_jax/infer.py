@@ -212,13 +212,14 @@ def compile_predict(
 
         def call(*arguments):
             count = len(arguments[-1])
-            if count % n == 0:
-                return compiled(*arguments)
-            padded = [
-                array if sharding is whole else _pad(array, count + -count % n)
-                for sharding, array in zip(shardings, arguments, strict=True)
-            ]
-            return compiled(*padded)[:count]
+            if count % n:
+                arguments = [
+                    array if sharding is whole else _pad(array, count + -count % n)
+                    for sharding, array in zip(shardings, arguments, strict=True)
+                ]
+            if jax.process_count() > 1:  # jit takes arrays of the host there if all have the same
+                arguments = map(jax.device_put, arguments, shardings)
+            return compiled(*arguments)[:count]
 
         return call
 

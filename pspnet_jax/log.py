@@ -57,6 +57,18 @@ class MetricLog:
         self._board.close()
 
 
+class Silent:
+    """In place of `MetricLog` on all hosts but the first."""
+
+    def scalars(self, *_) -> None: ...
+
+    def timings(self, *_) -> None: ...
+
+    def image(self, *_) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read(workdir: str | Path) -> list[dict[str, float | None]]:
     """The records of WORKDIR/metrics.jsonl, in order; none where there is no such file."""
     path = Path(workdir) / 'metrics.jsonl'

@@ -8,7 +8,7 @@ A workdir that holds checkpoints is gone on with, from the step where it stopped
 from absl import flags
 from ml_collections import config_flags
 
-from pspnet_jax import cli
+from pspnet_jax import cli, hosts
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.train import train_and_evaluate
 
@@ -23,4 +23,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    hosts.define_flags()
     cli.run(main)

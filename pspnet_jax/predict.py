@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from pspnet_jax import calibration, checkpoint, cli, infer, postprocess, visualize
+from pspnet_jax import calibration, checkpoint, cli, hosts, infer, postprocess, visualize
 from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.data import files, video
 from pspnet_jax.data.files import Picture
@@ -395,7 +395,9 @@ def predict_files(
         print(f'{len(done)} finished before are left as they are: --overwrite does them again')
     targets = {path: output / stem for path, stem in stems.items()}
     groups = split_albums(group_slices([path for path in stems if not _is_video(path)]))
-    groups = [group for group in groups if not done.issuperset(group)]
+    groups = hosts.share([group for group in groups if not done.issuperset(group)])
+    videos = hosts.share([path for path in stems if _is_video(path) and path not in done])
+    faults = faults if hosts.is_first() else []  # each has found the same so far
     # Volumes are large, and long at work on: one is read while another is.
     flat = all(len(g) == 1 and g[0].name.lower().endswith(files.PICTURES) for g in groups)
     threads = predictor.config.data.threads if flat else 1
@@ -408,13 +410,12 @@ def predict_files(
         for count, found_faults in in_threads(write, predicted, threads):
             faults += found_faults
             bar.update(count)
-    for path in stems:
-        if _is_video(path) and path not in done:
-            try:
-                print(predict_video(predictor, path, targets[path], save=save))
-            except DataError as error:
-                faults.append(str(error))
-    return faults
+    for path in videos:
+        try:
+            print(predict_video(predictor, path, targets[path], save=save))
+        except DataError as error:
+            faults.append(str(error))
+    return hosts.gather(faults)
 
 
 def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool) -> Iterator:
@@ -672,4 +673,5 @@ if __name__ == '__main__':
     flags.DEFINE_bool('overwrite', False, 'do again what is finished')
     flags.DEFINE_integer('frames', 0, 'of a camera; 0: until Ctrl-C')
     cli.define_prediction_flags()
+    hosts.define_flags()
     cli.run(main)

@@ -32,6 +32,7 @@ from pspnet_jax import (
     checkpoint,
     compilation,
     faults,
+    hosts,
     infer,
     losses,
     models,
@@ -45,7 +46,7 @@ from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
 from pspnet_jax.errors import ConfigError, NonFiniteLossError, StoppedError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
-from pspnet_jax.log import MetricLog
+from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.convolution import CONVOLVED
 from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
@@ -342,11 +343,11 @@ def over_mesh(step: Callable) -> Placed:
     )
     return Placed(
         functools.partial(compilation.compile_now, jitted),
-        put_state=lambda state: jax.device_put(state, whole),
+        put_state=lambda state: _put_whole(state, whole),
         put_batch=lambda batch: jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(split, x), batch
         ),
-        get_state=lambda state: state,
+        get_state=_get_whole,
     )
 
 
@@ -369,7 +370,7 @@ def over_mesh_cached(step: Callable, store: dict[str, np.ndarray]) -> Placed:
         out_shardings=(whole, whole),
         compiler_options=compilation.options(),
     )
-    placed_store = jax.device_put(store, whole)
+    placed_store = _put_whole(store, whole)
 
     def compile_steps(state, rows_kB):
         compiled, facts = compilation.compile_now(jitted, state, placed_store, rows_kB)
@@ -377,10 +378,22 @@ def over_mesh_cached(step: Callable, store: dict[str, np.ndarray]) -> Placed:
 
     return Placed(
         compile_steps,
-        put_state=lambda state: jax.device_put(state, whole),
+        put_state=lambda state: _put_whole(state, whole),
         put_batch=lambda rows: jax.make_array_from_process_local_data(split, rows),
-        get_state=lambda state: state,
+        get_state=_get_whole,
     )
+
+
+def _put_whole(tree, whole: NamedSharding):
+    """`tree`, which is the same in all processes, on every device of all of them."""
+    if jax.process_count() > 1:
+        tree = jax.device_get(tree)
+    return jax.device_put(tree, whole)
+
+
+def _get_whole(tree):
+    """A tree that every device has, for this process alone: on the host if there are several."""
+    return tree if jax.process_count() == 1 else jax.device_get(tree)
 
 
 def gather(store: dict[str, jax.Array], rows_B: jax.Array) -> dict[str, jax.Array]:
@@ -398,7 +411,8 @@ def under_pmap(step: Callable) -> Placed:
     mapped = jax.pmap(step, axis_name='data', donate_argnums=0)
 
     def first(tree):
-        return jax.tree.map(lambda x: x[0], tree)
+        # Of this process: an array over several can't be indexed.
+        return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
 
     def compile_step(state, batch):
         compiled, facts = compilation.compile_now(mapped, state, batch)
@@ -509,7 +523,6 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
         state, meta = restored
-        checkpoint.set_aside(workdir, int(state.step))
         logging.info('going on from step %d', state.step)
         return state, meta['progress'], meta['inputs']
     normalization = published.IMAGENET if normalize_by_weights(config) else None
@@ -551,7 +564,8 @@ def validate_volumes(
     pictures = []
     result = evaluate_volumes(
         functools.partial(predict, variables),
-        volumes.iterate_volumes(slices),
+        volumes.iterate_volumes(volumes.select(slices, hosts.share(sorted(slices.intensity)))),
+        order=sorted(slices.intensity),
         intensity=intensity,
         **evaluate_options(config),
         each=lambda volume, pred: pictures.append(visualize.volume_picture(volume, pred)),
@@ -632,8 +646,10 @@ def train_and_evaluate(
     logging.info('config:\n%s', config)
     batch_size = config.train.batch_size
     if batch_size % jax.device_count():
+        near = ' or '.join(map(str, hosts.nearest_batches(batch_size, jax.device_count())))
         raise ConfigError(
-            f'train.batch_size {batch_size} does not divide over {jax.device_count()} devices'
+            f'train.batch_size {batch_size} does not divide over {jax.device_count()} devices: '
+            f'take {near}'
         )
 
     # Data: which patients, and how many of their slices hold a lesion.
@@ -692,7 +708,10 @@ def run_steps(
         features = config.distill.pairwise > 0
         teacher, taught = transfer.load_teacher(where, model, inputs, features=features)
         state = state.replace(teacher=taught)
-    keep_split()
+    if hosts.is_first():  # nothing that was asked for fails now
+        checkpoint.set_aside(workdir, int(state.step))
+        keep_split()
+    hosts.wait_for_all()
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
@@ -721,11 +740,14 @@ def run_steps(
         contextlib.ExitStack() as end,
         faults.memory_explained(lambda: what_takes_memory(config, needed)),
         contextlib.closing(checkpoint.open_writer(workdir)) as writer,
-        contextlib.closing(MetricLog(workdir, first_step, on_log)) as log,
+        contextlib.closing(
+            MetricLog(workdir, first_step, on_log) if hosts.is_first() else Silent()
+        ) as log,
         faults.signals() as asked_to_stop,
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
-        end.callback(report.write_curves, workdir)
+        if hosts.is_first():
+            end.callback(report.write_curves, workdir)
         end.callback(tell_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:

@@ -52,6 +52,7 @@ ALLOWED = {
     'infer': {'data.volumes', 'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
     'onnx_graph': {'errors'},
+    'hosts': {'errors'},
     'log': set(),
     'faults': {'errors'},
     'chart': set(),
@@ -61,7 +62,7 @@ ALLOWED = {
     'config': {'errors', 'models', 'models.backbones'},
     'transfer': {'checkpoint', 'errors', 'evaluate', 'models.pretrained', 'models.published'},
     'compilation': set(),
-    'cli': {'compilation', 'config', 'errors'},
+    'cli': {'compilation', 'config', 'errors', 'hosts'},
 }
 COMMANDS = {
     'main',

@@ -1,7 +1,7 @@
 """Slices -> batches, by Grain: random access, so that step s needs nothing but s.
 
 A batch is {'image': B H W C float32 normalised, 'mask': B H W int32}. Resuming at a
-step reads the batches from there; two hosts see halves of the batches that one sees.
+step reads the batches from there; two hosts see the two halves of the batch that one sees.
 """
 
 import itertools
@@ -55,8 +55,10 @@ def rows(
 ) -> Iterator[np.ndarray]:
     """The rows of `batches`' batches, (batch_size // hosts,) int32 each."""
     index, count = shard
+    share = batch_size // count
     for step in itertools.count(first_step):
-        places = range(step * batch_size + index, (step + 1) * batch_size, count)
+        first = step * batch_size + index * share
+        places = range(first, first + share)
         yield np.array([drawn[place] for place in places], np.int32)
 
 
@@ -120,9 +122,22 @@ def batches(
         image, mask, measured = read_row(slices, row, intensity, unread)
         return {'image': normalize(image, measured), 'mask': mask.astype(np.int32)}
 
-    dataset = drawn[first_step * batch_size + index :: count].map(read)
-    dataset = dataset.batch(batch_size // count).to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)
+    share = batch_size // count
+    if count == 1:
+        dataset = drawn[first_step * batch_size :]
+    else:  # host i has the i-th part of each batch, as the devices have them in one process
+
+        def at(n: int) -> int:
+            step, place = divmod(n, share)
+            return int(drawn[(first_step + step) * batch_size + index * share + place])
+
+        dataset = grain.MapDataset.range(2**40).map(at)
+    dataset = (
+        dataset.map(read)
+        .batch(share)
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)
+        )
     )
     return iter(dataset)
 

@@ -1,0 +1,196 @@
+"""Several processes as one run: how they start, share out what there is, gather it and stop.
+
+The same command on every host, with --coordinator, --num_processes and --process_id; on Slurm, a
+TPU pod or under Open MPI it finds them by itself. A single process goes through none of this.
+"""
+
+import atexit
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from pspnet_jax.errors import ConfigError, HostError
+
+START_SECONDS = 300  # that processes wait for each other at the start
+END_SECONDS = 3600  # and at the end, while the first one writes the report
+ENDED = (
+    'error: process {} of {} ended before its work was done, or another one stopped answering '
+    '(--host_timeout={} s): the first error of all processes says why. Start all again, the run '
+    'goes on from its last checkpoint'
+)
+
+
+def define_flags() -> None:
+    """--coordinator and on, for commands that several processes can run together."""
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, of several processes')
+    flags.DEFINE_integer('num_processes', None, 'how many there are, all with the same command')
+    flags.DEFINE_integer('process_id', None, 'which one this is, from 0')
+    flags.DEFINE_integer('host_timeout', 60, 'seconds after which a silent process is given up')
+
+
+def start_from_flags() -> None:
+    """`start` with what `define_flags` defined; nothing for a command without these flags."""
+    options = flags.FLAGS
+    if 'coordinator' in options:
+        start(options.coordinator, options.num_processes, options.process_id, options.host_timeout)
+
+
+def start(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> None:
+    """Join the other processes, before anything touches a device; nothing for a single one.
+
+    Where nothing is given, those of Slurm, a TPU pod or Open MPI, as `jax.distributed` finds
+    them. Raises ConfigError for part of the three, HostError where the others do not come.
+    """
+    given = (coordinator, num_processes, process_id)
+    options = {
+        'heartbeat_timeout_seconds': timeout,
+        'initialization_timeout': START_SECONDS,
+        'shutdown_timeout_seconds': END_SECONDS,
+    }
+    if timeout < 5:
+        raise ConfigError(f'--host_timeout={timeout} is too short: give at least 5 seconds')
+    if given == (None, None, None):
+        found = find_cluster(os.environ)
+        if not found:
+            return
+        try:
+            jax.distributed.initialize(**options)
+        except ValueError as error:
+            if found == 'tpu':  # libtpu is installed, and this is no pod
+                return
+            raise HostError(f'{found} starts several processes, but: {error}') from error
+    else:
+        if None in given:
+            raise ConfigError(
+                '--coordinator, --num_processes and --process_id belong together: give all three'
+            )
+        if not re.fullmatch(r'.+:\d+', coordinator):
+            raise ConfigError(f'--coordinator={coordinator} is not HOST:PORT, of process 0')
+        if not 0 <= process_id < num_processes:
+            raise ConfigError(
+                f'--process_id={process_id} is not one of 0 to {num_processes - 1}, '
+                f'as --num_processes={num_processes} has it'
+            )
+        if num_processes == 1:
+            return
+        try:
+            jax.distributed.initialize(*given, cluster_detection_method='deactivate', **options)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise HostError(
+                f'process {process_id} of {num_processes} does not reach the others at '
+                f'{coordinator}: {reason}: start all with the same --coordinator'
+            ) from error
+    if jax.process_count() > 1:
+        _tell_of_an_abort(timeout)
+
+
+def find_cluster(environment: Mapping[str, str]) -> str | None:
+    """'slurm', 'ompi', 'tpu', or None: what starts several processes here, as far as it can be
+    known without touching a device. One task of Slurm or Open MPI is no cluster.
+    """
+    slurm = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_PROCID', 'SLURM_LOCALID')
+    if all(name in environment for name in slurm):
+        return 'slurm' if int(environment.get('SLURM_NTASKS', 1)) > 1 else None
+    if 'OMPI_COMM_WORLD_SIZE' in environment:
+        return 'ompi' if int(environment['OMPI_COMM_WORLD_SIZE']) > 1 else None
+    tpu = 'tpu' in environment.get('JAX_PLATFORMS', 'tpu')
+    return 'tpu' if tpu and importlib.util.find_spec('libtpu') else None
+
+
+def _tell_of_an_abort(timeout: int) -> None:
+    """A shell beside this process that says ENDED, should it end before Python does.
+
+    JAX's runtime aborts the process where another one is silent for `timeout`, or at once where
+    process 0 is gone: nothing in the process itself can speak then.
+    """
+    message = ENDED.format(jax.process_index(), jax.process_count(), timeout)
+    command = ['sh', '-c', 'read line || echo "$0" >&2', message]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    # Registered before JAX's own: these go last, but for one that waits for the others.
+    atexit.register(watcher.communicate, b'done\n')
+    global _watcher
+    _watcher = watcher
+
+
+_watcher: subprocess.Popen | None = None
+
+
+def several() -> bool:
+    """Whether `start` found other processes."""
+    return _watcher is not None
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether this is what a collective raises where the other side of it is gone."""
+    words = ('gloo', 'nccl', 'connection', 'coordination', 'heartbeat', 'deadline', 'unavailable')
+    text = str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
+
+
+def lost() -> HostError:
+    """What a person needs to know then."""
+    return HostError(
+        f'process {jax.process_index()} of {jax.process_count()} has lost another: the first error '
+        'of all processes says why. Start all again, the run goes on from its last checkpoint'
+    )
+
+
+def leave_after_an_error() -> None:
+    """End with status 1 at once; the others, which wait for this process, then stop too.
+
+    Python's way out would first wait for them, as they wait for this one. Nothing for a single
+    process.
+    """
+    if _watcher is not None:
+        _watcher.communicate(b'done\n')
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def is_first() -> bool:
+    """Whether this process writes logs and reports."""
+    return jax.process_index() == 0
+
+
+def share(items: Sequence[Any]) -> list[Any]:
+    """Every n-th of `items` for this one of n processes."""
+    return list(items[jax.process_index() :: jax.process_count()])
+
+
+def gather(rows: Sequence[Any]) -> list[Any]:
+    """The rows of all processes, those of process 0 first, on each; they are values of JSON.
+
+    All processes call it together.
+    """
+    if jax.process_count() == 1:
+        return list(rows)
+    text = np.frombuffer(json.dumps(list(rows)).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(text)], np.int32)).ravel()
+    texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text))))
+    parts = zip(texts, sizes, strict=True)
+    return [row for text, size in parts for row in json.loads(text[:size].tobytes())]
+
+
+def wait_for_all() -> None:
+    """Returns on each process when all have called it."""
+    gather([])
+
+
+def nearest_batches(batch_size: int, devices: int) -> list[int]:
+    """The next smaller and larger batch size that `devices` divide; none is 0."""
+    below = batch_size // devices * devices
+    return [size for size in (below, below + devices) if size]
