@@ -4,6 +4,7 @@ Each is a context manager around the loop, so that the loop reads as if nothing 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from pspnet_jax.errors import ConfigError, OutOfMemoryError
 
@@ -80,7 +82,15 @@ def signals() -> Iterator[Callable[[], int]]:
 
     The first SIGTERM or SIGINT only asks; a second one does what it always did. In a thread
     other than the main one, where Python takes no handlers, none is ever seen.
+
+    On several hosts all see it behind the same step, whichever of them it reached, if all ask
+    behind every step: JAX takes SIGTERM there and lets them agree.
     """
+    if jax.process_count() > 1:
+        calls = itertools.count()
+        with _as_sigterm(signal.SIGINT):
+            yield lambda: signal.SIGTERM * reached_preemption_sync_point(next(calls))
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -98,6 +108,15 @@ def signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _as_sigterm(number: int) -> Iterator[None]:
+    before = signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextlib.contextmanager

@@ -663,7 +663,7 @@ def train_and_evaluate(
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
 
-    with faults.alone(workdir):
+    with faults.alone(workdir) if hosts.is_first() else contextlib.nullcontext():
         run_steps(
             config,
             workdir,
@@ -702,6 +702,7 @@ def run_steps(
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(steps=total, **config.optim)
     state, progress, inputs = start_or_resume(config, model, tx, channels, workdir)
+    hosts.check_same({'the first step': int(state.step), **to_dict(config)})
     intensity = published.fixed_intensity(inputs)
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
