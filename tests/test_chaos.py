@@ -34,7 +34,7 @@ def test_three_kills_change_nothing(trained, tmp_path, config):
         chaos.run_until, workdir=tmp_path / 'run', config=config, environment=os.environ
     )
     phases = [run(aim, delay, 1) for aim, delay in moments]
-    assert phases[0] and phases[1]  # the last is short: on a busy machine it may be missed
+    assert all(phases[:2])  # the last is short: on a busy machine it may be missed
     run('', 0, 0)
     assert chaos.differences(tmp_path / 'run', trained[0]) == []
 
