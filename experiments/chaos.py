@@ -67,14 +67,15 @@ def phase_of(workdir: Path, told: str, config: Mapping[str, object]) -> str:
     """What a run does, by the files in its folder and what it `told` on stderr."""
     if 'step/s]' not in told:  # the progress bar
         return 'start'
+    last = (log.read(workdir) or [{'step': 0, 'loss': 0.0}])[-1]
+    if last['step'] == config['train.steps'] and 'loss' not in last and not unfinished(workdir):
+        return 'evaluation'
     if 'compiled in' not in told:
         return 'compile'
     if unfinished(workdir):
         return 'save'
-    last = (log.read(workdir) or [{'step': 0}])[-1]
-    if last['step'] % config['train.validate_every'] == 0 and 'loss' in last:
-        return 'validation'
-    return 'evaluation' if last['step'] == config['train.steps'] else 'step'
+    validated = last['step'] % config['train.validate_every'] or 'loss' not in last
+    return 'step' if validated else 'validation'
 
 
 def unfinished(workdir: Path) -> list[str]:
@@ -138,9 +139,10 @@ def kill_often(
     The first compilations are the real ones: those kills come first, those in the evaluation last.
     """
     rng, done = np.random.default_rng(seed), collections.Counter()
-    while missing := [phase for phase in quota if done[phase] < quota[phase]]:
-        if done.total() > 3 * sum(quota.values()):
-            raise RuntimeError(f'killed {dict(done)} and still not often enough: {missing}')
+    for _ in range(3 * sum(quota.values())):
+        missing = [phase for phase in quota if done[phase] < quota[phase]]
+        if not missing:
+            break
         between = [phase for phase in missing if phase not in ('compile', 'evaluation')]
         aim = 'compile' if 'compile' in missing else str(rng.choice(between or missing))
         delay, nth = rng.uniform(0, PHASES[aim][0]), int(rng.integers(1, 3))
@@ -150,6 +152,8 @@ def kill_often(
         done.update([phase] if phase else [])
         if not phase and aim != 'evaluation':
             raise RuntimeError(f'the run was over before it was killed often enough: {dict(done)}')
+    else:
+        raise RuntimeError(f'killed {dict(done)}, which is not {dict(quota)}')
     run_until('', 0, 0, workdir, config, environment)
     return dict(done)
 
