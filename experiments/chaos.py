@@ -67,7 +67,7 @@ def phase_of(workdir: Path, told: str, config: Mapping[str, object]) -> str:
     """What a run does, by the files in its folder and what it `told` on stderr."""
     if 'step/s]' not in told:  # the progress bar
         return 'start'
-    last = (log.read(workdir) or [{'step': 0, 'loss': 0.0}])[-1]
+    last = (log.read(workdir) or [{'step': 0}])[-1]
     if last['step'] == config['train.steps'] and 'loss' not in last and not unfinished(workdir):
         return 'evaluation'
     if 'compiled in' not in told:
