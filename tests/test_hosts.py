@@ -1,7 +1,6 @@
 """Two processes of two devices each, on this machine, as two hosts: what they do is one run."""
 
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -16,7 +15,6 @@ import pytest
 from PIL import Image
 
 from pspnet_jax import checkpoint, hosts, log
-from pspnet_jax.data import phantom, pipeline
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.evaluate import evaluate_checkpoint, in_order, table
 from pspnet_jax.predict import predict_files
@@ -183,25 +181,6 @@ def test_prediction_gives_the_files_of_one_process(runs):
 @pytest.mark.parametrize('how', ['pmap', 'device'])
 def test_pmap_and_slices_on_the_devices_do_the_same(runs, alone, how):
     np.testing.assert_allclose(losses(runs.folder / how), losses(alone), rtol=2e-3)
-
-
-@pytest.mark.parametrize('sampling', ['lesion', 'uniform'])
-@pytest.mark.parametrize('count', [1, 2, 4])
-def test_the_hosts_parts_in_turn_are_the_batch_of_one(sampling, count):
-    slices = phantom.load(volumes=3, slices=6, size=32, seed=0)
-    drawn = pipeline.draws(slices, seed=0, sampling=sampling, lesion_floor=0.1)
-    options = {'batch_size': 4, 'first_step': 3}
-
-    def of(shard):
-        batches = pipeline.batches(slices, drawn, shard=shard, intensity=None, threads=2, **options)
-        rows = pipeline.rows(drawn, shard=shard, **options)
-        pairs = itertools.islice(zip(batches, rows, strict=False), 3)
-        return [(batch['image'], batch['mask'], row) for batch, row in pairs]
-
-    parts = [of((i, count)) for i in range(count)]
-    for step, whole in enumerate(of((0, 1))):
-        for n, array in enumerate(whole):
-            assert (np.concatenate([part[step][n] for part in parts]) == array).all()
 
 
 @pytest.mark.parametrize(
