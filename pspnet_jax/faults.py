@@ -20,7 +20,7 @@ import jax
 from absl import logging
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from pspnet_jax.errors import ConfigError, OutOfMemoryError
+from pspnet_jax.errors import ConfigError, OutOfMemoryError, not_written
 
 LOCK = 'lock'  # in the workdir
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -39,9 +39,13 @@ def alone(workdir: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(workdir) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open('a+') as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open('a+')
+        except OSError as error:
+            raise ConfigError(not_written(path, error)) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -52,15 +56,15 @@ def alone(workdir: str | Path) -> Iterator[None]:
                 continue  # its owner has just removed it
             if before := _owner(path):
                 logging.info('the run before, begun%s, was cut off', before)
-            file.truncate(0)
             owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
-            file.write(json.dumps(owner))
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+                os.truncate(path, 0)
+                os.write(file.fileno(), json.dumps(owner).encode())
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # nothing came of it
+                with contextlib.suppress(OSError):  # read-only by now; or something came of it
+                    path.unlink(missing_ok=True)
                     path.parent.rmdir()
             return
 

@@ -44,7 +44,7 @@ from pspnet_jax import (
 from pspnet_jax.config import to_dict, validate
 from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
-from pspnet_jax.errors import ConfigError, NonFiniteLossError, StoppedError
+from pspnet_jax.errors import ConfigError, DataError, NonFiniteLossError, StoppedError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
@@ -751,7 +751,7 @@ def run_steps(
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
         if hosts.is_first():
-            end.callback(report.write_curves, workdir)
+            end.callback(draw_curves, workdir)
         end.callback(tell_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
@@ -795,6 +795,7 @@ def run_steps(
                 progress = {'best_dice': best, 'stale': stale}
                 logging.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
             progress = {**progress, 'skipped': skipped}
+            log.flush()
             checkpoint.save(
                 writer,
                 step,
@@ -825,6 +826,14 @@ def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
         f"{train.accumulate}, train.remat='{train.remat}'{about}{faults.device_memory()}: "
         "raise accumulate, set remat='pointwise', or make batch_size or augment.crop smaller"
     )
+
+
+def draw_curves(workdir: str) -> None:
+    """The run's curves; a fault in writing them must not hide the one that ended it."""
+    try:
+        report.write_curves(workdir)
+    except DataError as error:
+        logging.warning('%s', error)
 
 
 def tell_unread(unread: dict[int, str]) -> None:
