@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+UNKNOWN = dict.fromkeys(('seconds', 'gflop', 'temporary_mb', 'needed_mb'), float('nan'))
+
 
 def options() -> dict[str, str]:
     """Compiler options. On a CPU the schedule that keeps least in memory, which is no slower."""
@@ -52,7 +54,7 @@ def _forget_the_damaged(folder: Path) -> None:
 def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
     """`jitted`, or what `jax.pmap` returns, compiled for these arguments, and what that took.
 
-    {'seconds', 'gflop', 'temporary_mb', 'needed_mb'}; gflop as XLA counts them in the program it
+    The keys are UNKNOWN's; gflop as XLA counts them in the program it
     made, needed_mb with its arguments and results, NaN where it does not say. What the compiler
     used goes back to the system.
     """

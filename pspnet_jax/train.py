@@ -415,7 +415,10 @@ def under_pmap(step: Callable) -> Placed:
         return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
 
     def compile_step(state, batch):
-        compiled, facts = compilation.compile_now(mapped, state, batch)
+        if jax.process_count() == 1:
+            compiled, facts = compilation.compile_now(mapped, state, batch)
+        else:  # compiled ahead it would ask for the arrays of all processes
+            compiled, facts = mapped, compilation.UNKNOWN
 
         def run(state, batch):
             state, metrics = compiled(state, batch)
