@@ -151,8 +151,8 @@ def test_damage_is_passed_over_and_nothing_is_deleted(copy, monkeypatch, damage)
     damage(folder / '4')
     state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
     assert int(state.step) == 3
-    assert len(told) == 1
-    assert told[0].startswith(f'checkpoint 4 is passed over: {folder}/4')
+    (ours,) = [text for text in told if text.startswith('checkpoint')]  # Orbax has its own
+    assert ours.startswith(f'checkpoint 4 is passed over: {folder}/4')
     damage(folder / '3')
     there = set(folder.rglob('*'))
     with pytest.raises(CheckpointError, match=r'none of the checkpoints \[3, 4\] in .* is sound'):
@@ -168,7 +168,7 @@ def test_metadata_of_another_run_does_not_vouch_for_these_arrays(copy):
     for name, width in (('same', 4), ('wide', 8)):
         other = to_dict(tiny_config(**{'model.width': width}))
         facts = {k: meta[k] for k in ('progress', 'inputs', 'dice')}
-        changed = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))
+        changed = state.replace(ema_params=jax.tree.map(lambda x: x + 1, state.ema_params))
         with contextlib.closing(checkpoint.open_writer(copy / name)) as writer:
             checkpoint.save(writer, 4, changed, config=other, **facts)
         others[name] = copy / name / 'checkpoints' / '4' / '_CHECKPOINT_METADATA'
