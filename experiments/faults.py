@@ -3,7 +3,8 @@
   python -m experiments.faults
 
 A line of experiments/results/reliability.jsonl says how often the fault was tried, what was lost,
-and the command that repeats it. Kills have a script of their own, experiments/chaos.py.
+and the command that repeats it. Kills have a script of their own, experiments/chaos.py: its lines
+are taken over from chaos.jsonl.
 """
 
 import json
@@ -36,7 +37,7 @@ class Fault(NamedTuple):
 
 DAMAGE = 'checkpoint::damage_is_passed_over_and_nothing_is_deleted'
 FAULTS = (
-    Fault('SIGKILL during compilation, a save, a validation (and experiments.chaos)',
+    Fault('SIGKILL during compilation, a save, a validation',
           ['chaos::three_kills_change_nothing'], 3),
     Fault('SIGTERM, SIGINT',
           ['faults::a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit'], 2),
@@ -121,6 +122,16 @@ def lines(found: dict[str, tuple[bool | None, float]]) -> list[dict[str, object]
     return made
 
 
+def chaos_lines() -> list[dict[str, object]]:
+    """Those of chaos.jsonl, as the others are."""
+    path = Path('experiments/results/chaos.jsonl')
+    same = ('lost', 'command', 'seconds', 'commit', 'seed', 'device')
+    return [
+        {'fault': 'SIGKILL at random moments', 'tries': line['kills'], **{k: line[k] for k in same}}
+        for line in map(json.loads, path.read_text().splitlines())
+    ]
+
+
 def main(_: Sequence[str]) -> None:
     made_by, start = commit(), time.time()
     tests = sorted({test for fault in FAULTS for test in fault.names()})
@@ -131,7 +142,8 @@ def main(_: Sequence[str]) -> None:
         made = lines(outcomes(report))
     about = {'commit': made_by, 'seed': 0, 'device': device()}
     with open('experiments/results/reliability.jsonl', 'w') as file:
-        file.writelines(json.dumps(line | about) + '\n' for line in made)
+        for line in [*chaos_lines(), *(line | about for line in made)]:
+            file.write(json.dumps(line) + '\n')
     lost = [line['fault'] for line in made if line['lost'] != 'nothing']
     print(f'{len(made)} faults in {time.time() - start:.0f} s, lost: {lost or "nothing"}')
     sys.exit(bool(lost))
