@@ -39,8 +39,11 @@ class MetricLog:
             if self._path.exists():
                 kept = [x for x in _whole_lines(self._path) if json.loads(x)['step'] <= first_step]
                 aside = self._path.with_suffix('.tmp')
-                aside.write_text(''.join(f'{line}\n' for line in kept))
-                os.replace(aside, self._path)
+                try:
+                    aside.write_text(''.join(f'{line}\n' for line in kept))
+                    os.replace(aside, self._path)
+                finally:
+                    aside.unlink(missing_ok=True)
             self._file = self._path.open('ab', buffering=0)
             folder = self._path.with_name('tensorboard')
             folder.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from experiments import chaos
+from experiments import chaos, faults, soak
 from tests.conftest import ROOT, tiny_config
 
 
@@ -90,3 +90,32 @@ def test_half_an_entry_of_the_compilation_cache_is_replaced(tmp_path):
     )  # fmt: skip
     told = re.findall('Error reading|compiled', done.stderr)
     assert told == ['Error reading', 'compiled', 'compiled'] * 2, done.stderr
+
+
+def run_of(rss_kb, **grown):
+    """Samples of 100 steps, by functions of the step."""
+    usual = {'threads': lambda _: 40, 'fds': lambda _: 9, 'children': lambda _: 0} | grown
+    return [
+        soak.Sample(step, rss_kb(step), *(usual[name](step) for name in usual))
+        for step in range(1, 101)
+    ]
+
+
+def test_what_grows_is_found():
+    """Memory by its medians, the rest by the fewest there are: a save has threads for a moment."""
+    flat = soak.judge(run_of(lambda n: 10**6 + n % 7, threads=lambda n: 40 + 9 * (n % 3)), 100)
+    assert flat['constant']
+    assert abs(flat['kb_per_1000_steps']) < 50
+    assert flat['threads'] == [40, 40]
+    slow = soak.judge(run_of(lambda n: 10**6 + 1000 * n), 100)
+    assert not slow['constant']
+    assert slow['kb_per_1000_steps'] == pytest.approx(10**6)
+    assert slow['rss_grown'] == pytest.approx(0.07 / 1.025, abs=1e-3)
+    assert not soak.judge(run_of(lambda _: 10**6, fds=lambda n: n), 100)['constant']
+
+
+def test_every_fault_names_tests_that_are_there():
+    for fault in faults.FAULTS:
+        for name in fault.names():
+            file, test = name.split('::')
+            assert f'def {test.split("[")[0]}(' in (ROOT / file).read_text(), name

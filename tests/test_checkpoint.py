@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 import threading
 
@@ -108,6 +109,75 @@ def test_a_flipped_byte_is_noticed(copy, part):
     with pytest.raises(CheckpointError, match='is sound'):
         checkpoint.restore(copy, new_state(config), to_dict(config))
     assert checkpoint.steps(copy) == found  # nothing was deleted
+
+
+def largest(folder):
+    return max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder):
+    os.truncate(largest(folder), largest(folder).stat().st_size // 2)
+
+
+def lose_a_file(folder):
+    largest(folder).unlink()
+
+
+def half_delete(folder):
+    shutil.rmtree(folder / 'opt_state')
+
+
+def lose_the_metadata(folder):
+    (folder / '_CHECKPOINT_METADATA').unlink()
+
+
+def forge_the_config(folder):
+    path = folder / '_CHECKPOINT_METADATA'
+    text = path.read_text()
+    assert '"width": 4' in text
+    path.write_text(text.replace('"width": 4', '"width": 8'))
+
+
+@pytest.mark.parametrize(
+    'damage', [truncate, lose_a_file, half_delete, lose_the_metadata, forge_the_config]
+)
+def test_damage_is_passed_over_and_nothing_is_deleted(copy, monkeypatch, damage):
+    folder, config, told = copy / 'checkpoints', tiny_config(), []
+    for path in folder.iterdir():
+        if path.name != '4':
+            shutil.rmtree(path)
+    shutil.copytree(folder / '4', folder / '3')
+    monkeypatch.setattr(checkpoint.logging, 'warning', lambda text, *rest: told.append(text % rest))
+    damage(folder / '4')
+    state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
+    assert int(state.step) == 3
+    assert len(told) == 1
+    assert told[0].startswith(f'checkpoint 4 is passed over: {folder}/4')
+    damage(folder / '3')
+    there = set(folder.rglob('*'))
+    with pytest.raises(CheckpointError, match=r'none of the checkpoints \[3, 4\] in .* is sound'):
+        checkpoint.restore(copy, new_state(config), to_dict(config))
+    assert set(folder.rglob('*')) == there
+
+
+def test_metadata_of_another_run_does_not_vouch_for_these_arrays(copy):
+    """Of the same network: its digests are others. Of another one: the difference is named."""
+    folder, config = copy / 'checkpoints', tiny_config()
+    state, meta = checkpoint.restore(copy, new_state(config), to_dict(config))
+    others = {}
+    for name, width in (('same', 4), ('wide', 8)):
+        other = to_dict(tiny_config(**{'model.width': width}))
+        facts = {k: meta[k] for k in ('progress', 'inputs', 'dice')}
+        changed = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))
+        with contextlib.closing(checkpoint.open_writer(copy / name)) as writer:
+            checkpoint.save(writer, 4, changed, config=other, **facts)
+        others[name] = copy / name / 'checkpoints' / '4' / '_CHECKPOINT_METADATA'
+    shutil.copy(others['same'], folder / '4')
+    with pytest.raises(CheckpointError, match='sha256 differs'):
+        checkpoint.restore_variables(copy, 4, {'params': state.params})
+    shutil.copy(others['wide'], folder / '4')
+    with pytest.raises(CheckpointError, match=r'another model \(model.width is 8 there, 4 here\)'):
+        checkpoint.restore(copy, new_state(config), to_dict(config))
 
 
 def test_an_empty_newer_step_is_passed_over(copy):
