@@ -32,7 +32,7 @@ from pspnet_jax import checkpoint, cli, infer, models, onnx_graph
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
-from pspnet_jax.evaluate import restore_model
+from pspnet_jax.evaluate import abstract_variables, restore_model
 from pspnet_jax.models.published import fixed_intensity
 
 FILES = {
@@ -360,10 +360,7 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _shapes(config, channels: int) -> dict[str, tuple[int, ...]]:
     """{name: shape} of all that the config's network has."""
-    model = models.create(**config.model)
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    tree = jax.eval_shape(init, jax.random.key(0), image)
+    tree = abstract_variables(models.create(**config.model), channels)
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep='/').items()}
 
 
