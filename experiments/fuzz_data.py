@@ -20,21 +20,18 @@ MASK[3:8, 4:12] = 255
 
 
 def read_file(path: Path) -> None:
-    """As an image and as a mask, which find different faults."""
+    """As `predict` does: the image, and a mask in its form."""
     from pspnet_jax.data import files
-    from pspnet_jax.errors import PspnetError
 
-    try:
-        files.read_labels(path)
-    except PspnetError as error:
-        refused = error
-    else:
-        refused = None
     picture = files.read(path)
     out = path.parent / 'out' / f'mask{files.output_suffix(picture)}'
     files.write_labels(out, np.zeros(picture.image.shape[:3], np.uint8), picture)
-    if refused and path.suffix not in ('.jpg', '.npy'):
-        raise refused
+
+
+def read_mask(path: Path) -> None:
+    from pspnet_jax.data import files
+
+    files.read_labels(path)
 
 
 def _pictures(kind: str, folder: Path) -> list[Path]:
@@ -130,6 +127,13 @@ def _dicom(folder: Path, series: bool) -> list[Path]:
         path = folder / 'series' / f'{n}.dcm' if series else folder / f'{n}.dcm'
         pydicom.dcmwrite(path, data, enforce_file_format=True)
     return [folder / 'series'] if series else sorted(folder.glob('*.dcm'))
+
+
+def _masks(folder: Path) -> list[Path]:
+    """What holds whole numbers, one or three a pixel."""
+    paths = [path for kind in ('.png', '.bmp', '.tif') for path in _pictures(kind, folder)]
+    found = _dicom(folder, series=False) + _nifti(folder)[:3] + _arrays(folder)
+    return paths + [path for path in found if path.stem != 'volume']
 
 
 def _slices(folder: Path) -> list[Path]:
@@ -363,6 +367,7 @@ READERS = {
     'nifti': (_nifti, read_file),
     'dicom': (functools.partial(_dicom, series=False), read_file),
     'dicom_series': (functools.partial(_dicom, series=True), read_file),
+    'mask': (_masks, read_mask),
     'slices': (_slices, read_file),
     'via': (_via, read_annotations),
     'via_csv': (_via_csv, read_annotations),

@@ -14,14 +14,16 @@ STRAY = Path('/tmp/pspnet_jax_fuzz_stray')  # what a reader that trusts a path w
 DEEP = 100_000
 NUMBERS = (0, 1, -1, 2, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 TEXTS = (
-    '', ' ', 'x' * 100_000, '../../x', f'../{STRAY.name}', str(STRAY), 'C:\\x', 'http://localhost/x',
-    'a\nb\n  c', '\x1b[31mred', '\0', '\ud800', '\u202e', '%s%n{0}', '__import__("os")', 'nan', '-inf',
-    '9' * 5000, '1e308', '-1', '0', '1' + 'e' * 50, '((((a+)+)+)+)$', '\ufeff', '"', "'", ',',
+    '', ' ', 'x' * 100_000, '../../x', f'../{STRAY.name}', str(STRAY), 'C:\\x', 'http://localhost/',
+    'a\nb\n  c', '\x1b[31mred', '\0', '\ud800', '\u202e', '%s%n{0}', '__import__("os")', 'nan',
+    '-inf', '9' * 5000, '1e308', '-1', '0', '1' + 'e' * 50, '((((a+)+)+)+)$', '\ufeff', '"', "'",
+    ',',
 )  # fmt: skip
 VALUES = (  # written into JSON as they are
     'NaN', 'Infinity', '-1', '0', '1', '1.5', '1e308', '1e999', '9' * 5000, str(2**31), str(2**63),
-    str(-(2**63) - 1), 'null', 'true', 'false', '[]', '{}', '[[]]', '[null]', '{"": {}}', '[1e308, 1e308]',
-    '[' * DEEP + ']' * DEEP, '{"a":' * DEEP + '1' + '}' * DEEP, '[' + '0,' * DEEP + '0]',
+    str(-(2**63) - 1), 'null', 'true', 'false', '[]', '{}', '[[]]', '[null]', '{"": {}}',
+    '[1e308, 1e308]', '[' * DEEP + ']' * DEEP, '{"a":' * DEEP + '1' + '}' * DEEP,
+    '[' + '0,' * DEEP + '0]',
     *(json.dumps(text) for text in TEXTS),
 )  # fmt: skip
 

@@ -209,7 +209,7 @@ def validate(config: ConfigDict) -> None:
     if not faults:
         faults = list(_contradictions(config))
     if faults:
-        raise ConfigError('\n  '.join(['the config can not run:', *sorted(faults)]))
+        raise ConfigError('the config can not run:', sorted(faults))
 
 
 def _contradictions(config: ConfigDict):
