@@ -223,14 +223,13 @@ def validate(config: ConfigDict) -> None:
     """Raise one ConfigError that lists every key and value that is wrong."""
     faults = _faults(flatten(config.to_dict())) or list(_contradictions(config))
     if faults:
-        raise ConfigError('\n  '.join(['the config can not run:', *sorted(faults)]))
+        raise ConfigError('the config can not run:', sorted(faults))
 
 
 def _faults(given: Mapping[str, Any]) -> list[str]:
     faults = []
     for key in sorted(given.keys() - RULES.keys())[:50]:  # a stranger's may have any number
-        name = key if key.isprintable() else ascii(key)
-        faults.append(f'{name[:100]} is not a key{nearest(key[:100])}')
+        faults.append(f'{key[:100]} is not a key{nearest(key[:100])}')
     for key in RULES.keys() - given.keys():
         faults.append(f'{key} is missing: configs/base.py has its default')
     for key in RULES.keys() & given.keys():
@@ -339,7 +338,7 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     # Before it is a ConfigDict, which reads meaning into some keys and values.
     plain = {key: _tuples(value) for key, value in flatten(filled).items()}
     if faults := _faults(plain):
-        raise ConfigError('\n  '.join(['the config can not run:', *sorted(faults)]))
+        raise ConfigError('the config can not run:', sorted(faults))
     config = ConfigDict(
         {k: _section(x) if isinstance(x, Mapping) else x for k, x in filled.items()}
     )

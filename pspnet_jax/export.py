@@ -351,7 +351,7 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 if found.get(name) != shapes.get(name)
             ]
             if faults:
-                raise CheckpointError('\n  '.join([f'{path} does not fit its config:', *faults]))
+                raise CheckpointError(f'{path} does not fit its config:', faults)
             arrays = {name: file.get_tensor(name) for name in shapes}
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f'{path} is no exported savedparams: export it again') from error

@@ -659,7 +659,7 @@ def main() -> None:
     )
     print(f'{", ".join(options.save)} are in {options.output}')
     if faults:
-        raise DataError('\n  '.join([f'{len(faults)} file(s) left out:', *faults]))
+        raise DataError(f'{len(faults)} file(s) left out:', faults)
 
 
 if __name__ == '__main__':

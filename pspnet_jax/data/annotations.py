@@ -139,10 +139,8 @@ def all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
     """One line where there is one fault, else a list."""
     if len(faults) == 1:
         return DataError(f'{source}: {faults[0]}')
-    lines = [f'{len(faults)} faults in {source}:', *faults[:MAX_FAULTS]]
-    if len(faults) >= MAX_FAULTS:
-        lines.append('and there may be more')
-    return DataError('\n  '.join(lines))
+    more = ['and there may be more'] if len(faults) >= MAX_FAULTS else []
+    return DataError(f'{len(faults)} faults in {source}:', [*faults[:MAX_FAULTS], *more])
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def find(folder: str | Path) -> dict[str, Path]:
                 faults.append(f'{found[name]} and {path} are both called {name}: rename one')
             found.setdefault(name, path)
     if faults:
-        raise DataError('\n  '.join([f'{len(faults)} fault(s) in {folder}:', *faults]))
+        raise DataError(f'{len(faults)} fault(s) in {folder}:', faults)
     if not found:
         raise DataError(f'{folder} holds no picture: the endings known are {", ".join(SUFFIXES)}')
     return dict(sorted(found.items()))

@@ -280,8 +280,7 @@ def volumes_by_name(path: Path) -> bool:
 def _all_faults(source: str | Path, faults: list[str]) -> DataError:
     rest = len(faults) - MOST_LISTED
     more = [f'and {rest} more'] if rest > 0 else []
-    head = f'{len(faults)} fault(s) in {source}:'
-    return DataError('\n  '.join([head, *faults[:MOST_LISTED], *more]))
+    return DataError(f'{len(faults)} fault(s) in {source}:', [*faults[:MOST_LISTED], *more])
 
 
 def _attempt(function: Callable, *arguments):

@@ -96,7 +96,7 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def _all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
-    return DataError('\n  '.join([f'{len(faults)} fault(s) in {source}:', *faults]))
+    return DataError(f'{len(faults)} fault(s) in {source}:', faults)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -160,7 +160,7 @@ def check(source: str | Path, size: tuple[int, int] | None = SIZE) -> list[Case]
         try:
             read_case(case, size)
         except DataError as error:
-            faults += str(error).split('\n  ')[1:]
+            faults += error.faults
     if faults:
         raise _all_faults(source, faults)
     return cases

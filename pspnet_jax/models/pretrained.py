@@ -296,7 +296,7 @@ def module_names(source: Source, names: set[str], *, back: bool = False) -> dict
     for target in [t for t, n in collections.Counter(found.values()).items() if n > 1]:
         faults.append(f'{target} is named by {[n for n, t in found.items() if t == target]}')
     if faults:
-        raise PretrainedError('\n  '.join(['the table is ambiguous:', *sorted(faults)]))
+        raise PretrainedError('the table is ambiguous:', sorted(faults))
     return found
 
 
@@ -497,7 +497,7 @@ def load_backbone(
             notes.append(f'{name} from 3 to {channels} channels by {stem}')
     faults = _differences(wanted, found)
     if faults:
-        raise PretrainedError('\n  '.join([f'{path} ({kind}) does not fit the backbone:', *faults]))
+        raise PretrainedError(f'{path} ({kind}) does not fit the backbone:', faults)
     loaded = {name: np.asarray(found[name], np.float32) for name in wanted}
     random = sorted({name.split('/')[1] for name in everything.keys() - loaded.keys()})
     report = (
@@ -514,7 +514,7 @@ def load_network(variables: dict[str, Any], arrays: Arrays, source: Source) -> d
     wanted = _flat(variables)
     found = translate(arrays, source, wanted)
     if faults := _differences(wanted, found):
-        raise PretrainedError('\n  '.join(['the file does not fit the model:', *faults]))
+        raise PretrainedError('the file does not fit the model:', faults)
     return flax.traverse_util.unflatten_dict({name: found[name] for name in wanted}, sep='/')
 
 
