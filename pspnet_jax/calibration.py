@@ -96,8 +96,8 @@ def load(workdir: str | Path, step: int) -> float:
             raise ValueError(temperature)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
-            f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it again by '
-            'python -m pspnet_jax.evaluate --split=validation --fit_temperature'
+            f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it '
+            'again by python -m pspnet_jax.evaluate --split=validation --fit_temperature'
         ) from error
     if fitted != step:
         logging.warning('%s is of step %.20s, this is step %d: not applied', path, fitted, step)

@@ -81,11 +81,13 @@ def _or_none(rule: Rule) -> Rule:
 
 _BOOL: Rule = (lambda x: isinstance(x, bool)), 'True or False'
 _TEXT: Rule = (
-    lambda x: isinstance(x, str) and len(x) <= LONGEST and '\0' not in x
-), f'a text of at most {LONGEST} characters'
+    (lambda x: isinstance(x, str) and len(x) <= LONGEST and '\0' not in x),
+    f'a text of at most {LONGEST} characters',
+)
 _NAME: Rule = (
-    lambda x: isinstance(x, str) and len(x) <= 200 and x.isprintable()
-), 'a text of at most 200 characters, in one line'
+    (lambda x: isinstance(x, str) and len(x) <= 200 and x.isprintable()),
+    'a text of at most 200 characters, in one line',
+)
 _POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
 _SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 

@@ -195,7 +195,7 @@ def _claimed(dataset) -> int:
 
 
 def _keras_layers(root) -> dict[str, dict[str, Any]]:
-    """{layer: {kind: dataset}} of the .h5 layout of Keras 1 and 2, which `Model.save` of 3 keeps."""
+    """{layer: {kind: dataset}} of the .h5 of Keras 1 and 2, and of `Model.save` of 3."""
     layers: dict[str, dict[str, Any]] = {}
     for layer in map(_text, root.attrs['layer_names']):
         group = _member(root, layer)
@@ -213,7 +213,7 @@ def _keras_layers(root) -> dict[str, dict[str, Any]]:
 
 
 def _keras_3_layers(file) -> dict[str, dict[str, Any]]:
-    """{layer: {kind: dataset}} of `save_weights` of Keras 3: numbered arrays, names as attributes."""
+    """{layer: {kind: dataset}} of `save_weights` of Keras 3: numbered, names as attributes."""
     layers = {}
 
     def visit(path: str, group) -> None:
