@@ -29,10 +29,10 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import fuzz_data, mutate
+from experiments import fuzz_data, fuzz_state, mutate
 from pspnet_jax.errors import PspnetError
 
-READERS = {**fuzz_data.READERS}
+READERS = {**fuzz_data.READERS, **fuzz_state.READERS}
 
 READER = flags.DEFINE_list('reader', '', f'some of {", ".join(READERS)}; empty: all')
 INPUTS = flags.DEFINE_integer('inputs', 10_000, 'of each reader')

@@ -85,11 +85,11 @@ INSTEAD = (
 
 
 def change_bytes(name: str, data: bytes, other: bytes, rng: random.Random) -> bytes:
-    structured = {'.json': change_json, '.csv': change_csv}.get(Path(name).suffix)
+    structured = STRUCTURED.get(Path(name).suffix) or STRUCTURED.get(Path(name).name)
     if structured and rng.random() < 0.7:
         try:
             return structured(data, rng)
-        except (ValueError, RecursionError, csv.Error):
+        except (ValueError, KeyError, RecursionError, csv.Error):
             pass  # a change before this one made it no such file
     return rng.choice(CHANGES)(data, other, rng)
 
@@ -140,6 +140,10 @@ def change_csv(data: bytes, rng: random.Random) -> bytes:
     text = io.StringIO(newline='')
     csv.writer(text).writerows(rows)
     return text.getvalue().encode('utf-8', 'surrogatepass')
+
+
+# By the end of a name, or the whole: (data, rng) -> data; fuzz_state has more.
+STRUCTURED = {'.json': change_json, '.csv': change_csv}
 
 
 # Bytes: (data, another seed's, rng) -> data. Headers are short and at the start, so half of the

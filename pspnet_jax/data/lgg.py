@@ -318,6 +318,8 @@ def load(source: str, root: str) -> Slices:
         for offset, table in zip(offsets, tables, strict=False):
             for i, row in enumerate(table):
                 name = row['patient'].decode()
+                if row['intensity'].shape != (4, 3) or not np.isfinite(row['intensity']).all():
+                    raise ValueError(f'intensity of {name!r:.80}')
                 rows.append((name, int(row['slice']), offset + i, int(row['lesion_pixels']), row))
         rows.sort(key=lambda row: row[:2])
         patient, number, key, lesion_pixels, examples = zip(*rows, strict=True)

@@ -119,6 +119,16 @@ def _read_safetensors(path: Path) -> Arrays:
 
 def _read_npz(path: Path) -> Arrays:
     check_archive(path)
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():  # NumPy makes what a header says, then reads
+            with archive.open(entry) as file:
+                shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+                if entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+                    raise PretrainedError(f'{entry.filename!r:.80} has not the size of its shape')
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
