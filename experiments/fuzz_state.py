@@ -1,22 +1,18 @@
 """Readers of state for experiments.fuzz: weights, checkpoints, configs, exports, a run's own files.
 
-Most of these files have a digest, a length or a checksum over what is in them. The changes here
-keep those right, so that what is behind them is met with changes too.
+Changes that keep their digests, lengths and checksums right are in mutate_state.
 """
 
 import contextlib
 import functools
-import io
 import json
-import random
-import struct
 import types
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from experiments import mutate
+from experiments import mutate, mutate_state
 
 CHANNELS = 3
 
@@ -347,83 +343,7 @@ def _no_network():
     raise DataError('nothing is built here')
 
 
-# Changes behind lengths, checksums and digests.
-
-
-def change_safetensors(data: bytes, rng: random.Random) -> bytes:
-    (size,) = struct.unpack('<Q', data[:8])
-    head = json.loads(data[8 : 8 + size])
-    if 'pspnet_jax' in head.get('__metadata__', {}) and rng.random() < 0.5:
-        metadata = head['__metadata__']
-        metadata['pspnet_jax'] = change_metadata(metadata['pspnet_jax'].encode(), rng).decode()
-        head = json.dumps(head).encode()
-    else:
-        head = mutate.change_json(json.dumps(head).encode(), rng)
-    return struct.pack('<Q', len(head)) + head + data[8 + size :]
-
-
-def change_zip(data: bytes, rng: random.Random) -> bytes:
-    """One entry changed, its checksum right; or there twice, or of another name."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
-    n = rng.randrange(len(entries))
-    # Half the time the small one that says what the others are: of PyTorch's, or of ours.
-    told = [i for i, (e, _) in enumerate(entries) if e.filename.endswith(('.pkl', '.json'))]
-    n = rng.choice(told) if told and rng.random() < 0.5 else n
-    entry, content = entries[n]
-    name, what = entry.filename, rng.random()
-    if what < 0.05:
-        name = rng.choice(mutate.TEXTS)
-    elif what < 0.1:
-        entries.append(entries[n])
-    elif what < 0.15:
-        content = bytes(2**27)  # of which deflate makes 130 kB
-    else:
-        content = mutate.change_bytes(name, content, rng.choice(entries)[1], rng)
-    packing = zipfile.ZIP_DEFLATED if what < 0.15 else entry.compress_type
-    entries[n] = (zipfile.ZipInfo(name), content)
-    entries[n][0].compress_type = packing
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, 'w') as archive:
-        for each, text in entries:
-            archive.writestr(each, text)
-    return out.getvalue()
-
-
-def change_metadata(data: bytes, rng: random.Random) -> bytes:
-    """JSON of a checkpoint: changed anywhere, or below its seal, which is made anew."""
-    from pspnet_jax import checkpoint
-
-    tree = json.loads(data)
-    found = tree.get('custom_metadata')
-    if not isinstance(found, dict) or rng.random() < 0.2:
-        return mutate.change_json(data, rng)
-    del found[checkpoint.SEAL]
-    part = rng.choice(list(found))
-    found[part] = json.loads(mutate.change_json(json.dumps(found[part]).encode(), rng))
-    found[checkpoint.SEAL] = checkpoint.seal(found)
-    return json.dumps(tree).encode()
-
-
-def change_lines(data: bytes, rng: random.Random) -> bytes:
-    lines = data.splitlines()
-    n = rng.randrange(len(lines))
-    lines[n] = mutate.change_json(lines[n], rng)
-    return b'\n'.join(lines)
-
-
-mutate.STRUCTURED |= {
-    '.safetensors': change_safetensors,
-    '.npz': change_zip,
-    '.pth': change_zip,
-    '.pt': change_zip,
-    '.zip': change_zip,
-    '.jsonl': change_lines,
-    '_CHECKPOINT_METADATA': change_metadata,
-    '_METADATA': mutate.change_json,
-    'metrics': mutate.change_json,
-    'lock': mutate.change_json,
-}
+mutate.STRUCTURED |= mutate_state.STRUCTURED
 
 READERS = {
     'safetensors': (_safetensors, read_weights),

@@ -12,7 +12,9 @@ here; any difference is an error that lists both sides.
 """
 
 import collections
+import io
 import math
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -137,9 +139,18 @@ def _read_torch(path: Path) -> Arrays:
     """A state dict, or one under 'state_dict' or 'model', of PyTorch's own format."""
     import torch
 
-    if zipfile.is_zipfile(path):  # the format before 2020 is none
+    if zipfile.is_zipfile(path):
         check_archive(path)
-    tree = torch.load(path, map_location='cpu', weights_only=True)
+        file = path
+    else:  # the format before 2020; in memory a read gives what is there, not what is claimed
+        file = io.BytesIO(path.read_bytes())
+    try:
+        tree = torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:  # whose words say how to run it all the same
+        raise PretrainedError(
+            f'{path} is not a readable weight file: it is damaged, or holds more than arrays, '
+            'which is never run: save model.state_dict()'
+        ) from error
     for key in ('state_dict', 'model'):
         if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
             tree = tree[key]
