@@ -1,4 +1,4 @@
-"""Changes of files that hold state, behind their lengths, checksums and digests, which stay right."""
+"""Changes of files that hold state; their lengths, checksums and digests stay right."""
 
 import io
 import json

@@ -1,0 +1,544 @@
+"""Files that hold state, from a stranger: refused in one line, and nothing in them is run."""
+
+import ast
+import contextlib
+import copy
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import struct
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments import fuzz, fuzz_state, mutate
+from pspnet_jax import calibration, chart, checkpoint, config, export, faults, log, report
+from pspnet_jax.data import lgg
+from pspnet_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ExportError,
+    PretrainedError,
+    PspnetError,
+)
+from pspnet_jax.models import pretrained
+from tests.conftest import ROOT
+
+often = settings(
+    derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from([10**9, -1, 10**300, 1e308, 'x' * 10**5, '__class__', '../../x', '/etc']),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.text(max_size=5) | st.just('__class__'), inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def refused(read, *arguments, match='', kind=PspnetError):
+    """The message of a refusal: one line that quotes no more than it must."""
+    with pytest.raises(kind, match=match) as told:
+        read(*arguments)
+    assert len(str(told.value).splitlines()) == 1
+    assert str(told.value).isprintable()
+    return str(told.value)
+
+
+class Harm:
+    """Pickled, it is a command to the shell."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.marker}',)
+
+
+# Nothing is run.
+
+
+def test_pickle_json_and_code_are_read_in_no_other_way():
+    """Every call in the package that could run what a file says."""
+    for path in sorted((ROOT / 'pspnet_jax').rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, given_by = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+            where = f'{path.name}:{node.lineno} calls {name}'
+            constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
+            assert name not in ('eval', 'exec', 'compile', '__import__', 'os.system'), where
+            assert not re.search(r'\b(pickle|dill|joblib|shelve|marshal|yaml)\.', name), where
+            assert name != 'importlib.import_module' or constant, where
+            if name == 'torch.load':
+                assert ast.unparse(given_by['weights_only']) == 'True', where
+            if name == 'np.load':
+                assert ast.unparse(given_by['allow_pickle']) == 'False', where
+
+
+@pytest.mark.parametrize('kind', ['zip', 'legacy', 'npz', 'npz of pickles'])
+def test_a_pickle_that_calls_the_shell_is_not_run(tmp_path, kind):
+    marker, content = tmp_path / 'marker', io.BytesIO()
+    os.system(f'touch {tmp_path}/works')
+    assert (tmp_path / 'works').exists()
+    if kind.startswith('npz'):
+        path = tmp_path / 'w.npz'
+        if kind == 'npz':
+            np.savez(path, a=np.array([Harm(marker)], object))
+        else:
+            with zipfile.ZipFile(path, 'w') as archive:
+                archive.writestr('a.npy', pickle.dumps(Harm(marker)))
+    else:
+        torch = pytest.importorskip('torch', reason='PyTorch reads .pth')
+        path, state = tmp_path / 'w.pth', {'a': torch.zeros(2), 'b': Harm(marker)}
+        torch.save(state, content, _use_new_zipfile_serialization=kind == 'zip')
+        path.write_bytes(content.getvalue())
+    told = refused(pretrained.read_arrays, path, kind=PretrainedError)
+    assert 'weights_only' not in told  # PyTorch's words say how to run it all the same
+    assert not marker.exists()
+
+
+def test_a_checkpoint_names_code_in_vain(stranger, tmp_path, monkeypatch):
+    marker = tmp_path / 'marker'
+    (tmp_path / 'harm.py').write_text(f'open({str(marker)!r}, "w")')
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in stranger.rglob('*METADATA'):
+        text = re.sub(r'"orbax[^"]*Handler"', '"harm.Handler"', path.read_text())
+        path.write_text(text.replace('"np.ndarray"', '"harm.Array"'))
+    with contextlib.suppress(PspnetError):
+        fuzz_state.read_checkpoint(stranger)
+    assert not marker.exists()
+
+
+def test_a_program_that_calls_out_is_refused(tmp_path):
+    def calls_out(image):
+        jax.debug.callback(lambda: None)
+        return fuzz_state._tiny(image)
+
+    shape = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+    unsafe = [jax.export.DisabledSafetyCheck.custom_call('xla_ffi_python_cpu_callback')]
+    for function, refuses in ((fuzz_state._tiny, False), (calls_out, True)):
+        try:
+            program = jax.export.export(
+                jax.jit(function), platforms=['cpu'], disabled_checks=unsafe
+            )(shape).mlir_module_serialized
+        except (NotImplementedError, ValueError) as error:
+            pytest.skip(f'this JAX makes no such program: {error}')
+        assert bool(export.foreign_operations(program)) == refuses
+
+
+# No size is believed.
+
+
+def npy(shape, data=b''):
+    file = io.BytesIO()
+    header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + data
+
+
+def archive(path, **entries):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries.items():
+            file.writestr(f'{name}.npy', content)
+
+
+NPZ = {
+    'bomb': (lambda: {'a': npy((2**25,), bytes(2**27))}, 'claims to hold'),
+    'absurd shape': (lambda: {'a': npy((10**6, 10**6), bytes(8))}, 'not the size of its shape'),
+    'negative shape': (lambda: {'a': npy((-2, -2), bytes(16))}, 'readable weight file'),
+    'names': (lambda: {f'a{i}': npy((), bytes(4)) for i in range(10_001)}, 'at most 10000'),
+    'terminal': (lambda: {'\x1b[2J': npy((), bytes(4))}, 'not a named array'),
+}
+
+
+@pytest.mark.parametrize('name', NPZ)
+def test_an_npz_is_no_larger_than_its_file(tmp_path, name):
+    make, words = NPZ[name]
+    archive(tmp_path / 'w.npz', **make())
+    refused(pretrained.read_arrays, tmp_path / 'w.npz', match=words, kind=PretrainedError)
+
+
+def test_one_number_of_a_pth_is_not_taken_for_a_million_millions(tmp_path):
+    torch = pytest.importorskip('torch', reason='PyTorch writes .pth')
+    torch.save({'a': torch.zeros(1, dtype=torch.half).expand(10**6, 10**6)}, tmp_path / 'w.pth')
+    refused(pretrained.read_arrays, tmp_path / 'w.pth', match='claims to hold')
+
+
+def tensor(shape, start, end):
+    return json.dumps({'dtype': 'F32', 'shape': shape, 'data_offsets': [start, end]})
+
+
+HEADERS = {
+    'overlap': f'{{"a": {tensor([2], 0, 8)}, "b": {tensor([2], 4, 12)}}}',
+    'out of range': f'{{"a": {tensor([10**6], 0, 4 * 10**6)}}}',
+    'negative': f'{{"a": {tensor([-2], 0, 8)}}}',
+    'huge': f'{{"a": {tensor([2**62, 4], 0, 16)}}}',
+    'twice': f'{{"a": {tensor([2], 0, 8)}, "a": {tensor([4], 0, 16)}}}',
+    'deep': '[' * 10**5 + ']' * 10**5,
+}
+
+
+@pytest.mark.parametrize('name', [*HEADERS, 'length'])
+def test_a_safetensors_header_is_not_believed(tmp_path, name):
+    head = HEADERS.get(name, '{}').encode()
+    size = 2**60 if name == 'length' else len(head)
+    path = tmp_path / 'w.safetensors'
+    path.write_bytes(struct.pack('<Q', size) + head + bytes(16))
+    if name == 'twice':  # a name is an array at most once, whichever is taken
+        with contextlib.suppress(PretrainedError):
+            assert list(pretrained.read_arrays(path)) == ['a']
+    else:
+        refused(pretrained.read_arrays, path, match='readable weight file', kind=PretrainedError)
+    truncated = path.read_bytes()[:-9]
+    path.write_bytes(truncated)
+    refused(pretrained.read_arrays, path, kind=PretrainedError)
+
+
+@pytest.mark.parametrize('kind', ['external', 'soft', 'loop', 'huge', 'raw', 'virtual', 'many'])
+def test_an_h5_leads_to_no_other_file_and_no_larger_one(tmp_path, kind):
+    h5py = pytest.importorskip('h5py', reason='h5py reads .h5')
+    with h5py.File(tmp_path / 'secret.h5', 'w') as file:
+        file['x'] = np.zeros((3, 3, 3, 64), np.float32)
+    (tmp_path / 'secret').write_bytes(bytes(6912))
+    with h5py.File(tmp_path / 'w.h5', 'w') as file:
+        file.attrs['layer_names'] = ['l']
+        group, name = file.create_group('l'), 'l/kernel:0'
+        group.attrs['weight_names'] = [name] * (4000 if kind == 'many' else 1)
+        inner = group.create_group('l')
+        shape, dtype = (3, 3, 3, 64), np.float32
+        if kind == 'external':
+            inner['kernel:0'] = h5py.ExternalLink(str(tmp_path / 'secret.h5'), '/x')
+        elif kind == 'soft':
+            inner['kernel:0'] = h5py.SoftLink('/l')
+        elif kind == 'loop':
+            inner['kernel:0'] = h5py.SoftLink('/l/l/kernel:0')
+        elif kind == 'huge':
+            inner.create_dataset('kernel:0', (10**6, 10**6), dtype, chunks=(10, 10))
+        elif kind == 'raw':
+            where = [(str(tmp_path / 'secret'), 0, 6912)]
+            inner.create_dataset('kernel:0', shape, dtype, external=where)
+        elif kind == 'virtual':
+            layout = h5py.VirtualLayout(shape, dtype)
+            layout[:] = h5py.VirtualSource(str(tmp_path / 'secret.h5'), 'x', shape)
+            inner.create_virtual_dataset('kernel:0', layout)
+        else:  # one dataset under four thousand names
+            inner['kernel:0'] = np.zeros(shape, dtype)
+            for i in range(4000):
+                inner[f'{i}'] = inner['kernel:0']
+            group.attrs['weight_names'] = [f'l/{i}' for i in range(4000)]
+    words = {'huge': 'claims to hold', 'raw': 'other files', 'virtual': 'other files'}
+    if kind == 'many':  # 27 MB, of a file of a fifth: believed, and no network's
+        pretrained.read_arrays(tmp_path / 'w.h5')
+    else:
+        refused(
+            pretrained.read_arrays, tmp_path / 'w.h5', match=words.get(kind, 'is a link'),
+            kind=PretrainedError,
+        )  # fmt: skip
+
+
+NAMES = [
+    *(f'features.{n}.{kind}' for n in (0, 2, 5) for kind in ('weight', 'bias', 'running_mean')),
+    'conv1.weight', 'bn1.weight', 'layer1.0.conv1.weight', 'layer1.0.conv1.num', 'fc.weight',
+    'block1_conv1/kernel', 'block1_conv1/bias', 'block1_conv1/gamma', 'conv1_conv/kernel',
+    'conv1_conv/bias', 'conv1_bn/moving_mean', 'conv1_bn/gamma', 'Conv1/kernel', 'conv6/kernel',
+    'conv5_4/kernel', 'conv1_1_3x3_s2/kernel', 'expanded_conv_depthwise/depthwise_kernel',
+    'layer9.0.conv1.weight', 'layer1.99999999.conv1.weight', 'encoder.conv1.weight', '', '/', '.',
+]  # fmt: skip
+SHAPES = st.lists(st.integers(0, 5), max_size=5).map(tuple)
+
+
+@settings(often, max_examples=150)
+@given(st.dictionaries(st.sampled_from(NAMES), SHAPES, max_size=8))
+def test_arrays_of_any_shape_under_known_names_fit_or_are_refused(shapes):
+    arrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    wanted = pretrained._flat(fuzz_state._network()[0])
+    for name in ('vgg16', 'resnet of Keras', 'mobilenet_v2 of Keras', 'resnet50 of Keras 1'):
+        pretrained.translate(arrays, pretrained.SOURCES[name], wanted) if not shapes else None
+    try:
+        kind = pretrained.detect(arrays, pretrained.SOURCES)
+        if kind in pretrained.NETWORKS:
+            pretrained.network_options(arrays, kind)
+        pretrained.load_network(fuzz_state._network()[0], arrays, pretrained.SOURCES[kind])
+    except PretrainedError:
+        pass
+
+
+# Checkpoints and configs.
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    return fuzz_state._checkpoints(tmp_path_factory.mktemp('saved'))[0]
+
+
+@pytest.fixture
+def stranger(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / 'stranger')
+
+
+def test_the_names_of_steps_are_plain_numbers(stranger):
+    folder = stranger / 'checkpoints'
+    for name in ('³', '٣', '9' * 200, '007', '-1', '5000000000', '1e3', ' 3'):
+        (folder / name).mkdir()
+    assert checkpoint.steps(stranger) == [7]
+    fuzz_state.read_checkpoint(stranger)
+    for which in ('³', '٣', '9' * 5000, '007'):
+        refused(checkpoint.choose, stranger, which, kind=CheckpointError)
+
+
+def test_links_and_pipes_in_a_checkpoint_are_refused(stranger):
+    folder = stranger / 'checkpoints' / '7'
+    places = [folder / '_CHECKPOINT_METADATA', folder / 'params' / 'manifest.ocdbt']
+    for path in places:
+        for instead in (os.mkfifo, lambda path: path.symlink_to('/dev/zero')):
+            os.rename(path, stranger / 'kept')
+            instead(path)
+            refused(fuzz_state.read_checkpoint, stranger, match='a link or device')
+            path.unlink()
+            os.rename(stranger / 'kept', path)
+    fuzz_state.read_checkpoint(stranger)
+
+
+def change_array(folder, change):
+    """Rewrite the first array's description in a part of a checkpoint."""
+    import tensorstore
+
+    kept = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': folder.as_uri()}).result()
+    (name,) = [name for name in kept.list().result() if name.endswith(b'zarr.json')]
+    tree = json.loads(kept.read(name).result().value)
+    change(tree)
+    kept.write(name, json.dumps(tree).encode()).result()
+
+
+def test_an_array_of_absurd_pieces_or_shape_is_refused_before_it_is_made(stranger):
+    """TensorStore makes a piece whole before it reads: of 320 TB, it ends the process."""
+
+    def pieces(tree):
+        tree['chunk_grid']['configuration']['chunk_shape'] = [10**4, 10**4, 10**3, 800]
+        tree['codecs'] = tree['codecs'][0]['configuration']['codecs']
+
+    def shape(tree):
+        tree['shape'] = [10**5, 10**5, 3, 4]
+
+    here = {'params': {'conv': {'kernel': jax.ShapeDtypeStruct((10**5, 10**5, 3, 4), np.float32)}}}
+    refused(checkpoint.restore_variables, stranger, 7, here, match='are believed of its files')
+    shapes = {'params': fuzz_state.TREE}
+    for change, words in ((shape, 'does not load'), (pieces, 'in pieces that none of ours has')):
+        change_array(stranger / 'checkpoints' / '7' / 'params', change)
+        refused(checkpoint.restore_variables, stranger, 7, shapes, match=words)
+
+
+def paths_of(tree, at=()):
+    for key, value in tree.items():
+        yield (*at, key)
+        if isinstance(value, dict):
+            yield from paths_of(value, (*at, key))
+
+
+@settings(often, max_examples=60)
+@given(data=st.data())
+def test_metadata_of_any_type_and_range_is_used_or_refused(saved, data):
+    (path,) = saved.rglob('_CHECKPOINT_METADATA')
+    text = path.read_text()
+    tree = json.loads(text)
+    found = tree['custom_metadata']
+    del found[checkpoint.SEAL]
+    *above, last = data.draw(st.sampled_from(list(paths_of(found))))
+    node = found
+    for key in above:
+        node = node[key]
+    node[last] = data.draw(JSON)
+    found[checkpoint.SEAL] = checkpoint.seal(found)
+    path.write_text(json.dumps(tree))
+    try:
+        fuzz_state.read_checkpoint(saved)
+    except PspnetError as error:
+        assert not fuzz.fault_of(error)
+    finally:
+        path.write_text(text)
+
+
+def test_a_strangers_config_is_held_to_its_ranges():
+    whole = fuzz_state._config()
+    for section, knob, value in (
+        ('eval', 'batch_size', 10**9), ('eval', 'bootstrap', 10**9), ('predict', 'window', 10**9),
+        ('phantom', 'size', 10**6), ('data', 'size', [10**6, 10**6]), ('crf', 'window', 10**6),
+        ('predict', 'scales', [1e9]), ('predict', 'scales', [1.0] * 10**6), ('model', 'bins', []),
+        ('model', 'output_stride', 8.0), ('model', 'width', 10**300), ('model', 'name', ['unet']),
+        ('loss', 'dice', float('inf')), ('model', 'class_names', ['x' * 10**6, 'b']),
+        ('model', 'class_names', ['a\nb', 'b']), ('data', 'source', 'a\0b'),
+        ('model', '__class__', 'os.system'), ('model', 'scales', {'a': {'b': 1}}),
+    ):  # fmt: skip
+        tree = copy.deepcopy(whole)
+        tree[section][knob] = value
+        with pytest.raises(ConfigError) as told:
+            config.from_dict(tree)
+        assert not fuzz.fault_of(told.value)
+        assert f'{section}.{knob} is' in str(told.value)
+    for key in ('__class__', 'model.name', 'x'):
+        with pytest.raises(ConfigError):
+            config.from_dict({**whole, key: 'unet'})
+    for tree in ([], None, 'x', {**whole, 'model': []}, {**whole, 'seed': {}}):
+        refused(config.from_dict, tree, kind=ConfigError)
+
+
+# A run's own files.
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['NaN', '{"step": 7, "temperature": NaN}', '{"step": 7, "temperature": -1}', '[1, 2]', '{}',
+     '{"step": 7, "temperature": 1e400}', '{"step": 1e400, "temperature": 1.0}', '"\ud800"', '',
+     '{"step": "7", "temperature": 1.0}', '{"step": 7, "temperature": true}', '[' * 50_000, '\0',
+     '{"step": 7, "temperature": ' + '9' * 5000 + '}'],
+)  # fmt: skip
+def test_a_temperature_is_a_number_of_its_range(tmp_path, text):
+    path = tmp_path / calibration.KEPT
+    path.write_bytes(text.encode('utf-8', 'surrogatepass'))
+    refused(calibration.load, tmp_path, 7, kind=DataError, match='delete it')
+    path.unlink()
+    os.mkfifo(path)
+    refused(calibration.load, tmp_path, 7, kind=DataError, match='it is no file')
+
+
+LINES = [b'{"step": 3, "lo', b'\xff\xfe\x00', b'[' * 50_000, b'[]', b'3', b'{"loss": 1.0}', b'',
+         b'{"step": "3"}', b'{"step": 3, "loss": 1e999}', b'{"step": 3, "loss": NaN}',
+         b'{"step": 3, "loss": "<script>"}', b'{"step": -1}', b'{"step": 1e3}', b'x' * 10**6,
+         b'{"step": ' + b'9' * 5000 + b'}', b'{"step": 3, "loss": [1]}']  # fmt: skip
+
+
+def test_of_metrics_only_records_are_taken(tmp_path):
+    """Between the lines that are none, too."""
+    good = [b'{"step": 1, "loss": 0.5}', b'{"step": 2, "loss": null}']
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(b'\n'.join([good[0], *LINES, good[1]]))
+    assert log.read(tmp_path) == [{'step': 1, 'loss': 0.5}, {'step': 2, 'loss': None}]
+    target = tmp_path / 'target'
+    target.write_text('mine')
+    (tmp_path / 'metrics.tmp').symlink_to(target)
+    log.MetricLog(tmp_path, 1).close()
+    assert path.read_bytes() == good[0] + b'\n'
+    assert target.read_text() == 'mine'
+    path.unlink()
+    os.mkfifo(path)
+    assert log.read(tmp_path) == []
+
+
+FIGURE = st.none() | st.floats(-1e39, 1e39, allow_nan=False) | st.integers(-(10**38), 10**38)
+
+
+@settings(often, max_examples=50)
+@given(st.lists(st.fixed_dictionaries({'step': st.integers(0, 2**31 - 1), 'loss': FIGURE})))
+def test_every_record_can_be_drawn(records):
+    for each in report.run_charts(records):
+        chart.svg(each)
+
+
+def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path):
+    target = tmp_path / 'target'
+    target.write_text('mine')
+    (tmp_path / faults.LOCK).symlink_to(target)
+    with pytest.raises(ConfigError, match='a link or device'), faults.alone(tmp_path):
+        pass
+    assert target.read_text() == 'mine'
+    (tmp_path / faults.LOCK).unlink()
+    for text in ('[' * 9000, '{"process": 1e999}', '{"process": 1, "host": "\\n", "since": 1}'):
+        (tmp_path / faults.LOCK).write_text(text)
+        assert faults._owner(tmp_path / faults.LOCK) == ''
+        with faults.alone(tmp_path):
+            pass
+
+
+# Exported files.
+
+
+def test_an_onnx_file_reaches_no_other(tmp_path):
+    onnx = pytest.importorskip('onnx', reason='onnx writes .onnx')
+    pytest.importorskip('onnxruntime', reason='onnxruntime reads .onnx')
+    (path,) = fuzz_state._onnx(tmp_path)
+    export.read(path)
+    model = onnx.load(path)
+    weights = max(model.graph.initializer, key=lambda x: len(x.raw_data))
+    (tmp_path / 'secret').write_bytes(weights.raw_data)
+    weights.ClearField('raw_data')
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key='location', value='secret')
+    path.write_bytes(model.SerializeToString())
+    refused(export.read, path, kind=ExportError)
+
+
+def test_an_exported_archive_is_no_bomb(tmp_path):
+    path = tmp_path / 'm.stablehlo.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
+        file.writestr(export.PROGRAM, bytes(2**27))
+        file.writestr(export.METADATA, '{}')
+    refused(export.read, path, match='claims to hold')
+
+
+# A built data set.
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('built')
+    (folder / 'seeds').mkdir()
+    return fuzz_state._built(folder / 'seeds')[0]
+
+
+def test_a_built_data_set_names_code_in_vain_and_a_damaged_record_is_a_slice(
+    built, tmp_path, monkeypatch
+):
+    copied = shutil.copytree(built, tmp_path / 'built')
+    marker = tmp_path / 'marker'
+    (tmp_path / 'harm.py').write_text(f'open({str(marker)!r}, "w")')
+    monkeypatch.syspath_prepend(tmp_path)
+    (features,) = copied.rglob('features.json')
+    features.write_text(
+        re.sub(r'"tensorflow_datasets[^"]*"', '"harm.Feature"', features.read_text())
+    )
+    whole = lgg.load('', str(copied))
+    assert not marker.exists()
+    (record,) = copied.rglob('*test*.array_record*')
+    data = record.read_bytes()
+    at = data.index(b'\x89PNG') + 40
+    record.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    bad = []
+    with contextlib.suppress(DataError):
+        damaged = lgg.load('', str(copied))
+        for key in whole.key:
+            try:
+                damaged.read(int(key))
+            except DataError as error:
+                bad.append(str(error))
+    os.mkfifo(features.with_name('pipe'))
+    refused(lgg.load, '', str(copied), kind=DataError, match='pipe is no file')
+
+
+# Anything else.
+
+
+@pytest.mark.parametrize('name', fuzz_state.READERS)
+def test_mutated_files_are_read_or_refused(name, tmp_path):
+    """experiments.fuzz has thousands, in a process of its own with limits."""
+    for module in {'onnx': ('onnx', 'onnxruntime'), 'pth': ('torch',), 'h5': ('h5py',)}.get(
+        name, ()
+    ):
+        pytest.importorskip(module, reason=f'{module} reads them')
+    seeds, read = fuzz_state.READERS[name]
+    (tmp_path / 'seeds').mkdir()
+    valid = mutate.load(seeds(tmp_path / 'seeds'))
+    for number in range(20 if name in ('checkpoint', 'resume') else 100):
+        rng = random.Random(f'test {name} {number}')
+        path = mutate.write(mutate.change(valid, rng), fuzz.fresh(tmp_path / 'case'))
+        kind, wrong = fuzz.attempt(read, path)
+        assert kind in ('accepted', 'refused'), f'input {number}: {wrong}'
