@@ -35,15 +35,15 @@ def change_zip(data: bytes, rng: random.Random) -> bytes:
         name = rng.choice(mutate.TEXTS)
     elif what < 0.1:
         entries.append(entries[n])
-    elif what < 0.15:
-        content = bytes(2**27)  # of which deflate makes 130 kB
+    elif what < 0.11:
+        content = bytes(2**27)  # of which deflate makes 600 kB
     else:
         content = mutate.change_bytes(name, content, rng.choice(entries)[1], rng)
-    packing = zipfile.ZIP_DEFLATED if what < 0.15 else entry.compress_type
+    packing = zipfile.ZIP_DEFLATED if what < 0.11 else entry.compress_type
     entries[n] = (zipfile.ZipInfo(name), content)
     entries[n][0].compress_type = packing
     out = io.BytesIO()
-    with zipfile.ZipFile(out, 'w') as archive:
+    with zipfile.ZipFile(out, 'w', compresslevel=1) as archive:
         for each, text in entries:
             archive.writestr(each, text)
     return out.getvalue()
