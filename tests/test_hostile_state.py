@@ -45,7 +45,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-def refused(read, *arguments, match='', kind=PspnetError):
+def refused(read, *arguments, match=None, kind=PspnetError):
     """The message of a refusal: one line that quotes no more than it must."""
     with pytest.raises(kind, match=match) as told:
         read(*arguments)
@@ -120,21 +120,17 @@ def test_a_checkpoint_names_code_in_vain(stranger, tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def test_a_program_that_calls_out_is_refused(tmp_path):
+def test_a_program_that_calls_out_is_refused():
+    """XLA calls what a custom call names, such as a Python callback at an address."""
+
     def calls_out(image):
-        jax.debug.callback(lambda: None)
-        return fuzz_state._tiny(image)
+        return jax.ffi.ffi_call('harm', jax.ShapeDtypeStruct((1, 32, 32, 2), np.float32))(image)
 
     shape = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
-    unsafe = [jax.export.DisabledSafetyCheck.custom_call('xla_ffi_python_cpu_callback')]
-    for function, refuses in ((fuzz_state._tiny, False), (calls_out, True)):
-        try:
-            program = jax.export.export(
-                jax.jit(function), platforms=['cpu'], disabled_checks=unsafe
-            )(shape).mlir_module_serialized
-        except (NotImplementedError, ValueError) as error:
-            pytest.skip(f'this JAX makes no such program: {error}')
-        assert bool(export.foreign_operations(program)) == refuses
+    allowed = [jax.export.DisabledSafetyCheck.custom_call('harm')]
+    for function, foreign in ((fuzz_state._tiny, set()), (calls_out, {'harm'})):
+        exported = jax.export.export(jax.jit(function), disabled_checks=allowed)(shape)
+        assert export.foreign_operations(exported.mlir_module_serialized) == foreign
 
 
 # No size is believed.
@@ -157,13 +153,14 @@ NPZ = {
     'bomb': (lambda: {'a': npy((2**25,), bytes(2**27))}, 'claims to hold'),
     'absurd shape': (lambda: {'a': npy((10**6, 10**6), bytes(8))}, 'not the size of its shape'),
     'negative shape': (lambda: {'a': npy((-2, -2), bytes(16))}, 'readable weight file'),
-    'names': (lambda: {f'a{i}': npy((), bytes(4)) for i in range(10_001)}, 'at most 10000'),
+    'names': (lambda: {f'a{i}': npy((), bytes(4)) for i in range(101)}, 'at most 100 are read'),
     'terminal': (lambda: {'\x1b[2J': npy((), bytes(4))}, 'not a named array'),
 }
 
 
 @pytest.mark.parametrize('name', NPZ)
-def test_an_npz_is_no_larger_than_its_file(tmp_path, name):
+def test_an_npz_is_no_larger_than_its_file(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(pretrained, 'MOST_ARRAYS', 100)
     make, words = NPZ[name]
     archive(tmp_path / 'w.npz', **make())
     refused(pretrained.read_arrays, tmp_path / 'w.npz', match=words, kind=PretrainedError)
@@ -214,7 +211,7 @@ def test_an_h5_leads_to_no_other_file_and_no_larger_one(tmp_path, kind):
     with h5py.File(tmp_path / 'w.h5', 'w') as file:
         file.attrs['layer_names'] = ['l']
         group, name = file.create_group('l'), 'l/kernel:0'
-        group.attrs['weight_names'] = [name] * (4000 if kind == 'many' else 1)
+        group.attrs['weight_names'] = [name]
         inner = group.create_group('l')
         shape, dtype = (3, 3, 3, 64), np.float32
         if kind == 'external':
@@ -232,19 +229,19 @@ def test_an_h5_leads_to_no_other_file_and_no_larger_one(tmp_path, kind):
             layout = h5py.VirtualLayout(shape, dtype)
             layout[:] = h5py.VirtualSource(str(tmp_path / 'secret.h5'), 'x', shape)
             inner.create_virtual_dataset('kernel:0', layout)
-        else:  # one dataset under four thousand names
-            inner['kernel:0'] = np.zeros(shape, dtype)
-            for i in range(4000):
-                inner[f'{i}'] = inner['kernel:0']
-            group.attrs['weight_names'] = [f'l/{i}' for i in range(4000)]
-    words = {'huge': 'claims to hold', 'raw': 'other files', 'virtual': 'other files'}
-    if kind == 'many':  # 27 MB, of a file of a fifth: believed, and no network's
-        pretrained.read_arrays(tmp_path / 'w.h5')
-    else:
-        refused(
-            pretrained.read_arrays, tmp_path / 'w.h5', match=words.get(kind, 'is a link'),
-            kind=PretrainedError,
-        )  # fmt: skip
+        else:  # one dataset under many names
+            inner.create_dataset('0', (10**6,), dtype, chunks=True, compression='gzip')
+            for i in range(1, 100):
+                inner[f'{i}'] = inner['0']
+            group.attrs['weight_names'] = [f'l/{i}' for i in range(100)]
+    words = {
+        'huge': 'claims to hold',
+        'many': 'claims to hold',
+        'raw': 'other files',
+        'virtual': 'other files',
+    }
+    told = refused(pretrained.read_arrays, tmp_path / 'w.h5', kind=PretrainedError)
+    assert words.get(kind, 'is a link') in told
 
 
 NAMES = [
@@ -346,7 +343,7 @@ def paths_of(tree, at=()):
             yield from paths_of(value, (*at, key))
 
 
-@settings(often, max_examples=60)
+@settings(often, max_examples=40)
 @given(data=st.data())
 def test_metadata_of_any_type_and_range_is_used_or_refused(saved, data):
     (path,) = saved.rglob('_CHECKPOINT_METADATA')
@@ -361,12 +358,14 @@ def test_metadata_of_any_type_and_range_is_used_or_refused(saved, data):
     node[last] = data.draw(JSON)
     found[checkpoint.SEAL] = checkpoint.seal(found)
     path.write_text(json.dumps(tree))
+    wrong = ''
     try:
         fuzz_state.read_checkpoint(saved)
     except PspnetError as error:
-        assert not fuzz.fault_of(error)
+        wrong = fuzz.fault_of(error)
     finally:
         path.write_text(text)
+    assert not wrong
 
 
 def test_a_strangers_config_is_held_to_its_ranges():
@@ -538,7 +537,7 @@ def test_mutated_files_are_read_or_refused(name, tmp_path):
     seeds, read = fuzz_state.READERS[name]
     (tmp_path / 'seeds').mkdir()
     valid = mutate.load(seeds(tmp_path / 'seeds'))
-    for number in range(20 if name in ('checkpoint', 'resume') else 100):
+    for number in range(15 if name in ('checkpoint', 'resume') else 60):
         rng = random.Random(f'test {name} {number}')
         path = mutate.write(mutate.change(valid, rng), fuzz.fresh(tmp_path / 'case'))
         kind, wrong = fuzz.attempt(read, path)

@@ -168,6 +168,11 @@ def check(source: str | Path, size: tuple[int, int] | None = SIZE) -> list[Case]
     return cases
 
 
+class Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: ours is in no bucket, and tfds leaves a folder in /tmp for having looked."""
+
+
 class Lgg(tfds.core.GeneratorBasedBuilder):
     """Slices with their masks, in three splits by patient (`splits.holdout`)."""
 
@@ -175,7 +180,7 @@ class Lgg(tfds.core.GeneratorBasedBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = DOWNLOAD_HELP
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return Info(
             builder=self,
             description=__doc__,
             features=tfds.features.FeaturesDict(
