@@ -253,6 +253,7 @@ def _folder(folder: Path) -> list[Path]:
     return [folder / 'set']
 
 
+@functools.cache
 def _phantom():
     from pspnet_jax.data import phantom
 

@@ -13,6 +13,7 @@ was not taken, FLAIR stands in its channel.
 import contextlib
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,9 +70,12 @@ def scan(source: str | Path) -> tuple[list[Case], list[str]]:
         for n in sorted(masks.keys() - images.keys()):
             faults.append(f'{masks[n]} has no image: add it or remove the mask')
         order = sorted(images)
-        if order and order != list(range(order[0], order[0] + len(order))):
-            missing = sorted(set(range(order[0], order[-1])) - set(order))
-            faults.append(f'{folder} lacks slices {missing}: a volume must be whole')
+        gaps = [(n + 1, m - 1) for n, m in itertools.pairwise(order) if m > n + 1]
+        if gaps:
+            missing = ', '.join(str(n) if n == m else f'{n} to {m}' for n, m in gaps[:50])
+            faults.append(f'{folder} lacks slices [{missing}]: a volume must be whole')
+        if not folder.name.isprintable():
+            faults.append(f'{folder} has a name that can not be printed: rename it')
         pairs = [n for n in order if n in masks]
         if not pairs:
             continue
