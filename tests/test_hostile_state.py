@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from experiments import fuzz, fuzz_state, mutate
 from pspnet_jax import calibration, chart, checkpoint, config, export, faults, log, report
@@ -36,13 +37,6 @@ from tests.conftest import ROOT
 often = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
-    | st.sampled_from([10**9, -1, 10**300, 1e308, 'x' * 10**5, '__class__', '../../x', '/etc']),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(max_size=5) | st.just('__class__'), inner, max_size=4),
-    max_leaves=8,
-)  # fmt: skip
 
 
 def refused(read, *arguments, match=None, kind=PspnetError):
@@ -78,8 +72,9 @@ def test_pickle_json_and_code_are_read_in_no_other_way():
             constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
             assert name not in ('eval', 'exec', 'compile', '__import__', 'os.system'), where
             assert not re.search(r'\b(pickle|dill|joblib|shelve|marshal|yaml)\.', name), where
-            if name in ('importlib.import_module', '_imported'):
-                assert constant or (path.name, ast.unparse(node.args[0])) == ('files.py', 'name')
+            if name == 'importlib.import_module' or (name, path.name) == ('_imported', 'files.py'):
+                assert constant or path.name == 'files.py', where
+                assert constant or ast.unparse(node.args[0]) == 'name', where
             if name == 'torch.load':
                 assert ast.unparse(given_by['weights_only']) == 'True', where
             if name == 'np.load':
@@ -181,7 +176,6 @@ HEADERS = {
     'out of range': f'{{"a": {tensor([10**6], 0, 4 * 10**6)}}}',
     'negative': f'{{"a": {tensor([-2], 0, 8)}}}',
     'huge': f'{{"a": {tensor([2**62, 4], 0, 16)}}}',
-    'twice': f'{{"a": {tensor([2], 0, 8)}, "a": {tensor([4], 0, 16)}}}',
     'deep': '[' * 10**5 + ']' * 10**5,
 }
 
@@ -192,14 +186,7 @@ def test_a_safetensors_header_is_not_believed(tmp_path, name):
     size = 2**60 if name == 'length' else len(head)
     path = tmp_path / 'w.safetensors'
     path.write_bytes(struct.pack('<Q', size) + head + bytes(16))
-    if name == 'twice':  # a name is an array at most once, whichever is taken
-        with contextlib.suppress(PretrainedError):
-            assert list(pretrained.read_arrays(path)) == ['a']
-    else:
-        refused(pretrained.read_arrays, path, match='readable weight file', kind=PretrainedError)
-    truncated = path.read_bytes()[:-9]
-    path.write_bytes(truncated)
-    refused(pretrained.read_arrays, path, kind=PretrainedError)
+    refused(pretrained.read_arrays, path, match='readable weight file', kind=PretrainedError)
 
 
 @pytest.mark.parametrize('kind', ['external', 'soft', 'loop', 'huge', 'raw', 'virtual', 'many'])
@@ -234,14 +221,11 @@ def test_an_h5_leads_to_no_other_file_and_no_larger_one(tmp_path, kind):
             for i in range(1, 100):
                 inner[f'{i}'] = inner['0']
             group.attrs['weight_names'] = [f'l/{i}' for i in range(100)]
-    words = {
-        'huge': 'claims to hold',
-        'many': 'claims to hold',
-        'raw': 'other files',
-        'virtual': 'other files',
-    }
+    words = {'raw': 'other files', 'virtual': 'other files'} | dict.fromkeys(
+        ('external', 'soft', 'loop'), 'is a link'
+    )
     told = refused(pretrained.read_arrays, tmp_path / 'w.h5', kind=PretrainedError)
-    assert words.get(kind, 'is a link') in told
+    assert words.get(kind, 'claims to hold') in told
 
 
 NAMES = [
@@ -252,23 +236,23 @@ NAMES = [
     'conv5_4/kernel', 'conv1_1_3x3_s2/kernel', 'expanded_conv_depthwise/depthwise_kernel',
     'layer9.0.conv1.weight', 'layer1.99999999.conv1.weight', 'encoder.conv1.weight', '', '/', '.',
 ]  # fmt: skip
+KINDS = (
+    'vgg16', 'resnet', 'resnet of Keras', 'mobilenet_v2 of Keras', 'pspnet of semseg',
+    'pspnet of image-segmentation-keras',
+)  # fmt: skip
 SHAPES = st.lists(st.integers(0, 5), max_size=5).map(tuple)
 
 
-@settings(often, max_examples=150)
+@settings(often, max_examples=100)
 @given(st.dictionaries(st.sampled_from(NAMES), SHAPES, max_size=8))
 def test_arrays_of_any_shape_under_known_names_fit_or_are_refused(shapes):
     arrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    wanted = pretrained._flat(fuzz_state._network()[0])
-    for name in ('vgg16', 'resnet of Keras', 'mobilenet_v2 of Keras', 'resnet50 of Keras 1'):
-        pretrained.translate(arrays, pretrained.SOURCES[name], wanted) if not shapes else None
-    try:
-        kind = pretrained.detect(arrays, pretrained.SOURCES)
-        if kind in pretrained.NETWORKS:
+    variables = fuzz_state._network()[0]
+    for kind in KINDS:
+        with contextlib.suppress(PretrainedError):
+            pretrained.load_network(variables, arrays, pretrained.SOURCES[kind])
+        with contextlib.suppress(PretrainedError):
             pretrained.network_options(arrays, kind)
-        pretrained.load_network(fuzz_state._network()[0], arrays, pretrained.SOURCES[kind])
-    except PretrainedError:
-        pass
 
 
 # Checkpoints and configs.
@@ -334,38 +318,6 @@ def test_an_array_of_absurd_pieces_or_shape_is_refused_before_it_is_made(strange
     for change, words in ((shape, 'does not load'), (pieces, 'in pieces that none of ours has')):
         change_array(stranger / 'checkpoints' / '7' / 'params', change)
         refused(checkpoint.restore_variables, stranger, 7, shapes, match=words)
-
-
-def paths_of(tree, at=()):
-    for key, value in tree.items():
-        yield (*at, key)
-        if isinstance(value, dict):
-            yield from paths_of(value, (*at, key))
-
-
-@settings(often, max_examples=40)
-@given(data=st.data())
-def test_metadata_of_any_type_and_range_is_used_or_refused(saved, data):
-    (path,) = saved.rglob('_CHECKPOINT_METADATA')
-    text = path.read_text()
-    tree = json.loads(text)
-    found = tree['custom_metadata']
-    del found[checkpoint.SEAL]
-    *above, last = data.draw(st.sampled_from(list(paths_of(found))))
-    node = found
-    for key in above:
-        node = node[key]
-    node[last] = data.draw(JSON)
-    found[checkpoint.SEAL] = checkpoint.seal(found)
-    path.write_text(json.dumps(tree))
-    wrong = ''
-    try:
-        fuzz_state.read_checkpoint(saved)
-    except PspnetError as error:
-        wrong = fuzz.fault_of(error)
-    finally:
-        path.write_text(text)
-    assert not wrong
 
 
 def test_a_strangers_config_is_held_to_its_ranges():
@@ -477,14 +429,6 @@ def test_an_onnx_file_reaches_no_other(tmp_path):
     refused(export.read, path, kind=ExportError)
 
 
-def test_an_exported_archive_is_no_bomb(tmp_path):
-    path = tmp_path / 'm.stablehlo.zip'
-    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
-        file.writestr(export.PROGRAM, bytes(2**27))
-        file.writestr(export.METADATA, '{}')
-    refused(export.read, path, match='claims to hold')
-
-
 # A built data set.
 
 
@@ -495,7 +439,7 @@ def built(tmp_path_factory):
     return fuzz_state._built(folder / 'seeds')[0]
 
 
-def test_a_built_data_set_names_code_in_vain_and_a_damaged_record_is_a_slice(
+def test_a_built_data_set_names_code_in_vain_and_is_refused_where_damaged(
     built, tmp_path, monkeypatch
 ):
     copied = shutil.copytree(built, tmp_path / 'built')
@@ -506,22 +450,28 @@ def test_a_built_data_set_names_code_in_vain_and_a_damaged_record_is_a_slice(
     features.write_text(
         re.sub(r'"tensorflow_datasets[^"]*"', '"harm.Feature"', features.read_text())
     )
-    whole = lgg.load('', str(copied))
+    slices = lgg.load('', str(copied))
     assert not marker.exists()
+    assert len(slices.key) == 4
     (record,) = copied.rglob('*test*.array_record*')
     data = record.read_bytes()
-    at = data.index(b'\x89PNG') + 40
-    record.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    bad = []
-    with contextlib.suppress(DataError):
-        damaged = lgg.load('', str(copied))
-        for key in whole.key:
-            try:
-                damaged.read(int(key))
-            except DataError as error:
-                bad.append(str(error))
+    record.write_bytes(data[:-20])
+    refused(lgg.load, '', str(copied), kind=DataError, match='remove the folder')
+    record.write_bytes(data)
     os.mkfifo(features.with_name('pipe'))
     refused(lgg.load, '', str(copied), kind=DataError, match='pipe is no file')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'size', 'mode'),
+    [('EPS', lgg.SIZE, 'RGB'), ('PNG', (9, 9), 'RGB'), ('PNG', lgg.SIZE, 'L')],
+)
+def test_a_record_is_a_png_of_its_size(kind, size, mode):
+    """Pillow gives EPS to another program, and a size is believed."""
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind)
+    with pytest.raises((DataError, OSError)):
+        lgg._decode(file.getvalue(), 'RGB')
 
 
 # Anything else.
