@@ -161,6 +161,21 @@ def test_an_npz_is_no_larger_than_its_file(tmp_path, monkeypatch, name):
     refused(pretrained.read_arrays, tmp_path / 'w.npz', match=words, kind=PretrainedError)
 
 
+def test_a_long_name_of_code_is_refused_at_once(tmp_path):
+    """PyTorch 2.13 searches its own message for it in the square of its length: hours."""
+    torch = pytest.importorskip('torch', reason='PyTorch reads .pth')
+    torch.save({'a': torch.zeros(1)}, tmp_path / 'good.pth')
+    assert list(pretrained.read_arrays(tmp_path / 'good.pth')) == ['a']
+    with (
+        zipfile.ZipFile(tmp_path / 'good.pth') as good,
+        zipfile.ZipFile(tmp_path / 'w.pth', 'w') as bad,
+    ):
+        for name in good.namelist():
+            long = b'\x80\x02c' + b'x' * 300_000 + b'\nx\n.'
+            bad.writestr(name, long if name.endswith('.pkl') else good.read(name))
+    refused(pretrained.read_arrays, tmp_path / 'w.pth', match='it names code')
+
+
 def test_one_number_of_a_pth_is_not_taken_for_a_million_millions(tmp_path):
     torch = pytest.importorskip('torch', reason='PyTorch writes .pth')
     torch.save({'a': torch.zeros(1, dtype=torch.half).expand(10**6, 10**6)}, tmp_path / 'w.pth')
