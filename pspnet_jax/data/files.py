@@ -38,6 +38,7 @@ SUFFIXES = (*PICTURES, *NIFTI, *DICOM, '.npy')
 # Values of one picture or volume, channels counted: a slide of 20,000 x 20,000 RGB has 1.2e9,
 # a CT of 512 x 512 x 3,000 has 0.8e9.
 MAX_VALUES = 2**31
+MAX_SIDE = 2**20  # of a flat picture, as Pillow needs memory for every row, however short
 MAX_SLICES = 2**14  # pages of a TIFF, files of a folder; a long CT has some 3,000
 MAX_EXTENSIONS = 2**24  # bytes between the header of a NIfTI file and its voxels
 GZIP_RATIO = 1032  # the most that deflate can shrink
@@ -307,8 +308,11 @@ def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int)
     """
     size = (pictures, *picture.size[::-1], len(picture.getbands()))
     _check_size(path, size, _dtype_of(picture))
-    packed = math.prod(size) // (8 if picture.mode == '1' else 1)
-    if packed > max(SMALL, PICTURE_RATIO * stored):
+    if max(picture.size) > MAX_SIDE:
+        words = ' x '.join(map(str, picture.size[::-1]))
+        raise DataError(f'{path} is {words}, the limit is {MAX_SIDE} pixels a side: cut it up')
+    ratio = PICTURE_RATIO * (8 if picture.mode == '1' else 1)
+    if math.prod(size) > max(SMALL, ratio * stored):
         words = ' x '.join(map(str, size))
         raise DataError(f'{path} is too short for its {words} values: copy it again')
 
