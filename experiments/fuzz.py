@@ -156,7 +156,7 @@ def run(name: str, *, seed: int, inputs: int, first: int, limit: float, memory: 
     while next_one < last:
         with tempfile.TemporaryDirectory(prefix='pspnet_jax_fuzz_') as temporary:
             root, (ours, theirs) = Path(temporary), processes.Pipe(duplex=False)
-            arguments = (theirs, name, seed, next_one, last, root, keep, memory)
+            arguments = (theirs, name, seed, next_one, last, root, keep.resolve(), memory)
             worker = processes.Process(target=work, args=arguments, daemon=True)
             worker.start()
             theirs.close()

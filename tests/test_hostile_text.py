@@ -187,19 +187,19 @@ def test_a_picture_name_reads_and_writes_nowhere_else(tmp_path, make, name):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize('value', ['NaN', 'Infinity', '1e999', '1e308', '-1e308', '9' * 400, '5e4'])
+@pytest.mark.parametrize('value', ['NaN', 'Infinity', '1e999', '1e308', '-1e308', '9' * 400, '11'])
 @pytest.mark.parametrize('make', [via_tree, coco_tree, labelme_tree])
 def test_coordinates_that_are_none(tmp_path, make, value):
     """Where the tool's own numbers stand: one of them becomes the value."""
     plain = json.dumps(make('a.png'))
     at = plain.rindex('9')
     path = write_json(tmp_path / 'a.json', plain[:at] + value + plain[at + 1 :])
-    Image.fromarray(GREY).save(tmp_path / 'a.png')
-    if value == '5e4':  # beyond the picture, which is clipped
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / 'a.png')
+    if value == '11':  # beyond the picture, which is clipped
         via.write_masks(path, tmp_path, tmp_path / 'out')
     else:
         refusal(via.write_masks, path, tmp_path, tmp_path / 'out')
-    assert (tmp_path / 'out').exists() == (value == '5e4')
+    assert (tmp_path / 'out').exists() == (value == '11')
 
 
 def test_outlines_of_hundreds_of_thousands_of_points_end(tmp_path, rng):
