@@ -17,22 +17,14 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from experiments import fuzz, fuzz_data, mutate
-from pspnet_jax.data import files, lgg
-from pspnet_jax.errors import PspnetError
+from pspnet_jax.data import files, lgg, via
+from pspnet_jax.errors import DataError, PspnetError
 from tests.conftest import ROOT
 from tests.test_files import GREY, has, nifti_bytes, save_dicom
 
-quick = settings(
-    derandomize=True,
-    max_examples=150,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 NEEDS = {'nifti': 'nibabel', 'mask': 'nibabel', 'dicom': 'pydicom', 'dicom_series': 'pydicom'}
 NEEDS |= {'video': 'av'}
 needs_av = pytest.mark.skipif(not has('av'), reason='av is not installed')
@@ -63,11 +55,6 @@ def refusal(function, *arguments, **options) -> str:
         function(*arguments, **options)
     assert not fuzz.fault_of(caught.value)
     return str(caught.value)
-
-
-def tree(root):
-    """{path: bytes} of every file below."""
-    return {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
 
 
 # Any change at all.
@@ -293,6 +280,19 @@ def test_what_lies_behind_the_header_of_a_nifti_file_is_not_unpacked(tmp_path):
 def test_a_dicom_header_is_not_believed(tmp_path, says, message):
     save_dicom(tmp_path / 'a.dcm', GREY, position=(0, 0, 0), **says)
     assert re.search(message, refusal(files.read, tmp_path / 'a.dcm'))
+
+
+def test_sizes_that_slides_and_scans_have_pass(tmp_path, monkeypatch):
+    """20,000 x 20,000 RGB, which a png of 40 kB can not hold, and 512 x 512 x 1,000 of CT."""
+    monkeypatch.setattr(files, 'free_memory', lambda: 2**34)
+    path = tmp_path / 'a.png'
+    path.write_bytes(chunked_png(20_000, 20_000, (b'IDAT', b'')))
+    assert via.picture_size(path) == (20_000, 20_000)
+    with Image.open(path) as picture:
+        files._check_picture(picture, path, 3, 10**9)
+        with pytest.raises(DataError, match='too short'):
+            files._check_picture(picture, path, 3, 10**5)
+    files._check_size(path, (512, 512, 1000), np.dtype(np.int16))
 
 
 # Pages.
