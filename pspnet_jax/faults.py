@@ -4,6 +4,7 @@ Each is a context manager around the loop, so that the loop reads as if nothing 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from pspnet_jax.errors import ConfigError, OutOfMemoryError
+from pspnet_jax.errors import ConfigError, OutOfMemoryError, not_written
 
 LOCK = 'lock'  # in the workdir
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -37,9 +39,13 @@ def alone(workdir: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(workdir) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open('a+') as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open('a+')
+        except OSError as error:
+            raise ConfigError(not_written(path, error)) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -50,15 +56,15 @@ def alone(workdir: str | Path) -> Iterator[None]:
                 continue  # its owner has just removed it
             if before := _owner(path):
                 logging.info('the run before, begun%s, was cut off', before)
-            file.truncate(0)
             owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
-            file.write(json.dumps(owner))
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+                os.truncate(path, 0)
+                os.write(file.fileno(), json.dumps(owner).encode())
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # nothing came of it
+                with contextlib.suppress(OSError):  # read-only by now; or something came of it
+                    path.unlink(missing_ok=True)
                     path.parent.rmdir()
             return
 
@@ -80,7 +86,15 @@ def signals() -> Iterator[Callable[[], int]]:
 
     The first SIGTERM or SIGINT only asks; a second one does what it always did. In a thread
     other than the main one, where Python takes no handlers, none is ever seen.
+
+    On several hosts all see it behind the same step, whichever of them it reached, if all ask
+    behind every step: JAX takes SIGTERM there and lets them agree.
     """
+    if jax.process_count() > 1:
+        calls = itertools.count()
+        with _as_sigterm(signal.SIGINT):
+            yield lambda: signal.SIGTERM * reached_preemption_sync_point(next(calls))
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -98,6 +112,15 @@ def signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _as_sigterm(number: int) -> Iterator[None]:
+    before = signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextlib.contextmanager

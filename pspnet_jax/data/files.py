@@ -28,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from pspnet_jax.data.volumes import free_memory
-from pspnet_jax.errors import DataError, one_line
+from pspnet_jax.errors import DataError, not_written, one_line
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 NIFTI = ('.nii', '.nii.gz')
@@ -748,10 +748,7 @@ def writing(path: Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise DataError(
-            f'{path} can not be written ({error.strerror or error}): free some space or give '
-            'another folder'
-        ) from error
+        raise DataError(not_written(path, error)) from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
