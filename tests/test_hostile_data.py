@@ -295,6 +295,19 @@ def test_sizes_that_slides_and_scans_have_pass(tmp_path, monkeypatch):
     files._check_size(path, (512, 512, 1000), np.dtype(np.int16))
 
 
+def test_scans_of_a_jpeg_have_a_limit(tmp_path):
+    """Each costs the whole picture's time and may take a few bytes."""
+    Image.fromarray(GREY).save(tmp_path / 'a.jpg', progressive=True)
+    data = (tmp_path / 'a.jpg').read_bytes()
+    assert 1 < data.count(b'\xff\xda') < 20
+    files.read(tmp_path / 'a.jpg')
+    last = data[data.rindex(b'\xff\xda') : -2]
+    (tmp_path / 'b.jpg').write_bytes(data[:-2] + 200 * last + data[-2:])
+    with Image.open(tmp_path / 'b.jpg') as picture:
+        picture.load()  # Pillow goes through them all
+    assert 'scans, the limit is 100' in refusal(files.read, tmp_path / 'b.jpg')
+
+
 # Pages.
 
 

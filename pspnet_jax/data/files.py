@@ -40,6 +40,7 @@ SUFFIXES = (*PICTURES, *NIFTI, *DICOM, '.npy')
 MAX_VALUES = 2**31
 MAX_SIDE = 2**20  # of a flat picture, as Pillow needs memory for every row, however short
 MAX_SLICES = 2**14  # pages of a TIFF, files of a folder; a long CT has some 3,000
+MAX_SCANS = 100  # of a JPEG, each of which visits every pixel; programs write some 10
 MAX_EXTENSIONS = 2**24  # bytes between the header of a NIfTI file and its voxels
 GZIP_RATIO = 1032  # the most that deflate can shrink
 PICTURE_RATIO = 4096  # and, roughly, what any compression of a picture can
@@ -311,6 +312,10 @@ def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int)
     if max(picture.size) > MAX_SIDE:
         words = ' x '.join(map(str, picture.size[::-1]))
         raise DataError(f'{path} is {words}, the limit is {MAX_SIDE} pixels a side: cut it up')
+    if picture.format in ('JPEG', 'MPO'):
+        scans = path.read_bytes().count(b'\xff\xda')  # which coded pixels can't be
+        if scans > MAX_SCANS:
+            raise DataError(f'{path} has {scans} scans, the limit is {MAX_SCANS}: save it again')
     ratio = PICTURE_RATIO * (8 if picture.mode == '1' else 1)
     if math.prod(size) > max(SMALL, ratio * stored):
         words = ' x '.join(map(str, size))
