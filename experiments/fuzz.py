@@ -59,13 +59,13 @@ def attempt(read, path: Path) -> tuple[str, str]:
 
 
 def fault_of(error: PspnetError) -> str:
-    """What a message must not be: empty, unprintable, of several lines that are no list, long."""
-    head, *rest = str(error).split('\n')
-    if not head or not all(line.startswith('  ') for line in rest):
+    """What a message must not be: of more lines than faults, empty, unprintable, long."""
+    lines = str(error).split('\n')
+    if len(lines) != 1 + len(error.faults):
         return f'not one line, nor a list: {str(error)!r}'
-    if not all(line.isprintable() for line in (head, *rest)):
+    if not all(line and line.isprintable() for line in lines):
         return f'not printable: {str(error)!r}'
-    if max(map(len, (head, *rest))) > 10_000:
+    if max(map(len, lines)) > 10_000:
         return f'a line is too long: {str(error)[:1000]!r}'
     return ''
 
@@ -156,7 +156,7 @@ def run(name: str, *, seed: int, inputs: int, first: int, limit: float, memory: 
     while next_one < last:
         with tempfile.TemporaryDirectory(prefix='pspnet_jax_fuzz_') as temporary:
             root, (ours, theirs) = Path(temporary), processes.Pipe(duplex=False)
-            arguments = (theirs, name, seed, next_one, last, root, keep, memory)
+            arguments = (theirs, name, seed, next_one, last, root, keep.resolve(), memory)
             worker = processes.Process(target=work, args=arguments, daemon=True)
             worker.start()
             theirs.close()

@@ -187,6 +187,30 @@ def profile() -> str:
     return '\n'.join([*rows, '', _made_by('python -m experiments.profile', lines)])
 
 
+LINKS = {'NVLink, 450': 450, '400 Gbit/s, 50': 50, '25 Gbit/s, 3.1': 3.1}  # GB/s each way
+
+
+def scale() -> str:
+    """What a step moves between devices, in what time by which link, and what a save takes."""
+    lines = read_lines('scale')
+    rows = [
+        '| network | parameters, MB | all-reduced a step, MB | '
+        + ' | '.join(f'{name} GB/s, ms' for name in LINKS)
+        + ' | checkpoint, MB | the loop waits, s | written, s | read and checked, s |',
+        '|---|---:|---:|' + '---:|' * len(LINKS) + '---:|---:|---:|---:|',
+    ]
+    for line in {line['case']: line for line in lines}.values():
+        (moved,) = line['moved_mb'].values()  # all-reduce, and nothing else
+        name = line['case'].removeprefix('configs/')
+        rows.append(
+            f'| {name} | {line["parameters_mb"]:.0f} | {moved:.0f} | '
+            + ' | '.join(f'{2 * moved / rate:.1f}' for rate in LINKS.values())
+            + f' | {line["checkpoint_mb"]:.0f} | {line["save_returns_s"]:.1f} | '
+            f'{line["save_written_s"]:.1f} | {line["restore_s"]:.1f} |'
+        )
+    return '\n'.join([*rows, '', _made_by('python -m experiments.scale', lines)])
+
+
 def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
     commits = sorted({line['commit'][:7] for line in lines})
     devices = sorted({line['device'] for line in lines})
@@ -197,6 +221,7 @@ def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
 TABLES = {
     'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
     'docs/coming-from-keras.md': {'keras': coming_from_keras.table},
+    'docs/scale.md': {'scale': scale},
     'experiments/README.md': {'forms': forms, 'profile': profile, 'input': input_rates},
 }
 

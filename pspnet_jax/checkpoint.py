@@ -9,12 +9,15 @@ A checkpoint may be a stranger's, too. Nothing in it is executed, but the storag
 whatever size it finds written, and follows links: what is there is looked at before.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import tensorstore
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from pspnet_jax.errors import CheckpointError
+from pspnet_jax.errors import CheckpointError, not_written
 
 FOLDER = 'checkpoints'
 ASIDE = 'damaged'  # beside it
@@ -38,31 +41,81 @@ MOST_BYTES = 2**36  # of a state
 MOST_TIMES = 100  # the size of its folder: parameters are noise, their averages begin as zeros
 MOST_TEXT = 2**22  # bytes of a file that is no array's; 1,000 arrays need 150 kB
 CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax writes with
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of the network
 
 
-def open_writer(workdir: str | Path) -> ocp.training.Checkpointer:
-    """Writes to WORKDIR/checkpoints; keeps the last step and the best by `dice`."""
-    policies = ocp.training.preservation_policies
-    return ocp.training.Checkpointer(
-        Path(workdir).absolute() / FOLDER,
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(1),
-                policies.BestN(
-                    n=1,
-                    get_metric_fn=lambda metrics: metrics['dice'],
-                    keep_checkpoints_without_metrics=False,
+class Writer:
+    """Orbax's checkpointer, and the save that it is still busy with.
+
+    Its faults come to light in the next `save` or in `close`: full and read-only disks as
+    CheckpointError.
+    """
+
+    def __init__(self, workdir: str | Path):
+        policies = ocp.training.preservation_policies
+        self._folder, self._pending = Path(workdir).absolute() / FOLDER, None
+        with _writing(self._folder):
+            self._checkpointer = ocp.training.Checkpointer(
+                self._folder,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(1),
+                        policies.BestN(
+                            n=1,
+                            get_metric_fn=lambda metrics: metrics['dice'],
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
                 ),
-            ]
-        ),
-        cleanup_tmp_directories=True,
-    )
+                cleanup_tmp_directories=True,
+            )
+
+    def start(self, step: int, parts: dict[str, Any], **facts: Any) -> None:
+        """Save `parts` once the save before is through."""
+        self.wait()
+        with _writing(self._folder / str(step)):
+            self._pending = (
+                step,
+                self._checkpointer.save_checkpointables_async(step, parts, **facts),
+            )
+
+    def wait(self) -> None:
+        """Until nothing is being saved. Each save has a thread and a loop that end here alone."""
+        if self._pending is not None:
+            (step, saving), self._pending = self._pending, None
+            with _writing(self._folder / str(step)):
+                saving.result()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            with _writing(self._folder):
+                self._checkpointer.close()
+
+
+def open_writer(workdir: str | Path) -> Writer:
+    """Writes to WORKDIR/checkpoints; keeps the last step and the best by `dice`."""
+    return Writer(workdir)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What Orbax and its storage layer raise where the disk is at fault becomes CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        told = {os.strerror(code) for code in DISK if os.strerror(code) in str(error)}
+        if not told and not isinstance(error, OSError):
+            raise
+        reason = ', '.join(told) or _first_line(error)
+        raise CheckpointError(not_written(path, reason)) from error
 
 
 def save(
-    writer: ocp.training.Checkpointer,
+    writer: Writer,
     step: int,
     state: Any,
     *,
@@ -76,6 +129,7 @@ def save(
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
     `progress` is what the loop needs to go on that is not in the state; `inputs` what the
     network takes: 'channels', and 'normalization' (None where each volume brings its own).
+    Raises CheckpointError where this or the save before could not be written.
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
     parts = jax.tree.map(lambda x: np.array(x, copy=True), _parts(state))
@@ -86,7 +140,7 @@ def save(
         'dice': dice,
         'sha256': {name: digest(tree) for name, tree in parts.items()},
     }
-    writer.save_checkpointables_async(
+    writer.start(
         step,
         parts,
         metrics=None if dice is None else {'dice': dice},
@@ -286,11 +340,12 @@ def set_aside(workdir: str | Path, step: int) -> None:
     for newer in steps(workdir):
         if newer > step:
             source, target = Path(workdir) / FOLDER / str(newer), Path(workdir) / ASIDE
-            target.mkdir(exist_ok=True)
-            while (target / source.name).exists():
-                target = target / 'before'
+            with _writing(target):
                 target.mkdir(exist_ok=True)
-            os.rename(source, target / source.name)
+                while (target / source.name).exists():
+                    target = target / 'before'
+                    target.mkdir(exist_ok=True)
+                os.rename(source, target / source.name)
             logging.warning('%s is damaged, it is now in %s', source, target)
 
 

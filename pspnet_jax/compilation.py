@@ -1,12 +1,17 @@
 """How programs are compiled: XLA's options for the platform, and the cache of what it made."""
 
 import ctypes
+import glob
 import os
+import re
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
+
+UNKNOWN = dict.fromkeys(('seconds', 'gflop', 'temporary_mb', 'needed_mb'), float('nan'))
 
 
 def options() -> dict[str, str]:
@@ -25,12 +30,31 @@ def use_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
         jax.config.update('jax_compilation_cache_dir', str(home / 'pspnet_jax' / 'xla'))
+    _forget_the_damaged(Path(jax.config.jax_compilation_cache_dir))
+
+
+def _forget_the_damaged(folder: Path) -> None:
+    """From now on, delete what JAX can not read from its cache in `folder`, or not write there.
+
+    A kill or a full disk leaves half an entry under its final name, which JAX warns of, compiles
+    anew and never replaces. The warning names the program alone: all entries of that name go.
+    """
+    show = warnings.showwarning
+
+    def show_and_forget(message, *rest, **options):
+        words = r"Error (?:reading|writing) persistent compilation cache entry for '([\w.<>-]+)'"
+        if found := re.match(words, str(message)):
+            for path in folder.glob(f'{glob.escape(found[1])}-*-cache'):
+                path.unlink(missing_ok=True)
+        show(message, *rest, **options)
+
+    warnings.showwarning = show_and_forget
 
 
 def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
     """`jitted`, or what `jax.pmap` returns, compiled for these arguments, and what that took.
 
-    {'seconds', 'gflop', 'temporary_mb', 'needed_mb'}; gflop as XLA counts them in the program it
+    The keys are UNKNOWN's; gflop as XLA counts them in the program it
     made, needed_mb with its arguments and results, NaN where it does not say. What the compiler
     used goes back to the system.
     """

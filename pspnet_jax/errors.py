@@ -60,6 +60,10 @@ class OutOfMemoryError(PspnetError):
     """The device's memory is too small for the program."""
 
 
+class LogError(PspnetError):
+    """The run's own records can't be written."""
+
+
 class StoppedError(PspnetError):
     """A signal asked the run to stop, which it did behind a checkpoint."""
 
@@ -74,3 +78,9 @@ class HostError(PspnetError):
 
 class ExportError(PspnetError):
     """An exported file that would not compute what the model does, or can't be read back."""
+
+
+def not_written(path: object, reason: object) -> str:
+    """The message for a file or folder that `reason`, an OSError or words, keeps from the disk."""
+    words = getattr(reason, 'strerror', None) or reason
+    return f'{path} can not be written ({words}): free some space or give another folder'

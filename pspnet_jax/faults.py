@@ -4,6 +4,7 @@ Each is a context manager around the loop, so that the loop reads as if nothing 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from pspnet_jax.errors import ConfigError, OutOfMemoryError
+from pspnet_jax.errors import ConfigError, OutOfMemoryError, not_written
 
 LOCK = 'lock'  # in the workdir
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -37,12 +39,16 @@ def alone(workdir: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(workdir) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         # Never what a link leads to, nor a pipe: it is emptied and written to.
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
             raise ConfigError(f'{path} is no file but a link or device: remove it')
-        with path.open('a+') as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open('a+')
+        except OSError as error:
+            raise ConfigError(not_written(path, error)) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -53,15 +59,15 @@ def alone(workdir: str | Path) -> Iterator[None]:
                 continue  # its owner has just removed it
             if before := _owner(path):
                 logging.info('the run before, begun%s, was cut off', before)
-            file.truncate(0)
             owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
-            file.write(json.dumps(owner))
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+                os.truncate(path, 0)
+                os.write(file.fileno(), json.dumps(owner).encode())
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # nothing came of it
+                with contextlib.suppress(OSError):  # read-only by now; or something came of it
+                    path.unlink(missing_ok=True)
                     path.parent.rmdir()
             return
 
@@ -86,7 +92,15 @@ def signals() -> Iterator[Callable[[], int]]:
 
     The first SIGTERM or SIGINT only asks; a second one does what it always did. In a thread
     other than the main one, where Python takes no handlers, none is ever seen.
+
+    On several hosts all see it behind the same step, whichever of them it reached, if all ask
+    behind every step: JAX takes SIGTERM there and lets them agree.
     """
+    if jax.process_count() > 1:
+        calls = itertools.count()
+        with _as_sigterm(signal.SIGINT):
+            yield lambda: signal.SIGTERM * reached_preemption_sync_point(next(calls))
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -104,6 +118,15 @@ def signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _as_sigterm(number: int) -> Iterator[None]:
+    before = signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ TPU pod or under Open MPI it finds them by itself. A single process goes through
 """
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,6 +24,9 @@ from pspnet_jax.errors import ConfigError, HostError
 
 START_SECONDS = 300  # that processes wait for each other at the start
 END_SECONDS = 3600  # and at the end, while the first one writes the report
+NOT_TOGETHER = (
+    'error: the processes did not come together in {} s: start them all, with one --coordinator'
+)
 ENDED = (
     'error: process {} of {} ended before its work was done, or another one stopped answering '
     '(--host_timeout={} s): the first error of all processes says why. Start all again, the run '
@@ -51,7 +55,8 @@ def start(
     """Join the other processes, before anything touches a device; nothing for a single one.
 
     Where nothing is given, those of Slurm, a TPU pod or Open MPI, as `jax.distributed` finds
-    them. Raises ConfigError for part of the three, HostError where the others do not come.
+    them. Raises ConfigError for part of the three; where the others do not come, JAX's runtime
+    ends the process, and NOT_TOGETHER is said.
     """
     given = (coordinator, num_processes, process_id)
     options = {
@@ -65,9 +70,11 @@ def start(
         found = find_cluster(os.environ)
         if not found:
             return
+        _watch()
         try:
             jax.distributed.initialize(**options)
         except ValueError as error:
+            _watch_no_more()
             if found == 'tpu':  # libtpu is installed, and this is no pod
                 return
             raise HostError(f'{found} starts several processes, but: {error}') from error
@@ -85,16 +92,9 @@ def start(
             )
         if num_processes == 1:
             return
-        try:
-            jax.distributed.initialize(*given, cluster_detection_method='deactivate', **options)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise HostError(
-                f'process {process_id} of {num_processes} does not reach the others at '
-                f'{coordinator}: {reason}: start all with the same --coordinator'
-            ) from error
-    if jax.process_count() > 1:
-        _tell_of_an_abort(timeout)
+        _watch()
+        jax.distributed.initialize(*given, cluster_detection_method='deactivate', **options)
+    _say_at_an_abort(ENDED.format(jax.process_index(), jax.process_count(), timeout))
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
@@ -110,26 +110,38 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
     return 'tpu' if tpu and importlib.util.find_spec('libtpu') else None
 
 
-def _tell_of_an_abort(timeout: int) -> None:
-    """A shell beside this process that says ENDED, should it end before Python does.
+def _watch() -> None:
+    """A shell beside this process that says a last word, should it end before Python does.
 
-    JAX's runtime aborts the process where another one is silent for `timeout`, or at once where
-    process 0 is gone: nothing in the process itself can speak then.
+    JAX's runtime aborts the process where another one is silent for --host_timeout, or at once
+    where process 0 is gone: nothing in the process itself can speak then.
     """
-    message = ENDED.format(jax.process_index(), jax.process_count(), timeout)
-    command = ['sh', '-c', 'read line || echo "$0" >&2', message]
-    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    # Registered before JAX's own: these go last, but for one that waits for the others.
-    atexit.register(watcher.communicate, b'done\n')
     global _watcher
-    _watcher = watcher
+    script = 'while read -r line; do last=$line; done; [ "$last" = done ] || echo "$last" >&2'
+    _watcher = subprocess.Popen(['sh', '-c', script], stdin=subprocess.PIPE, start_new_session=True)
+    # Registered before JAX's own: these go last, but for one that waits for the others.
+    atexit.register(_watch_no_more)
+    _say_at_an_abort(NOT_TOGETHER.format(START_SECONDS))
+
+
+def _say_at_an_abort(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # somebody ended the shell
+        _watcher.stdin.write(line.encode() + b'\n')
+        _watcher.stdin.flush()
+
+
+def _watch_no_more() -> None:
+    global _watcher
+    if _watcher:
+        _say_at_an_abort('done')
+        _watcher = None
 
 
 _watcher: subprocess.Popen | None = None
 
 
 def several() -> bool:
-    """Whether `start` found other processes."""
+    """Whether `start` found other processes; touches no device."""
     return _watcher is not None
 
 
@@ -154,8 +166,8 @@ def leave_after_an_error() -> None:
     Python's way out would first wait for them, as they wait for this one. Nothing for a single
     process.
     """
-    if _watcher is not None:
-        _watcher.communicate(b'done\n')
+    if several():
+        _watch_no_more()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -188,6 +200,21 @@ def gather(rows: Sequence[Any]) -> list[Any]:
 def wait_for_all() -> None:
     """Returns on each process when all have called it."""
     gather([])
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raise HostError on every process if a leaf of `facts`, a value of JSON, differs in one."""
+    leaves = jax.tree_util.tree_leaves_with_path(dict(facts))
+    ours = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
+    first, *others = gather([ours])
+    for n, theirs in enumerate(others, 1):
+        for name in sorted(first.keys() | theirs.keys()):
+            here, there = first.get(name), theirs.get(name)
+            if here != there:
+                raise HostError(
+                    f'{name} is {here!r} in process 0 and {there!r} in process {n}: give all the '
+                    'same command, and as --workdir a folder that all of them share'
+                )
 
 
 def nearest_batches(batch_size: int, devices: int) -> list[int]:

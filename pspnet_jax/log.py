@@ -1,12 +1,17 @@
 """What a run writes down: metrics.jsonl, and the same to TensorBoard."""
 
+import contextlib
+import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pspnet_jax.errors import LogError, not_written
 
 LONGEST = 100_000  # characters of a line
 FURTHEST = 1e39  # of a figure: float32 holds no more
@@ -17,7 +22,8 @@ class MetricLog:
 
     Lines after `first_step` are of a run that was stopped and is now run again from
     there: they are cut off, so each step stands there once. `each(step, values)` is
-    called with every record that was written.
+    called with every record that was written. Raises LogError where the disk is full or
+    read-only; what is in metrics.jsonl then are whole lines.
     """
 
     def __init__(
@@ -27,39 +33,75 @@ class MetricLog:
         each: Callable[[int, dict[str, float | None]], object] = lambda step, values: None,
     ):
         # Here, since it imports PyTorch where that is installed.
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        path = Path(workdir) / 'metrics.jsonl'
-        if os.path.lexists(path):
-            kept = [line for line, record in _records(path) if record['step'] <= first_step]
-            aside = path.with_suffix('.tmp')
-            aside.unlink(missing_ok=True)  # of a killed run, or a link elsewhere
-            aside.write_text(''.join(f'{line}\n' for line in kept))
-            os.replace(aside, path)
-        self._file, self._each = path.open('a'), each
-        self._board = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=first_step + 1)
+        self._path, self._each = Path(workdir) / 'metrics.jsonl', each
+        self._event, self._summary = Event, summary
+        with _explained(self._path):
+            if os.path.lexists(self._path):
+                kept = [x for x, record in _records(self._path) if record['step'] <= first_step]
+                aside = self._path.with_suffix('.tmp')
+                aside.unlink(missing_ok=True)  # of a killed run, or a link elsewhere
+                aside.write_text(''.join(f'{line}\n' for line in kept))
+                os.replace(aside, self._path)
+            self._file = self._path.open('ab', buffering=0)
+            folder = self._path.with_name('tensorboard')
+            folder.mkdir(exist_ok=True)
+            # Not SummaryWriter: its thread dies of a full disk, and the run waits for it for ever.
+            self._board = EventsWriter(str(folder / 'events'))
+            for fact in (
+                {'file_version': 'brain.Event:2'},
+                {'session_log': SessionLog(status=SessionLog.START)},  # what is later is void
+            ):
+                self._board.write_event(Event(step=first_step + 1, **fact))
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
         """One record; None where a figure is undefined."""
-        self._file.write(json.dumps({'step': step, **values}, allow_nan=False) + '\n')
-        self._file.flush()
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        line = json.dumps({'step': step, **values}, allow_nan=False).encode() + b'\n'
+        with _explained(self._path):
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._file.truncate(end)
+                raise
+        self.timings(step, {name: value for name, value in values.items() if value is not None})
         self._each(step, values)
 
     def timings(self, step: int, values: dict[str, float]) -> None:
         """TensorBoard only: they differ from run to run, so metrics.jsonl leaves them out."""
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._show(step, self._summary.scalar(name, value))
 
     def image(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
         """A uint8 RGB picture, TensorBoard only."""
-        self._board.add_image(name, picture_HWC, step, dataformats='HWC')
+        self._show(step, self._summary.image(name, picture_HWC, dataformats='HWC'))
+
+    def _show(self, step: int, summary) -> None:
+        with _explained(self._path.with_name('tensorboard')):
+            self._board.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """All of it is on the disk: no checkpoint must be there that it lacks a line of."""
+        with _explained(self._path):
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        with _explained(self._path.with_name('tensorboard')):
+            self._board.close()
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LogError(not_written(path, error)) from error
 
 
 class Silent:
@@ -70,6 +112,8 @@ class Silent:
     def timings(self, *_) -> None: ...
 
     def image(self, *_) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 

@@ -44,7 +44,7 @@ from pspnet_jax import (
 from pspnet_jax.config import to_dict, validate
 from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
-from pspnet_jax.errors import ConfigError, NonFiniteLossError, StoppedError
+from pspnet_jax.errors import ConfigError, DataError, NonFiniteLossError, StoppedError
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
@@ -415,7 +415,10 @@ def under_pmap(step: Callable) -> Placed:
         return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
 
     def compile_step(state, batch):
-        compiled, facts = compilation.compile_now(mapped, state, batch)
+        if jax.process_count() == 1:
+            compiled, facts = compilation.compile_now(mapped, state, batch)
+        else:  # compiled ahead it would ask for the arrays of all processes
+            compiled, facts = mapped, compilation.UNKNOWN
 
         def run(state, batch):
             state, metrics = compiled(state, batch)
@@ -663,7 +666,7 @@ def train_and_evaluate(
     for name, part in split.items():
         logging.info('%s: %s', name, volumes.describe(part))
 
-    with faults.alone(workdir):
+    with faults.alone(workdir) if hosts.is_first() else contextlib.nullcontext():
         run_steps(
             config,
             workdir,
@@ -702,6 +705,7 @@ def run_steps(
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(steps=total, **config.optim)
     state, progress, inputs = start_or_resume(config, model, tx, channels, workdir)
+    hosts.check_same({'the first step': int(state.step), **to_dict(config)})
     intensity = published.fixed_intensity(inputs)
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
@@ -747,7 +751,7 @@ def run_steps(
         tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
     ):
         if hosts.is_first():
-            end.callback(report.write_curves, workdir)
+            end.callback(draw_curves, workdir)
         end.callback(tell_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
@@ -791,6 +795,7 @@ def run_steps(
                 progress = {'best_dice': best, 'stale': stale}
                 logging.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
             progress = {**progress, 'skipped': skipped}
+            log.flush()
             checkpoint.save(
                 writer,
                 step,
@@ -821,6 +826,14 @@ def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
         f"{train.accumulate}, train.remat='{train.remat}'{about}{faults.device_memory()}: "
         "raise accumulate, set remat='pointwise', or make batch_size or augment.crop smaller"
     )
+
+
+def draw_curves(workdir: str) -> None:
+    """The run's curves; a fault in writing them must not hide the one that ended it."""
+    try:
+        report.write_curves(workdir)
+    except DataError as error:
+        logging.warning('%s', error)
 
 
 def tell_unread(unread: dict[int, str]) -> None:

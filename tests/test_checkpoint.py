@@ -1,7 +1,9 @@
 """Checkpoints: what comes back is what was saved, or it is not taken."""
 
+import contextlib
 import functools
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +140,14 @@ def test_a_folder_without_checkpoints_says_what_was_expected(tmp_path, which):
 def test_an_unknown_step_lists_those_there(trained):
     with pytest.raises(CheckpointError, match=r"'7' is not one of 'best', 'last', \[.*4\]"):
         checkpoint.choose(trained[0], '7')
+
+
+def test_saves_leave_no_thread_or_open_file_behind(tmp_path):
+    """Orbax's thread and event loop of each save end with the next."""
+    state, facts = new_state(tiny_config()), {'config': {}, 'progress': {}, 'inputs': {}}
+    with contextlib.closing(checkpoint.open_writer(tmp_path)) as writer:
+        for step in range(1, 7):
+            checkpoint.save(writer, step, state, **facts, dice=None)
+            loops = [t for t in threading.enumerate() if '_run_loop' in t.name]
+            assert len(loops) <= 1
+    assert not [t for t in threading.enumerate() if '_run_loop' in t.name]

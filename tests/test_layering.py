@@ -54,7 +54,7 @@ ALLOWED = {
     'visualize': {'data.volumes'},
     'onnx_graph': {'errors'},
     'hosts': {'errors'},
-    'log': set(),
+    'log': {'errors'},
     'faults': {'errors'},
     'chart': set(),
     'calibration': {'data.files', 'errors'},

@@ -12,8 +12,9 @@ from pspnet_jax import checkpoint
 from tests.conftest import ROOT
 
 SCRIPT = """
-import functools, jax, jax.numpy as jnp, numpy as np
+import functools, re, jax, jax.numpy as jnp, numpy as np
 from pspnet_jax import models, optim, train
+from pspnet_jax.models.convolution import conv3x3
 from tests.conftest import tiny_config
 
 assert jax.device_count() == 8
@@ -53,6 +54,23 @@ def compare(name, a, b):
         worst = float(np.abs(x - y).max()) / scale
         assert worst < 2e-4, (name, jax.tree_util.keystr(path), worst)
     print(name, 'equal')
+
+def collectives(channels, dilation):
+    # Of a wide 3x3 and its gradients, the batch over all devices.
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ('data',)))
+    x = jax.ShapeDtypeStruct((8, 16, 16, channels), np.float32, sharding=split)
+    kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), np.float32, sharding=whole)
+    def gradients(x, kernel, grad):
+        out, back = jax.vjp(functools.partial(conv3x3, dilation=dilation), x, kernel)
+        return out, back(grad)
+    compiled = jax.jit(gradients, out_shardings=(split, (split, whole))).lower(x, kernel, x)
+    names = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[(]'
+    return set(re.findall(names, compiled.compile().as_text()))
+
+for channels, dilation in ((64, (1, 1)), (256, (1, 1)), (256, (2, 2)), (256, (4, 4))):
+    found = collectives(channels, dilation)
+    assert found == {'all-reduce'}, (channels, dilation, found)
 
 alone = run(one_device)
 compare('mesh', alone, run(train.over_mesh))

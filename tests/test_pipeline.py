@@ -29,13 +29,23 @@ def test_batches_from_a_later_step_are_the_same(slices, sampling):
         assert (one['mask'] == other['mask']).all()
 
 
-def test_two_hosts_share_the_batches_of_one(slices):
-    one = batches(slices, 3)
-    two = [batches(slices, 3, shard=(i, 2)) for i in range(2)]
-    for step in range(3):
-        together = np.empty_like(one[step]['image'])
-        together[0::2], together[1::2] = (host[step]['image'] for host in two)
-        assert (together == one[step]['image']).all()
+@pytest.mark.parametrize('sampling', ['lesion', 'uniform'])
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_the_parts_of_all_hosts_one_behind_the_other_are_the_batch_of_one(slices, sampling, count):
+    drawn = pipeline.draws(slices, seed=0, sampling=sampling, lesion_floor=0.1)
+
+    def of(shard):
+        later = {'first_step': 3, 'shard': shard}
+        rows = pipeline.rows(drawn, batch_size=4, **later)
+        return [
+            (batch['image'], batch['mask'], next(rows))
+            for batch in batches(slices, 3, sampling=sampling, **later)
+        ]
+
+    parts = [of((i, count)) for i in range(count)]
+    for step, whole in enumerate(of((0, 1))):
+        for n, array in enumerate(whole):
+            assert (np.concatenate([part[step][n] for part in parts]) == array).all()
 
 
 def test_uniform_sampling_passes_over_every_slice_once(slices):

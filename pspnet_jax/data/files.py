@@ -28,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from pspnet_jax.data.volumes import free_memory
-from pspnet_jax.errors import DataError, one_line
+from pspnet_jax.errors import DataError, not_written, one_line
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 NIFTI = ('.nii', '.nii.gz')
@@ -38,7 +38,9 @@ SUFFIXES = (*PICTURES, *NIFTI, *DICOM, '.npy')
 # Values of one picture or volume, channels counted: a slide of 20,000 x 20,000 RGB has 1.2e9,
 # a CT of 512 x 512 x 3,000 has 0.8e9.
 MAX_VALUES = 2**31
+MAX_SIDE = 2**20  # of a flat picture, as Pillow needs memory for every row, however short
 MAX_SLICES = 2**14  # pages of a TIFF, files of a folder; a long CT has some 3,000
+MAX_SCANS = 100  # of a JPEG, each of which visits every pixel; programs write some 10
 MAX_EXTENSIONS = 2**24  # bytes between the header of a NIfTI file and its voxels
 GZIP_RATIO = 1032  # the most that deflate can shrink
 PICTURE_RATIO = 4096  # and, roughly, what any compression of a picture can
@@ -307,8 +309,15 @@ def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int)
     """
     size = (pictures, *picture.size[::-1], len(picture.getbands()))
     _check_size(path, size, _dtype_of(picture))
-    packed = math.prod(size) // (8 if picture.mode == '1' else 1)
-    if packed > max(SMALL, PICTURE_RATIO * stored):
+    if max(picture.size) > MAX_SIDE:
+        words = ' x '.join(map(str, picture.size[::-1]))
+        raise DataError(f'{path} is {words}, the limit is {MAX_SIDE} pixels a side: cut it up')
+    if picture.format in ('JPEG', 'MPO'):
+        scans = path.read_bytes().count(b'\xff\xda')  # which coded pixels can't be
+        if scans > MAX_SCANS:
+            raise DataError(f'{path} has {scans} scans, the limit is {MAX_SCANS}: save it again')
+    ratio = PICTURE_RATIO * (8 if picture.mode == '1' else 1)
+    if math.prod(size) > max(SMALL, ratio * stored):
         words = ' x '.join(map(str, size))
         raise DataError(f'{path} is too short for its {words} values: copy it again')
 
@@ -744,10 +753,7 @@ def writing(path: Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise DataError(
-            f'{path} can not be written ({error.strerror or error}): free some space or give '
-            'another folder'
-        ) from error
+        raise DataError(not_written(path, error)) from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

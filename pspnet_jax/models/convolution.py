@@ -117,7 +117,8 @@ def _conv3x3_backward(dilation, residuals, grad):
         if form is tapped_3x3:
             return jax.vjp(lambda *args: tapped_3x3(*args, dilation), x, kernel)[1](grad)
         grad_x, grad_kernel = plain(x, kernel, grad)
-        if channels >= PRODUCT_CHANNELS:
+        # Image by image: over several devices each would gather the images of all.
+        if channels >= PRODUCT_CHANNELS and jax.device_count() == 1:
             grad_kernel = weight_gradient(x, grad, dilation)
         return grad_x, grad_kernel
 
@@ -196,13 +197,16 @@ def tiles(x: jax.Array, size: int, count: tuple[int, int]) -> list[list[jax.Arra
 
 
 def to_phases(x: jax.Array, dilation: tuple[int, int]) -> jax.Array:
-    """B H W C -> (dy dx B) H/dy W/dx C: what a dilated kernel sees is dense in each phase."""
+    """B H W C -> (B dy dx) H/dy W/dx C: what a dilated kernel sees is dense in each phase.
+
+    B stays outermost, so that a batch which is split over devices need not be gathered.
+    """
     if dilation == (1, 1):
         return x
     (dy, dx), (B, H, W, C) = dilation, x.shape
     x = jnp.pad(x, ((0, 0), (0, -H % dy), (0, -W % dx), (0, 0)))
     x = x.reshape(B, -(-H // dy), dy, -(-W // dx), dx, C)
-    return x.transpose(2, 4, 0, 1, 3, 5).reshape(dy * dx * B, -(-H // dy), -(-W // dx), C)
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(B * dy * dx, -(-H // dy), -(-W // dx), C)
 
 
 def from_phases(x: jax.Array, dilation: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
@@ -210,7 +214,7 @@ def from_phases(x: jax.Array, dilation: tuple[int, int], shape: tuple[int, ...])
     (dy, dx), (B, H, W, C) = dilation, shape
     h, w = x.shape[1:3]
     if dilation != (1, 1):
-        x = x.reshape(dy, dx, B, h, w, C).transpose(2, 3, 0, 4, 1, 5)
+        x = x.reshape(B, dy, dx, h, w, C).transpose(0, 3, 1, 4, 2, 5)
     return x.reshape(B, h * dy, w * dx, C)[:, :H, :W]
 
 

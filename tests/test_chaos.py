@@ -1,0 +1,92 @@
+"""A run that is killed and started again is the run that was never stopped."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from experiments import chaos
+from tests.conftest import ROOT, tiny_config
+
+
+@pytest.fixture
+def config():
+    """The tiny run's changes to configs/phantom.py, as flags."""
+    from configs import phantom
+
+    flat = tiny_config().to_dict()
+    base = phantom.get_config().to_dict()
+    return {
+        f'{section}.{key}': value
+        for section, keys in flat.items() if isinstance(keys, dict)
+        for key, value in keys.items() if base[section][key] != value
+    }  # fmt: skip
+
+
+def test_three_kills_change_nothing(trained, tmp_path, config):
+    """While it compiles or loads what was compiled, while it saves, and while it validates."""
+    moments = ('compile', 0.1), ('save', 0.05), ('validation', 0.0)
+    run = functools.partial(
+        chaos.run_until, workdir=tmp_path / 'run', config=config, environment=os.environ
+    )
+    phases = [run(aim, delay, 1) for aim, delay in moments]
+    assert all(phases[:2])  # the last is short: on a busy machine it may be missed
+    run('', 0, 0)
+    assert chaos.differences(tmp_path / 'run', trained[0]) == []
+
+
+def test_differences_are_seen(trained, tmp_path):
+    theirs = trained[0]
+    copy = shutil.copytree(theirs, tmp_path / 'copy')
+    assert chaos.differences(copy, theirs) == []
+    lines = (copy / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    (copy / 'metrics.jsonl').write_text(''.join([*lines, lines[-1]]))
+    (copy / 'checkpoints' / '5.tmp').mkdir()
+    (copy / 'half').touch()
+    expected = ['5.tmp is left', 'half is in one only', 'metrics.jsonl differs']
+    assert chaos.differences(copy, theirs) == expected
+    arrays = chaos.read_arrays(theirs, 4)
+    assert {name.split("'")[1] for name in arrays} == {
+        'params', 'batch_stats', 'ema_params', 'opt_state',
+    }  # fmt: skip
+    assert sum(array.nbytes for array in arrays.values()) > 10**5
+    shutil.rmtree(copy / 'checkpoints' / '4')
+    assert any(fault.startswith('steps [') for fault in chaos.differences(copy, theirs))
+
+
+CACHED = """
+import sys, warnings
+from pathlib import Path
+import jax, jax.numpy as jnp
+from pspnet_jax import compilation
+
+warnings.simplefilter('always')
+compilation.use_cache()
+program = jax.jit(lambda x: jnp.sin(x) + 1)
+program(0.0)
+(path,) = Path(sys.argv[1]).glob('jit__lambda*-cache')
+for part in (path.read_bytes()[:-9], b''):
+    path.write_bytes(part)
+    for _ in range(2):
+        jax.clear_caches()
+        assert program(0.0) == 1
+        print('compiled', file=sys.stderr)
+"""
+
+
+def test_half_an_entry_of_the_compilation_cache_is_replaced(tmp_path):
+    """JAX warns of it and compiles; the next time there is nothing to warn of."""
+    environment = os.environ | {
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', CACHED, str(tmp_path)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    told = re.findall('Error reading|compiled', done.stderr)
+    assert told == ['Error reading', 'compiled', 'compiled'] * 2, done.stderr
