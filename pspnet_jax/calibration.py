@@ -6,6 +6,7 @@ changes, so neither do labels, Dice and distances.
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,24 @@ def load(workdir: str | Path, step: int) -> float:
     Raises DataError for a file that is not ours.
     """
     path = Path(workdir) / KEPT
-    if not path.exists():
+    if not os.path.lexists(path):
         return 1.0
     try:
-        with path.open() as file:
+        if not path.is_file():
+            raise ValueError('it is no file')
+        with path.open(encoding='utf-8') as file:
             kept = json.loads(file.read(100_000))
-        fitted, temperature = int(kept['step']), float(kept['temperature'])
+        fitted, temperature = kept['step'], kept['temperature']
+        if type(fitted) is not int or type(temperature) not in (int, float):
+            raise TypeError('they are no numbers')
         if not BOUNDS[0] * 0.99 <= temperature <= BOUNDS[1] * 1.01:
             raise ValueError(temperature)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
-            f'{path} holds no step and temperature ({error}): delete it, or fit it again by '
-            'python -m pspnet_jax.evaluate --split=validation --fit_temperature'
+            f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it '
+            'again by python -m pspnet_jax.evaluate --split=validation --fit_temperature'
         ) from error
     if fitted != step:
-        logging.warning('%s is of step %d, this is step %d: not applied', path, fitted, step)
+        logging.warning('%s is of step %.20s, this is step %d: not applied', path, fitted, step)
         return 1.0
     return temperature

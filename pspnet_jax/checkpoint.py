@@ -4,14 +4,19 @@ WORKDIR/checkpoints/<step>/ holds each part of the state apart (params, batch_st
 ema_params, opt_state), so that evaluation reads parameters only. Orbax makes a step
 folder appear whole or not at all, but it can't see a byte that changed later: the
 metadata holds a sha256 of each part, and a step that doesn't match is passed over.
+
+A checkpoint may be a stranger's, too. Nothing in it is executed, but the storage layer makes
+whatever size it finds written, and follows links: what is there is looked at before.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -26,7 +32,15 @@ from pspnet_jax.errors import CheckpointError, not_written
 
 FOLDER = 'checkpoints'
 ASIDE = 'damaged'  # beside it
+PARTS_OF_META = {'config', 'progress', 'inputs', 'dice', 'sha256'}
 SEAL = 'metadata_sha256'
+STEP = re.compile(r'0|[1-9][0-9]{0,9}')
+LARGEST = 2**31 - 1  # step
+MOST_CHANNELS = 4096
+MOST_BYTES = 2**36  # of a state
+MOST_TIMES = 100  # the size of its folder: parameters are noise, their averages begin as zeros
+MOST_TEXT = 2**22  # bytes of a file that is no array's; 1,000 arrays need 150 kB
+CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax writes with
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of the network
 
@@ -161,22 +175,131 @@ def steps(workdir: str | Path) -> list[int]:
     folder = Path(workdir) / FOLDER
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    names = (path.name for path in folder.iterdir())
+    return sorted(int(n) for n in names if STEP.fullmatch(n) and int(n) <= LARGEST)
 
 
 def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
     """The config, progress, Dice and digests that were saved with `step`."""
     path = Path(workdir).absolute() / FOLDER / str(step)
     try:
+        _check_files(path)
         found = ocp.checkpointables_metadata(path).custom_metadata
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax raises what its storage layer does
         raise CheckpointError(f'{path} has no readable metadata: {_first_line(error)}') from error
-    if not found or found.keys() - {SEAL} != {'config', 'progress', 'inputs', 'dice', 'sha256'}:
+    if not isinstance(found, dict) or found.keys() - {SEAL} != PARTS_OF_META:
         raise CheckpointError(f'{path} is not a checkpoint of ours: its metadata is missing')
     sealed = found.pop(SEAL, None)  # the first ones have none
     if sealed not in (None, seal(found)):
         raise CheckpointError(f'{path} has metadata that is not what was saved: its sha256 differs')
+    for key, value in found.items():
+        if not _allowed(key, value):
+            raise CheckpointError(
+                f'{path} is not a checkpoint of ours: {key} is {value!r:.200} in its metadata'
+            )
+    check_inputs(found['inputs'], path)
     return found
+
+
+def _allowed(key: str, value: Any) -> bool:
+    """Whether metadata can be used without a look at its types and ranges."""
+    if key == 'dice':
+        return value is None or _is_number(value, 0, 1)
+    if not isinstance(value, dict):
+        return False
+    if key == 'progress':
+        best, *counts = (value.get(name, 0) for name in ('best_dice', 'stale', 'skipped'))
+        return all(type(n) is int and 0 <= n <= LARGEST for n in counts) and (
+            best is None or _is_number(best, -1, 1)
+        )
+    if key == 'sha256':
+        return all(isinstance(text, str) for text in value.values())
+    if key == 'config':
+        sections = [x if isinstance(x, dict) else {'': x} for x in value.values()]
+        knobs = [x for section in sections for x in section.values()]
+        return isinstance(value.get('model'), dict) and not any(map(_is_nested, knobs))
+    return True
+
+
+def _is_nested(value: Any) -> bool:
+    inside = value if isinstance(value, list) else [value]
+    return any(isinstance(x, list | dict) for x in inside)
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def check_inputs(inputs: Any, path: str | Path) -> None:
+    """Raise CheckpointError for 'inputs' of metadata that no network has: see `save`."""
+    try:
+        channels, how = inputs['channels'], inputs['normalization']
+        sound = type(channels) is int and 1 <= channels <= MOST_CHANNELS
+        if how is not None:
+            numbers = [*how['mean'], *how['std']]
+            sound &= how.keys() == {'mean', 'std', 'trained_order'}
+            sound &= len(how['mean']) == len(how['std']) == 3 and min(how['std']) > 0
+            sound &= all(_is_number(x, -1e6, 1e6) for x in numbers)
+            sound &= how['trained_order'] in ('RGB', 'BGR')
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f'{path} says that its network takes {inputs!r:.200}: that is none of ours'
+        )
+
+
+def _check_files(path: Path) -> int:
+    """Bytes of a step's files. Raises CheckpointError for what no checkpoint has among them."""
+    total = 0
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            here = os.path.join(folder, name)
+            found = os.lstat(here)
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                raise CheckpointError(f'{here} is no file and no folder but a link or device')
+            text = os.path.basename(folder) != 'd' and stat.S_ISREG(found.st_mode)
+            if text and found.st_size > MOST_TEXT:
+                raise CheckpointError(
+                    f'{here} has {found.st_size:,} bytes: metadata has at most {MOST_TEXT:,}'
+                )
+            total += found.st_size
+    return total
+
+
+def _check_arrays(path: Path, abstract: dict[str, Any]) -> None:
+    """Raise CheckpointError where `abstract` is more than the files can hold, and where an
+    array is cut into pieces larger than itself, which are made whole before they are read.
+    """
+    claimed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    most = min(MOST_BYTES, 2**26 + MOST_TIMES * _check_files(path))
+    if claimed > most:
+        raise CheckpointError(
+            f'{path} is of a network of {claimed / 2**20:,.0f} MiB, at most {most / 2**20:,.0f} '
+            'are believed of its files: they are damaged, or made to exhaust the memory'
+        )
+    for part in abstract:
+        where = path / part
+        kind = json.loads((where / '_METADATA').read_bytes())
+        if not (kind['use_ocdbt'] is True and kind['use_zarr3'] is True):
+            raise CheckpointError(f'{where} is not in the format that checkpoints have')
+        kept = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': where.as_uri()}).result()
+        names = [name for name in kept.list().result() if name.endswith(b'zarr.json')]
+        for name, read in [(name, kept.read(name)) for name in names]:
+            text = read.result().value
+            array = json.loads(text[:MOST_TEXT])
+            pieces, codecs = [array['chunk_grid']['configuration']], list(array['codecs'])
+            for codec in codecs:  # grows by those within
+                how = codec.get('configuration', {})
+                codecs += [*how.get('codecs', ()), *how.get('index_codecs', ())]
+                pieces += [how] if 'chunk_shape' in how else []
+            most = max(1, math.prod(array['shape']))
+            if any(not 0 < math.prod(piece['chunk_shape']) <= most for piece in pieces) or not (
+                {codec['name'] for codec in codecs} <= CODECS
+            ):
+                raise CheckpointError(f'{where} has {name[:200]!r} in pieces that none of ours has')
 
 
 def restore(
@@ -262,7 +385,7 @@ def choose(workdir: str | Path, which: str = 'best') -> int:
         found = list(dice) or found
         ranked = {step: value for step, value in dice.items() if value is not None}
         return max(ranked, key=ranked.__getitem__) if ranked else found[-1]
-    if not which.isdigit() or int(which) not in found:
+    if which not in map(str, found):
         raise CheckpointError(f"checkpoint {which!r} is not one of 'best', 'last', {found}")
     return int(which)
 
@@ -280,26 +403,29 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract
     )
     try:
+        _check_arrays(path, abstract)
         parts = ocp.load_checkpointables(path, abstract)
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax raises what its storage layer does
         raise CheckpointError(f'{path} does not load: {_first_line(error)}') from error
     # On the host: whoever asked places them, on however many devices there are.
     parts = jax.tree.map(np.asarray, parts)
     for name, tree in parts.items():
-        if digest(tree) != meta['sha256'][name]:
+        if digest(tree) != meta['sha256'].get(name):
             raise CheckpointError(f'{path}/{name} is not what was saved: its sha256 differs')
     return parts
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """'model.width is 32 there, 64 here' ... of two configs, for what the network is made of."""
     old, new = there['model'], here['model']
     return [
-        f'model.{key} is {old.get(key)!r} there, {new.get(key)!r} here'
+        f'model.{key} is {old.get(key)!r:.200} there, {new.get(key)!r:.200} here'
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in NO_PART
     ]

@@ -1,7 +1,12 @@
-"""What a config may hold: one rule a knob, checked both ways before anything runs."""
+"""What a config may hold: one rule a knob, checked both ways before anything runs.
+
+A checkpoint brings its config with it, and may be a stranger's: no value that is allowed here
+asks for more memory or time than a command can give.
+"""
 
 import difflib
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +19,20 @@ from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
 Rule = tuple[Callable[[Any], bool], str]  # is it allowed, and in words what is
 
 
+LARGEST = 2**31 - 1  # whole number
+FURTHEST = 1e30  # other number: infinity is none
+LONGEST = 4096  # characters
+SHORT = reprlib.Repr()  # of values in errors, which may be of any length and depth
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 120
+SHORT.maxtuple = SHORT.maxlist = SHORT.maxdict = 12
+SHORT.maxlevel = 3
+
+
 def _one_of(*values) -> Rule:
-    return (lambda x: x in values), f'one of {", ".join(map(repr, values))}'
+    def check(x):  # 8.0 == 8 and True == 1, but they are not the same
+        return any(type(x) is type(value) and x == value for value in values)
+
+    return check, f'one of {", ".join(map(repr, values))}'
 
 
 def _is_int(x) -> bool:
@@ -27,28 +44,30 @@ def _is_number(x) -> bool:
 
 
 def _is_size(x) -> bool:
-    return _is_int(x) and x >= 16
+    return _is_int(x) and 16 <= x <= 2**14
 
 
-def _integer(low: int, high: float = float('inf')) -> Rule:
+def _integer(low: int, high: int = LARGEST) -> Rule:
     return (lambda x: _is_int(x) and low <= x <= high), f'a whole number {_range(low, high)}'
 
 
-def _number(low: float, high: float = float('inf')) -> Rule:
+def _number(low: float, high: float = FURTHEST) -> Rule:
     return (lambda x: _is_number(x) and low <= x <= high), f'a number {_range(low, high)}'
 
 
 def _range(low: float, high: float) -> str:
-    return f'of at least {low}' if high == float('inf') else f'from {low} to {high}'
+    return f'of at least {low}' if high in (LARGEST, FURTHEST) else f'from {low} to {high}'
 
 
-def _all(rule: Rule, length: int | None = None, least: int = 0) -> Rule:
+def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255) -> Rule:
     allowed, words = rule
     size = f'{length} values' if length else f'at least {least} values' if least else 'values'
 
     def check(xs):
-        right_length = len(xs) == length if length else len(xs) >= least
-        return isinstance(xs, tuple) and right_length and all(map(allowed, xs))
+        if not isinstance(xs, tuple):
+            return False
+        right_length = len(xs) == length if length else least <= len(xs) <= most
+        return right_length and all(map(allowed, xs))
 
     return check, f'a tuple of {size}, each {words}'
 
@@ -61,8 +80,16 @@ def _or_none(rule: Rule) -> Rule:
 
 
 _BOOL: Rule = (lambda x: isinstance(x, bool)), 'True or False'
-_TEXT: Rule = (lambda x: isinstance(x, str)), 'a text'
-_POSITIVE: Rule = (lambda x: _is_number(x) and x > 0), 'a number above 0'
+_TEXT: Rule = (
+    (lambda x: isinstance(x, str) and len(x) <= LONGEST and '\0' not in x),
+    f'a text of at most {LONGEST} characters',
+)
+_NAME: Rule = (
+    (lambda x: isinstance(x, str) and len(x) <= 200 and x.isprintable()),
+    'a text of at most 200 characters, in one line',
+)
+_POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
+_SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 
 RULES: dict[str, Rule] = {
     'seed': _integer(0),
@@ -72,7 +99,7 @@ RULES: dict[str, Rule] = {
         lambda x: _is_int(x) and 2 <= x <= 255,
         'a whole number from 2 to 255: background is a class too, one structure needs 2',
     ),
-    'model.class_names': _all(_TEXT),
+    'model.class_names': _all(_NAME),
     'model.width': _integer(4),
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.pretrained': _TEXT,
@@ -80,17 +107,17 @@ RULES: dict[str, Rule] = {
     'model.backbone': _or_none(_one_of(*BACKBONES)),
     'model.output_stride': _or_none(_one_of(*OUTPUT_STRIDES)),
     'model.dropout': _or_none(_number(0, 0.99)),
-    'model.rates': _or_none(_all(_integer(1), least=1)),
-    'model.multi_grid': _or_none(_all(_integer(1), least=1)),
+    'model.rates': _or_none(_all(_integer(1), least=1, most=16)),
+    'model.multi_grid': _or_none(_all(_integer(1), least=1, most=64)),
     'model.dilate_first_block': _or_none(_BOOL),
     'model.deep_stem': _or_none(_BOOL),
     'model.stride_in_1x1': _or_none(_BOOL),
     'model.same_padding': _or_none(_BOOL),
-    'model.bins': _all(_integer(1), least=1),
+    'model.bins': _all(_integer(1), least=1, most=16),
     'model.aux_head': _BOOL,
     'model.fc_features': _or_none(_integer(0)),
     'model.context': _one_of('basic', 'large', 'none'),
-    'model.scales': _all(_POSITIVE, least=1),
+    'model.scales': _SCALES,
     'model.batch_norm': _BOOL,
     'model.variant': _one_of('paper', 'torchvision', 'smp'),
     'data.name': _one_of('folder', 'lgg', 'phantom'),
@@ -104,7 +131,7 @@ RULES: dict[str, Rule] = {
     'data.group': _TEXT,
     'data.size': (
         lambda x: isinstance(x, tuple) and (x == () or (len(x) == 2 and all(map(_is_size, x)))),
-        '(), or a tuple of height and width of at least 16',
+        '(), or a tuple of height and width from 16 to 16384',
     ),
     'data.normalize': _or_none(_one_of('volume', 'weights')),
     'data.split': _one_of('holdout', 'kfold', 'site'),
@@ -120,9 +147,9 @@ RULES: dict[str, Rule] = {
     'data.threads': _integer(1),
     'data.bad_slices': _one_of('stop', 'skip'),
     'data.cache': _one_of('none', 'memory', 'device'),
-    'phantom.volumes': _integer(3),
-    'phantom.slices': _integer(4),
-    'phantom.size': _integer(32),
+    'phantom.volumes': _integer(3, 10_000),
+    'phantom.slices': _integer(4, 1024),
+    'phantom.size': _integer(32, 1024),
     'phantom.seed': _integer(0),
     'augment.crop': _integer(0),
     'augment.flip': _number(0, 1),
@@ -171,45 +198,51 @@ RULES: dict[str, Rule] = {
     'train.max_skipped': _integer(0),
     'train.patience': _integer(0),
     'crf.kernel': _one_of('none', 'exact', 'windowed'),
-    'crf.window': _integer(1),
-    'crf.iterations': _integer(1),
+    'crf.window': _integer(1, 256),
+    'crf.iterations': _integer(1, 1000),
     'crf.spatial_weight': _number(0),
     'crf.spatial_sigma': _POSITIVE,
     'crf.bilateral_weight': _number(0),
     'crf.bilateral_sigma': _POSITIVE,
     'crf.color_sigma': _POSITIVE,
-    'predict.window': _integer(0),
+    'predict.window': _integer(0, 2**14),
     'predict.overlap': _number(0, 0.9),
-    'predict.scales': _all(_POSITIVE, least=1),
+    'predict.scales': _SCALES,
     'predict.flip': _BOOL,
     'predict.threshold': _or_none(_number(0, 1)),
     'predict.largest_component': _BOOL,
     'predict.min_size': _integer(0),
-    'eval.batch_size': _integer(1),
+    'eval.batch_size': _integer(1, 4096),
     'eval.spacing': _all(_POSITIVE, length=3),
     'eval.surface_tolerance': _number(0),
     'eval.calibration_bins': _integer(2, 1000),
-    'eval.bootstrap': _integer(1),
-    'eval.checkpoint': (lambda x: isinstance(x, str), "'best', 'last' or a step"),
+    'eval.bootstrap': _integer(1, 10**6),
+    'eval.checkpoint': (_NAME[0], "'best', 'last' or a step"),
 }
 
 
 def validate(config: ConfigDict) -> None:
     """Raise one ConfigError that lists every key and value that is wrong."""
-    given = flatten(config.to_dict())
+    faults = _faults(flatten(config.to_dict())) or list(_contradictions(config))
+    if faults:
+        raise ConfigError('the config can not run:', sorted(faults))
+
+
+def _faults(given: Mapping[str, Any]) -> list[str]:
     faults = []
-    for key in given.keys() - RULES.keys():
-        faults.append(f'{key} is not a key{nearest(key)}')
+    for key in sorted(given.keys() - RULES.keys())[:50]:  # a stranger's may have any number
+        faults.append(f'{key[:100]} is not a key{nearest(key[:100])}')
     for key in RULES.keys() - given.keys():
         faults.append(f'{key} is missing: configs/base.py has its default')
     for key in RULES.keys() & given.keys():
         allowed, words = RULES[key]
         if not allowed(given[key]):
-            faults.append(f'{key} is {given[key]!r}: it must be {words}')
-    if not faults:
-        faults = list(_contradictions(config))
-    if faults:
-        raise ConfigError('\n  '.join(['the config can not run:', *sorted(faults)]))
+            faults.append(f'{key} is {_shown(given[key])}: it must be {words}')
+    return faults
+
+
+def _shown(value: Any) -> str:
+    return SHORT.repr(value)[:400]
 
 
 def _contradictions(config: ConfigDict):
@@ -263,24 +296,15 @@ def nearest(key: str) -> str:
     return f': did you mean {close[0]}?' if close else f'; the keys are: {", ".join(RULES)}'
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a': {'b': 1}, 'c': 2} -> {'a.b': 1, 'c': 2}: sections hold no sections."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(flatten(value, f'{prefix}{key}.'))
+            flat.update({f'{key}.{knob}': x for knob, x in value.items()})
         else:
-            flat[f'{prefix}{key}'] = value
+            flat[key] = value
     return flat
-
-
-def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` with what it lacks of `defaults`."""
-    given = {
-        key: _filled(value, defaults[key]) if isinstance(defaults.get(key), dict) else value
-        for key, value in tree.items()
-    }
-    return {**defaults, **given}
 
 
 def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -303,11 +327,30 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     """
     from configs import base  # only here: configs stand above the package
 
-    def tuples(value):
-        if isinstance(value, Mapping):
-            return {key: tuples(item) for key, item in value.items()}
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    config = ConfigDict(tuples(_filled(tree, base.get_config().to_dict())))
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f'a config is a mapping of sections, this is {_shown(tree)}')
+    if dotted := [key for key in tree if '.' in key]:
+        raise ConfigError(f'{_shown(dotted)} are no sections: see configs/base.py')
+    defaults = base.get_config().to_dict()
+    for name, section in defaults.items():
+        if isinstance(section, dict) != isinstance(tree.get(name, section), Mapping):
+            raise ConfigError(f'{name} is {_shown(tree[name])}: see configs/base.py')
+    filled = {**defaults, **tree}
+    filled |= {k: {**x, **tree.get(k, {})} for k, x in defaults.items() if isinstance(x, dict)}
+    # Before it is a ConfigDict, which reads meaning into some keys and values.
+    plain = {key: _tuples(value) for key, value in flatten(filled).items()}
+    if faults := _faults(plain):
+        raise ConfigError('the config can not run:', sorted(faults))
+    config = ConfigDict(
+        {k: _section(x) if isinstance(x, Mapping) else x for k, x in filled.items()}
+    )
     validate(config)
     return config.lock()
+
+
+def _section(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _tuples(value) for key, value in tree.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -4,9 +4,36 @@ Commands print these as one line and exit with status 1; anything else is a bug 
 ours and keeps its traceback.
 """
 
+from collections.abc import Sequence
+
+LONGEST = 4000  # characters of a line; a message quotes what a stranger's file says
+
 
 class PspnetError(ValueError):
-    """An input that can't be used as it is."""
+    """An input that can't be used as it is: one line, and one more for each of `faults`.
+
+    What a message quotes can't add a line, nor steer a terminal: such characters are escaped.
+    """
+
+    def __init__(self, message: str, faults: Sequence[str] = ()):
+        super().__init__(message, tuple(faults))
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return '\n  '.join(map(one_line, (self.args[0], *self.faults)))
+
+
+def one_line(text: str) -> str:
+    """Printable; of what is too long the start and the end."""
+    if len(text) > LONGEST:
+        text = f'{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}'
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    return ''.join(escaped)
 
 
 class ConfigError(PspnetError):

@@ -332,10 +332,20 @@ def restore_model(workdir: str | Path, which: str = ''):
     if not which:
         step = checkpoint.choose(workdir, config.eval.checkpoint)
     model = models.create(**config.model)
-    image = jax.ShapeDtypeStruct((1, 64, 64, meta['inputs']['channels']), jnp.float32)
-    shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
+    shapes = abstract_variables(model, meta['inputs']['channels'])
     variables = checkpoint.restore_variables(workdir, step, shapes)
     return config, model, variables, fixed_intensity(meta['inputs']), step
+
+
+def abstract_variables(model, channels: int) -> dict[str, Any]:
+    """Shapes and types of all that a network has. Raises ConfigError where it can't be built."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    try:
+        return jax.eval_shape(init, jax.random.key(0), image)
+    except Exception as error:  # of each layer its own: the config may be a stranger's
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f'there is no network of such a model section: {reason}') from error
 
 
 def fit_temperature(

@@ -31,8 +31,9 @@ import pspnet_jax
 from pspnet_jax import checkpoint, cli, infer, models, onnx_graph
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
-from pspnet_jax.evaluate import restore_model
+from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError
+from pspnet_jax.evaluate import abstract_variables, restore_model
+from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity
 
 FILES = {
@@ -45,6 +46,9 @@ SMALLEST = 32  # pixels a side: the deepest features have at least a cell
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2}  # of a probability: other forms round otherwise
 PROGRAM, METADATA = 'model.stablehlo', 'metadata.json'  # in the archive
 KEY = 'pspnet_jax'  # of the metadata in the other formats
+MOST_TEXT = 2**22  # of the metadata
+OUTSIDE = {f'stablehlo.{name}' for name in ('infeed', 'outfeed', 'send', 'recv')}
+CRF_KERNELS = ('none', 'exact', 'windowed')
 
 Predict = Callable[[np.ndarray], np.ndarray]  # B H W C uint8 -> B H W K probabilities
 
@@ -304,14 +308,63 @@ def compare(predict: Predict, expect: Predict, channels: int, sizes, limit: floa
 
 def read_stablehlo(path: str | Path) -> tuple[Predict, dict[str, Any]]:
     """(predict, metadata). Raises ExportError for another file."""
+    path = _file(path)
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            program, metadata = archive.read(PROGRAM), json.loads(archive.read(METADATA))
+            program, metadata = archive.read(PROGRAM), _metadata(archive.read(METADATA))
         exported = jax.export.deserialize(bytearray(program))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        foreign = sorted(foreign_operations(exported.mlir_module_serialized))
+    except PspnetError:
+        raise
+    except Exception as error:  # of zipfile, flatbuffers and MLIR each its own
         raise ExportError(f'{path} is no exported StableHLO: export it again') from error
+    if foreign:
+        raise ExportError(
+            f'{path} does more than compute ({", ".join(foreign)[:200]}): no export here does'
+        )
     predict = jax.jit(exported.call)
     return (lambda image: np.asarray(predict(image))), metadata
+
+
+def foreign_operations(program: bytes) -> set[str]:
+    """What a StableHLO program does but to compute with arrays; those we export do nothing.
+
+    A custom call can be any function of the process, at an address that the file states.
+    """
+    from jax.extend.mlir import ir
+    from jax.extend.mlir.dialects import stablehlo
+
+    found = set()
+
+    def see(operation):
+        name = operation.name
+        if name == 'stablehlo.custom_call':
+            name = ir.StringAttr(operation.attributes['call_target_name']).value
+        if name not in ('shape_assertion', 'builtin.module') and (
+            name in OUTSIDE or not name.startswith(('stablehlo.', 'func.'))
+        ):
+            found.add(name)
+        return ir.WalkResult.ADVANCE
+
+    with ir.Context() as context:
+        stablehlo.register_dialect(context)
+        stablehlo.deserialize_portable_artifact(context, program).operation.walk(see)
+    return found
+
+
+def _file(path: str | Path) -> Path:
+    """Raises ExportError for what is no file: a pipe would be waited for."""
+    if not Path(path).is_file():
+        raise ExportError(f'{path} is not a file')
+    return Path(path)
+
+
+def _metadata(text: str | bytes) -> dict[str, Any]:
+    found = json.loads(text[:MOST_TEXT])
+    if not isinstance(found, dict):
+        raise ValueError(f'metadata is {found!r:.80}')
+    return found
 
 
 def read_onnx(path: str | Path) -> tuple[Predict, dict[str, Any]]:
@@ -320,9 +373,14 @@ def read_onnx(path: str | Path) -> tuple[Predict, dict[str, Any]]:
         import onnxruntime
     except ImportError as error:
         raise ExportError(onnx_graph.NEED) from error
+    path = _file(path)
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-        metadata = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(),  # from bytes, other files are out of its reach
+            providers=['CPUExecutionProvider'],
+            disabled_optimizers=['ConstantFolding'],  # it would compute, of whatever size
+        )
+        metadata = _metadata(session.get_modelmeta().custom_metadata_map[KEY])
     except Exception as error:  # onnxruntime's kinds share no base but this
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(f'{path} is not read by onnxruntime: {reason}') from error
@@ -335,12 +393,16 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises CheckpointError where an array that the config's network has is missing, has
     another shape, or is one too many.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    path = _file(path)
     try:
         with safe_open(path, 'numpy') as file:
-            metadata = json.loads(file.metadata()[KEY])
+            metadata = _metadata(file.metadata()[KEY])
             config = from_dict(metadata['config'])
+            checkpoint.check_inputs(metadata['inputs'], path)
+            if metadata['crf'] not in CRF_KERNELS:
+                raise ValueError('crf')
             shapes = _shapes(config, metadata['inputs']['channels'])
             names = list(file.keys())
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
@@ -351,19 +413,20 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 if found.get(name) != shapes.get(name)
             ]
             if faults:
-                raise CheckpointError('\n  '.join([f'{path} does not fit its config:', *faults]))
+                raise CheckpointError(f'{path} does not fit its config:', faults)
             arrays = {name: file.get_tensor(name) for name in shapes}
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            if any(array.dtype != np.float32 for array in arrays.values()):
+                raise ValueError('dtype')
+    except PspnetError:
+        raise
+    except Exception as error:  # of safetensors, JSON and a stranger's types each its own
         raise CheckpointError(f'{path} is no exported savedparams: export it again') from error
     return unflatten_dict(arrays, sep='/'), metadata
 
 
 def _shapes(config, channels: int) -> dict[str, tuple[int, ...]]:
     """{name: shape} of all that the config's network has."""
-    model = models.create(**config.model)
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    tree = jax.eval_shape(init, jax.random.key(0), image)
+    tree = abstract_variables(models.create(**config.model), channels)
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep='/').items()}
 
 

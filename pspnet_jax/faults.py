@@ -40,6 +40,9 @@ def alone(workdir: str | Path) -> Iterator[None]:
         return
     path = Path(workdir) / LOCK
     while True:
+        # Never what a link leads to, nor a pipe: it is emptied and written to.
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise ConfigError(f'{path} is no file but a link or device: remove it')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open('a+')
@@ -72,11 +75,14 @@ def alone(workdir: str | Path) -> Iterator[None]:
 def _owner(path: Path) -> str:
     """' by process 7 on HOST for 3.2 minutes', or '' where the file does not say."""
     try:
-        owner = json.loads(path.read_text())
+        with path.open(encoding='utf-8') as file:
+            owner = json.loads(file.read(10_000))
         minutes = (time.time() - float(owner['since'])) / 60
         process, host = int(owner['process']), str(owner['host'])[:64]
+        if not host.isprintable() or abs(process) > 2**62:
+            return ''
         return f' by process {process} on {host} for {minutes:.1f} minutes'
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return ''
 
 

@@ -7,10 +7,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pspnet_jax.errors import LogError, not_written
+
+LONGEST = 100_000  # characters of a line
+FURTHEST = 1e39  # of a figure: float32 holds no more
 
 
 class MetricLog:
@@ -36,10 +40,11 @@ class MetricLog:
         self._path, self._each = Path(workdir) / 'metrics.jsonl', each
         self._event, self._summary = Event, summary
         with _explained(self._path):
-            if self._path.exists():
-                kept = [x for x in _whole_lines(self._path) if json.loads(x)['step'] <= first_step]
+            if os.path.lexists(self._path):
+                kept = [x for x, record in _records(self._path) if record['step'] <= first_step]
                 aside = self._path.with_suffix('.tmp')
                 try:
+                    aside.unlink(missing_ok=True)  # of a killed run, or a link elsewhere
                     aside.write_text(''.join(f'{line}\n' for line in kept))
                     os.replace(aside, self._path)
                 finally:
@@ -118,18 +123,26 @@ class Silent:
 
 def read(workdir: str | Path) -> list[dict[str, float | None]]:
     """The records of WORKDIR/metrics.jsonl, in order; none where there is no such file."""
-    path = Path(workdir) / 'metrics.jsonl'
-    records = map(json.loads, _whole_lines(path)) if path.exists() else ()
-    return [record for record in records if isinstance(record, dict) and 'step' in record]
+    return [record for _, record in _records(Path(workdir) / 'metrics.jsonl')]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that parse: a killed process may have left half a line at the end."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        lines.append(line)
-    return lines
+def _records(path: Path) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Lines that are records: a killed process may have left half a line at the end."""
+    if not path.is_file():
+        return
+    with path.open(encoding='utf-8', errors='replace') as file:
+        for line in iter(lambda: file.readline(LONGEST), ''):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if _is_record(record):
+                yield line.strip(), record
+
+
+def _is_record(found: Any) -> bool:
+    if not isinstance(found, dict) or type(found.get('step')) is not int:
+        return False
+    numbers = [x for x in found.values() if x is not None]
+    sound = all(type(x) in (int, float) and abs(x) <= FURTHEST for x in numbers)
+    return sound and 0 <= found['step'] < 2**31

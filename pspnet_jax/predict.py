@@ -44,7 +44,7 @@ from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.data import files, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import free_memory, measure_intensity, normalize
-from pspnet_jax.errors import CheckpointError, ConfigError, DataError
+from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
 from pspnet_jax.evaluate import label_options, program_options, restore_model
 
 KINDS = ('mask', 'probability', 'overlay', 'outline', 'panels')
@@ -203,7 +203,10 @@ def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[
         root, below = source, [source]
     elif glob.has_magic(str(source)):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), source.parts))
-        below = [Path(match) for match in glob.glob(str(source), recursive=True)]
+        try:  # unlike glob.glob, not into links to folders, which may lead in a circle
+            below = list(root.glob(str(source.relative_to(root))))
+        except ValueError as error:
+            raise ConfigError(f'--input={source} is no pattern: {error}') from error
     else:
         raise DataError(f'{source} is neither a file nor a folder: give --input=PICTURE_OR_FOLDER')
     results = Path(output).expanduser().resolve()
@@ -296,7 +299,7 @@ def _decoded_bytes(path: Path) -> int:
     try:
         with Image.open(path, formats=files.PIL_FORMATS) as picture:
             return math.prod(picture.size) * len(picture.getbands())
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow's parsers raise whatever a damaged header leads to
         return 0
 
 
@@ -516,7 +519,8 @@ class Speed(NamedTuple):
 
     def __str__(self) -> str:
         reached = '' if math.isnan(self.reached) else f', {self.reached:.4g} a second reached'
-        return f'{self.name}: {self.frames} frames of {self.rate:.4g} a second{reached}'
+        name = one_line(self.name)
+        return f'{name}: {self.frames} frames of {self.rate:.4g} a second{reached}'
 
 
 def predict_video(
@@ -659,7 +663,7 @@ def main() -> None:
     )
     print(f'{", ".join(options.save)} are in {options.output}')
     if faults:
-        raise DataError('\n  '.join([f'{len(faults)} file(s) left out:', *faults]))
+        raise DataError(f'{len(faults)} file(s) left out:', faults)
 
 
 if __name__ == '__main__':

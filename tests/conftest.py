@@ -26,6 +26,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax.errors import PspnetError
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
@@ -72,6 +74,15 @@ def kaggle(tmp_path):
     ):
         write_case(root, patient)
     return tmp_path / 'raw'
+
+
+def refused(read, *arguments, match=None, kind=PspnetError):
+    """The message of a refusal: one line that quotes no more than it must."""
+    with pytest.raises(kind, match=match) as told:
+        read(*arguments)
+    assert len(str(told.value).splitlines()) == 1
+    assert str(told.value).isprintable()
+    return str(told.value)
 
 
 def tiny_config(**changes):

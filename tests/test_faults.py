@@ -190,7 +190,11 @@ def test_no_flipped_byte_is_loaded_in_silence(tmp_path):
     stats = {'mean': rng.normal(size=8).astype(np.float32)}
     state = train.TrainState(jnp.asarray(7), params, stats, tx.init(params), params)
     config = to_dict(tiny_config())
-    facts = {'progress': {'stale': 1}, 'inputs': {'channels': 3}, 'dice': 0.5}
+    facts = {
+        'progress': {'stale': 1},
+        'inputs': {'channels': 3, 'normalization': None},
+        'dice': 0.5,
+    }
     with contextlib.closing(checkpoint.open_writer(tmp_path)) as writer:
         checkpoint.save(writer, 7, state, config=config, **facts)
     whole = bytes_of(*checkpoint.restore(tmp_path, state, config))

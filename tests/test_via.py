@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax import text
 from pspnet_jax.data import annotations, files, via
 from pspnet_jax.errors import ConfigError, DataError
 from tests.conftest import ROOT
@@ -520,7 +521,7 @@ def test_files_that_can_not_be_read(tmp_path, monkeypatch):
     path = via_file(tmp_path, region())
     path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())  # as some editors on Windows save it
     assert list(via.read_annotations(path).shapes) == ['a.png']
-    monkeypatch.setattr(annotations, 'MAX_BYTES', path.stat().st_size - 1)
+    monkeypatch.setattr(text, 'MAX_BYTES', path.stat().st_size - 1)
     assert 'split it' in fault(via.read_annotations, path)
 
 

@@ -10,7 +10,6 @@ and the picture names in them are only ever compared with names that are there.
 import contextlib
 import csv
 import io
-import json
 import math
 import os
 import re
@@ -23,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pspnet_jax import text
 from pspnet_jax.data.outlines import MAX_SIDE, Shape
 from pspnet_jax.errors import ConfigError, DataError
 
-MAX_BYTES = 2**26  # of a file; parsed, it takes many times as much
 MAX_FAULTS = 1000  # of a file, after which it is not read on
 CSV_HEADER = (
     'filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,'
@@ -139,10 +138,8 @@ def all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
     """One line where there is one fault, else a list."""
     if len(faults) == 1:
         return DataError(f'{source}: {faults[0]}')
-    lines = [f'{len(faults)} faults in {source}:', *faults[:MAX_FAULTS]]
-    if len(faults) >= MAX_FAULTS:
-        lines.append('and there may be more')
-    return DataError('\n  '.join(lines))
+    more = ['and there may be more'] if len(faults) >= MAX_FAULTS else []
+    return DataError(f'{len(faults)} faults in {source}:', [*faults[:MAX_FAULTS], *more])
 
 
 @contextlib.contextmanager
@@ -169,53 +166,16 @@ def _listed(faults: list[str], where: str = '') -> Iterator[None]:
 # Files and values.
 
 
-def _read_text(path: Path) -> str:
-    if not os.path.isfile(path):
-        raise DataError(f'{path} is not a file: give the annotations as JSON or CSV')
-    try:
-        with path.open('rb') as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f'{path} can not be read ({error.strerror}): copy it again') from error
-    if len(data) > MAX_BYTES:
-        raise DataError(f'{path} is larger than {MAX_BYTES // 2**20} MiB: split it')
-    try:
-        return data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise DataError(f'{path} is not UTF-8 text: {AGAIN}') from error
-
-
-def _parse(text: str) -> Any:
-    """The JSON value; DataError for what is none, is nested too deeply or holds a key twice."""
-
-    def unique(pairs):
-        if len(found := dict(pairs)) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f'the key {show(twice)} is there twice')
-        return found
-
-    def refuse(constant):
-        raise ValueError(f'{constant} is not a number')
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError as error:
-        raise DataError(f'nested too deeply for annotations: {AGAIN}') from error
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f'not readable as JSON ({reason}): {AGAIN}') from error
-
-
 def _read_file(path: Path, faults: list[str]) -> tuple[str, Iterator[Picture]]:
     """The tool that wrote the file, and its pictures."""
-    text = _read_text(path)
-    header = text.partition('\n')[0].strip().lstrip('#').replace('"', '')
+    content = text.read(path, AGAIN)
+    header = content.partition('\n')[0].strip().lstrip('#').replace('"', '')
     if header == CSV_HEADER:
-        return 'VIA CSV', _read_via_csv(text, faults)
+        return 'VIA CSV', _read_via_csv(content, faults)
     if path.suffix.lower() == '.csv':
         raise DataError(f'{path} does not begin with {CSV_HEADER}: export it from VIA')
     try:
-        tree = _parse(text)
+        tree = text.parse_json(content, AGAIN)
     except DataError as error:
         raise DataError(f'{path} is {error}') from error
     if isinstance(tree, dict):
@@ -389,12 +349,12 @@ def _via_shape(value: Any) -> Shape:
     raise _unknown_shape(name)
 
 
-def _read_via_csv(text: str, faults: list[str]) -> Iterator[Picture]:
+def _read_via_csv(content: str, faults: list[str]) -> Iterator[Picture]:
     """A line for each region, or one with the shape {} for a picture that has none."""
     regions, bytes_of = defaultdict(list), {}
-    before = csv.field_size_limit(MAX_BYTES)  # an outline of many points is a long field
+    before = csv.field_size_limit(text.MAX_BYTES)  # an outline of many points is a long field
     try:
-        lines = csv.reader(io.StringIO(text, newline=''), strict=True)
+        lines = csv.reader(io.StringIO(content, newline=''), strict=True)
         columns = len(next(lines))
         for row in filter(None, lines):
             with _listed(faults, f'line {lines.line_num}'):
@@ -406,7 +366,7 @@ def _read_via_csv(text: str, faults: list[str]) -> Iterator[Picture]:
                 name = _name(row[0])
                 if bytes_of.setdefault(name, row[1]) != row[1]:
                     raise DataError(f'{show(name)} is of two sizes: rename one of the pictures')
-                shape, attributes = _parse(row[5]), _attributes(_parse(row[6]))
+                shape, attributes = _via_field(row[5]), _attributes(_via_field(row[6]))
                 found = regions[name]
                 if shape != {} or attributes:
                     where = f'{show(name)}, region {len(found) + 1}'
@@ -417,6 +377,10 @@ def _read_via_csv(text: str, faults: list[str]) -> Iterator[Picture]:
         csv.field_size_limit(before)
     for name, found in regions.items():
         yield Picture(name, None, found)
+
+
+def _via_field(value: str) -> Any:
+    return text.parse_json(value, AGAIN)
 
 
 # COCO

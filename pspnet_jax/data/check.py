@@ -134,7 +134,7 @@ def check(config, out: str | Path) -> None:
         for (a, b), n in sorted(pairs.items())
     ]
     if faults:
-        raise DataError('\n  '.join([f'{len(faults)} fault(s):', *faults[:50]]))
+        raise DataError(f'{len(faults)} fault(s):', faults[:50])
     print('no fault found')
 
 

@@ -15,10 +15,10 @@ unpickled, and whatever is wrong becomes one DataError.
 import contextlib
 import gzip
 import importlib
+import math
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,19 +28,26 @@ from absl import logging
 from PIL import Image
 
 from pspnet_jax.data.volumes import free_memory
-from pspnet_jax.errors import DataError, not_written
+from pspnet_jax.errors import DataError, not_written, one_line
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 NIFTI = ('.nii', '.nii.gz')
 DICOM = ('.dcm', '.dicom', '.ima')
 SUFFIXES = (*PICTURES, *NIFTI, *DICOM, '.npy')
 
-MAX_VALUES = 2**31  # of one picture or volume, channels counted
+# Values of one picture or volume, channels counted: a slide of 20,000 x 20,000 RGB has 1.2e9,
+# a CT of 512 x 512 x 3,000 has 0.8e9.
+MAX_VALUES = 2**31
+MAX_SIDE = 2**20  # of a flat picture, as Pillow needs memory for every row, however short
 MAX_SLICES = 2**14  # pages of a TIFF, files of a folder; a long CT has some 3,000
+MAX_SCANS = 100  # of a JPEG, each of which visits every pixel; programs write some 10
 MAX_EXTENSIONS = 2**24  # bytes between the header of a NIfTI file and its voxels
 GZIP_RATIO = 1032  # the most that deflate can shrink
 PICTURE_RATIO = 4096  # and, roughly, what any compression of a picture can
 SMALL = 2**26  # bytes that are not worth a question
+
+# Pillow's own limit is half a slide; `_check_picture` has ours, and looks at the free memory.
+Image.MAX_IMAGE_PIXELS = MAX_VALUES
 
 PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')  # others of PIL's start programs
 PIP = {'nibabel': 'nibabel>=5.4,<6', 'pydicom': 'pydicom>=3.0,<4'}
@@ -174,7 +181,7 @@ def find(folder: str | Path) -> dict[str, Path]:
                 faults.append(f'{found[name]} and {path} are both called {name}: rename one')
             found.setdefault(name, path)
     if faults:
-        raise DataError('\n  '.join([f'{len(faults)} fault(s) in {folder}:', *faults]))
+        raise DataError(f'{len(faults)} fault(s) in {folder}:', faults)
     if not found:
         raise DataError(f'{folder} holds no picture: the endings known are {", ".join(SUFFIXES)}')
     return dict(sorted(found.items()))
@@ -224,8 +231,11 @@ def write_probabilities(path: str | Path, prob_DHW: np.ndarray, like: Picture) -
 
 def open_picture(path: Path) -> Image.Image:
     """The decoded picture, of several pages the first. Raises DataError."""
+    if not os.path.isfile(path):
+        raise DataError(f'{path} is not a file: give a picture')
     with _reading(path, 'picture'):
         picture = Image.open(path, formats=PIL_FORMATS)
+        _check_picture(picture, path, 1, path.stat().st_size)
         picture.load()
         return picture
 
@@ -234,9 +244,9 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def _load(path: Path, labels: bool) -> Picture:
-    if path.is_dir():
+    if os.path.isdir(path):
         return _load_folder(path, labels)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f'{path} is not there: give a picture, a volume or a folder of slices')
     kind = _suffix(path)
     if kind in NIFTI:
@@ -251,7 +261,8 @@ def _load(path: Path, labels: bool) -> Picture:
 
 
 def _load_folder(folder: Path, labels: bool) -> Picture:
-    files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != '.']
+    with _reading(folder, 'folder'):
+        files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != '.']
     pictures = sorted((path for path in files if _suffix(path) in PICTURES), key=_numbers_in_order)
     dicom = sorted(path for path in files if _suffix(path) in DICOM or _says_dicom(path))
     if not pictures and not dicom:
@@ -277,14 +288,7 @@ def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
             for page in range(pages):
                 if pages > 1:
                     picture.seek(page)
-                size = (len(paths) * pages, *picture.size[::-1], len(picture.getbands()))
-                _check_size(path, size, _dtype_of(picture))
-                packed = int(np.prod(size)) // (8 if picture.mode == '1' else 1)
-                if packed > max(SMALL, PICTURE_RATIO * path.stat().st_size * len(paths)):
-                    raise DataError(
-                        f'{path} is too short for its {" x ".join(map(str, size))} values: '
-                        'copy it again'
-                    )
+                _check_picture(picture, path, len(paths) * pages, path.stat().st_size * len(paths))
                 turn = UPRIGHT.get(orientation(picture), np.asarray)
                 pixels = turn((_label_pixels if labels else _image_pixels)(picture, path, page))
                 if image is None:
@@ -299,16 +303,50 @@ def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
     return image
 
 
+def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int) -> None:
+    """Raise DataError where `pictures` like this one are too many values, or too many for the
+    bytes that hold them, before they are decoded.
+    """
+    size = (pictures, *picture.size[::-1], len(picture.getbands()))
+    _check_size(path, size, _dtype_of(picture))
+    if max(picture.size) > MAX_SIDE:
+        words = ' x '.join(map(str, picture.size[::-1]))
+        raise DataError(f'{path} is {words}, the limit is {MAX_SIDE} pixels a side: cut it up')
+    if picture.format in ('JPEG', 'MPO'):
+        scans = path.read_bytes().count(b'\xff\xda')  # which coded pixels can't be
+        if scans > MAX_SCANS:
+            raise DataError(f'{path} has {scans} scans, the limit is {MAX_SCANS}: save it again')
+    ratio = PICTURE_RATIO * (8 if picture.mode == '1' else 1)
+    if math.prod(size) > max(SMALL, ratio * stored):
+        words = ' x '.join(map(str, size))
+        raise DataError(f'{path} is too short for its {words} values: copy it again')
+
+
 def _count_pages(picture: Image.Image, path: Path) -> int:
+    """Pages of a TIFF along their directories, as Pillow goes, but without reading the entries:
+    directories that overlap make a file of 1 MB hours of work.
+    """
     if picture.format != 'TIFF':
         return 1
-    for page in range(MAX_SLICES + 1):
-        try:
-            picture.seek(page)
-        except EOFError:
-            picture.seek(0)
-            return page
-    raise DataError(f'{path} has more than {MAX_SLICES} pages: split it')
+    size = path.stat().st_size
+    with open(path, 'rb') as file:
+        head = file.read(16)
+        order = 'little' if head[:2] == b'II' else 'big'
+        of_count, of_entry, of_place = (8, 20, 8) if head[2] == 43 else (2, 12, 4)  # bytes
+        place = int.from_bytes(head[of_place : 2 * of_place], order)
+        seen, used = set(), 0
+        while place and place not in seen:  # what leads back ends there
+            seen.add(place)
+            file.seek(place)
+            entries = of_entry * int.from_bytes(file.read(of_count), order)
+            used += entries
+            if len(seen) > MAX_SLICES:
+                raise DataError(f'{path} has more than {MAX_SLICES} pages: split it')
+            if used > size:
+                raise DataError(f'{path} has pages that lie on one another: copy it again')
+            file.seek(entries, os.SEEK_CUR)
+            place = int.from_bytes(file.read(of_place), order)
+    return len(seen)
 
 
 def orientation(picture: Image.Image) -> int:
@@ -396,7 +434,7 @@ def _deep_colour(picture: Image.Image, path: Path, page: int) -> np.ndarray:
 def _load_array(path: Path, labels: bool) -> Picture:
     with _reading(path, 'array'):
         # Mapped, so that a shape that the file is too short for is refused and not allocated.
-        mapped = np.load(path, allow_pickle=False, mmap_mode='r')
+        mapped = np.lib.format.open_memmap(path, mode='r')
         _check_size(path, mapped.shape, mapped.dtype)
         values = np.array(mapped)
     if values.ndim == 2:
@@ -412,7 +450,7 @@ def _load_array(path: Path, labels: bool) -> Picture:
 def _load_nifti(path: Path, labels: bool) -> Picture:
     nibabel = _imported('nibabel', path)
     with _reading(path, 'NIfTI volume'):
-        kind, header = _nifti_header(path, nibabel)
+        header = _nifti_header(path, nibabel)
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         if dtype.kind not in 'iuf':
             raise DataError(f'{path} holds voxels of {dtype}: save grey values, a volume a channel')
@@ -424,9 +462,8 @@ def _load_nifti(path: Path, labels: bool) -> Picture:
         stored = path.stat().st_size * (GZIP_RATIO if _is_gzip(path) else 1)
         if stored < int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise DataError(f'{path} is shorter than its dimensions {shape} say: copy it again')
-        volume = kind.from_filename(path, mmap=False)
-        values = volume.dataobj.get_unscaled()
-        slope, intercept = volume.dataobj.slope, volume.dataobj.inter
+        proxy = nibabel.arrayproxy.ArrayProxy(str(path), header, mmap=False)
+        values, slope, intercept = proxy.get_unscaled(), proxy.slope, proxy.inter
         if (slope, intercept) != (1, 0):
             wide = np.float64 if labels else np.float32  # labels must come out whole
             values = np.multiply(values, wide(slope), dtype=wide)
@@ -434,22 +471,22 @@ def _load_nifti(path: Path, labels: bool) -> Picture:
         values_XYZC = values.reshape(*(*shape, 1, 1)[:3], -1)
         space = header.get_xyzt_units()[0]
         unit = {'meter': 1e3, 'micron': 1e-3}.get(space, 1.0)  # in mm, which files leave out
-        return _turned(values_XYZC, volume.affine, volume.header, unit, path)
+        return _turned(values_XYZC, header.get_best_affine(), header, unit, path)
 
 
 def _nifti_header(path: Path, nibabel):
-    """(nibabel's class, header), read before nibabel sees the file, which believes it."""
+    """nibabel's header, without extensions: what is behind it in a file may be of any size."""
     with gzip.open(path) if _is_gzip(path) else open(path, 'rb') as file:
         block = file.read(540)
     second = 540 in (int.from_bytes(block[:4], order) for order in ('little', 'big'))
-    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
-    header = kind.header_class(block[: 540 if second else 348], check=False)
+    kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
+    header = kind(block[: 540 if second else 348])
     if header.get_data_offset() > MAX_EXTENSIONS:
         raise DataError(
             f'{path} has its voxels behind byte {header.get_data_offset()}, the limit is '
             f'{MAX_EXTENSIONS}: remove its extensions'
         )
-    return kind, header
+    return header
 
 
 def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
@@ -459,10 +496,10 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
     for path in files:
         with _reading(path, 'DICOM file'):
             slices.append((path, _dicom_header(path, pydicom)))
-    series = Counter(str(header.get('SeriesInstanceUID', '')) for _, header in slices)
-    if len(series) > 1:
-        raise DataError(f'{source} holds {len(series)} DICOM series: give each its own folder')
     with _reading(source, 'DICOM series'):
+        series = {str(header.get('SeriesInstanceUID', '')) for _, header in slices}
+        if len(series) > 1:
+            raise DataError(f'{source} holds {len(series)} DICOM series: give each its own folder')
         order, affine, spacing = _dicom_geometry(slices, source)
     image = None
     for d, i in enumerate(order):
@@ -470,6 +507,8 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
         with _reading(path, 'DICOM file'):
             size = (len(files), header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
             _check_size(path, size, np.dtype(np.float32))
+            if math.prod(size[1:]) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
+                raise DataError(f'{path} is too short for its {size[1:]} values: copy it again')
             pixels = _dicom_pixels(path, pydicom, labels)
             if image is None:
                 image = np.empty((len(files), *pixels.shape), pixels.dtype)
@@ -676,7 +715,9 @@ def _check_size(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
         raise DataError(f'{path} says its size is {words}, which is no size: copy it again')
     values = int(np.prod([int(n) for n in shape], dtype=object))
     if values > MAX_VALUES:
-        raise DataError(f'{path} says its size is {words}, the limit is {MAX_VALUES} values')
+        raise DataError(
+            f'{path} says its size is {words}, the limit is {MAX_VALUES} values: cut it up'
+        )
     size = values * dtype.itemsize
     if size > SMALL and size > (free := free_memory()):
         raise DataError(
@@ -696,7 +737,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise DataError(f'{path} is not a readable {kind} ({reason}): copy it again') from error
 
 

@@ -9,6 +9,7 @@ is found out from all of them, said in one line, and refused where it could mean
 
 import csv
 import functools
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from pspnet_jax import text
 from pspnet_jax.data import files, via, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
 from pspnet_jax.errors import DataError
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 MOST_LISTED = 50  # faults in one error
+MAX_NAME = 200  # characters of a patient, as file systems take 255 bytes with what we add
 
 
 class Case(NamedTuple):
@@ -98,8 +101,8 @@ def scan(
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
     """Stem -> patient, and the faults: stems that the expression or the table leaves out."""
     if not group:
-        return {stem: stem for stem in stems}, []
-    if group.endswith('.csv'):
+        table, remedy = {stem: stem for stem in stems}, ''
+    elif group.endswith('.csv'):
         table = read_table(Path(group))
         remedy = f'add it to {group}'
     else:
@@ -115,21 +118,21 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
     faults = [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
     patients = {stem: table[stem] for stem in stems if table.get(stem)}
     for name in sorted(set(patients.values())):
-        if re.search(r'[/\\\0]', name) or name.startswith('.'):
+        bad = re.search(r'[/\\]', name) or name.startswith('.') or not name.isprintable()
+        if bad or len(name) > MAX_NAME:
             faults.append(f'patient {name!r} can not be a file name, which results take: rename it')
     return patients, faults
 
 
 def read_table(path: Path) -> dict[str, str]:
     """Stem -> patient of a .csv with these two columns."""
+    has = 'it has a line "stem,patient" and one such line a picture'
     try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
+        rows = csv.DictReader(io.StringIO(text.read(path, has), newline=''))
         return {row['stem'].strip(): row['patient'].strip() for row in rows}
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+    except (KeyError, AttributeError, csv.Error) as error:
         raise DataError(
-            f'{path} is not a table of patients ({type(error).__name__}: {error}): '
-            'it has a line "stem,patient" and one such line a picture'
+            f'{path} is not a table of patients ({type(error).__name__}: {error}): {has}'
         ) from error
 
 
@@ -280,8 +283,7 @@ def volumes_by_name(path: Path) -> bool:
 def _all_faults(source: str | Path, faults: list[str]) -> DataError:
     rest = len(faults) - MOST_LISTED
     more = [f'and {rest} more'] if rest > 0 else []
-    head = f'{len(faults)} fault(s) in {source}:'
-    return DataError('\n  '.join([head, *faults[:MOST_LISTED], *more]))
+    return DataError(f'{len(faults)} fault(s) in {source}:', [*faults[:MOST_LISTED], *more])
 
 
 def _attempt(function: Callable, *arguments):

@@ -10,8 +10,10 @@ post-contrast) and <case>_<n>_mask.tif (256 x 256 uint8, 0 or 255). Where a sequ
 was not taken, FLAIR stands in its channel.
 """
 
+import contextlib
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ DOWNLOAD_HELP = (
     '(--config.data.source=FOLDER for training, --source=FOLDER for the builder)'
 )
 SIZE = (256, 256)
+MOST_TEXT = 2**22  # bytes of a built data set's description
 
 
 class Case(NamedTuple):
@@ -67,9 +70,12 @@ def scan(source: str | Path) -> tuple[list[Case], list[str]]:
         for n in sorted(masks.keys() - images.keys()):
             faults.append(f'{masks[n]} has no image: add it or remove the mask')
         order = sorted(images)
-        if order and order != list(range(order[0], order[0] + len(order))):
-            missing = sorted(set(range(order[0], order[-1])) - set(order))
-            faults.append(f'{folder} lacks slices {missing}: a volume must be whole')
+        gaps = [(n + 1, m - 1) for n, m in itertools.pairwise(order) if m > n + 1]
+        if gaps:
+            missing = ', '.join(str(n) if n == m else f'{n} to {m}' for n, m in gaps[:50])
+            faults.append(f'{folder} lacks slices [{missing}]: a volume must be whole')
+        if not folder.name.isprintable():
+            faults.append(f'{folder} has a name that can not be printed: rename it')
         pairs = [n for n in order if n in masks]
         if not pairs:
             continue
@@ -96,7 +102,7 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def _all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
-    return DataError('\n  '.join([f'{len(faults)} fault(s) in {source}:', *faults]))
+    return DataError(f'{len(faults)} fault(s) in {source}:', faults)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -160,10 +166,15 @@ def check(source: str | Path, size: tuple[int, int] | None = SIZE) -> list[Case]
         try:
             read_case(case, size)
         except DataError as error:
-            faults += str(error).split('\n  ')[1:]
+            faults += error.faults
     if faults:
         raise _all_faults(source, faults)
     return cases
+
+
+class Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: ours is in no bucket, and tfds leaves a folder in /tmp for having looked."""
 
 
 class Lgg(tfds.core.GeneratorBasedBuilder):
@@ -173,7 +184,7 @@ class Lgg(tfds.core.GeneratorBasedBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = DOWNLOAD_HELP
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return Info(
             builder=self,
             description=__doc__,
             features=tfds.features.FeaturesDict(
@@ -251,9 +262,10 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     data set that was built from other files is built anew. Raises DataError.
     """
     data_dir = str(Path(out).expanduser()) if out else None
-    builder = Lgg(data_dir=data_dir, file_format='array_record')
-    if builder.is_prepared() and not source:
-        return builder
+    with _sound(data_dir):
+        builder = Lgg(data_dir=data_dir, file_format='array_record')
+        if builder.is_prepared() and not source:
+            return builder
     source = Path(source).expanduser() if source else fetch()
     cases, faults = scan(source)
     if builder.is_prepared():
@@ -268,6 +280,27 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
         download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
     )
     return builder
+
+
+@contextlib.contextmanager
+def _sound(data_dir: str | None) -> Iterator[None]:
+    """DataError where the built data set is damaged: tfds raises whatever its layers do."""
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR) / 'lgg' / str(Lgg.VERSION)
+    try:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if not path.is_file():
+                raise ValueError(f'{path.name} is no file')  # a pipe would be waited for
+            if path.suffix == '.json' and path.stat().st_size > MOST_TEXT:
+                raise ValueError(f'{path.name} is larger than {MOST_TEXT // 2**20} MiB')
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(
+            f'the data set built in {folder} can not be read ({reason}): remove the folder, and '
+            'build it again from data.source'
+        ) from error
 
 
 def fetch() -> Path:
@@ -286,22 +319,28 @@ def fetch() -> Path:
 def load(source: str, root: str) -> Slices:
     """Every slice of the data set, whatever its split; `splits` picks patients."""
     builder = build(source, root)
-    tables = [builder.as_data_source(split) for split in builder.info.splits]
-    offsets = np.cumsum([0, *(len(table) for table in tables)])
     skip = {'image': tfds.decode.SkipDecoding(), 'mask': tfds.decode.SkipDecoding()}
     rows = []
-    for offset, split in zip(offsets, builder.info.splits, strict=False):
-        for i, row in enumerate(builder.as_data_source(split, decoders=skip)):
-            name = row['patient'].decode()
-            rows.append((name, int(row['slice']), offset + i, int(row['lesion_pixels']), row))
-    rows.sort(key=lambda row: row[:2])
+    with _sound(root and str(Path(root).expanduser())):
+        tables = [builder.as_data_source(split, decoders=skip) for split in builder.info.splits]
+        offsets = np.cumsum([0, *(len(table) for table in tables)])
+        for offset, table in zip(offsets, tables, strict=False):
+            for i, row in enumerate(table):
+                name = row['patient'].decode()
+                if row['intensity'].shape != (4, 3) or not np.isfinite(row['intensity']).all():
+                    raise ValueError(f'intensity of {name!r:.80}')
+                rows.append((name, int(row['slice']), offset + i, int(row['lesion_pixels']), row))
+        rows.sort(key=lambda row: row[:2])
+        patient, number, key, lesion_pixels, examples = zip(*rows, strict=True)
 
     def read(key: int) -> tuple[np.ndarray, np.ndarray]:
         table = int(np.searchsorted(offsets, key, side='right')) - 1
-        row = tables[table][key - int(offsets[table])]
-        return row['image'], row['mask'][..., 0]
+        try:
+            row = tables[table][key - int(offsets[table])]
+            return _decode(row['image'], 'RGB'), _decode(row['mask'], 'L')
+        except Exception as error:  # of array_record, protobuf and Pillow each its own
+            raise DataError(f'slice {key} of {builder.data_dir} is damaged: {error}') from error
 
-    patient, number, key, lesion_pixels, examples = zip(*rows, strict=True)
     return Slices(
         read=read,
         key=np.array(key),
@@ -310,6 +349,14 @@ def load(source: str, root: str) -> Slices:
         lesion_pixels=np.array(lesion_pixels),
         intensity={name: row['intensity'] for name, row in zip(patient, examples, strict=True)},
     )
+
+
+def _decode(png: bytes, mode: str) -> np.ndarray:
+    """By Pillow's PNG alone: tfds would try every format, of which some call other programs."""
+    with Image.open(io.BytesIO(png), formats=['PNG']) as picture:
+        if picture.size != SIZE[::-1] or picture.mode != mode:
+            raise DataError(f'it is {picture.size} {picture.mode}, not {SIZE} {mode}')
+        return np.array(picture)
 
 
 def main() -> None:

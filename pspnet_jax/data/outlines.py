@@ -13,7 +13,7 @@ import numpy as np
 from pspnet_jax.errors import DataError
 
 MAX_SIDE = 2**16  # of a picture, and twice that the largest coordinate
-MAX_PIXELS = 2**27
+MAX_PIXELS = 2**29  # a slide of 20,000 x 20,000 has 2**28.6
 MAX_WORK = 2**32  # visits to pixels for one picture's regions: under a minute
 MAX_PAIRS = 2**26  # of edges that are searched for crossings, a picture
 ONE = 2**13  # steps of the grid in a pixel: products of two differences stay below 2**62

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from pspnet_jax import text
 from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import Slices
 from pspnet_jax.errors import DataError
@@ -153,20 +154,23 @@ def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
 def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
     """The parts that `write` wrote. Raises DataError for another file, and for other data."""
     names = ('train', 'validation', 'test')
+    has = f'it has the lists {", ".join(names)} and a fingerprint'
     try:
-        found = json.loads(Path(path).read_text())
-        parts, made_of = {name: found[name] for name in names}, found['fingerprint']
-        listed = [patient for name in names for patient in parts[name]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f'{path} is not a split ({type(error).__name__}: {error}): '
-            f'it has the lists {", ".join(names)} and a fingerprint'
-        ) from error
-    if len(set(map(str, listed))) < len(listed):
+        found = text.parse_json(text.read(path))
+    except DataError as error:
+        raise DataError(f'{path} is not a split ({error}): {has}') from error
+    found = found if isinstance(found, dict) else {}
+    parts, made_of = {name: found.get(name) for name in names}, found.get('fingerprint')
+    if not all(isinstance(part, list) for part in parts.values()):
+        raise DataError(f'{path} is not a split: {has}')
+    listed = [patient for part in parts.values() for patient in part]
+    if not all(isinstance(patient, str) for patient in listed):
+        raise DataError(f'{path} is not a split: {has} of names')
+    if len(set(listed)) < len(listed):
         raise DataError(f'{path} has a patient in two places: every patient is in one part')
-    unknown = sorted(set(map(str, listed)) - slices.intensity.keys())
+    unknown = sorted(set(listed) - slices.intensity.keys())
     if unknown or made_of != fingerprint(slices):
-        what = f'{unknown} are not there' if unknown else 'slices or pixels differ'
+        what = f'{unknown[:8]} are not there' if unknown else 'slices or pixels differ'
         raise DataError(
             f'{path} was made of other data ({what}): use the data it was made of, or split '
             'anew without data.split_file and in a new workdir'

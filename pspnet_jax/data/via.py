@@ -135,7 +135,7 @@ def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
 def picture_size(path: Path) -> tuple[int, int]:
     """(H, W) from the picture's header, upright as `files.read` gives it. Raises DataError."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=files.PIL_FORMATS) as picture:
             width, height = picture.size
             if files.orientation(picture) in (5, 6, 7, 8):
                 width, height = height, width

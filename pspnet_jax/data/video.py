@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -21,6 +22,9 @@ CAMERAS = {
     'darwin': ('avfoundation', '{}'),
     'win32': ('vfwcap', '{}'),
 }
+# What SUFFIXES hold. FFmpeg goes by the content: a list of other files, which may be private ones
+# or elsewhere on the net, is a video to it whatever its name.
+CONTAINERS = 'mov,matroska,avi,mpeg,mpegvideo,mpegts,asf'
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 
 
@@ -36,18 +40,26 @@ def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.nda
     if isinstance(source, int):
         kind, pattern = CAMERAS.get(sys.platform, CAMERAS['linux'])
         place = pattern.format(source)
+    elif os.path.isfile(source):
+        place = os.path.abspath(source)  # FFmpeg takes 'concat:...' for more than a name
+    else:
+        raise DataError(f'{source} is not a readable video (it is no file): give another')
+    options = {} if kind else {'format_whitelist': CONTAINERS, 'protocol_whitelist': 'file'}
     with contextlib.ExitStack() as stack:
         with _readable(av, source):
-            container = stack.enter_context(av.open(place, format=kind))
+            container = stack.enter_context(av.open(place, format=kind, options=options))
         if not container.streams.video:
             raise DataError(f'{source} has no picture in it: give a video')
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise DataError(f'{source} is coded in a way that is not known: export it as H.264')
         if stream.width * stream.height > MAX_PIXELS:
             raise DataError(
                 f'{source} has frames of {stream.width} x {stream.height}, the limit is '
                 f'{MAX_PIXELS} pixels: make it smaller'
             )
         stream.thread_type = 'AUTO'
+        stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # sizes may change later
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         yield rate, stream.frames, _frames(av, container, stream, source)
 

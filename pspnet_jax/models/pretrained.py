@@ -11,7 +11,13 @@ here; any difference is an error that lists both sides.
                                                 a whole network into a checkpoint
 """
 
+import collections
+import io
+import math
+import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +36,11 @@ from pspnet_jax.models.published import (
 
 Arrays = dict[str, np.ndarray]
 
+MOST_BYTES = 2**32  # of all arrays, as float32: the largest network here has an eighth of it
+MOST_TIMES = 100  # the size of its file: weights are noise, which nothing packs so tightly
+MOST_ARRAYS = 10_000  # in a file; ResNet-152 has 932
+MOST_LISTED = 50  # faults in one error
+
 # ---- reading files ----------------------------------------------------------------------
 
 
@@ -37,7 +48,8 @@ def read_arrays(path: str | Path) -> Arrays:
     """{name: array} of a .safetensors, .npz, .h5, .pth or .pt file. Nothing in it is executed.
 
     What wrappers put in front of every name ('module.' of DataParallel) and counters of
-    batches are left out. Raises PretrainedError.
+    batches are left out. What a file claims to hold is compared with its own size before
+    anything of that size is made. Raises PretrainedError.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -53,7 +65,8 @@ def read_arrays(path: str | Path) -> Arrays:
     if path.suffix not in readers:
         raise PretrainedError(f'{path.name} ends in none of {", ".join(readers)}: convert it')
     try:
-        arrays = readers[path.suffix](path)
+        check_size(path, path.stat().st_size)
+        arrays = _checked(readers[path.suffix](path))
     except ImportError as error:
         raise PretrainedError(
             f'{path.suffix} files need {error.name}: pip install {error.name}'
@@ -61,7 +74,7 @@ def read_arrays(path: str | Path) -> Arrays:
     except PretrainedError:
         raise
     except Exception as error:  # each reader raises its own kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise PretrainedError(f'{path} is not a readable weight file: {reason}') from error
     arrays = {k: x for k, x in arrays.items() if not k.endswith('num_batches_tracked')}
     wrappers = ('module.', 'model.', '_orig_mod.')
@@ -70,6 +83,32 @@ def read_arrays(path: str | Path) -> Arrays:
     ):
         arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
     return arrays
+
+
+def check_size(path: Path, claimed: int) -> None:
+    """Raise PretrainedError where a file of this size can't hold arrays of `claimed` bytes."""
+    most = min(MOST_BYTES, 2**26 + MOST_TIMES * path.stat().st_size)
+    if claimed > most:
+        raise PretrainedError(
+            f'{path} claims to hold {claimed / 2**20:,.0f} MiB, at most {most / 2**20:,.0f} of a '
+            'file of its size are believed: it is damaged, or made to exhaust the memory'
+        )
+
+
+def check_archive(path: Path) -> None:
+    """`check_size` of all that a zip file claims to unpack to."""
+    with zipfile.ZipFile(path) as archive:
+        check_size(path, sum(entry.file_size for entry in archive.infolist()))
+
+
+def _checked(arrays: Mapping[Any, Any]) -> Arrays:
+    if len(arrays) > MOST_ARRAYS:
+        raise PretrainedError(f'{len(arrays)} arrays are in it, at most {MOST_ARRAYS} are read')
+    for name, array in arrays.items():
+        named = isinstance(name, str) and len(name) < 500 and name.isprintable()
+        if not named or array.dtype.kind not in 'fiub':
+            raise PretrainedError(f'{name!r:.80} is not a named array of real numbers')
+    return dict(arrays)
 
 
 def _read_safetensors(path: Path) -> Arrays:
@@ -82,6 +121,17 @@ def _read_safetensors(path: Path) -> Arrays:
 
 
 def _read_npz(path: Path) -> Arrays:
+    check_archive(path)
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():  # NumPy makes what a header says, then reads
+            with archive.open(entry) as file:
+                shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+                if entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+                    raise PretrainedError(f'{entry.filename!r:.80} has not the size of its shape')
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
@@ -90,13 +140,42 @@ def _read_torch(path: Path) -> Arrays:
     """A state dict, or one under 'state_dict' or 'model', of PyTorch's own format."""
     import torch
 
-    tree = torch.load(path, map_location='cpu', weights_only=True)
+    if zipfile.is_zipfile(path):
+        check_archive(path)
+        file = path
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith('.pkl'):
+                    _check_pickles(io.BytesIO(archive.read(name)), 1)
+    else:  # the format before 2020; in memory a read gives what is there, not what is claimed
+        file = io.BytesIO(path.read_bytes())
+        _check_pickles(file, 5)
+        file.seek(0)
+    try:
+        tree = torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:  # whose words say how to run it all the same
+        raise PretrainedError(
+            f'{path} is not a readable weight file: it is damaged, or holds more than arrays, '
+            'which is never run: save model.state_dict()'
+        ) from error
     for key in ('state_dict', 'model'):
         if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
             tree = tree[key]
     if not isinstance(tree, Mapping) or not all(map(torch.is_tensor, tree.values())):
         raise PretrainedError(f'{path} holds no state dict: save model.state_dict()')
+    # One number in the file can stand for any shape, by strides of 0.
+    check_size(path, sum(4 * tensor.numel() for tensor in tree.values()))
     return {name: tensor.float().numpy() for name, tensor in tree.items()}
+
+
+def _check_pickles(file: io.BytesIO, count: int) -> None:
+    """ValueError for a long name of code, which is looked at and not run: PyTorch would refuse it
+    too, but by an expression that takes hours for it.
+    """
+    for _ in range(count):
+        for code, argument, _ in pickletools.genops(file):
+            if code.name in ('GLOBAL', 'INST') and len(argument) > 200:
+                raise ValueError('it names code: save model.state_dict()')
 
 
 def _read_h5(path: Path) -> Arrays:
@@ -107,10 +186,17 @@ def _read_h5(path: Path) -> Arrays:
     import h5py
 
     with h5py.File(path, 'r') as file:
-        root = file.get('model_weights', file)
+        root = _member(file, 'model_weights') if 'model_weights' in file else file
         layers = _keras_layers(root) if 'layer_names' in root.attrs else _keras_3_layers(file)
-    if not layers:
-        raise PretrainedError(f'{path} has no layers with weights: save it with Keras')
+        if not layers:
+            raise PretrainedError(f'{path} has no layers with weights: save it with Keras')
+        # All of them together, before any is read: one dataset can have many names.
+        datasets = [x for kinds in layers.values() for x in kinds.values()]
+        check_size(path, sum(map(_claimed, datasets)))
+        layers = {
+            layer: {kind: dataset[()] for kind, dataset in kinds.items()}
+            for layer, kinds in layers.items()
+        }
     numbers: dict[str, set[int]] = {}
     for layer in layers:
         if match := re.fullmatch(r'(conv2d|batch_normalization)(?:_(\d+))?', layer):
@@ -127,40 +213,64 @@ def _read_h5(path: Path) -> Arrays:
     }
 
 
-def _keras_layers(root) -> dict[str, Arrays]:
-    """{layer: {kind: array}} of the .h5 layout of Keras 1 and 2, which `Model.save` of 3 keeps."""
-    layers: dict[str, Arrays] = {}
+def _member(group, name: str):
+    """group[name], by hard links alone: others lead in circles, or into other files."""
+    import h5py
+
+    for part in filter(None, name.split('/')):
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise PretrainedError(f'{name!r:.80} is a link: save the weights with Keras again')
+        group = group[part]
+    return group
+
+
+def _claimed(dataset) -> int:
+    """Bytes that reading it takes. Raises PretrainedError for one that is in other files."""
+    if dataset.external or dataset.is_virtual:
+        raise PretrainedError(f'{dataset.name!r:.80} is kept in other files: save it in one')
+    each = max(4, dataset.dtype.itemsize)
+    return each * max(dataset.size or 0, math.prod(dataset.chunks or (0,)))
+
+
+def _keras_layers(root) -> dict[str, dict[str, Any]]:
+    """{layer: {kind: dataset}} of the .h5 of Keras 1 and 2, and of `Model.save` of 3."""
+    layers: dict[str, dict[str, Any]] = {}
     for layer in map(_text, root.attrs['layer_names']):
-        names = [_text(name) for name in root[layer].attrs['weight_names']]
+        group = _member(root, layer)
+        names = [_text(name) for name in group.attrs['weight_names']]
         inside = {name.rpartition('/')[0].rpartition('/')[2] for name in names}
-        groups: dict[str, list[tuple[str, np.ndarray]]] = {}
+        groups: dict[str, list[tuple[str, Any]]] = {}
         for name in names:
             # A model inside the model has several layers; its name alone would not do.
             owner = name.rpartition('/')[0].rpartition('/')[2] if len(inside) > 1 else layer
             kind = name.rpartition('/')[2].partition(':')[0]
-            groups.setdefault(owner, []).append((kind, np.asarray(root[layer][name])))
-        for owner, arrays in groups.items():
-            layers[owner] = _by_kind(arrays)
+            groups.setdefault(owner, []).append((kind, _member(group, name)))
+        for owner, datasets in groups.items():
+            layers[owner] = _by_kind(datasets)
     return layers
 
 
-def _keras_3_layers(file) -> dict[str, Arrays]:
-    """{layer: {kind: array}} of `save_weights` of Keras 3: numbered arrays, names as attributes."""
+def _keras_3_layers(file) -> dict[str, dict[str, Any]]:
+    """{layer: {kind: dataset}} of `save_weights` of Keras 3: numbered, names as attributes."""
     layers = {}
 
     def visit(path: str, group) -> None:
         if path.endswith('/vars') and len(group):
             name = _text(group.attrs.get('name', path.split('/')[-2]))
-            layers[name] = _by_kind([('', group[i][()]) for i in sorted(group, key=int)])
+            layers[name] = _by_kind([('', _member(group, i)) for i in sorted(group, key=int)])
 
     file.visititems(visit)
     return layers
 
 
+KNOWN = (
+    'running_mean', 'running_var', 'weight', 'bias',
+    'gamma', 'beta', 'moving_mean', 'moving_variance', 'kernel', 'depthwise_kernel',
+)  # fmt: skip
 KINDS = ('gamma', 'beta', 'moving_mean', 'moving_variance')
 
 
-def _by_kind(arrays: list[tuple[str, np.ndarray]]) -> Arrays:
+def _by_kind(arrays: list[tuple[str, Any]]) -> dict[str, Any]:
     """A layer's arrays by Keras' word for each; by their order, which never changed, without."""
     known = (*KINDS, 'kernel', 'depthwise_kernel', 'bias')
     if all(kind in known for kind, _ in arrays):
@@ -221,10 +331,10 @@ def module_names(source: Source, names: set[str], *, back: bool = False) -> dict
             faults.append(f'{name} could be {" or ".join(sorted(targets))}')
         if targets:
             found[name] = targets.pop()
-    for target in {t for t in found.values() if list(found.values()).count(t) > 1}:
+    for target in [t for t, n in collections.Counter(found.values()).items() if n > 1]:
         faults.append(f'{target} is named by {[n for n, t in found.items() if t == target]}')
     if faults:
-        raise PretrainedError('\n  '.join(['the table is ambiguous:', *sorted(faults)]))
+        raise PretrainedError('the table is ambiguous:', sorted(faults))
     return found
 
 
@@ -273,6 +383,9 @@ def translate(arrays: Arrays, source: Source, wanted: Arrays) -> Arrays:
         ours, array = modules[module], np.asarray(array, np.float32)
         keras = '/' in name
         is_norm = f'{module}.running_mean' in arrays or f'{module}/moving_mean' in arrays
+        is_kernel = kind in ('kernel', 'depthwise_kernel') or (kind == 'weight' and not is_norm)
+        if kind in KNOWN and array.ndim not in ((2, 4) if is_kernel else (1,)):
+            raise PretrainedError(f'{name!r:.80} has {array.ndim} dimensions: it is no such array')
         if kind in ('running_mean', 'moving_mean'):
             found[f'batch_stats/{ours}/mean'] = array
         elif kind in ('running_var', 'moving_variance'):
@@ -284,7 +397,8 @@ def translate(arrays: Arrays, source: Source, wanted: Arrays) -> Arrays:
             found[f'params/{ours}/bias'] = array
         elif kind in ('kernel', 'depthwise_kernel', 'weight'):
             key = f'params/{ours}/kernel'
-            if kind == 'depthwise_kernel' or (keras and ours.endswith('/depthwise')):
+            depthwise = kind == 'depthwise_kernel' or (keras and ours.endswith('/depthwise'))
+            if depthwise and array.ndim == 4:
                 array = array.swapaxes(2, 3)  # h w C 1
             found[key] = _kernel(array, keras, getattr(wanted.get(key), 'shape', None))
         else:
@@ -294,7 +408,8 @@ def translate(arrays: Arrays, source: Source, wanted: Arrays) -> Arrays:
         found[stem] = found[stem][:, :, ::-1]
     if source.pyramid != tuple(sorted(source.pyramid)):
         key = 'params/head/project/conv/kernel'
-        found[key] = _reorder_pyramid(found[key], source.pyramid)
+        if key in found and found[key].ndim == 4:
+            found[key] = _reorder_pyramid(found[key], source.pyramid)
     return _fold_biases(found, wanted)
 
 
@@ -304,7 +419,7 @@ STEMS = ('conv1', 'conv1_1', 'stem')
 def _stem(found: Mapping[str, Any]) -> str | None:
     """The name of the kernel that sees the image."""
     names = [f'params/backbone/{name}/kernel' for name in STEMS]
-    return next((name for name in names if name in found), None)
+    return next((name for name in names if name in found and found[name].ndim == 4), None)
 
 
 def _reorder_pyramid(kernel: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
@@ -338,7 +453,7 @@ def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
             else re.sub(r'conv(\d+)$', r'bn\1', module)
         )
         mean = f'batch_stats/{norm}/mean'
-        if norm != module and mean in found:
+        if norm != module and mean in found and found[mean].shape == found[key].shape:
             found[mean] = found[mean] - found.pop(key)
     return found
 
@@ -369,7 +484,8 @@ def _differences(wanted: Arrays, found: Arrays) -> list[str]:
         for name in wanted.keys() & found.keys()
         if tuple(wanted[name].shape) != found[name].shape
     ]
-    return sorted(faults)
+    more = [f'... and {len(faults) - MOST_LISTED} more'] if len(faults) > MOST_LISTED else []
+    return [*sorted(faults)[:MOST_LISTED], *more]
 
 
 def load_backbone(
@@ -408,7 +524,7 @@ def load_backbone(
             found.pop(name)
             notes.append(name.removeprefix('params/'))
     wanted = {name: x for name, x in everything.items() if '/backbone/' in name or name in found}
-    if (name := _stem(found)) and found[name].shape[2] == 3:
+    if (name := _stem(found)) in wanted and found[name].shape[2] == 3:
         ratio = np.array(IMAGENET.std, np.float32) / np.array(source.normalization.std, np.float32)
         if unit_deviation and (ratio != 1).any():
             found[name] = found[name] * ratio[:, None]
@@ -419,7 +535,7 @@ def load_backbone(
             notes.append(f'{name} from 3 to {channels} channels by {stem}')
     faults = _differences(wanted, found)
     if faults:
-        raise PretrainedError('\n  '.join([f'{path} ({kind}) does not fit the backbone:', *faults]))
+        raise PretrainedError(f'{path} ({kind}) does not fit the backbone:', faults)
     loaded = {name: np.asarray(found[name], np.float32) for name in wanted}
     random = sorted({name.split('/')[1] for name in everything.keys() - loaded.keys()})
     report = (
@@ -436,7 +552,7 @@ def load_network(variables: dict[str, Any], arrays: Arrays, source: Source) -> d
     wanted = _flat(variables)
     found = translate(arrays, source, wanted)
     if faults := _differences(wanted, found):
-        raise PretrainedError('\n  '.join(['the file does not fit the model:', *faults]))
+        raise PretrainedError('the file does not fit the model:', faults)
     return flax.traverse_util.unflatten_dict({name: found[name] for name in wanted}, sep='/')
 
 
@@ -483,12 +599,12 @@ def network_options(arrays: Arrays, kind: str) -> dict[str, Any]:
     }
     depths = [0, 0, 0, 0]
     for name in kernels:
-        if match := re.match(r'backbone/layer(\d)_(\d+)/', name):
+        if match := re.match(r'backbone/layer([1-4])_([0-9]{1,3})/', name):
             layer, block = int(match[1]) - 1, int(match[2])
             depths[layer] = max(depths[layer], block + 1)
     stem = next((kernels[f'backbone/{n}'] for n in STEMS if f'backbone/{n}' in kernels), None)
     heads = [kernels[n] for n in ('classifier', 'head/classifier') if n in kernels]
-    if stem is None or not heads:
+    if stem is None or stem.ndim != 4 or not heads:
         raise PretrainedError(f'the file has no stem or no classifier ({kind}): is it a part?')
     options = {**source.options, 'num_classes': heads[0].shape[-1]}
     if any(depths):
