@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import struct
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, compilation, models, optim, train
+from pspnet_jax import checkpoint, compilation, log, models, optim, train
 from pspnet_jax.data import phantom, pipeline
 from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
 from tests.conftest import tiny_config
@@ -120,6 +121,30 @@ def test_the_log_has_each_step_once(trained):
     assert [line['step'] for line in losses] == [1, 2, 3, 4]
     assert all(line['learning_rate'] > 0 and line['gradient_norm'] > 0 for line in losses)
     assert [line['step'] for line in lines if 'validation/dice' in line] == [2, 4]
+
+
+def test_tensorboard_gets_the_same_figures_and_pictures(trained):
+    """Its file by the format's own rule: length, checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    workdir, _ = trained
+    (path,) = (workdir / 'tensorboard').iterdir()
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack('<Q', data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert [e.step for e in events if e.session_log.status == SessionLog.START] == [1]
+    values = [(event.step, value) for event in events for value in event.summary.value]
+    shown = {(step, value.tag): value.simple_value for step, value in values}
+    for record in log.read(workdir):
+        step = record.pop('step')
+        for name, value in record.items():
+            if value is not None:
+                assert shown[step, name] == pytest.approx(value, rel=1e-6)
+    pictures = [(step, value.image.width) for step, value in values if value.HasField('image')]
+    assert [step for step, _ in pictures] == [2, 4]
+    assert all(width > 0 for _, width in pictures)
 
 
 def test_another_models_workdir_is_refused(trained):
