@@ -37,34 +37,37 @@ INSIDE = flags.DEFINE_string('inside', '', 'a folder to train in: how this start
 
 VALIDATE_EVERY = CHECKPOINT_EVERY = 100
 LIMIT = 0.02  # that memory may grow from a fifth of the run to its end, of what it was
+POOL = 'ts_pool_worker'
 CRITERION = 'the median RSS of the last tenth is at most 2 % above that from 20 % to 30 %'
 
 
 class Sample(NamedTuple):
-    """A process at a moment; `fds` are its open files, `children` its processes."""
+    """A process at a moment; `fds` are its open files, `children` its processes.
+
+    `pool` are tensorstore's threads, which it starts when it first needs so many and keeps.
+    """
 
     step: int
     rss_kb: int
     threads: int
     fds: int
     children: int
+    pool: int
 
 
 def sample(pid: int, step: int) -> Sample:
     """From /proc. Raises OSError where there is no such process any more."""
     root = Path(f'/proc/{pid}')
     status = dict(line.split(':', 1) for line in (root / 'status').read_text().splitlines())
-    children = []
-    for path in root.glob('task/*/children'):
+    names, children = [], []
+    for task in root.glob('task/*'):
         with contextlib.suppress(OSError):  # a thread that has just ended
-            children += path.read_text().split()
-    return Sample(
-        step,
-        int(status['VmRSS'].split()[0]),
-        int(status['Threads']),
-        len(os.listdir(root / 'fd')),
-        len(children),
-    )
+            names.append((task / 'comm').read_text().strip())
+            children += (task / 'children').read_text().split()
+    pool = names.count(POOL)
+    fds = len(os.listdir(root / 'fd'))
+    rss_kb = int(status['VmRSS'].split()[0])
+    return Sample(step, rss_kb, len(names) - pool, fds, len(children), pool)
 
 
 def last_step(path: Path) -> int:
@@ -106,6 +109,7 @@ def judge(samples: Sequence[Sample], steps: int) -> dict[str, Any]:
         'kb_per_1000_steps': round(1000 * float(slope), 1),
         'criterion': CRITERION,
         **counts,
+        'pool': [int(x[:, 4].max()) for x in (early, late)],
         'constant': grown <= LIMIT and all(after <= before for before, after in counts.values()),
     }
 

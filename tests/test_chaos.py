@@ -94,7 +94,8 @@ def test_half_an_entry_of_the_compilation_cache_is_replaced(tmp_path):
 
 def run_of(rss_kb, **grown):
     """Samples of 100 steps, by functions of the step."""
-    usual = {'threads': lambda _: 40, 'fds': lambda _: 9, 'children': lambda _: 0} | grown
+    usual = {'threads': lambda _: 40, 'fds': lambda _: 9, 'children': lambda _: 0}
+    usual |= {'pool': lambda n: 12 + n // 50} | grown
     return [
         soak.Sample(step, rss_kb(step), *(usual[name](step) for name in usual))
         for step in range(1, 101)
