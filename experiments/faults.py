@@ -3,8 +3,7 @@
   python -m experiments.faults
 
 A line of experiments/results/reliability.jsonl says how often the fault was tried, what was lost,
-and the command that repeats it. Kills have a script of their own, experiments/chaos.py: its lines
-are taken over from chaos.jsonl.
+and the command that repeats it. Kills have a script of their own, experiments/chaos.py.
 """
 
 import json
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from absl import app
 
 from experiments.provenance import commit, device
@@ -122,16 +122,6 @@ def lines(found: dict[str, tuple[bool | None, float]]) -> list[dict[str, object]
     return made
 
 
-def chaos_lines() -> list[dict[str, object]]:
-    """Those of chaos.jsonl, as the others are."""
-    path = Path('experiments/results/chaos.jsonl')
-    same = ('lost', 'command', 'seconds', 'commit', 'seed', 'device')
-    return [
-        {'fault': 'SIGKILL at random moments', 'tries': line['kills'], **{k: line[k] for k in same}}
-        for line in map(json.loads, path.read_text().splitlines())
-    ]
-
-
 def main(_: Sequence[str]) -> None:
     made_by, start = commit(), time.time()
     tests = sorted({test for fault in FAULTS for test in fault.names()})
@@ -140,10 +130,9 @@ def main(_: Sequence[str]) -> None:
         command = [sys.executable, '-m', 'pytest', '-q', '-n', '0', f'--junitxml={report}', *tests]
         subprocess.run(command, check=False)
         made = lines(outcomes(report))
-    about = {'commit': made_by, 'seed': 0, 'device': device()}
+    about = {'commit': made_by, 'seed': 0, 'device': device(), 'versions': {'jax': jax.__version__}}
     with open('experiments/results/reliability.jsonl', 'w') as file:
-        for line in [*chaos_lines(), *(line | about for line in made)]:
-            file.write(json.dumps(line) + '\n')
+        file.writelines(json.dumps(line | about) + '\n' for line in made)
     lost = [line['fault'] for line in made if line['lost'] != 'nothing']
     print(f'{len(made)} faults in {time.time() - start:.0f} s, lost: {lost or "nothing"}')
     sys.exit(bool(lost))

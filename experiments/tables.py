@@ -211,16 +211,79 @@ def scale() -> str:
     return '\n'.join([*rows, '', _made_by('python -m experiments.scale', lines)])
 
 
+def faults() -> str:
+    """Each fault: how often it was tried, what was lost, the command that tries it again."""
+    rows = ['| fault | tried | lost | seconds | again by |', '|---|---:|---|---:|---|']
+    for line in (chaos := read_lines('chaos')):
+        phases = ', '.join(f'{name} {count}' for name, count in sorted(line['by_phase'].items()))
+        rows.append(
+            f'| SIGKILL at a random moment ({phases}) | {line["kills"]} | {line["lost"]} | '
+            f'{line["seconds"]:.0f} | `{line["command"]}` |'
+        )
+    for line in (tried := read_lines('reliability')):
+        rows.append(
+            f'| {line["fault"]} | {line["tries"]} | {line["lost"]} | {line["seconds"]:.0f} | '
+            f'`{line["command"]}` |'
+        )
+    return '\n'.join([*rows, '', _made_by('python -m experiments.faults', chaos + tried)])
+
+
+def fuzz() -> str:
+    """Mutated inputs of each reader, and what became of them."""
+    lines = {line['reader']: line for line in read_lines('fuzz')}  # the newest of each
+    rows = [
+        '| reader | inputs | refused | read | other errors | hangs | crashes | stray files | '
+        'peak MB |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
+    ]
+    names = ('inputs', 'refused', 'accepted', 'other_errors', 'hangs', 'crashes', 'stray_files')
+    for reader, line in lines.items():
+        counts = ' | '.join(f'{line[name]:,}' for name in names)
+        rows.append(f'| {reader} | {counts} | {line["peak_mb"]} |')
+    seeds = ', '.join(sorted({str(line['seed']) for line in lines.values()}))
+    command = f'python -m experiments.fuzz --inputs=10000 --seed={seeds}'
+    return '\n'.join([*rows, '', _made_by(command, list(lines.values()))])
+
+
+def soak() -> str:
+    """Memory and what is open along the newest soak."""
+    lines = read_lines('soak')[-1:]
+    rows = ['| | early | late |', '|---|---:|---:|']
+    for line in lines:
+        rows[0] = f'| of {line["steps"]:,} steps | a fifth on | at the end |'
+        early, late = line['rss_mb']['20 %'], line['rss_mb']['90 %']
+        rows.append(f'| resident memory, MB | {early} | {late} |')
+        for name, key in (
+            ('live arrays', 'live_arrays'),
+            ('MB in them', 'live_mb'),
+            ('threads', 'threads'),
+            ('open files', 'fds'),
+            ('child processes', 'children'),
+        ):
+            rows.append(f'| {name} | {line[key][0]} | {line[key][1]} |')
+        rows += [
+            '',
+            f'{line["validations"]} validations and {line["checkpoints"]} checkpoints in '
+            f'{line["seconds"]:.0f} s; two hours of configs/lgg.py:vgg_pspnet are '
+            f'{line["lgg_two_hours"]} steps on this device. Memory by a line through all samples: '
+            f'{line["kb_per_1000_steps"]:.0f} KB a thousand steps; the bar: {line["criterion"]}. '
+            f'Left behind in /dev/shm, the temporary folder or as processes: {line["left"]}.',
+        ]
+    return '\n'.join([*rows, '', _made_by('python -m experiments.soak', lines)])
+
+
 def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
     commits = sorted({line['commit'][:7] for line in lines})
     devices = sorted({line['device'] for line in lines})
-    versions = sorted({f'{name} {v}' for line in lines for name, v in line['versions'].items()})
-    return f'`{command}`, commit {", ".join(commits)}, {"; ".join(devices)}, {", ".join(versions)}.'
+    versions = {f'{name} {v}' for line in lines for name, v in line.get('versions', {}).items()}
+    facts = [f'`{command}`', f'commit {", ".join(commits)}', '; '.join(devices), *sorted(versions)]
+    return f'{", ".join(facts)}.'
 
 
 TABLES = {
     'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
     'docs/coming-from-keras.md': {'keras': coming_from_keras.table},
+    'docs/reliability.md': {'faults': faults, 'fuzz': fuzz, 'soak': soak},
     'docs/scale.md': {'scale': scale},
     'experiments/README.md': {'forms': forms, 'profile': profile, 'input': input_rates},
 }
