@@ -1,6 +1,6 @@
 """Each fault that a run must survive: the tests that make it, run, and a line a fault.
 
-  python -m experiments.faults
+  python -m experiments.faults [--match=WORDS]
 
 A line of experiments/results/reliability.jsonl says how often the fault was tried, what was lost,
 and the command that repeats it. Kills have a script of their own, experiments/chaos.py.
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absl import app
+from absl import app, flags
 
 from experiments.provenance import commit, device
+
+MATCH = flags.DEFINE_string('match', '', 'only faults in whose name this is; other lines stay')
 
 
 class Fault(NamedTuple):
@@ -97,10 +99,12 @@ def outcomes(path: Path) -> dict[str, tuple[bool | None, float]]:
     return found
 
 
-def lines(found: dict[str, tuple[bool | None, float]]) -> list[dict[str, object]]:
+def lines(
+    faults: Sequence[Fault], found: dict[str, tuple[bool | None, float]]
+) -> list[dict[str, object]]:
     """A line a fault, for those of which every test was run."""
     made = []
-    for fault in FAULTS:
+    for fault in faults:
         results = {
             name: result
             for name, result in found.items()
@@ -124,15 +128,20 @@ def lines(found: dict[str, tuple[bool | None, float]]) -> list[dict[str, object]
 
 def main(_: Sequence[str]) -> None:
     made_by, start = commit(), time.time()
-    tests = sorted({test for fault in FAULTS for test in fault.names()})
+    chosen = [fault for fault in FAULTS if MATCH.value in fault.fault]
+    tests = sorted({test for fault in chosen for test in fault.names()})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
         command = [sys.executable, '-m', 'pytest', '-q', '-n', '0', f'--junitxml={report}', *tests]
         subprocess.run(command, check=False)
-        made = lines(outcomes(report))
+        made = lines(chosen, outcomes(report))
     about = {'commit': made_by, 'seed': 0, 'device': device(), 'versions': {'jax': jax.__version__}}
-    with open('experiments/results/reliability.jsonl', 'w') as file:
-        file.writelines(json.dumps(line | about) + '\n' for line in made)
+    path, names = Path('experiments/results/reliability.jsonl'), [f.fault for f in FAULTS]
+    kept = path.read_text().splitlines() if path.exists() else []
+    newest = {line['fault']: line for line in map(json.loads, kept)}
+    newest |= {line['fault']: line | about for line in made}
+    ordered = [newest[name] for name in names if name in newest]
+    path.write_text(''.join(f'{json.dumps(line)}\n' for line in ordered))
     lost = [line['fault'] for line in made if line['lost'] != 'nothing']
     print(f'{len(made)} faults in {time.time() - start:.0f} s, lost: {lost or "nothing"}')
     sys.exit(bool(lost))
