@@ -45,7 +45,6 @@ def run(main: Callable[[], None]) -> None:
         except PspnetError as error:
             _say(error)
             hosts.leave_after_an_error()
-            sys.exit(1)
         except Exception as error:
             if not hosts.several():
                 raise

@@ -161,16 +161,15 @@ def lost() -> HostError:
 
 
 def leave_after_an_error() -> None:
-    """End with status 1 at once; the others, which wait for this process, then stop too.
+    """End with status 1 at once; other processes, which wait for this one, then stop too.
 
-    Python's way out would first wait for them, as they wait for this one. Nothing for a single
-    process.
+    Python's way out would first wait for them, as they wait for this one, and for threads: those of
+    a save on a disk that became read-only end after minutes.
     """
-    if several():
-        _watch_no_more()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    _watch_no_more()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def is_first() -> bool:
