@@ -197,7 +197,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
     inputs = {'channels': CHANNELS, 'normalization': published.IMAGENET._asdict()}
     for name, averaged in (('a', None), ('b', TREE)):
-        with contextlib.closing(checkpoint.open_writer(folder / name)) as writer:
+        with contextlib.closing(checkpoint.Writer(folder / name)) as writer:
             checkpoint.save(
                 writer,
                 7,

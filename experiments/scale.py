@@ -67,7 +67,7 @@ def measure(name: str) -> dict[str, Any]:
 
     taken = {'save_returns_s': [], 'save_written_s': [], 'restore_s': []}
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.closing(checkpoint.open_writer(folder)) as writer:
+        with contextlib.closing(checkpoint.Writer(folder)) as writer:
             for step in (1, 2, 3):
                 inputs = {'channels': 3, 'normalization': None}
                 start = time.perf_counter()

@@ -46,10 +46,10 @@ NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of
 
 
 class Writer:
-    """Orbax's checkpointer, and the save that it is still busy with.
+    """Writes to WORKDIR/checkpoints, and keeps the last step and the best by `dice`.
 
-    Its faults come to light in the next `save` or in `close`: full and read-only disks as
-    CheckpointError.
+    Orbax's checkpointer, and the save that it is still busy with, whose faults come to light in the
+    next `save` or in `close`: full and read-only disks as CheckpointError.
     """
 
     def __init__(self, workdir: str | Path):
@@ -94,11 +94,6 @@ class Writer:
         finally:
             with _writing(self._folder):
                 self._checkpointer.close()
-
-
-def open_writer(workdir: str | Path) -> Writer:
-    """Writes to WORKDIR/checkpoints; keeps the last step and the best by `dice`."""
-    return Writer(workdir)
 
 
 @contextlib.contextmanager

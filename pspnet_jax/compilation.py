@@ -67,9 +67,14 @@ def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
         'temporary_mb': memory.temp_size_in_bytes / 2**20 if memory else float('nan'),
         'needed_mb': _needed(memory) / 2**20 if memory else float('nan'),
     }
-    if hasattr(ctypes.CDLL(None), 'malloc_trim'):  # glibc keeps freed memory: hundreds of MB here
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     return compiled, facts
+
+
+def give_back_memory() -> None:
+    """What was freed goes back to the system: glibc keeps it, hundreds of MB here."""
+    if hasattr(ctypes.CDLL(None), 'malloc_trim'):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _needed(memory: Any) -> int:

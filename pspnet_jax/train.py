@@ -743,7 +743,7 @@ def run_steps(
     with (
         contextlib.ExitStack() as end,
         faults.memory_explained(lambda: what_takes_memory(config, needed)),
-        contextlib.closing(checkpoint.open_writer(workdir)) as writer,
+        contextlib.closing(checkpoint.Writer(workdir)) as writer,
         contextlib.closing(
             MetricLog(workdir, first_step, on_log) if hosts.is_first() else Silent()
         ) as log,
@@ -813,6 +813,7 @@ def run_steps(
                     f'{total}; the same command goes on from there',
                     stop,
                 )
+            compilation.give_back_memory()
             waited, window, logged = 0.0, time.perf_counter(), step
 
 

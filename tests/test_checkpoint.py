@@ -169,7 +169,7 @@ def test_metadata_of_another_run_does_not_vouch_for_these_arrays(copy):
         other = to_dict(tiny_config(**{'model.width': width}))
         facts = {k: meta[k] for k in ('progress', 'inputs', 'dice')}
         changed = state.replace(ema_params=jax.tree.map(lambda x: x + 1, state.ema_params))
-        with contextlib.closing(checkpoint.open_writer(copy / name)) as writer:
+        with contextlib.closing(checkpoint.Writer(copy / name)) as writer:
             checkpoint.save(writer, 4, changed, config=other, **facts)
         others[name] = copy / name / 'checkpoints' / '4' / '_CHECKPOINT_METADATA'
     shutil.copy(others['same'], folder / '4')
@@ -215,7 +215,7 @@ def test_an_unknown_step_lists_those_there(trained):
 def test_saves_leave_no_thread_or_open_file_behind(tmp_path):
     """Orbax's thread and event loop of each save end with the next."""
     state, facts = new_state(tiny_config()), {'config': {}, 'progress': {}, 'inputs': {}}
-    with contextlib.closing(checkpoint.open_writer(tmp_path)) as writer:
+    with contextlib.closing(checkpoint.Writer(tmp_path)) as writer:
         for step in range(1, 7):
             checkpoint.save(writer, step, state, **facts, dice=None)
             loops = [t for t in threading.enumerate() if '_run_loop' in t.name]

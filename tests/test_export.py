@@ -210,7 +210,7 @@ def published(tmp_path_factory):
     )
     variables = random_variables(models.create(**config.model))
     state = types.SimpleNamespace(**variables, ema_params=None, opt_state=None)
-    writer = checkpoint.open_writer(workdir)
+    writer = checkpoint.Writer(workdir)
     inputs = {'channels': 3, 'normalization': IMAGENET._asdict()}
     progress = {'best_dice': None, 'stale': 0}
     checkpoint.save(

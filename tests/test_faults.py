@@ -196,7 +196,7 @@ def test_no_flipped_byte_is_loaded_in_silence(tmp_path):
         'inputs': {'channels': 3, 'normalization': None},
         'dice': 0.5,
     }
-    with contextlib.closing(checkpoint.open_writer(tmp_path)) as writer:
+    with contextlib.closing(checkpoint.Writer(tmp_path)) as writer:
         checkpoint.save(writer, 7, state, config=config, **facts)
     whole = bytes_of(*checkpoint.restore(tmp_path, state, config))
     folder = tmp_path / 'checkpoints' / '7'

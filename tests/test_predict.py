@@ -290,7 +290,7 @@ def save_run(workdir, config, normalization=None):
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     state = types.SimpleNamespace(ema_params={}, opt_state={}, **jax.tree.map(
         lambda x: np.zeros(x.shape, x.dtype), shapes))  # fmt: skip
-    with contextlib.closing(checkpoint.open_writer(workdir)) as writer:
+    with contextlib.closing(checkpoint.Writer(workdir)) as writer:
         checkpoint.save(
             writer, 1, state, config=to_dict(config), progress={}, dice=None,
             inputs={'channels': 3, 'normalization': normalization},

@@ -28,7 +28,7 @@ def write_run(workdir, channels=3, normalization=None, **changes):
     state = new_state(config, channels)
     inputs = {'channels': channels, 'normalization': normalization}
     progress = {'best_dice': None, 'stale': 0}
-    writer = checkpoint.open_writer(workdir)
+    writer = checkpoint.Writer(workdir)
     about = {'config': to_dict(config), 'progress': progress, 'inputs': inputs, 'dice': None}
     checkpoint.save(writer, 1, state, **about)
     writer.close()

@@ -680,7 +680,7 @@ def main() -> None:
         ema_params=None,
         opt_state=None,
     )
-    writer = checkpoint.open_writer(given.out)
+    writer = checkpoint.Writer(given.out)
     checkpoint.save(
         writer,
         0,
