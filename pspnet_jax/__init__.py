@@ -13,7 +13,8 @@ Imports point downwards, held by tests/test_layering.py:
                 -> models, optim, losses, checkpoint
                 -> data.sources -> data.folder, data.lgg, data.phantom
                                 -> data.via, data.files -> data.volumes
-  api, predict, export stand on these.
+                -> faults -> hosts
+  api, predict, export stand on these, cli on hosts; errors and text stand below all.
 
 No file imports configs, experiments or tests; two functions look up a default in configs.
 """
