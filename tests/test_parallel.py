@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pspnet_jax import checkpoint
+from pspnet_jax import log
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -103,20 +103,24 @@ def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
     assert on_eight_devices(SCRIPT).split() == ['mesh', 'equal', 'pmap', 'equal']
 
 
-def test_a_checkpoint_is_evaluated_and_gone_on_with_on_another_device_count(trained, tmp_path):
-    """Trained on one device: on eight the same figures, and training goes on."""
+def test_a_checkpoint_is_evaluated_and_gone_on_with_on_any_device_count(trained, tmp_path):
+    """Trained on one device: on eight the same figures; the next step is one on 1, 2, 4 and 8."""
     workdir, evaluation = trained
-    copy = shutil.copytree(workdir, tmp_path / 'copy')
+    for n in (1, 2, 4, 8):
+        shutil.copytree(workdir, tmp_path / f'on{n}')
     script = f"""
+import jax, json
+from pspnet_jax import train
 from pspnet_jax.evaluate import evaluate_checkpoint
-from pspnet_jax.train import train_and_evaluate
 from tests.conftest import tiny_config
-import json
-print(json.dumps(evaluate_checkpoint({str(copy)!r})['patients']))
-for parallel in ('jit', 'pmap'):
-    steps = {{'jit': 5, 'pmap': 6}}[parallel]
-    more = {{'parallel': parallel, 'train.steps': steps, 'train.batch_size': 8}}
-    train_and_evaluate(tiny_config(**more), {str(copy)!r})
+print(json.dumps(evaluate_checkpoint({str(tmp_path / 'on8')!r})['patients']))
+make_mesh = jax.make_mesh
+for n in (1, 2, 4, 8):
+    jax.make_mesh = lambda _, names, **options: make_mesh(
+        (n,), names, **{{**options, 'devices': jax.devices()[:n]}}
+    )
+    config = tiny_config(**{{'train.steps': 5, 'train.batch_size': 8}})
+    train.train_and_evaluate(config, f'{tmp_path}/on{{n}}')
 """
     patients = json.loads(
         next(line for line in on_eight_devices(script).splitlines() if line.startswith('['))
@@ -125,4 +129,8 @@ for parallel in ('jit', 'pmap'):
         assert ours['patient'] == theirs['patient']
         assert ours['dice'] == pytest.approx(theirs['dice'], rel=0.02)
         assert ours['predicted_voxels'] == pytest.approx(theirs['predicted_voxels'], rel=0.02)
-    assert checkpoint.steps(copy)[-1] == 6
+    last = [log.read(tmp_path / f'on{n}')[-2] for n in (1, 2, 4, 8)]
+    assert [record['step'] for record in last] == [5] * 4
+    for record in last[1:]:
+        assert record['loss'] == pytest.approx(last[0]['loss'], rel=1e-4)
+        assert record['gradient_norm'] == pytest.approx(last[0]['gradient_norm'], rel=1e-3)
