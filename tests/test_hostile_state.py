@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experiments import fuzz, fuzz_state, mutate
-from pspnet_jax import calibration, chart, checkpoint, config, export, faults, log, report
+from pspnet_jax import (
+    calibration,
+    chart,
+    checkpoint,
+    config,
+    export,
+    faults,
+    log,
+    report,
+    stablehlo,
+)
 from pspnet_jax.data import lgg
 from pspnet_jax.errors import (
     CheckpointError,
@@ -58,7 +68,25 @@ def test_a_program_that_calls_out_is_refused():
     allowed = [jax.export.DisabledSafetyCheck.custom_call('harm')]
     for function, foreign in ((fuzz_state._tiny, set()), (calls_out, {'harm'})):
         exported = jax.export.export(jax.jit(function), disabled_checks=allowed)(shape)
-        assert export.foreign_operations(exported.mlir_module_serialized) == foreign
+        assert stablehlo.foreign_operations(exported.mlir_module_serialized) == foreign
+
+
+@pytest.mark.parametrize('fate', ['os.abort()', 'time.sleep(60)'])
+def test_a_program_that_ends_or_stops_the_parser_is_refused(monkeypatch, fate):
+    """As damaged ones do to MLIR's; the next one is read as if nothing had happened."""
+    exported = jax.export.export(jax.jit(fuzz_state._tiny))(
+        jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+    )
+    stablehlo._stop()
+    fatal = f'import os, sys, time; print("ready", flush=True); sys.stdin.read(1); {fate}'
+    with monkeypatch.context() as patch:
+        patch.setattr(stablehlo, 'ANSWER', fatal)
+        patch.setattr(stablehlo, 'SECONDS', 0.2)
+        with pytest.raises(ExportError, match='no StableHLO program that can be parsed'):
+            stablehlo.check(exported.mlir_module_serialized)
+    stablehlo.check(exported.mlir_module_serialized)
+    with pytest.raises(ExportError, match='no StableHLO program that can be parsed'):
+        stablehlo.check(b'ML\xefR' + bytes(100))
 
 
 # Checkpoints and configs.

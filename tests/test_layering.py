@@ -53,6 +53,7 @@ ALLOWED = {
     'infer': {'data.volumes', 'compilation', 'crf', 'errors', 'models.layers'},
     'visualize': {'data.volumes'},
     'onnx_graph': {'errors'},
+    'stablehlo': {'errors'},
     'hosts': {'errors'},
     'log': {'errors'},
     'faults': {'errors'},
