@@ -27,9 +27,6 @@ from orbax.checkpoint import v1 as ocp
 from experiments.provenance import commit, device
 from pspnet_jax import checkpoint, log
 
-KILLS = flags.DEFINE_integer('kills', 24, 'at least so many', lower_bound=1)
-SEED = flags.DEFINE_integer('seed', 0, 'of the moments')
-
 CONFIG = {
     'model.width': 4,
     'phantom.volumes': 6,
@@ -196,8 +193,8 @@ def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 def main(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells all it does
-    made_by, start = commit(), time.time()
-    share = KILLS.value / sum(count for _, count in PHASES.values())
+    options, made_by, start = flags.FLAGS, commit(), time.time()
+    share = options.kills / sum(count for _, count in PHASES.values())
     quota = {phase: max(round(share * count), 1) for phase, (_, count) in PHASES.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -205,7 +202,11 @@ def main(_: Sequence[str]) -> None:
         run_until('', 0, 0, folder / 'whole', CONFIG, os.environ | caches[0])
         print(f'the run that is never stopped took {time.time() - start:.0f} s', flush=True)
         kills = kill_often(
-            folder / 'killed', CONFIG, quota, seed=SEED.value, environment=os.environ | caches[1]
+            folder / 'killed',
+            CONFIG,
+            quota,
+            seed=options.seed,
+            environment=os.environ | caches[1],
         )
         found = differences(folder / 'killed', folder / 'whole')
         lines = (folder / 'killed' / 'metrics.jsonl').read_text().splitlines()
@@ -219,8 +220,8 @@ def main(_: Sequence[str]) -> None:
         'lost': found or 'nothing',
         'arrays': arrays,
         'metrics_lines': len(lines),
-        'seed': SEED.value,
-        'command': f'python -m experiments.chaos --kills={KILLS.value} --seed={SEED.value}',
+        'seed': options.seed,
+        'command': f'python -m experiments.chaos --kills={options.kills} --seed={options.seed}',
         'config': {'config': 'configs/phantom.py', **CONFIG},
         'device': device(),
         'versions': {'jax': jax.__version__},
@@ -232,5 +233,11 @@ def main(_: Sequence[str]) -> None:
         sys.exit(1)
 
 
+def define_flags() -> None:
+    flags.DEFINE_integer('kills', 24, 'at least so many', lower_bound=1)
+    flags.DEFINE_integer('seed', 0, 'of the moments')
+
+
 if __name__ == '__main__':
+    define_flags()
     app.run(main)

@@ -21,8 +21,6 @@ from absl import app, flags
 
 from experiments.provenance import commit, device
 
-MATCH = flags.DEFINE_string('match', '', 'only faults in whose name this is; other lines stay')
-
 
 class Fault(NamedTuple):
     """`tests` are FILE::TEST without their 'test_'; `tries` how often all of them make it."""
@@ -128,7 +126,7 @@ def lines(
 
 def main(_: Sequence[str]) -> None:
     made_by, start = commit(), time.time()
-    chosen = [fault for fault in FAULTS if MATCH.value in fault.fault]
+    chosen = [fault for fault in FAULTS if flags.FLAGS.match in fault.fault]
     tests = sorted({test for fault in chosen for test in fault.names()})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
@@ -147,5 +145,10 @@ def main(_: Sequence[str]) -> None:
     sys.exit(bool(lost))
 
 
+def define_flags() -> None:
+    flags.DEFINE_string('match', '', 'only faults in whose name this is; other lines stay')
+
+
 if __name__ == '__main__':
+    define_flags()
     app.run(main)

@@ -34,14 +34,6 @@ from pspnet_jax.errors import PspnetError
 
 READERS = {**fuzz_data.READERS, **fuzz_state.READERS}
 
-READER = flags.DEFINE_list('reader', '', f'some of {", ".join(READERS)}; empty: all')
-INPUTS = flags.DEFINE_integer('inputs', 10_000, 'of each reader')
-FIRST = flags.DEFINE_integer('first', 0, "the first input's number")
-SEED = flags.DEFINE_integer('seed', 0, 'of the changes')
-LIMIT = flags.DEFINE_float('limit', 20.0, 'seconds of silence after which a worker is killed')
-MEMORY = flags.DEFINE_integer('memory', 1024, 'MB that one input may take')
-KEEP = flags.DEFINE_string('keep', 'runs/fuzz', 'folder for the inputs that failed')
-RESULTS = flags.DEFINE_string('results', 'experiments/results/fuzz.jsonl', 'file to add lines to')
 
 FAILURES = ('other_errors', 'hangs', 'crashes', 'stray_files')
 KINDS = ('accepted', 'refused', *FAILURES)
@@ -187,19 +179,20 @@ def run(name: str, *, seed: int, inputs: int, first: int, limit: float, memory: 
 
 
 def main(_) -> None:
-    if wrong := set(READER.value) - READERS.keys():
+    options = flags.FLAGS
+    if wrong := set(options.reader) - READERS.keys():
         raise app.UsageError(f'--reader={",".join(wrong)} is none of {", ".join(READERS)}')
-    keep, failed = Path(KEEP.value).resolve(), 0
-    for name in READER.value or READERS:
+    keep, failed = Path(options.keep).resolve(), 0
+    for name in options.reader or READERS:
         start = time.perf_counter()
         counts, peak = run(
-            name, seed=SEED.value, inputs=INPUTS.value, first=FIRST.value, limit=LIMIT.value,
-            memory=MEMORY.value, keep=keep,
+            name, seed=options.seed, inputs=options.inputs, first=options.first,
+            limit=options.limit, memory=options.memory, keep=keep,
         )  # fmt: skip
         seconds = round(time.perf_counter() - start, 1)
-        line = {'reader': name, 'inputs': INPUTS.value, **counts, 'peak_mb': peak}
-        line |= {'seconds': seconds, 'seed': SEED.value, **made_by()}
-        with open(RESULTS.value, 'a') as file:
+        line = {'reader': name, 'inputs': options.inputs, **counts, 'peak_mb': peak}
+        line |= {'seconds': seconds, 'seed': options.seed, **made_by()}
+        with open(options.results, 'a') as file:
             file.write(json.dumps(line) + '\n')
         print(json.dumps(line), flush=True)
         failed += sum(counts[kind] for kind in FAILURES)
@@ -214,5 +207,17 @@ def made_by() -> dict[str, Any]:
     return {'commit': commit(), 'command': command, 'device': device()}
 
 
+def define_flags() -> None:
+    flags.DEFINE_list('reader', '', f'some of {", ".join(READERS)}; empty: all')
+    flags.DEFINE_integer('inputs', 10_000, 'of each reader')
+    flags.DEFINE_integer('first', 0, "the first input's number")
+    flags.DEFINE_integer('seed', 0, 'of the changes')
+    flags.DEFINE_float('limit', 20.0, 'seconds of silence after which a worker is killed')
+    flags.DEFINE_integer('memory', 1024, 'MB that one input may take')
+    flags.DEFINE_string('keep', 'runs/fuzz', 'folder for the inputs that failed')
+    flags.DEFINE_string('results', 'experiments/results/fuzz.jsonl', 'file to add lines to')
+
+
 if __name__ == '__main__':
+    define_flags()
     app.run(main)

@@ -33,9 +33,6 @@ from PIL import Image
 from experiments.provenance import commit, device
 from pspnet_jax import checkpoint, log
 
-STEPS = flags.DEFINE_integer('steps', 6000, 'small ones', lower_bound=100)
-INSIDE = flags.DEFINE_string('inside', '', 'a folder to train in: how this starts itself')
-
 VALIDATE_EVERY = CHECKPOINT_EVERY = 100
 LIMIT = 0.02  # that memory may grow from a fifth of the run to its end, of what it was
 POOL = 'ts_pool_worker'
@@ -128,7 +125,7 @@ def train(folder: Path) -> None:
         'model.width': 4,
         'augment.crop': 0,
         'train.batch_size': 4,
-        'train.steps': STEPS.value,
+        'train.steps': flags.FLAGS.steps,
         'train.log_every': 1,
         'train.validate_every': VALIDATE_EVERY,
         'train.checkpoint_every': CHECKPOINT_EVERY,
@@ -183,7 +180,7 @@ def watch(folder: Path) -> tuple[list[Sample], dict[str, list[str]]]:
     with (folder / 'told.log').open('w') as file:
         run = subprocess.Popen(
             [sys.executable, '-m', 'experiments.soak', f'--inside={folder}',
-             f'--steps={STEPS.value}'],
+             f'--steps={flags.FLAGS.steps}'],
             stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {'TMPDIR': str(temporary)},
         )  # fmt: skip
@@ -192,7 +189,7 @@ def watch(folder: Path) -> tuple[list[Sample], dict[str, list[str]]]:
         while run.poll() is None:
             step = last_step(folder / 'run' / 'metrics.jsonl')
             with contextlib.suppress(OSError, KeyError):  # where it has just ended
-                if 0 < step < STEPS.value:  # not the start, nor the evaluation at the end
+                if 0 < step < flags.FLAGS.steps:  # not the start, nor the evaluation at the end
                     samples.append(sample(run.pid, step))
             time.sleep(0.5)
         status = run.wait()
@@ -221,8 +218,8 @@ def lgg_steps(seconds: float) -> int:
 
 
 def main(_: Sequence[str]) -> None:
-    if INSIDE.value:
-        train(Path(INSIDE.value))
+    if flags.FLAGS.inside:
+        train(Path(flags.FLAGS.inside))
         return
     made_by, start = commit(), time.time()
     folder = Path(tempfile.mkdtemp())
@@ -233,15 +230,15 @@ def main(_: Sequence[str]) -> None:
         records = log.read(folder / 'run')
     finally:
         shutil.rmtree(folder)
-    verdict = judge(samples, STEPS.value)
+    verdict = judge(samples, flags.FLAGS.steps)
     early, late = live[len(live) // 5], live[-1]
     grown = [name for name in ('arrays', 'bytes') if late[name] > early[name]]
     leaked = {name: found for name, found in left.items() if found}
     line = {
         'constant': verdict.pop('constant') and not grown and not leaked,
-        'steps': STEPS.value,
+        'steps': flags.FLAGS.steps,
         'validations': sum('validation/dice' in record for record in records),
-        'checkpoints': STEPS.value // CHECKPOINT_EVERY,
+        'checkpoints': flags.FLAGS.steps // CHECKPOINT_EVERY,
         'seconds': round(time.time() - start, 1),
         'lgg_two_hours': lgg_steps(7200),
         **verdict,
@@ -250,7 +247,7 @@ def main(_: Sequence[str]) -> None:
         'left': leaked or 'nothing',
         'samples': len(samples),
         'commit': made_by,
-        'command': f'python -m experiments.soak --steps={STEPS.value}',
+        'command': f'python -m experiments.soak --steps={flags.FLAGS.steps}',
         'device': device(),
         'versions': {'jax': jax.__version__},
     }
@@ -261,5 +258,11 @@ def main(_: Sequence[str]) -> None:
         sys.exit(1)
 
 
+def define_flags() -> None:
+    flags.DEFINE_integer('steps', 6000, 'small ones', lower_bound=100)
+    flags.DEFINE_string('inside', '', 'a folder to train in: how this starts itself')
+
+
 if __name__ == '__main__':
+    define_flags()
     app.run(main)
