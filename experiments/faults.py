@@ -81,6 +81,10 @@ FAULTS = (
           ['faults::an_update_of_no_number_is_skipped_and_counted'], 2),
     Fault('a slice that can not be read, stopped at and passed over',
           ['faults::a_slice_that_can_not_be_read_gives_way_to_the_next_and_is_listed'], 5),
+    Fault('SIGTERM to one of two hosts, then SIGKILL to one',
+          ['hosts::a_signal_to_one_process_stops_all_behind_the_same_checkpoint',
+           'hosts::where_one_process_is_killed_the_others_say_so_and_stop',
+           'hosts::started_again_the_run_ends_as_in_one_process'], 2),
     Fault('memory of the device exhausted',
           ['faults::exhausted_memory_is_explained'], 1),
 )  # fmt: skip

@@ -167,8 +167,9 @@ def leave_after_an_error() -> None:
     a save on a disk that became read-only end after minutes.
     """
     _watch_no_more()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(1)
 
 
