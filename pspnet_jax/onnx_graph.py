@@ -322,6 +322,12 @@ def _split(graph, equation, x):
     return parts
 
 
+def _unstack(graph, equation, x):
+    axis = equation.params['axis']
+    places = range(len(equation.outvars))  # a place without a shape takes its axis away
+    return [graph.add('Gather', x, np.array(n, np.int64), axis=axis) for n in places]
+
+
 def _pad(graph, equation, x, value):
     below, above, between = zip(*equation.params['padding_config'], strict=True)
     if any(between) or min(*below, *above) < 0:
@@ -465,6 +471,7 @@ RULES: dict[str, Callable[..., Any]] = {
     'stack': _stack,
     'slice': _slice,
     'split': _split,
+    'unstack': _unstack,
     'pad': _pad,
     'reduce_max': _reduce('ReduceMax'),
     'reduce_min': _reduce('ReduceMin'),
