@@ -9,8 +9,8 @@ kind of machine (results/lgg.jsonl) are `lgg_two_hours` steps, and a run has ten
 with a checkpoint: the line has how many times as much was done. It goes to
 experiments/results/soak.jsonl.
 
-What is known to grow: 0.2 MB with each checkpoint of these 388 arrays. tensorstore 0.1.86 forgets
-to free a quarter of a KB whenever Orbax calls `KvStore.Spec(...).to_json()`, for every array.
+What is known to grow: a little with each checkpoint. tensorstore 0.1.86 does not free what
+`KvStore.Spec(...).to_json()` makes, which Orbax calls for every array.
 """
 
 import contextlib

@@ -266,7 +266,9 @@ def soak() -> str:
             f'{line["validations"]} validations and {line["checkpoints"]} checkpoints in '
             f'{line["seconds"]:.0f} s; two hours of configs/lgg.py:vgg_pspnet are '
             f'{line["lgg_two_hours"]} steps on this device. Memory by a line through all samples: '
-            f'{line["kb_per_1000_steps"]:.0f} KB a thousand steps; the bar: {line["criterion"]}. '
+            f'{line["kb_per_1000_steps"]:.0f} KB a thousand steps, '
+            f'{line["kb_per_1000_steps"] * line["steps"] / line["checkpoints"] / 1e6:.2f} MB a '
+            f'checkpoint; the bar: {line["criterion"]}. '
             f'Left behind in /dev/shm, the temporary folder or as processes: {line["left"]}.',
         ]
     return '\n'.join([*rows, '', _made_by('python -m experiments.soak', lines)])
