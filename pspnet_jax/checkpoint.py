@@ -28,7 +28,7 @@ import tensorstore
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from pspnet_jax.errors import CheckpointError, not_written
+from pspnet_jax.errors import CheckpointError, first_line, not_written
 
 FOLDER = 'checkpoints'
 ASIDE = 'damaged'  # beside it
@@ -105,7 +105,7 @@ def _writing(path: Path) -> Iterator[None]:
         told = {os.strerror(code) for code in DISK if os.strerror(code) in str(error)}
         if not told and not isinstance(error, OSError):
             raise
-        reason = ', '.join(told) or _first_line(error)
+        reason = ', '.join(told) or first_line(error)
         raise CheckpointError(not_written(path, reason)) from error
 
 
@@ -183,7 +183,7 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # Orbax raises what its storage layer does
-        raise CheckpointError(f'{path} has no readable metadata: {_first_line(error)}') from error
+        raise CheckpointError(f'{path} has no readable metadata: {first_line(error)}') from error
     if not isinstance(found, dict) or found.keys() - {SEAL} != PARTS_OF_META:
         raise CheckpointError(f'{path} is not a checkpoint of ours: its metadata is missing')
     sealed = found.pop(SEAL, None)  # the first ones have none
@@ -403,17 +403,13 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # Orbax raises what its storage layer does
-        raise CheckpointError(f'{path} does not load: {_first_line(error)}') from error
+        raise CheckpointError(f'{path} does not load: {first_line(error)}') from error
     # On the host: whoever asked places them, on however many devices there are.
     parts = jax.tree.map(np.asarray, parts)
     for name, tree in parts.items():
         if digest(tree) != meta['sha256'].get(name):
             raise CheckpointError(f'{path}/{name} is not what was saved: its sha256 differs')
     return parts
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

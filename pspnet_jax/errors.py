@@ -36,6 +36,11 @@ def one_line(text: str) -> str:
     return ''.join(escaped)
 
 
+def first_line(error: Exception) -> str:
+    """The reason a library gives, cut where it is long; the type of an error without words."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+
+
 class ConfigError(PspnetError):
     """A key that nothing reads, one that is missing, or a value that isn't allowed."""
 

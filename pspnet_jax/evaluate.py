@@ -37,7 +37,7 @@ from pspnet_jax import (
 from pspnet_jax.config import from_dict, to_dict, with_prediction
 from pspnet_jax.data import files, lgg, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.errors import ConfigError, DataError, first_line
 from pspnet_jax.models.published import fixed_intensity
 
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
@@ -344,7 +344,7 @@ def abstract_variables(model, channels: int) -> dict[str, Any]:
     try:
         return jax.eval_shape(init, jax.random.key(0), image)
     except Exception as error:  # of each layer its own: the config may be a stranger's
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise ConfigError(f'there is no network of such a model section: {reason}') from error
 
 

@@ -31,7 +31,7 @@ import pspnet_jax
 from pspnet_jax import checkpoint, cli, infer, models, onnx_graph, stablehlo
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError
+from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError, first_line
 from pspnet_jax.evaluate import abstract_variables, restore_model
 from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity
@@ -353,7 +353,7 @@ def read_onnx(path: str | Path) -> tuple[Predict, dict[str, Any]]:
         )
         metadata = _metadata(session.get_modelmeta().custom_metadata_map[KEY])
     except Exception as error:  # onnxruntime's kinds share no base but this
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ExportError(f'{path} is not read by onnxruntime: {reason}') from error
     return (lambda image: session.run(None, {'image': image})[0]), metadata
 

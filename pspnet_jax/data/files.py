@@ -28,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from pspnet_jax.data.volumes import free_memory
-from pspnet_jax.errors import DataError, not_written, one_line
+from pspnet_jax.errors import DataError, first_line, not_written
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 NIFTI = ('.nii', '.nii.gz')
@@ -737,7 +737,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+        reason = first_line(error)
         raise DataError(f'{path} is not a readable {kind} ({reason}): copy it again') from error
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from pspnet_jax.data import files, splits, volumes
 from pspnet_jax.data.volumes import Slices, Volume
-from pspnet_jax.errors import DataError
+from pspnet_jax.errors import DataError, first_line
 
 KAGGLE = 'mateuszbuda/lgg-mri-segmentation'
 DOWNLOAD_HELP = (
@@ -296,7 +296,7 @@ def _sound(data_dir: str | None) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise DataError(
             f'the data set built in {folder} can not be read ({reason}): remove the folder, and '
             'build it again from data.source'

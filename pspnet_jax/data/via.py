@@ -31,7 +31,7 @@ from pspnet_jax.data.annotations import (
     some,
 )
 from pspnet_jax.data.outlines import MAX_PIXELS, MAX_SIDE, Shape, check_shapes, rasterize
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.errors import ConfigError, DataError, first_line
 
 __all__ = [
     'Annotations',
@@ -142,7 +142,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     except DataError:
         raise
     except Exception as error:  # Pillow's parsers raise whatever a damaged header leads to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f'{path} is not a readable picture ({reason}): copy it again') from error
     if not (height < MAX_SIDE and width < MAX_SIDE and height * width <= MAX_PIXELS):
         raise DataError(f'{path} is {width} x {height} pixels, too large: cut it in pieces')

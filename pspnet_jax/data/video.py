@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pspnet_jax.data.files import writing as aside_then_rename
-from pspnet_jax.errors import DataError
+from pspnet_jax.errors import DataError, first_line
 
 SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv')
 PIP = 'pip install "av>=18.1,<19"'
@@ -124,7 +124,7 @@ def _readable(av, source: Path | int) -> Iterator[None]:
     except DataError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if isinstance(source, int):
             raise DataError(
                 f'camera {source} does not answer ({reason}): is it plugged in, and yours to read?'

@@ -25,7 +25,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from pspnet_jax.errors import PretrainedError
+from pspnet_jax.errors import PretrainedError, first_line
 from pspnet_jax.models.published import (
     IMAGENET,
     NETWORKS,
@@ -74,7 +74,7 @@ def read_arrays(path: str | Path) -> Arrays:
     except PretrainedError:
         raise
     except Exception as error:  # each reader raises its own kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise PretrainedError(f'{path} is not a readable weight file: {reason}') from error
     arrays = {k: x for k, x in arrays.items() if not k.endswith('num_batches_tracked')}
     wrappers = ('module.', 'model.', '_orig_mod.')
