@@ -28,6 +28,7 @@ from experiments.provenance import commit, device
 from pspnet_jax import checkpoint, log
 
 CONFIG = {
+    'config': 'configs/phantom.py',
     'model.width': 4,
     'phantom.volumes': 6,
     'phantom.slices': 4,
@@ -54,9 +55,9 @@ PHASES = {
 
 
 def command(workdir: str | Path, config: Mapping[str, object]) -> list[str]:
-    """The training command for the phantoms, with these changes."""
-    changes = [f'--config.{key}={value}' for key, value in config.items()]
-    main = [sys.executable, '-m', 'pspnet_jax.main', '--config=configs/phantom.py']
+    """The training command for the file `config['config']`, with the other values changed."""
+    changes = [f'--config.{key}={value}' for key, value in config.items() if key != 'config']
+    main = [sys.executable, '-m', 'pspnet_jax.main', f'--config={config["config"]}']
     return [*main, f'--workdir={workdir}', *changes]
 
 
@@ -222,7 +223,7 @@ def main(_: Sequence[str]) -> None:
         'metrics_lines': len(lines),
         'seed': options.seed,
         'command': f'python -m experiments.chaos --kills={options.kills} --seed={options.seed}',
-        'config': {'config': 'configs/phantom.py', **CONFIG},
+        'config': CONFIG,
         'device': device(),
         'versions': {'jax': jax.__version__},
     }

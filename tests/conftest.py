@@ -1,6 +1,7 @@
 """Paths and small things that several tests share."""
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -16,19 +17,27 @@ os.environ['XLA_FLAGS'] = ' '.join(
     )
 )
 
+# There is a test process for each core: threads of PyTorch would wait for one another.
+os.environ['OMP_NUM_THREADS'] = '1'
+
 # Many tests, and the commands that they start, compile the same tiny programs: once a session
 # is enough, and never in the user's own cache.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='pspnet_jax_tests_')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from pspnet_jax.errors import PspnetError
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# For `jax.jit`, where a test compiles much and computes little: XLA's older emitters take half the
+# time, but a value may be rounded otherwise in each kernel that computes it. Newer ones lack them.
+COMPILE_FAST = {'xla_cpu_use_fusion_emitters': False} if jax.__version_info__ < (0, 11) else {}
 atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,13 +94,34 @@ def refused(read, *arguments, match=None, kind=PspnetError):
     return str(told.value)
 
 
+def random_variables(model, channels=3, gain=2.0):
+    """Of the right shapes, none of them zero: a branch that is lost shows. Nothing is compiled."""
+    rng = np.random.default_rng(3)
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    tree = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
+
+    def draw(name, leaf):
+        if name.endswith('kernel'):
+            deviation = np.sqrt(gain / np.prod(leaf.shape[:-1]))
+            return rng.normal(0, deviation, leaf.shape).astype(np.float32)
+        if name.endswith(('scale', 'var')):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        return rng.normal(0, 0.1, leaf.shape).astype(np.float32)
+
+    flat = flatten_dict(tree, sep='/')
+    return unflatten_dict({name: draw(name, leaf) for name, leaf in flat.items()}, sep='/')
+
+
+PSPNET = {'model.name': 'pspnet', 'model.backbone': 'resnet18'}
+
+
 def tiny_config(**changes):
-    """A config that trains in seconds; `changes` by dotted key."""
+    """A config that trains in seconds; `changes` by dotted key, such as PSPNET."""
     from configs import phantom
 
-    config = phantom.get_config()
+    config = phantom.get_config('unet_mini')  # traced and compiled in half of PSPNet's time
     tiny = {
-        'model.width': 4,
+        'model.width': 16,
         'phantom.volumes': 6,
         'phantom.slices': 4,
         'phantom.size': 32,

@@ -12,7 +12,7 @@ from pspnet_jax import config as rules
 from pspnet_jax import models
 from pspnet_jax.data.sources import SOURCES
 from pspnet_jax.errors import ConfigError
-from tests.conftest import ROOT, tiny_config
+from tests.conftest import PSPNET, ROOT, tiny_config
 
 LGG_ARGUMENTS = ('', 'pspnet_resnet18', 'pspnet_resnet101', *models.NAMES)
 
@@ -70,7 +70,7 @@ def test_a_config_from_before_a_knob_has_its_default():
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
-    config = tiny_config()
+    config = tiny_config(**PSPNET)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=re.escape(words)):
         rules.validate(config)

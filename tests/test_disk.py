@@ -94,7 +94,7 @@ def last_line_of_a_run(workdir):
         plain = {k: v for k, v in flat[section].items() if isinstance(v, int | float)}
         base += [f'--config.{section}.{key}={value}' for key, value in plain.items()]
     done = subprocess.run(
-        [sys.executable, '-m', 'pspnet_jax.main', '--config=configs/phantom.py',
+        [sys.executable, '-m', 'pspnet_jax.main', '--config=configs/phantom.py:unet_mini',
          f'--workdir={workdir}', *base],
         cwd=ROOT, capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip

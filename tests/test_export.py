@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 import pspnet_jax
@@ -24,7 +23,7 @@ from pspnet_jax.data import volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
 from pspnet_jax.models import layers
 from pspnet_jax.models.published import IMAGENET
-from tests.conftest import ROOT, tiny_config
+from tests.conftest import ROOT, random_variables, tiny_config
 
 # Every network, and what makes it small. All are exported with symbols for batch, height and
 # width; a network that can not be is to be listed here with what it can.
@@ -52,24 +51,6 @@ VARIANTS = {
 }
 CASES = {name: (name, options) for name, options in SMALL.items()} | VARIANTS
 FIXED = IMAGENET.intensity(3)
-
-
-def random_variables(model, channels=3, gain=2.0):
-    """Of the right shapes, none of them zero: a branch that is lost shows."""
-    rng = np.random.default_rng(3)
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    tree = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
-
-    def draw(name, leaf):
-        if name.endswith('kernel'):
-            deviation = np.sqrt(gain / np.prod(leaf.shape[:-1]))
-            return rng.normal(0, deviation, leaf.shape).astype(np.float32)
-        if name.endswith(('scale', 'var')):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        return rng.normal(0, 0.1, leaf.shape).astype(np.float32)
-
-    flat = flatten_dict(tree, sep='/')
-    return unflatten_dict({name: draw(name, leaf) for name, leaf in flat.items()}, sep='/')
 
 
 def small(case):
@@ -205,9 +186,7 @@ def test_a_volume_measured_by_onnx_is_that_of_numpy():
 def published(tmp_path_factory):
     """A workdir whose checkpoint has a fixed normalisation, as converted weights have."""
     workdir = tmp_path_factory.mktemp('published')
-    config = tiny_config(
-        **{'model.name': 'unet_mini', 'model.backbone': None, 'model.num_classes': 4}
-    )
+    config = tiny_config(**{'model.num_classes': 4})
     variables = random_variables(models.create(**config.model))
     state = types.SimpleNamespace(**variables, ema_params=None, opt_state=None)
     writer = checkpoint.Writer(workdir)
@@ -324,9 +303,9 @@ def test_saved_parameters_are_the_checkpoints_to_the_bit(exported, trained):
 @pytest.mark.parametrize(
     ('damage', 'words'),
     [
-        ('missing', 'params/head/classifier/bias is missing'),
+        ('missing', 'params/classifier/bias is missing'),
         ('too many', 'params/other is (2,), it should be left out'),
-        ('reshaped', 'params/head/classifier/bias is (3,), it should be (2,)'),
+        ('reshaped', 'params/classifier/bias is (3,), it should be (2,)'),
         ('without metadata', 'is no exported savedparams'),
         ('another file', 'is no exported savedparams'),
     ],
@@ -339,7 +318,7 @@ def test_saved_parameters_that_do_not_fit_are_refused(exported, tmp_path, damage
     arrays = load_file(exported('savedparams'))
     with safe_open(exported('savedparams'), 'numpy') as file:
         metadata = file.metadata()
-    bias = 'params/head/classifier/bias'
+    bias = 'params/classifier/bias'
     if damage == 'missing':
         del arrays[bias]
     elif damage == 'too many':

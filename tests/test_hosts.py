@@ -23,8 +23,6 @@ from tests.conftest import ROOT, tiny_config
 
 STEPS = 16
 CHANGES = {
-    'model.name': 'unet_mini',  # compiles in half the time
-    'model.backbone': None,
     'phantom.volumes': 12,
     'train.steps': STEPS,
     'train.validate_every': 8,

@@ -15,10 +15,11 @@ SCRIPT = """
 import functools, re, jax, jax.numpy as jnp, numpy as np
 from pspnet_jax import models, optim, train
 from pspnet_jax.models.convolution import conv3x3
-from tests.conftest import tiny_config
+from tests.conftest import PSPNET, tiny_config
 
 assert jax.device_count() == 8
-config = tiny_config(**{'augment.noise': 0.1, 'augment.elastic': 1.0, 'model.dropout': 0.3})
+noisy = {'augment.noise': 0.1, 'augment.elastic': 1.0, 'model.dropout': 0.3, 'model.width': 4}
+config = tiny_config(**PSPNET, **noisy)
 rng = np.random.default_rng(0)
 mask = rng.integers(0, 2, (16, 33, 33)).astype(np.int32)
 mask[3, :20] = 255  # an uneven share of ignored pixels
@@ -82,7 +83,7 @@ def on_eight_devices(script):
     environment = {
         **os.environ,
         # Eight devices share the cores with other tests: XLA gives up on a late one after 40 s.
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=8 '
+        'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8 '
         '--xla_cpu_collective_call_terminate_timeout_seconds=400',
         'JAX_PLATFORMS': 'cpu',
     }

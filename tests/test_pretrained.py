@@ -88,6 +88,7 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     save_file(arrays, tmp_path / 'w.safetensors')
     config = tiny_config(
         **{
+            'model.name': 'pspnet',
             'model.backbone': 'vgg16',
             'model.width': 64,
             'model.output_stride': 32,

@@ -14,7 +14,7 @@ import pytest
 from pspnet_jax import checkpoint, compilation, log, models, optim, train
 from pspnet_jax.data import phantom, pipeline
 from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
-from tests.conftest import tiny_config
+from tests.conftest import PSPNET, tiny_config
 
 
 def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
@@ -149,11 +149,11 @@ def test_tensorboard_gets_the_same_figures_and_pictures(trained):
 
 def test_another_models_workdir_is_refused(trained):
     workdir, _ = trained
-    config = tiny_config(**{'model.width': 8, 'model.backbone': 'resnet34'})
+    config = tiny_config(**PSPNET, **{'model.width': 8})
     with pytest.raises(CheckpointError) as caught:
         train.train_and_evaluate(config, str(workdir))
-    assert "model.backbone is 'resnet18' there, 'resnet34' here" in str(caught.value)
-    assert 'model.width is 4 there, 8 here' in str(caught.value)
+    assert "model.backbone is None there, 'resnet18' here" in str(caught.value)
+    assert 'model.width is 16 there, 8 here' in str(caught.value)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

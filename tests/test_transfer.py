@@ -12,7 +12,7 @@ from pspnet_jax import checkpoint, evaluate, models, optim, train, transfer
 from pspnet_jax.config import to_dict
 from pspnet_jax.errors import CheckpointError, ConfigError
 from pspnet_jax.models import published
-from tests.conftest import tiny_config
+from tests.conftest import PSPNET, tiny_config
 from tests.test_train import CE_ONLY, Pixelwise, batch_of
 
 
@@ -64,12 +64,11 @@ def test_a_run_that_starts_from_another_has_its_evaluated_weights(trained, tmp_p
     assert int(state.step) == 0
 
 
-def test_a_classifier_of_other_classes_starts_anew_and_is_named(trained):
-    workdir, _ = trained
-    fresh = new_state(tiny_config(**{'model.num_classes': 3}))
+def test_a_classifier_of_other_classes_starts_anew_and_is_named(tmp_path):
+    theirs = write_run(tmp_path, **PSPNET)
+    fresh = new_state(tiny_config(**PSPNET, **{'model.num_classes': 3}), seed=8)
     variables = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
-    merged, _, report = transfer.first_weights(variables, str(workdir), channels=3, stem='cycle')
-    *_, theirs, _, _ = evaluate.restore_model(workdir, 'best')
+    merged, _, report = transfer.first_weights(variables, str(tmp_path), channels=3, stem='cycle')
     ours, theirs, fresh = flat(merged), flat(theirs), flat(variables)
     new = [key for key in ours if 'classifier' in key]
     assert len(new) == 4  # kernel and bias, of the head and of the auxiliary one
@@ -118,10 +117,9 @@ def test_the_first_kernel_takes_other_channels(rng, here, there):
 
 
 def test_nothing_that_fits_is_an_error_with_both_sides(trained, tmp_path):
-    changes = {'model.name': 'unet_mini', 'model.backbone': None}
     with pytest.raises(CheckpointError) as caught:
-        started(tmp_path, **changes, **{'train.init_from': str(trained[0])})
-    for words in ('nothing of', str(trained[0]), 'only there: aux (', 'only here, as new: '):
+        started(tmp_path, **PSPNET, **{'train.init_from': str(trained[0])})
+    for words in ('nothing of', str(trained[0]), 'only there: ', 'only here, as new: aux ('):
         assert words in str(caught.value)
 
 
@@ -252,15 +250,17 @@ def test_coarse_students_meet_a_teacher_of_full_size(rng):
     assert float(loss['distillation']) == pytest.approx(float((gap**2).mean()), rel=1e-5)
 
 
-def test_teacher_and_affinities_resume_to_the_bit(trained, tmp_path, power_cut):
+def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
     """The teacher is read anew, and in no checkpoint."""
+    write_run(tmp_path / 'teacher', **PSPNET)
     config = tiny_config(
+        **PSPNET,
         **{
-            'distill.teacher': str(trained[0]),
+            'distill.teacher': str(tmp_path / 'teacher'),
             'distill.pairwise': 0.5,
             'train.steps': 2,
             'train.ema_decay': 0.0,
-        }
+        },
     )
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
     train.train_and_evaluate(config, str(whole))
@@ -292,7 +292,7 @@ def test_teacher_and_affinities_resume_to_the_bit(trained, tmp_path, power_cut):
             r'normalised by mean \(123\.68, .*this run normalises them volume by volume',
         ),
         (
-            {'model.name': 'unet_mini', 'model.backbone': None},
+            {},
             {'distill.pairwise': 1.0},
             r'the teacher \(UNet\) has none: set it to 0',
         ),
