@@ -14,6 +14,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
         os.environ.get('XLA_FLAGS', ''),
         '--xla_backend_optimization_level=0',
         '--xla_llvm_disable_expensive_passes=true',
+        '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters',  # jax 0.12 has no others
     )
 )
 
@@ -35,9 +36,6 @@ from PIL import Image
 from pspnet_jax.errors import PspnetError
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# For `jax.jit`, where a test compiles much and computes little: XLA's older emitters take half the
-# time, but a value may be rounded otherwise in each kernel that computes it. Newer ones lack them.
-COMPILE_FAST = {'xla_cpu_use_fusion_emitters': False} if jax.__version_info__ < (0, 11) else {}
 atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent

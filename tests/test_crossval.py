@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 
 def test_two_folds_test_every_patient_once_and_a_second_call_runs_nothing(tmp_path):
     command = [
-        sys.executable, '-m', 'experiments.crossval', '--config=configs/phantom.py', '--folds=2',
-        f'--workdir={tmp_path / "cv"}', f'--results={tmp_path / "lines.jsonl"}',
+        sys.executable, '-m', 'experiments.crossval', '--config=configs/phantom.py:unet_mini',
+        '--folds=2', f'--workdir={tmp_path / "cv"}', f'--results={tmp_path / "lines.jsonl"}',
         '--config.model.width=4', '--config.phantom.volumes=6', '--config.phantom.slices=4',
         '--config.phantom.size=32', '--config.train.steps=2', '--config.train.validate_every=2',
         '--config.train.batch_size=8', '--config.optim.warmup_steps=1',

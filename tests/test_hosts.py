@@ -24,6 +24,7 @@ from tests.conftest import ROOT, tiny_config
 STEPS = 16
 CHANGES = {
     'phantom.volumes': 12,
+    'optim.schedule': 'constant',  # so that a short run is the begin of a long one
     'train.steps': STEPS,
     'train.validate_every': 8,
 }
@@ -39,6 +40,7 @@ changes = {CHANGES}
 train_and_evaluate(tiny_config(**changes), run)
 evaluate.evaluate_checkpoint(run, split='train')
 predict.predict_files(run, f'{{folder}}/in', f'{{folder}}/two', save=('mask',))
+changes |= {{'train.steps': 4, 'train.validate_every': 4, 'train.steps_per_call': 2}}
 for name, more in (('pmap', {{'parallel': 'pmap'}}), ('device', {{'data.cache': 'device'}})):
     config = tiny_config(**changes, **more)
     train_and_evaluate(config, f'{{folder}}/{{name}}')
@@ -178,7 +180,7 @@ def test_prediction_gives_the_files_of_one_process(runs):
 
 @pytest.mark.parametrize('how', ['pmap', 'device'])
 def test_pmap_and_slices_on_the_devices_do_the_same(runs, alone, how):
-    np.testing.assert_allclose(losses(runs.folder / how), losses(alone), rtol=2e-3)
+    np.testing.assert_allclose(losses(runs.folder / how), losses(alone)[:4], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from experiments.tables import PUBLISHED, PUBLISHED_OTHERWISE, read_lines
 from pspnet_jax import models
 from pspnet_jax.models import backbones, deeplab, dilated, fcn, refinenet
-from tests.conftest import COMPILE_FAST, random_variables
+from tests.conftest import random_variables
 
 # Parameters for 2 and 21 classes on the network's own backbone. Update if a change was meant.
 COUNTS = {
@@ -236,7 +236,7 @@ def test_every_parameter_reaches_the_output(name):
         )
         return sum((value * jnp.arange(1.0, 4.0)[None, None, None]).std() for value in out.values())
 
-    grads = jax.jit(jax.grad(loss), compiler_options=COMPILE_FAST)(values['params'])
+    grads = jax.jit(jax.grad(loss))(values['params'])
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert jnp.abs(grad).max() > 0, f'{jax.tree_util.keystr(path)} changes nothing'
 
@@ -245,8 +245,7 @@ def test_every_parameter_reaches_the_output(name):
 def test_logits_have_the_images_size_in_bfloat16_too(name):
     model = small(name, num_classes=4, dtype='bfloat16')
     image = jax.random.normal(key(), (1, 49, 33, 5))
-    apply = jax.jit(model.apply, compiler_options=COMPILE_FAST)
-    logits = apply(random_variables(model, channels=5), image)['logits']
+    logits = jax.jit(model.apply)(random_variables(model, channels=5), image)['logits']
     assert logits.shape == (1, 49, 33, 4)
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
@@ -257,8 +256,7 @@ def test_logits_have_the_images_size_in_bfloat16_too(name):
 def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
     model = small('vgg_pspnet_blog', num_classes=4, dtype='bfloat16')
     image = jax.random.normal(key(), (1, 75, 97, 5))
-    apply = jax.jit(model.apply, compiler_options=COMPILE_FAST)
-    logits = apply(random_variables(model, channels=5), image)['logits']
+    logits = jax.jit(model.apply)(random_variables(model, channels=5), image)['logits']
     assert logits.shape == (1, 8 * 2, 8 * 3, 4)  # of whole cells of 32 pixels, a quarter
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()

@@ -74,7 +74,7 @@ def test_a_classifier_of_other_classes_starts_anew_and_is_named(tmp_path):
     assert len(new) == 4  # kernel and bias, of the head and of the auxiliary one
     for key in ours:
         np.testing.assert_array_equal(ours[key], (fresh if key in new else theirs)[key])
-    assert 'params/head/classifier/kernel is (1, 1, 32, 2) there, (1, 1, 32, 3) here' in report
+    assert 'params/head/classifier/kernel is (1, 1, 128, 2) there, (1, 1, 128, 3) here' in report
     assert 'params/aux/classifier/bias is (2,) there, (3,) here' in report
     taken = sum(ours[key].size for key in ours if key not in new)
     assert f'{taken:,} of {sum(x.size for x in ours.values()):,} values taken' in report

@@ -316,38 +316,39 @@ def max_pool(x: jax.Array, window: int, pad: int) -> jax.Array:
 
 
 def _max_pool_forward(x, window, pad):
-    pooled = _max_pool(x, window, pad)
-    return pooled, (x, pooled)
+    return _max_pool(x, window, pad), x
 
 
-def _max_pool_backward(window, pad, residuals, grad):
-    def plain(x, pooled, grad):
+def _max_pool_backward(window, pad, x, grad):
+    def plain(x, grad):
         return jax.vjp(lambda x: _max_pool(x, window, pad), x)[1](grad)[0]
 
     on_cpu = functools.partial(max_pool_gradient, window=window, pad=pad)
-    return (jax.lax.platform_dependent(*residuals, grad, cpu=on_cpu, default=plain),)
+    return (jax.lax.platform_dependent(x, grad, cpu=on_cpu, default=plain),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 @functools.partial(jax.jit, static_argnames=('window', 'pad'))
-def max_pool_gradient(
-    x: jax.Array, pooled: jax.Array, grad: jax.Array, *, window: int, pad: int
-) -> jax.Array:
+def max_pool_gradient(x: jax.Array, grad: jax.Array, *, window: int, pad: int) -> jax.Array:
     """The gradient of x, B H W C, from that of `max_pool`, for windows of 2 and 3 cells.
 
     XLA scatters by a search of every window. Here each window says which of its cells was
     the first maximum; each cell of the four parities then asks the windows it lies in.
+
+    The maximum is looked for among the cells, and not by its value: XLA may compute x in two
+    kernels and round it otherwise in each, and no cell would be equal to it.
     """
-    (B, H, W, C), (h, w) = x.shape, pooled.shape[1:3]
+    (B, H, W, C), (h, w) = x.shape, grad.shape[1:3]
     far = ((pad, 2 * h + 2 - H - pad), (pad, 2 * w + 2 - W - pad))
     padded = jnp.pad(x, ((0, 0), *far, (0, 0)), constant_values=-jnp.inf)
     cells = [(i, j) for i in range(window) for j in range(window)]
-    place = jnp.full(pooled.shape, -1, jnp.int8)
-    for number, (i, j) in reversed(list(enumerate(cells))):
+    largest, place = padded[:, : 2 * h : 2, : 2 * w : 2], jnp.zeros(grad.shape, jnp.int8)
+    for number, (i, j) in enumerate(cells[1:], start=1):
         cell = padded[:, i : i + 2 * h : 2, j : j + 2 * w : 2]
-        place = jnp.where(cell == pooled, jnp.int8(number), place)
+        place = jnp.where(cell > largest, jnp.int8(number), place)
+        largest = jnp.maximum(cell, largest)
     place, grad = jax.lax.optimization_barrier((place, grad))
 
     def parity(p, q):
