@@ -84,6 +84,7 @@ def test_an_update_of_no_number_is_skipped_and_counted(tmp_path, monkeypatch, ca
         return jnp.where(jax.random.uniform(key) < 0.1, jnp.nan, image), mask
 
     changes = {'train.nan_policy': 'skip', 'train.steps': 12, 'train.max_skipped': 12,
+               'train.steps_per_call': 2,
                'data.cache': cache}  # fmt: skip
     config = tiny_config(**changes)
     train.train_and_evaluate(config, str(tmp_path / 'a'), augment_fn=broken)

@@ -79,11 +79,11 @@ compare('pmap', alone, run(train.under_pmap))
 """
 
 
-def on_eight_devices(script):
+def on_eight_devices(script, flags=''):
     environment = {
         **os.environ,
         # Eight devices share the cores with other tests: XLA gives up on a late one after 40 s.
-        'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8 '
+        'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8 '
         '--xla_cpu_collective_call_terminate_timeout_seconds=400',
         'JAX_PLATFORMS': 'cpu',
     }
@@ -123,9 +123,8 @@ for n in (1, 2, 4, 8):
     config = tiny_config(**{{'train.steps': 5, 'train.batch_size': 8}})
     train.train_and_evaluate(config, f'{tmp_path}/on{{n}}')
 """
-    patients = json.loads(
-        next(line for line in on_eight_devices(script).splitlines() if line.startswith('['))
-    )
+    told = on_eight_devices(script, flags=os.environ['XLA_FLAGS'])
+    patients = json.loads(next(line for line in told.splitlines() if line.startswith('[')))
     for ours, theirs in zip(patients, evaluation['patients'], strict=True):
         assert ours['patient'] == theirs['patient']
         assert ours['dice'] == pytest.approx(theirs['dice'], rel=0.02)
