@@ -12,11 +12,14 @@ from pspnet_jax import log
 from tests.conftest import ROOT
 
 SCRIPT = """
-import functools, re, jax, jax.numpy as jnp, numpy as np
+import functools, os, re
+flags = os.environ['XLA_FLAGS']
+import jax, jax.numpy as jnp, numpy as np
 from pspnet_jax import models, optim, train
 from pspnet_jax.models.convolution import conv3x3
 from tests.conftest import PSPNET, tiny_config
 
+os.environ['XLA_FLAGS'] = flags  # compiled as users compile, without the tests' own
 assert jax.device_count() == 8
 noisy = {'augment.noise': 0.1, 'augment.elastic': 1.0, 'model.dropout': 0.3, 'model.width': 4}
 config = tiny_config(**PSPNET, **noisy)
