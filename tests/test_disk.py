@@ -6,18 +6,18 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import chaos
 from pspnet_jax import checkpoint, export, faults, log, predict, train
 from pspnet_jax.data import video
 from pspnet_jax.errors import ConfigError, DataError, LogError, PspnetError
 from pspnet_jax.evaluate import evaluate_checkpoint
-from tests.conftest import ROOT, tiny_config
+from tests.conftest import ROOT, TINY, tiny_config
 
 FULL, READ_ONLY = 'No space left on device', 'Read-only file system'
 STATES = {'full': FULL, 'read-only': READ_ONLY}
@@ -89,13 +89,8 @@ def goes_on_to_the_bit(workdir, trained):
 
 def last_line_of_a_run(workdir):
     """The training command's last words; its status is 1, and nothing keeps it from ending."""
-    flat, base = tiny_config().to_dict(), []
-    for section in ('model', 'phantom', 'train', 'optim', 'eval'):
-        plain = {k: v for k, v in flat[section].items() if isinstance(v, int | float)}
-        base += [f'--config.{section}.{key}={value}' for key, value in plain.items()]
     done = subprocess.run(
-        [sys.executable, '-m', 'pspnet_jax.main', '--config=configs/phantom.py:unet_mini',
-         f'--workdir={workdir}', *base],
+        chaos.command(workdir, TINY),
         cwd=ROOT, capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
