@@ -43,15 +43,14 @@ def run(main: Callable[[], None]) -> None:
             print(error, file=sys.stderr)
             sys.exit(128 + error.signum)
         except PspnetError as error:
-            _say(error)
-            hosts.leave_after_an_error()
+            hosts.leave_after_an_error(_line(error))
         except Exception as error:
             if not hosts.several():
                 raise
-            traceback.print_exc()
+            words = traceback.format_exc().rstrip()
             if hosts.lost_another(error):
-                _say(hosts.lost())
-            hosts.leave_after_an_error()
+                words += f'\n{_line(hosts.lost())}'
+            hosts.leave_after_an_error(words)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -111,9 +110,9 @@ def _allowed(message: str) -> str:
 
 
 def _fail(error: PspnetError) -> NoReturn:
-    _say(error)
+    print(_line(error), file=sys.stderr)
     sys.exit(1)
 
 
-def _say(error: PspnetError) -> None:
-    print(f'error: {error}', file=sys.stderr)
+def _line(error: PspnetError) -> str:
+    return f'error: {error}'

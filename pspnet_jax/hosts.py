@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -94,7 +94,7 @@ def start(
             return
         _watch()
         jax.distributed.initialize(*given, cluster_detection_method='deactivate', **options)
-    _say_at_an_abort(ENDED.format(jax.process_index(), jax.process_count(), timeout))
+    _say_at_the_end(ENDED.format(jax.process_index(), jax.process_count(), timeout))
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
@@ -117,23 +117,31 @@ def _watch() -> None:
     where process 0 is gone: nothing in the process itself can speak then.
     """
     global _watcher
-    script = 'while read -r line; do last=$line; done; [ "$last" = done ] || echo "$last" >&2'
+    script = (
+        'while IFS= read -r words; do last=$words; done; '
+        '[ "$last" = done ] || printf "%b\\n" "$last" >&2'
+    )
     _watcher = subprocess.Popen(['sh', '-c', script], stdin=subprocess.PIPE, start_new_session=True)
     # Registered before JAX's own: these go last, but for one that waits for the others.
     atexit.register(_watch_no_more)
-    _say_at_an_abort(NOT_TOGETHER.format(START_SECONDS))
+    _say_at_the_end(NOT_TOGETHER.format(START_SECONDS))
 
 
-def _say_at_an_abort(line: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # somebody ended the shell
-        _watcher.stdin.write(line.encode() + b'\n')
+def _say_at_the_end(words: str) -> bool:
+    """Words for the shell, in place of those before; False if somebody ended it."""
+    line = words.encode(errors='backslashreplace').replace(b'\\', rb'\\').replace(b'\n', rb'\n')
+    try:
+        _watcher.stdin.write(line + b'\n')
         _watcher.stdin.flush()
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _watch_no_more() -> None:
     global _watcher
     if _watcher:
-        _say_at_an_abort('done')
+        _say_at_the_end('done')
         _watcher = None
 
 
@@ -160,16 +168,19 @@ def lost() -> HostError:
     )
 
 
-def leave_after_an_error() -> None:
-    """End with status 1 at once; other processes, which wait for this one, then stop too.
+def leave_after_an_error(words: str) -> NoReturn:
+    """Say `words` on stderr and end with status 1 at once; the other processes then stop too.
 
-    Python's way out would first wait for them, as they wait for this one, and for threads: those of
-    a save on a disk that became read-only end after minutes.
+    Python's way out would first wait for other processes, as they wait for this one, and for
+    threads: those of a save on a disk that became read-only end after minutes.
     """
-    _watch_no_more()
     with contextlib.suppress(OSError):  # nobody reads them any more
-        sys.stdout.flush()
+        # Of several processes the shell says it: JAX's runtime, which may be about to abort this
+        # one with a list of all stacks, can't come after that.
+        if not several() or not _say_at_the_end(words):
+            print(words, file=sys.stderr)
         sys.stderr.flush()
+        sys.stdout.flush()
     os._exit(1)
 
 

@@ -151,6 +151,36 @@ def test_where_one_process_is_killed_the_others_say_so_and_stop(runs):
     assert runs.asked[1] < runs.killed[2] < STEPS
 
 
+def test_the_reason_comes_after_all_that_is_said_while_a_process_ends():
+    """As Python and JAX list the stacks when a process aborts, in another thread: at any time."""
+    code = r"""
+import os, threading
+from pspnet_jax import hosts
+
+said = threading.Event()
+
+def dump():
+    while True:
+        os.write(2, b'File "a.py", line 1\n')
+        said.set()
+
+def leave(status):
+    said.clear()
+    said.wait()
+    exit(status)
+
+exit, os._exit = os._exit, leave
+threading.Thread(target=dump, daemon=True).start()
+hosts._watch()
+hosts.leave_after_an_error('Traceback:\n  C:\\new\nerror: why, in "a b"')
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith('1\nTraceback:\n  C:\\new\nerror: why, in "a b"\n')
+
+
 def losses(workdir):
     return [r['loss'] for r in log.read(workdir) if 'loss' in r]
 
