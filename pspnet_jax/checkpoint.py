@@ -28,6 +28,7 @@ import tensorstore
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from pspnet_jax import hosts
 from pspnet_jax.errors import CheckpointError, first_line, not_written
 
 FOLDER = 'checkpoints'
@@ -102,6 +103,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if hosts.lost_another(error):  # TimeoutError is an OSError, and no fault of the disk
+            raise hosts.lost() from error
         told = {os.strerror(code) for code in DISK if os.strerror(code) in str(error)}
         if not told and not isinstance(error, OSError):
             raise

@@ -154,10 +154,13 @@ def several() -> bool:
 
 
 def lost_another(error: Exception) -> bool:
-    """Whether this is what a collective raises where the other side of it is gone."""
+    """Whether this is what is raised where the other side of a collective, or of what Orbax waits
+    for, is gone.
+    """
     words = ('gloo', 'nccl', 'connection', 'coordination', 'heartbeat', 'deadline', 'unavailable')
     text = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
+    told = isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
+    return several() and (told or isinstance(error, TimeoutError))
 
 
 def lost() -> HostError:

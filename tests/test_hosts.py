@@ -10,12 +10,13 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from pspnet_jax import checkpoint, hosts, log
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.errors import CheckpointError, ConfigError, HostError
 from pspnet_jax.evaluate import evaluate_checkpoint, in_order, table
 from pspnet_jax.predict import predict_files
 from pspnet_jax.train import train_and_evaluate
@@ -179,6 +180,23 @@ hosts.leave_after_an_error('Traceback:\n  C:\\new\nerror: why, in "a b"')
     )
     assert done.returncode == 1
     assert done.stderr.endswith('1\nTraceback:\n  C:\\new\nerror: why, in "a b"\n')
+
+
+@pytest.mark.parametrize(
+    ('count', 'kind', 'said'),
+    [(2, HostError, 'process 1 of 2 has lost another'), (1, CheckpointError, 'can not be written')],
+)
+def test_a_save_that_waits_in_vain_for_another_process_is_no_fault_of_the_disk(
+    monkeypatch, tmp_path, count, kind, said
+):
+    def saving():
+        raise TimeoutError('ChainedFuture completed 0/2 futures but timed out after 5 seconds.')
+
+    monkeypatch.setattr(hosts, 'several', lambda: count > 1)
+    monkeypatch.setattr(jax, 'process_count', lambda: count)
+    monkeypatch.setattr(jax, 'process_index', lambda: count - 1)
+    with pytest.raises(kind, match=said), checkpoint._writing(tmp_path):
+        saving()
 
 
 def losses(workdir):
