@@ -2,6 +2,7 @@
 
   python -m experiments.fuzz [--reader=NAME,...] --inputs=10000 --seed=0
   python -m experiments.fuzz --reader=NAME --first=NUMBER --inputs=1 --seed=0    one input again
+  python -m experiments.fuzz --guided    atheris looks where code was reached that was not before
 
 Each input is a valid file (or folder, one of whose files) changed at random. A reader may return
 or raise PspnetError with printable lines; all else is a failure: other errors, MemoryError, a
@@ -11,9 +12,12 @@ To add a reader, put name: (seeds, read) into READERS. `seeds(folder)` writes sm
 folders below an empty folder and returns their paths; each must be read without an error.
 `read(path)` reads one as a command would, and may write below `path.parent / 'out'` only. Both run
 in a worker process, so imports that take long belong inside them. An input depends on nothing but
-the seed, the reader's name, the input's number and the seeds' bytes.
+the seed, the reader's name, the input's number and the seeds' bytes; with --guided also on all
+inputs before it.
 """
 
+import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -83,8 +87,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def work(pipe, name: str, seed: int, first: int, last: int, root: Path, keep: Path, memory: int):
-    """Send (number, None), and when it is done (number, kind, peak MB), of each input."""
+def work(
+    pipe, name: str, seed: int, first: int, last: int, root: Path, keep: Path, memory: int,
+    corpus: Path | None,
+):  # fmt: skip
+    """Send (number, '', 0), and when it is done (number, kind, peak MB), of each input."""
     seeds, read = READERS[name]
     for folder in FOLDERS:
         (root / folder).mkdir(exist_ok=True)
@@ -92,9 +99,12 @@ def work(pipe, name: str, seed: int, first: int, last: int, root: Path, keep: Pa
     os.environ['TMPDIR'] = tempfile.tempdir = str(root / 'tmp')
     quiet = os.open(os.devnull, os.O_RDWR)
     case = root / 'deep' / 'case'
-    valid = mutate.load(seeds(root / 'seeds'))
-    for one in valid:
-        read(mutate.write(one, fresh(case)))
+    if corpus:
+        from experiments import fuzz_guided
+    with fuzz_guided.traced() if corpus else contextlib.nullcontext():
+        valid = mutate.load(seeds(root / 'seeds'))
+        for one in valid:
+            read(mutate.write(one, fresh(case)))
     left_behind(root)  # what imports leave is not an input's
     for n in (0, 1, 2):  # libtiff and FFmpeg say on stderr what they find
         os.dup2(quiet, n)
@@ -103,9 +113,11 @@ def work(pipe, name: str, seed: int, first: int, last: int, root: Path, keep: Pa
     resource.setrlimit(resource.RLIMIT_DATA, (held + memory * 2**20 + 2**33,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     start = peak = peak_mb()
-    for number in range(first, last):
-        rng = random.Random(f'{seed} {name} {number}')
-        path = mutate.write(mutate.change(valid, rng), fresh(case))
+    number = first
+
+    def try_one(changed: mutate.Seed) -> None:
+        nonlocal number, peak
+        path = mutate.write(changed, fresh(case))
         pipe.send((number, '', 0))
         kind, wrong = attempt(read, path)
         before, peak = peak, peak_mb()
@@ -116,7 +128,15 @@ def work(pipe, name: str, seed: int, first: int, last: int, root: Path, keep: Pa
         if kind in FAILURES:
             save(case, keep / f'{name}_{seed}_{number}', wrong)
         pipe.send((number, kind, peak))
-    pipe.send((last, 'done', 0))
+        number += 1
+        if number == last:
+            pipe.send((last, 'done', 0))
+            os._exit(0)  # libFuzzer would go on
+
+    if corpus:
+        fuzz_guided.fuzz(valid, corpus=corpus, seed=seed + first, read=try_one)
+    while True:
+        try_one(mutate.change(valid, random.Random(f'{seed} {name} {number}')))
 
 
 def peak_mb() -> int:
@@ -141,14 +161,26 @@ def save(case: Path, place: Path, why: str) -> None:
     (place / 'why.txt').write_text(why, errors='backslashreplace')
 
 
-def run(name: str, *, seed: int, inputs: int, first: int, limit: float, memory: int, keep: Path):
-    """{kind: inputs} and 'peak_mb' of one reader."""
+def run(
+    name: str, *, seed: int, inputs: int, first: int, limit: float, memory: int, keep: Path,
+    guided: bool = False,
+):  # fmt: skip
+    """{kind: inputs}, and 'new': what reached new code, where `guided`; peak MB of one reader."""
+    with tempfile.TemporaryDirectory(prefix='pspnet_jax_corpus_') as corpus:
+        corpus = Path(corpus) if guided else None
+        counts, peak = _run(name, seed, inputs, first, limit, memory, keep, corpus)
+        if corpus:
+            counts['new'] = sum(not path.name.startswith('seed_') for path in corpus.iterdir())
+    return counts, peak
+
+
+def _run(name, seed, inputs, first, limit, memory, keep, corpus):
     processes = multiprocessing.get_context('spawn')
     counts, next_one, last, peak = dict.fromkeys(KINDS, 0), first, first + inputs, 0
     while next_one < last:
         with tempfile.TemporaryDirectory(prefix='pspnet_jax_fuzz_') as temporary:
             root, (ours, theirs) = Path(temporary), processes.Pipe(duplex=False)
-            arguments = (theirs, name, seed, next_one, last, root, keep.resolve(), memory)
+            arguments = (theirs, name, seed, next_one, last, root, keep.resolve(), memory, corpus)
             worker = processes.Process(target=work, args=arguments, daemon=True)
             worker.start()
             theirs.close()
@@ -182,12 +214,14 @@ def main(_) -> None:
     options = flags.FLAGS
     if wrong := set(options.reader) - READERS.keys():
         raise app.UsageError(f'--reader={",".join(wrong)} is none of {", ".join(READERS)}')
+    if options.guided and not importlib.util.find_spec('atheris'):
+        raise app.UsageError('--guided needs atheris, which is not installed here')
     keep, failed = Path(options.keep).resolve(), 0
     for name in options.reader or READERS:
         start = time.perf_counter()
         counts, peak = run(
             name, seed=options.seed, inputs=options.inputs, first=options.first,
-            limit=options.limit, memory=options.memory, keep=keep,
+            limit=options.limit, memory=options.memory, keep=keep, guided=options.guided,
         )  # fmt: skip
         seconds = round(time.perf_counter() - start, 1)
         line = {'reader': name, 'inputs': options.inputs, **counts, 'peak_mb': peak}
@@ -208,6 +242,7 @@ def made_by() -> dict[str, Any]:
 
 
 def define_flags() -> None:
+    flags.DEFINE_bool('guided', False, 'libFuzzer chooses: changes of what reached new code')
     flags.DEFINE_list('reader', '', f'some of {", ".join(READERS)}; empty: all')
     flags.DEFINE_integer('inputs', 10_000, 'of each reader')
     flags.DEFINE_integer('first', 0, "the first input's number")

@@ -230,19 +230,26 @@ def faults() -> str:
 
 def fuzz() -> str:
     """Mutated inputs of each reader, and what became of them."""
-    lines = {line['reader']: line for line in read_lines('fuzz')}  # the newest of each
-    rows = [
-        '| reader | inputs | refused | read | other errors | hangs | crashes | stray files | '
-        'peak MB |',
-        '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
-    ]
-    names = ('inputs', 'refused', 'accepted', 'other_errors', 'hangs', 'crashes', 'stray_files')
-    for reader, line in lines.items():
-        counts = ' | '.join(f'{line[name]:,}' for name in names)
-        rows.append(f'| {reader} | {counts} | {line["peak_mb"]} |')
-    seeds = ', '.join(sorted({str(line['seed']) for line in lines.values()}))
-    command = f'python -m experiments.fuzz --inputs=10000 --seed={seeds}'
-    return '\n'.join([*rows, '', _made_by(command, list(lines.values()))])
+    return _fuzz([line for line in read_lines('fuzz') if 'new' not in line])
+
+
+def fuzz_guided() -> str:
+    """The same with inputs that atheris chose."""
+    return _fuzz([line for line in read_lines('fuzz') if 'new' in line], guided=True)
+
+
+def _fuzz(lines: list[dict[str, Any]], *, guided: bool = False) -> str:
+    newest = {line['reader']: line for line in lines}
+    columns = {'inputs': 'inputs', 'refused': 'refused', 'read': 'accepted'}
+    columns |= {'to new code': 'new'} if guided else {}
+    columns |= {name: name.replace(' ', '_') for name in ('other errors', 'hangs', 'crashes')}
+    columns |= {'stray files': 'stray_files', 'peak MB': 'peak_mb'}
+    rows = [f'| reader | {" | ".join(columns)} |', f'|---|{"---:|" * len(columns)}']
+    for reader, line in newest.items():
+        rows.append(f'| {reader} | {" | ".join(f"{line[key]:,}" for key in columns.values())} |')
+    seeds = ', '.join(sorted({str(line['seed']) for line in newest.values()}))
+    command = f'python -m experiments.fuzz{" --guided" * guided} --inputs=10000 --seed={seeds}'
+    return '\n'.join([*rows, '', _made_by(command, list(newest.values()))])
 
 
 def soak() -> str:
@@ -285,7 +292,12 @@ def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
 TABLES = {
     'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
     'docs/coming-from-keras.md': {'keras': coming_from_keras.table},
-    'docs/reliability.md': {'faults': faults, 'fuzz': fuzz, 'soak': soak},
+    'docs/reliability.md': {
+        'faults': faults,
+        'fuzz': fuzz,
+        'fuzz_guided': fuzz_guided,
+        'soak': soak,
+    },
     'docs/scale.md': {'scale': scale},
     'experiments/README.md': {'forms': forms, 'profile': profile, 'input': input_rates},
 }

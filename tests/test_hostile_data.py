@@ -134,6 +134,40 @@ if __name__ == '__main__':
     assert any('MB were taken' in why for why in kept)
 
 
+@pytest.mark.skipif(not has('atheris'), reason='atheris is not installed')
+def test_the_guided_fuzzer_finds_what_chance_would_not(tmp_path):
+    """Four bytes that must all be right: one input in four thousand millions."""
+    (tmp_path / 'bad.py').write_text(f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import atheris
+from experiments import fuzz
+
+def seeds(folder):
+    (folder / 'a').write_bytes(bytes(8))
+    return [folder / 'a']
+
+@atheris.instrument_func
+def read(path):
+    if int.from_bytes(path.read_bytes()[:4], 'little') == 0x676F6F64:
+        raise KeyError('x')
+
+fuzz.READERS['bad'] = (seeds, read)
+if __name__ == '__main__':
+    options = dict(seed=0, inputs=4000, first=0, limit=20, memory=100, keep=Path('kept'))
+    print(fuzz.run('bad', guided=True, **options)[0])
+""")
+    done = subprocess.run(
+        [sys.executable, 'bad.py'], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    counts = ast.literal_eval(done.stdout or done.stderr)
+    assert counts['other_errors'] > 0
+    assert counts['accepted'] + counts['other_errors'] == 4000
+    kept = next((tmp_path / 'kept').glob('bad_0_*'))
+    assert (kept / 'a').read_bytes()[:4] == b'doog'
+
+
 # What a header says.
 
 
