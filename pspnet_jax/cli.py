@@ -47,10 +47,8 @@ def run(main: Callable[[], None]) -> None:
         except Exception as error:
             if not hosts.several():
                 raise
-            words = traceback.format_exc().rstrip()
-            if hosts.lost_another(error):
-                words += f'\n{_line(hosts.lost())}'
-            hosts.leave_after_an_error(words)
+            traceback.print_exc()
+            hosts.leave_after_an_error(_line(hosts.lost()) if hosts.lost_another(error) else '')
 
     app.run(guarded, flags_parser=_parse)
 

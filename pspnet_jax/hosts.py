@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from pspnet_jax.errors import ConfigError, HostError
 
 START_SECONDS = 300  # that processes wait for each other at the start
 END_SECONDS = 3600  # and at the end, while the first one writes the report
+LAST_SECONDS = 1  # between an error of several processes and the end
 NOT_TOGETHER = (
     'error: the processes did not come together in {} s: start them all, with one --coordinator'
 )
@@ -94,7 +96,7 @@ def start(
             return
         _watch()
         jax.distributed.initialize(*given, cluster_detection_method='deactivate', **options)
-    _say_at_the_end(ENDED.format(jax.process_index(), jax.process_count(), timeout))
+    _say_at_an_abort(ENDED.format(jax.process_index(), jax.process_count(), timeout))
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
@@ -118,30 +120,27 @@ def _watch() -> None:
     """
     global _watcher
     script = (
-        'while IFS= read -r words; do last=$words; done; '
-        '[ "$last" = done ] || printf "%b\\n" "$last" >&2'
+        'while IFS= read -r line; do last=$line; done; '
+        '[ "$last" = done ] || printf "%s\\n" "$last" >&2'
     )
     _watcher = subprocess.Popen(['sh', '-c', script], stdin=subprocess.PIPE, start_new_session=True)
     # Registered before JAX's own: these go last, but for one that waits for the others.
     atexit.register(_watch_no_more)
-    _say_at_the_end(NOT_TOGETHER.format(START_SECONDS))
+    _say_at_an_abort(NOT_TOGETHER.format(START_SECONDS))
 
 
-def _say_at_the_end(words: str) -> bool:
-    """Words for the shell, in place of those before; False if somebody ended it."""
-    line = words.encode(errors='backslashreplace').replace(b'\\', rb'\\').replace(b'\n', rb'\n')
-    try:
+def _say_at_an_abort(words: str) -> None:
+    """One line for the shell, in place of the one before."""
+    line = words.replace('\n', ' ').encode(errors='backslashreplace')
+    with contextlib.suppress(BrokenPipeError):  # somebody ended the shell
         _watcher.stdin.write(line + b'\n')
         _watcher.stdin.flush()
-    except BrokenPipeError:
-        return False
-    return True
 
 
 def _watch_no_more() -> None:
     global _watcher
     if _watcher:
-        _say_at_the_end('done')
+        _say_at_an_abort('done')
         _watcher = None
 
 
@@ -171,19 +170,24 @@ def lost() -> HostError:
     )
 
 
-def leave_after_an_error(words: str) -> NoReturn:
-    """Say `words` on stderr and end with status 1 at once; the other processes then stop too.
+def leave_after_an_error(words: str = '') -> NoReturn:
+    """Say `words` on stderr and end with status 1; the other processes then stop too.
 
     Python's way out would first wait for other processes, as they wait for this one, and for
     threads: those of a save on a disk that became read-only end after minutes.
     """
+    if several() and words:
+        # JAX's runtime may abort this process for the same reason, with a list of all stacks: the
+        # shell then says behind that what the reason is.
+        _say_at_an_abort(words)
     with contextlib.suppress(OSError):  # nobody reads them any more
-        # Of several processes the shell says it: JAX's runtime, which may be about to abort this
-        # one with a list of all stacks, can't come after that.
-        if not several() or not _say_at_the_end(words):
+        if words:
             print(words, file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
+    if several():
+        time.sleep(LAST_SECONDS)  # for that list, which would be cut here, and come last
+        _watch_no_more()
     os._exit(1)
 
 
