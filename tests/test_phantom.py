@@ -5,6 +5,7 @@ import pytest
 
 from pspnet_jax import metrics
 from pspnet_jax.data import phantom, volumes
+from pspnet_jax.errors import ConfigError
 
 
 def test_a_phantom_depends_on_seed_and_index_alone():
@@ -49,3 +50,9 @@ def test_the_tumour_is_bright_on_flair(heads):
         near = (volume.image[..., 1] > 20) & ~tumor & tumor.any((1, 2))[:, None, None]
         flair = volume.image[..., 1].astype(float)
         assert flair[tumor].mean() > flair[near].mean()
+
+
+def test_a_single_slice_can_not_be_with_and_without_tumour():
+    with pytest.raises(ConfigError, match='slices=1 leaves none without a tumour: give at least 2'):
+        phantom.load(volumes=1, slices=1, size=16, seed=0)
+    assert len(phantom.load(volumes=1, slices=2, size=16, seed=0).key) == 2

@@ -10,10 +10,16 @@ import numpy as np
 from scipy import ndimage
 
 from pspnet_jax.data.volumes import Slices, Volume, from_volumes, measure_intensity
+from pspnet_jax.errors import ConfigError
 
 
 def load(*, volumes: int, slices: int, size: int, seed: int) -> Slices:
-    """`volumes` phantoms; number i depends on (seed, i) alone."""
+    """`volumes` phantoms; number i depends on (seed, i) alone.
+
+    Raises ConfigError for a single slice: each volume has some without a tumour.
+    """
+    if slices < 2:
+        raise ConfigError(f'slices={slices} leaves none without a tumour: give at least 2')
     return from_volumes([make_volume(seed, i, slices, size) for i in range(volumes)])
 
 
