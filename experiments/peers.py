@@ -14,13 +14,15 @@ from experiments.serve import serve
 
 
 def import_torchvision():
-    """torchvision's models are pure Python; two operators must be known before its import."""
-    if not hasattr(torch.ops.torchvision, 'nms'):
+    """torchvision; where its operators in C are made for another PyTorch, without them."""
+    try:
+        import torchvision
+    except RuntimeError:  # 'operator torchvision::nms does not exist': models are pure Python
         library = torch.library.Library('torchvision', 'DEF')
         for name in ('nms', 'qnms'):
             library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         import_torchvision.library = library  # its definitions live as long as it does
-    import torchvision
+        import torchvision
 
     return torchvision
 
