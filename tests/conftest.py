@@ -14,7 +14,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
         os.environ.get('XLA_FLAGS', ''),
         '--xla_backend_optimization_level=0',
         '--xla_llvm_disable_expensive_passes=true',
-        '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters',  # jax 0.12 has no others
+        '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters',
     )
 )
 
