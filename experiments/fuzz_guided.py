@@ -6,7 +6,6 @@ code makes of their answers.
 
 import contextlib
 import io
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -82,5 +81,5 @@ def unpack(data: bytes) -> mutate.Seed | None:
     if at != len(data) or len(parts) < 3:
         return None
     name, *rest = parts
-    ways = (os.fsdecode(way) for way in rest[::2])
+    ways = (way.decode() for way in rest[::2])
     return mutate.Seed(name.decode(), dict(zip(ways, rest[1::2], strict=True)))

@@ -77,7 +77,7 @@ def test_a_reader_refuses_or_reads_whatever_the_bytes(tmp_path, monkeypatch, nam
     for seed in valid:
         read(mutate.write(seed, fuzz.fresh(case)))
     refused = 0
-    for number in range(60):
+    for number in range(200):
         path = mutate.write(
             mutate.change(valid, random.Random(f'{name} {number}')), fuzz.fresh(case)
         )
@@ -87,7 +87,7 @@ def test_a_reader_refuses_or_reads_whatever_the_bytes(tmp_path, monkeypatch, nam
         again = f'number {number} of {name}: {wrong}'
         assert kind in ('accepted', 'refused'), again
         assert not fuzz.left_behind(tmp_path), again
-    assert refused > 10, 'the changes do no harm, so nothing was tested'
+    assert refused > 34, 'the changes do no harm, so nothing was tested'
 
 
 def test_the_fuzzer_sees_what_goes_wrong(tmp_path):

@@ -14,17 +14,17 @@ from pspnet_jax.errors import ConfigError
 
 
 def load(*, volumes: int, slices: int, size: int, seed: int) -> Slices:
-    """`volumes` phantoms; number i depends on (seed, i) alone.
-
-    Raises ConfigError for a single slice: each volume has some without a tumour.
-    """
-    if slices < 2:
-        raise ConfigError(f'slices={slices} leaves none without a tumour: give at least 2')
+    """`volumes` phantoms; number i depends on (seed, i) alone."""
     return from_volumes([make_volume(seed, i, slices, size) for i in range(volumes)])
 
 
 def make_volume(seed: int, index: int, slices: int, size: int) -> Volume:
-    """Phantom `index`: image `slices` x `size` x `size` x 3 uint8, mask 0 or 1."""
+    """Phantom `index`: image `slices` x `size` x `size` x 3 uint8, mask 0 or 1.
+
+    Raises ConfigError for a single slice: some are without a tumour.
+    """
+    if slices < 2:
+        raise ConfigError(f'slices={slices} leaves none without a tumour: give at least 2')
     rng = np.random.default_rng([seed, index])
     shape = (slices, size, size)
     z, y, x = np.meshgrid(
