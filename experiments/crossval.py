@@ -3,26 +3,46 @@
   python -m experiments.crossval --config=configs/lgg.py --workdir=runs/cv [--folds=5] \\
       [--results=FILE] [--config.data.source=FOLDER ...]
 
-Fold n is `experiments.run` with data.split 'kfold' and data.fold n, in WORKDIR/fold_n; its line
-goes to WORKDIR/folds.jsonl. A fold whose line is there is not run again, one that was stopped
-goes on. At the end the line over all patients is printed and, if asked for, added to FILE.
+Fold n is the run of `experiments.run` with data.split 'kfold' and data.fold n, in WORKDIR/fold_n;
+its line goes to WORKDIR/folds.jsonl. A fold whose line is there is not run again; one that was
+stopped is resumed. At the end the line over all patients is printed and, if asked for, added to
+FILE. With --most_seconds=150 and a number of steps, --config.train.steps, all folds get fewer
+steps where the first one shows that training would take longer.
 """
 
 import json
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags, logging
+from ml_collections import config_flags
 
-from pspnet_jax import metrics
+from experiments import run
+from pspnet_jax import cli, metrics
+from pspnet_jax.errors import ConfigError
 
-WORKDIR = flags.DEFINE_string('workdir', None, 'a folder a fold, and their lines', required=True)
-CONFIG = flags.DEFINE_string('config', None, 'what to run: FILE or FILE:ARGUMENT', required=True)
-FOLDS = flags.DEFINE_integer('folds', 5, 'parts of the patients', lower_bound=2)
-RESULTS = flags.DEFINE_string('results', '', 'a .jsonl that gets the line over all folds')
+
+class TooSlowError(Exception):
+    """Its argument is the number of steps that the time allows."""
+
+
+def raise_if_slow(steps: int, most_seconds: float) -> Callable[[int, dict[str, Any]], None]:
+    """An `on_log` hook: from the second to the fourth record of losses it measures the pace."""
+    seen: list[tuple[int, float]] = []
+
+    def on_log(step: int, values: dict[str, Any]) -> None:
+        if 'loss' in values:
+            seen.append((step, time.monotonic()))
+        if len(seen) == 4:
+            (first, start), (last, end) = seen[1], seen[3]
+            allowed = int(most_seconds * (last - first) / (end - start))
+            if allowed < steps:
+                raise TooSlowError(allowed)
+
+    return on_log
 
 
 def over_patients(lines: list[dict[str, Any]], bootstrap: int = 10_000) -> dict[str, Any]:
@@ -51,23 +71,35 @@ def over_patients(lines: list[dict[str, Any]], bootstrap: int = 10_000) -> dict[
     }
 
 
-def main(argv: list[str]) -> None:
-    folder = Path(WORKDIR.value)
+def run_fold(config: Any, folder: Path, fold: int, folds: int, most_seconds: float) -> None:
+    """Train and test one fold, and add its line to FOLDER/folds.jsonl."""
+    fewer = folder / 'steps'  # kept for the other folds, and for this one when it is resumed
+    changes = {'data.split': 'kfold', 'data.folds': folds, 'data.fold': fold}
+    if fewer.exists():
+        changes['train.steps'] = int(fewer.read_text())
+    config.update_from_flattened_dict(changes)
+    watch = most_seconds and not fewer.exists()
+    hooks = {'on_log': raise_if_slow(config.train.steps, most_seconds)} if watch else {}
+    texts = {key: str(value) for key, value in changes.items()}
+    try:
+        run.add_line(config, folder / f'fold_{fold}', folder / 'folds.jsonl', texts, **hooks)
+    except TooSlowError as too_slow:
+        logging.warning('%d steps fit into --most_seconds: all folds get these', *too_slow.args)
+        fewer.write_text(str(*too_slow.args))
+        run_fold(config, folder, fold, folds, most_seconds)
+
+
+def main() -> None:
+    FLAGS = flags.FLAGS
+    folder, config, folds = Path(FLAGS.workdir), FLAGS.config, FLAGS.folds
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / 'folds.jsonl'
-    for fold in range(FOLDS.value):
-        if f'fold_{fold}' in {line['experiment'] for line in read(kept)}:
-            continue
-        command = [
-            sys.executable, '-m', 'experiments.run', f'--config={CONFIG.value}',
-            f'--workdir={folder}/fold_{fold}', f'--results={kept}', *argv[1:],
-            '--config.data.split=kfold', f'--config.data.folds={FOLDS.value}',
-            f'--config.data.fold={fold}',
-        ]  # fmt: skip
-        print(f'fold {fold} of {FOLDS.value}', flush=True)
-        status = subprocess.run(command, check=False).returncode
-        if status:
-            sys.exit(status)
+    if FLAGS.most_seconds and not config.train.steps:
+        raise ConfigError('--most_seconds needs a number of steps: add --config.train.steps=8000')
+    for fold in range(folds):
+        if f'fold_{fold}' not in {line['experiment'] for line in read(kept)}:
+            print(f'fold {fold} of {folds}', flush=True)
+            run_fold(config.copy_and_resolve_references(), folder, fold, folds, FLAGS.most_seconds)
     lines = sorted(read(kept), key=lambda line: line['experiment'])
     total = over_patients(lines)
     dice = total['summary']['dice']
@@ -76,8 +108,8 @@ def main(argv: list[str]) -> None:
         f'median {dice["median"]:.3f}, 95 % interval {dice["ci95"][0]:.3f} to '
         f'{dice["ci95"][1]:.3f}; by fold {", ".join(f"{x:.3f}" for x in total["fold_dice"])}'
     )
-    if RESULTS.value:
-        with open(RESULTS.value, 'a') as file:
+    if FLAGS.results:
+        with open(FLAGS.results, 'a') as file:
             file.write(json.dumps({'experiment': folder.name, **total}) + '\n')
 
 
@@ -86,4 +118,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
+    flags.DEFINE_string('workdir', None, 'a folder a fold, and their lines', required=True)
+    flags.DEFINE_integer('folds', 5, 'parts of the patients', lower_bound=2)
+    flags.DEFINE_float('most_seconds', 0, "of a fold's training; 0: as many as it takes")
+    flags.DEFINE_string('results', '', 'a .jsonl that gets the line over all folds')
+    cli.run(main)

@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -176,11 +177,59 @@ def outputs(module: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
     return out if isinstance(out, dict) else {'out': out}
 
 
+def use_tf32(on: bool) -> None:
+    """Products and convolutions of float32 in TensorFloat-32, or exactly."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def make_step(
+    module: nn.Module,
+    image: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    train: bool,
+    dtype: str,
+    mode: str,
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(step, the same uncompiled): forward, and where it trains backward and SGD with momentum.
+
+    `mode` has 'compile' for torch.compile and 'channels_last' for that layout in it.
+    """
+    device = image.device.type
+    if 'channels_last' in mode:
+        module = module.to(memory_format=torch.channels_last)
+        image = image.contiguous(memory_format=torch.channels_last)
+    module.train(train)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+
+    def step(run):
+        with (
+            torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'),
+            torch.set_grad_enabled(train),
+        ):
+            out = outputs(run, image)
+        if train:
+            loss = nn.functional.cross_entropy(out['out'].float(), labels)
+            if 'aux' in out:
+                loss = loss + 0.4 * nn.functional.cross_entropy(out['aux'].float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    run = torch.compile(module) if 'compile' in mode else module
+    return functools.partial(step, run), functools.partial(step, module)
+
+
 def main() -> None:
     """A case in one mode of PyTorch: eager or compiled, channels last or not."""
     case = json.loads(sys.argv[1])
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     module = create(case['peer'], case['classes']).to(device)
@@ -188,41 +237,27 @@ def main() -> None:
     shape = (case['batch'], 3, case['size'], case['size'])
     image = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(device)
     labels = torch.from_numpy(rng.integers(0, case['classes'], (shape[0], *shape[2:]))).to(device)
+    use_tf32(False)  # the reference is exact
     with torch.no_grad():
         module.eval()
         out = outputs(module, image)['out']
+    use_tf32(True)
     state = {k: v.cpu().numpy() for k, v in module.state_dict().items() if v.ndim}
     np.savez(case['exchange'] + '.weights.npz', **state)
     in_last = [x.cpu().numpy().transpose(0, 2, 3, 1) for x in (image, out)]
     np.savez(case['exchange'] + '.out.npz', image=in_last[0], out=in_last[1])
 
-    if 'channels_last' in case['mode']:
-        module = module.to(memory_format=torch.channels_last)
-        image = image.contiguous(memory_format=torch.channels_last)
-    module.train(case['train'])
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
-    run = torch.compile(module) if 'compile' in case['mode'] else module
-    half = torch.autocast(device, torch.bfloat16, enabled=case['dtype'] == 'bfloat16')
+    options = {key: case[key] for key in ('train', 'dtype', 'mode')}
+    step, uncompiled = make_step(module, image, labels, **options)
 
-    def step():
-        with half, torch.set_grad_enabled(case['train']):
-            out = outputs(run, image)
-        if case['train']:
-            loss = nn.functional.cross_entropy(out['out'].float(), labels)
-            if 'aux' in out:
-                loss = loss + 0.4 * nn.functional.cross_entropy(out['aux'].float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        if device == 'cuda':
-            torch.cuda.synchronize()
+    def step_and_wait():
+        step()
+        synchronize()
 
     with FlopCounterMode(display=False) as counter:
-        uncompiled, run = run, module
-        step()
-        run = uncompiled
+        uncompiled()
     start = time.perf_counter()
-    step()
+    step_and_wait()
     info = {
         'parameters': sum(p.numel() for p in module.parameters()),
         'compile_seconds': time.perf_counter() - start,
@@ -230,7 +265,8 @@ def main() -> None:
         'matmul_peak': matmul_peak(device, case['dtype']),
         'versions': {'torch': torch.__version__},
     }
-    serve(step, info, torch.cuda.max_memory_allocated if device == 'cuda' else None)
+    peak = torch.cuda.max_memory_allocated if device == 'cuda' else None
+    serve(step_and_wait, info, peak)
 
 
 def matmul_peak(device: str, dtype: str) -> float:

@@ -1,5 +1,6 @@
 """What made a result: the commit and the device."""
 
+import os
 import platform
 import re
 import subprocess
@@ -11,7 +12,14 @@ RESULTS = ':!experiments/results'  # each line that is written there changes a t
 
 
 def commit() -> str:
-    """The checked-out commit; '+changes' where tracked files other than results differ from it."""
+    """The checked-out commit; '+changes' where tracked files other than results differ from it.
+
+    In a copy without .git the environment variable COMMIT says it. Raises SystemExit without.
+    """
+    if not Path('.git').exists():
+        if not os.environ.get('COMMIT'):
+            raise SystemExit('there is no .git here: set COMMIT to the commit of this copy')
+        return os.environ['COMMIT']
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -23,9 +24,6 @@ from experiments.provenance import commit, device
 from pspnet_jax import checkpoint, cli
 from pspnet_jax.train import train_and_evaluate
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
-WORKDIR = flags.DEFINE_string('workdir', None, 'checkpoints, metrics, evaluation', required=True)
-RESULTS = flags.DEFINE_string('results', None, 'the .jsonl that gets the line', required=True)
 LOCAL_PATHS = (  # this machine's business
     'data.source', 'data.root', 'model.pretrained', 'train.init_from', 'distill.teacher',
 )  # fmt: skip
@@ -41,31 +39,42 @@ def overrides(argv: list[str]) -> dict[str, str]:
     }
 
 
-def main() -> None:
-    config_name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
+def add_line(
+    config: Any, workdir: str | Path, results: str | Path, changes: dict[str, str], **hooks: Any
+) -> None:
+    """Train and evaluate; `changes` are overrides that the command line does not show."""
+    name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
     start, made_by = time.time(), commit()
-    first_step = max(checkpoint.steps(WORKDIR.value), default=0)  # above 0: a run gone on with
-    result = train_and_evaluate(CONFIG.value, WORKDIR.value)
+    first_step = max(checkpoint.steps(workdir), default=0)  # above 0: a run that was resumed
+    result = train_and_evaluate(config, str(workdir), **hooks)
     line = {
-        'experiment': Path(WORKDIR.value).name,
-        'config': config_name,
-        'overrides': overrides(sys.argv),
+        'experiment': Path(workdir).name,
+        'config': name,
+        'overrides': overrides(sys.argv) | changes,
         'commit': made_by,
-        'seed': CONFIG.value.seed,
+        'seed': config.seed,
         'device': device(),
         'seconds': round(time.time() - start, 1),
         'first_step': first_step,
         'versions': {'python': platform.python_version(), 'jax': jax.__version__},
         'step': result['checkpoint']['step'],
-        'data': {**result['data'], 'source': CONFIG.value.data.name},
+        'data': {**result['data'], 'source': config.data.name},
         'summary': result['summary'],
         'baseline': result['baseline'],
         'patients': result['patients'],
     }
-    with open(RESULTS.value, 'a') as file:
+    with open(results, 'a') as file:
         file.write(json.dumps(line) + '\n')
-    print(f'line added to {RESULTS.value}')
+
+
+def main() -> None:
+    FLAGS = flags.FLAGS
+    add_line(FLAGS.config, FLAGS.workdir, FLAGS.results, {})
+    print(f'line added to {FLAGS.results}')
 
 
 if __name__ == '__main__':
+    config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
+    flags.DEFINE_string('workdir', None, 'checkpoints, metrics, evaluation', required=True)
+    flags.DEFINE_string('results', None, 'the .jsonl that gets the line', required=True)
     cli.run(main)

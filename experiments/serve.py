@@ -28,7 +28,7 @@ def serve(
     say(info)
     before = None
     for _ in iter(sys.stdin.readline, 'end\n'):
-        if before is None:
+        if before is None and not peak_bytes:
             before = resident_peak()
             Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew, man 5 proc
         start = time.perf_counter()

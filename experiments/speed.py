@@ -26,15 +26,7 @@ import numpy as np
 from absl import app, flags
 
 STEPS = 3  # that are timed in a turn, behind one that is not
-CASES = flags.DEFINE_list('cases', [], 'parts of the names of the cases to run; all')
-MODES = flags.DEFINE_list(
-    'modes',
-    ['eager', 'eager channels_last', 'compile', 'compile channels_last'],
-    'of PyTorch',
-)
-REPEATS = flags.DEFINE_integer('repeats', 3, f'turns of each, of {STEPS} steps')
-KERAS_PYTHON = flags.DEFINE_string('keras_python', '', 'Python of the Keras environment')
-RESULTS = flags.DEFINE_string('results', 'experiments/results/speed.jsonl', 'gets the lines')
+FLAGS = flags.FLAGS
 
 PSPNET_50 = {'model': {'name': 'pspnet', 'deep_stem': True}, 'peer': 'pspnet_resnet50'}
 PSPNET_101 = {
@@ -220,7 +212,7 @@ class Contender:
 
 def peer_command(case: dict[str, Any]) -> list[str]:
     if case['peer'] == 'keras':
-        return [KERAS_PYTHON.value, '-m', 'experiments.keras_peer']
+        return [FLAGS.keras_python, '-m', 'experiments.keras_peer']
     return [sys.executable, '-m', 'experiments.peers']
 
 
@@ -229,12 +221,12 @@ def fastest_mode(case: dict[str, Any]) -> str:
     if case['peer'] == 'keras':
         return 'keras'
     medians = {}
-    for mode in MODES.value if len(MODES.value) > 1 else ():
+    for mode in FLAGS.modes if len(FLAGS.modes) > 1 else ():
         contender = Contender(peer_command(case), {**case, 'mode': mode})
         medians[mode] = statistics.median([contender.go() for _ in range(3)][1:])
         contender.end()
         print(f'  torch {mode}: {medians[mode]:.3f} s', flush=True)
-    return min(medians, key=medians.get) if medians else MODES.value[0]
+    return min(medians, key=medians.get) if medians else FLAGS.modes[0]
 
 
 def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +245,7 @@ def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
         if difference > 1e-4:
             raise RuntimeError(f'not the same output: {difference}')
         seconds = {'ours': [], 'peer': []}
-        for _ in range(REPEATS.value):
+        for _ in range(FLAGS.repeats):
             for key, contender in (('ours', ours_), ('peer', peer)):
                 contender.go()  # after a pause the system has taken some of its memory away
                 seconds[key] += [contender.go() for _ in range(STEPS)]
@@ -296,8 +288,8 @@ def main(argv: list[str]) -> None:
 
     on_cpu = jax.default_backend() == 'cpu'
     for name, case in cases(on_cpu).items():
-        wanted = not CASES.value or any(part in name for part in CASES.value)
-        if not wanted or (case['peer'] == 'keras' and not KERAS_PYTHON.value):
+        wanted = not FLAGS.cases or any(part in name for part in FLAGS.cases)
+        if not wanted or (case['peer'] == 'keras' and not FLAGS.keras_python):
             continue
         print(name, flush=True)
         line = compare(name, case)
@@ -308,8 +300,8 @@ def main(argv: list[str]) -> None:
             f'compiled in {compile_seconds["ours"]:.1f} s',
             flush=True,
         )
-        Path(RESULTS.value).parent.mkdir(exist_ok=True)
-        with open(RESULTS.value, 'a') as file:
+        Path(FLAGS.results).parent.mkdir(exist_ok=True)
+        with open(FLAGS.results, 'a') as file:
             file.write(json.dumps(line) + '\n')
 
 
@@ -317,4 +309,13 @@ if __name__ == '__main__':
     if sys.argv[1:] and sys.argv[1] in ('--check', '--worker'):
         {'--check': check, '--worker': ours}[sys.argv[1]](json.loads(sys.argv[2]))
     else:
+        flags.DEFINE_list('cases', [], 'parts of the names of the cases to run; all')
+        flags.DEFINE_list(
+            'modes',
+            ['eager', 'eager channels_last', 'compile', 'compile channels_last'],
+            'of PyTorch',
+        )
+        flags.DEFINE_integer('repeats', 3, f'turns of each, of {STEPS} steps')
+        flags.DEFINE_string('keras_python', '', 'Python of the Keras environment')
+        flags.DEFINE_string('results', 'experiments/results/speed.jsonl', 'gets the lines')
         app.run(main)

@@ -35,7 +35,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import from_dict, to_dict, with_prediction
-from pspnet_jax.data import files, lgg, pipeline, sources, splits, volumes
+from pspnet_jax.data import files, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, first_line
 from pspnet_jax.models.published import fixed_intensity
@@ -474,6 +474,8 @@ def _volume_source(
         slices = sources.read_folder(config, source=data, mixed_sizes=True)
         parts = {split: list(slices.intensity)}
     elif data:
+        from pspnet_jax.data import lgg  # which needs tensorflow-datasets
+
         found = lgg.check(data, size=None)
 
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:

@@ -6,12 +6,15 @@ step reads the batches from there; two hosts see the two halves of the batch tha
 
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from pspnet_jax.data.volumes import Slices, Volume, normalize
 from pspnet_jax.errors import DataError
+
+if TYPE_CHECKING:  # imported where it is used: a step whose data are on the device needs none
+    import grain
 
 
 def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
@@ -32,12 +35,14 @@ def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
     return weights
 
 
-def draws(slices: Slices, *, seed: int, sampling: str, lesion_floor: float) -> grain.MapDataset:
+def draws(slices: Slices, *, seed: int, sampling: str, lesion_floor: float) -> 'grain.MapDataset':
     """Rows of `slices` without end, each a function of its place.
 
     'uniform' sampling shuffles each pass over the slices; 'lesion' draws with
     `lesion_weights`. Raises ValueError for another.
     """
+    import grain
+
     if sampling == 'uniform':
         return grain.MapDataset.range(len(slices)).seed(seed).shuffle().repeat()
     if sampling != 'lesion':
@@ -51,7 +56,7 @@ def draws(slices: Slices, *, seed: int, sampling: str, lesion_floor: float) -> g
 
 
 def rows(
-    drawn: grain.MapDataset, *, batch_size: int, first_step: int, shard: tuple[int, int] = (0, 1)
+    drawn: 'grain.MapDataset', *, batch_size: int, first_step: int, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[np.ndarray]:
     """The rows of `batches`' batches, (batch_size // hosts,) int32 each."""
     index, count = shard
@@ -87,12 +92,22 @@ def read_row(
 def store(
     slices: Slices, intensity: np.ndarray | None, unread: dict[int, str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Every slice, decoded: 'image' N H W C and 'mask' N H W uint8, 'intensity' N 4 C."""
+    """Every slice, decoded: 'image' N H W C and 'mask' N H W uint8, 'intensity' N 4 C.
+
+    N is `padded_rows(len(slices))`; the rows beyond the slices are zeros.
+    """
     found = [read_row(slices, row, intensity, unread) for row in range(len(slices))]
-    names = ('image', 'mask', 'intensity')
-    return {
-        name: np.stack(part) for name, part in zip(names, zip(*found, strict=True), strict=True)
-    }
+    arrays = {}
+    for name, part in zip(('image', 'mask', 'intensity'), zip(*found, strict=True), strict=True):
+        arrays[name] = np.zeros((padded_rows(len(part)), *part[0].shape), part[0].dtype)
+        np.stack(part, out=arrays[name][: len(part)])
+    return arrays
+
+
+def padded_rows(count: int) -> int:
+    """`count`, rounded up to an eighth of the power of two below: folds then share a program."""
+    eighth = max(1 << (count.bit_length() - 4), 1) if count else 1
+    return -(-count // eighth) * eighth
 
 
 def megabytes(arrays: dict[str, np.ndarray]) -> float:
@@ -102,7 +117,7 @@ def megabytes(arrays: dict[str, np.ndarray]) -> float:
 
 def batches(
     slices: Slices,
-    drawn: grain.MapDataset,
+    drawn: 'grain.MapDataset',
     *,
     batch_size: int,
     first_step: int,
@@ -116,6 +131,8 @@ def batches(
     `drawn` are the rows from `draws`, `shard` is (index, count) of this host. `intensity`
     (4, C) normalises every image alike; None takes each patient's own. `unread` as `read_row`.
     """
+    import grain
+
     index, count = shard
 
     def read(row: int) -> dict[str, np.ndarray]:

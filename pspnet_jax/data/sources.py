@@ -1,14 +1,19 @@
-"""Where slices come from: one function a source, from the config's sections to `Slices`."""
+"""Where slices come from: one function a source, from the config's sections to `Slices`.
+
+A source is imported when it is asked for: LGG's alone needs tensorflow-datasets.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from pspnet_jax.data import folder, lgg, phantom, splits
+from pspnet_jax.data import splits
 from pspnet_jax.data.volumes import Slices
 
 
 def read_folder(config, **where: Any) -> Slices:
     """Pictures and masks as the config reads them; `where` are other arguments of `folder.load`."""
+    from pspnet_jax.data import folder
+
     data, model = config.data, config.model
     options = {
         'source': data.source,
@@ -27,11 +32,19 @@ def read_folder(config, **where: Any) -> Slices:
     return folder.load(**options | where)
 
 
-SOURCES = {
-    'folder': read_folder,
-    'phantom': lambda config: phantom.load(**config.phantom),
-    'lgg': lambda config: lgg.load(config.data.source, config.data.root),
-}
+def read_phantom(config) -> Slices:
+    from pspnet_jax.data import phantom
+
+    return phantom.load(**config.phantom)
+
+
+def read_lgg(config) -> Slices:
+    from pspnet_jax.data import lgg
+
+    return lgg.load(config.data.source, config.data.root)
+
+
+SOURCES = {'folder': read_folder, 'phantom': read_phantom, 'lgg': read_lgg}
 
 
 def read(config) -> Slices:

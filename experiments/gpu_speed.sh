@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Correctness and speed on one NVIDIA GPU, within 8 minutes; see experiments/gpu_speed.py.
+#
+#   COMMIT=... OUT=FOLDER bash experiments/gpu_speed.sh [--tiny] [--seconds=440] [--cases=PART,...]
+#
+# COMMIT is needed in a copy without .git. PYTHON is the one that has JAX and PyTorch. OUT gets
+# gpu_speed.jsonl, a line as soon as it is there, and the programs that were profiled.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-experiments/results}
+mkdir -p "$OUT"
+exec "${PYTHON:-python3}" -m experiments.gpu_speed --results="$OUT/gpu_speed.jsonl" "$@"
