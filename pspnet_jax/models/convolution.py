@@ -46,13 +46,29 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     strides = tuple(strides)
     padding = padding if isinstance(padding, str) else tuple(padding)
     if dense and kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
-        x = x[:, :: strides[0], :: strides[1], :]
-        out = product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:3], -1)
+        out = conv1x1(x, kernel, strides, **kwargs)
     elif dense and kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == same:
         out = conv3x3(x, kernel, dilation)
     else:
         out = jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
     return checkpoint_name(out, CONVOLVED)
+
+
+def conv1x1(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], **kwargs) -> jax.Array:
+    """B H W I and 1 1 I O -> B h w O, a product of what the stride leaves."""
+
+    def as_product(x, kernel):
+        x = x[:, :: strides[0], :: strides[1], :]
+        return product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:3], -1)
+
+    if strides == (1, 1):
+        return as_product(x, kernel)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, strides, 'VALID', **kwargs)
+
+    # XLA for GPUs (jax 0.11.2) aborts where it fuses a strided slice into a product.
+    return jax.lax.platform_dependent(x, kernel, cpu=as_product, default=plain)
 
 
 @jax.custom_vjp
