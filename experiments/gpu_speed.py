@@ -1,6 +1,6 @@
 """Ours against PyTorch on one GPU, in minutes; experiments/gpu_speed.sh runs it.
 
-  python -m experiments.gpu_speed --results=FILE [--seconds=440] [--cases=PART,...] [--tiny]
+  python -m experiments.gpu_speed --results=FILE [--seconds=440] [--case=PART ...] [--tiny]
 
 First every network's forward pass and one training step are compared with the CPU, in float32
 with TF32 off, and checked to be finite in bfloat16; batches from the device cache are compared
@@ -35,13 +35,14 @@ from experiments import speed
 
 RESULTS = flags.DEFINE_string('results', 'experiments/results/gpu.jsonl', 'gets the lines')
 SECONDS = flags.DEFINE_float('seconds', 440, 'no case starts after this')
-CASES = flags.DEFINE_list('cases', [], 'parts of the names of the cases to run; all')
+CASES = flags.DEFINE_multi_string('case', [], 'part of the names of the cases to run; all')
 CHECK = flags.DEFINE_bool('check', True, 'compare with the CPU first')
 TINY = flags.DEFINE_bool('tiny', False, 'small sizes, to rehearse')
 
 WARM, TIMED, BLOCK = 3, 20, 5  # steps; a block of them is started at once and waited for
 PROCESSES = 8  # that check networks side by side
-LARGEST = 1e-3  # difference from the CPU that passes, relative to the largest value
+LOGITS = 1e-4  # of a difference from the CPU, relative: what passes
+UPDATE = 1e-2  # likewise; ReLU and max pooling have kinks, which rounding crosses
 
 
 # What is timed, in order: (side, network, size, batch, dtype, trains, variant).
@@ -54,7 +55,7 @@ PLAN = (
     ('ours', PSPNET_50, 473, 16, 'bfloat16', True, 'as it is'),
     ('ours', PSPNET_50, 473, 16, 'bfloat16', True, 'remat none'),
     ('ours', PSPNET_50, 473, 16, 'bfloat16', True, 'remat none, one-pass statistics'),
-    ('ours', PSPNET_50, 473, 16, 'bfloat16', True, 'remat none, max pooling by cells'),
+    ('ours', PSPNET_50, 473, 16, 'bfloat16', True, "remat none, XLA's gradients"),
     ('torch', PSPNET_50, 473, 16, 'bfloat16', False, 'compile channels_last'),
     ('ours', PSPNET_50, 473, 16, 'bfloat16', False, 'as it is'),
     ('ours', PSPNET_50, 473, 16, 'bfloat16', True, 'remat none, no command buffers'),
@@ -108,20 +109,23 @@ def one_pass_statistics() -> None:
     layers.normalize.defvjp(forward, layers._normalize_backward)
 
 
-def max_pooling_by_cells() -> None:
-    """The CPU's gradient of max pooling, without a scatter, on every platform."""
+def xlas_gradients() -> None:
+    """Of dilated 3x3s and of max pooling, as JAX states them."""
+    import jax
+
     from pspnet_jax.models import convolution
 
+    def forward(x, window, pad):
+        return convolution._max_pool(x, window, pad), x
+
     def backward(window, pad, x, grad):
-        return (convolution.max_pool_gradient(x, grad, window=window, pad=pad),)
+        return jax.vjp(lambda x: convolution._max_pool(x, window, pad), x)[1](grad)
 
-    convolution.max_pool.defvjp(convolution._max_pool_forward, backward)
+    convolution.max_pool.defvjp(forward, backward)
+    convolution.conv3x3 = convolution.plain_3x3
 
 
-CHANGES = {
-    'one-pass statistics': one_pass_statistics,
-    'max pooling by cells': max_pooling_by_cells,
-}
+CHANGES = {'one-pass statistics': one_pass_statistics, "XLA's gradients": xlas_gradients}
 XLA_OPTIONS = {
     'no command buffers': {'xla_gpu_enable_command_buffer': ''},
     'latency hiding': {'xla_gpu_enable_latency_hiding_scheduler': True},
@@ -335,8 +339,8 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
 
     rng = np.random.default_rng(0)
     batch = {
-        'image': rng.standard_normal((2, 65, 65, 3), np.float32),
-        'mask': rng.integers(0, 2, (2, 65, 65)).astype(np.int32),
+        'image': rng.standard_normal((2, 64, 64, 3), np.float32),
+        'mask': rng.integers(0, 2, (2, 64, 64)).astype(np.int32),
     }
     own = models.MODELS[name][1]
     options = {'width': 8, 'fc_features': 32, 'dtype': dtype}
@@ -366,7 +370,7 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
 def check_networks(number: int) -> list[dict[str, Any]]:
     """This process's share of the networks: how far a step on the GPU is from the CPU's.
 
-    Differences are relative to the largest value of the reference.
+    Differences are norms, relative to that of the reference.
     """
     import jax
 
@@ -380,12 +384,12 @@ def check_networks(number: int) -> list[dict[str, Any]]:
         reference = one_step(name, 'float32', cpu, {})
         half = one_step(name, 'bfloat16', accelerator, quick)
         logits, update = (
-            float(np.abs(a - b).max() / np.abs(b).max())
+            float(np.linalg.norm(a - b) / np.linalg.norm(b))
             for a, b in zip(ours[:2], reference[:2], strict=True)
         )
         finite = all(bool(np.isfinite(x).all()) for x in half)
         lines.append({'check': name, 'logits': logits, 'update': update, 'bfloat16_finite': finite})
-        lines[-1]['same'] = max(logits, update) < LARGEST
+        lines[-1]['same'] = logits < LOGITS and update < UPDATE
         print(json.dumps(lines[-1]), flush=True)
     return lines
 
@@ -425,7 +429,7 @@ def check_cache() -> dict[str, Any]:
     return {
         'check': 'device cache',
         'parameters': max(differences),
-        'same': max(differences) < LARGEST,
+        'same': max(differences) < LOGITS,
     }
 
 

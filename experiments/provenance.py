@@ -14,12 +14,13 @@ RESULTS = ':!experiments/results'  # each line that is written there changes a t
 def commit() -> str:
     """The checked-out commit; '+changes' where tracked files other than results differ from it.
 
-    In a copy without .git the environment variable COMMIT says it. Raises SystemExit without.
+    $COMMIT, where it is set, is taken in its place: a copy of the files alone needs it. Raises
+    SystemExit without either.
     """
+    if given := os.environ.get('COMMIT'):
+        return given
     if not Path('.git').exists():
-        if not os.environ.get('COMMIT'):
-            raise SystemExit('there is no .git here: set COMMIT to the commit of this copy')
-        return os.environ['COMMIT']
+        raise SystemExit('there is no .git here: set COMMIT to the commit of this copy')
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -43,7 +43,7 @@ def test_winograd_is_the_convolution(rng, size, dilation):
 @pytest.mark.parametrize('large_map', [convolution.LARGE_MAP, 32])
 @pytest.mark.parametrize(('size', 'dilation'), FORMS)
 def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation, large_map):
-    """By products of whole images, of bands of rows, and by Winograd."""
+    """By products of whole images, of bands of rows, by Winograd, and by the dilation's phases."""
     monkeypatch.setattr(convolution, 'LARGE_MAP', large_map)
     x = rng.standard_normal((2, *size, 5)).astype(np.float32)
     grad = rng.standard_normal((2, *size, 4)).astype(np.float32)
@@ -52,8 +52,10 @@ def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation,
         kernel = np.zeros((3, 3, 5, 4))
         kernel[index] = 1
         expected[index] = (by_loop(x, kernel, dilation) * grad).sum((0, 1, 2))
-    for form in (convolution.weight_gradient, convolution.winograd_weight_gradient):
-        ours = form.__wrapped__(x, grad, dilation)  # not what was traced with another LARGE_MAP
+    forms = (convolution.weight_gradient, convolution.winograd_weight_gradient)
+    of_cpus = [form.__wrapped__ for form in forms]  # not what was traced with another LARGE_MAP
+    for form in (*of_cpus, convolution.weight_gradient_by_phases):
+        ours = form(x, grad, dilation)
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -103,19 +105,65 @@ def test_a_3x3_and_its_gradients_are_the_plain_ones(rng, monkeypatch, channels, 
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+def lowered_for(platform, function, *arguments):
+    """The StableHLO of `function` and its gradients for a platform that need not be here."""
+    numbers = tuple(range(len(arguments)))
+    traced = jax.jit(jax.value_and_grad(lambda *xs: function(*xs).sum(), numbers)).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_other_platforms_get_the_plain_convolution():
     x, kernel = jnp.zeros((1, 8, 8, 256)), jnp.zeros((3, 3, 256, 256))
 
-    def loss(x, kernel):
-        return convolution.conv3x3(x, kernel, (2, 2)).sum()
+    def dilated(x, kernel):
+        return convolution.conv3x3(x, kernel, (2, 2))
 
-    def lowered(platform):
-        traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, kernel)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+    assert lowered_for('cuda', dilated, x, kernel).count('stablehlo.convolution') == 3
+    assert lowered_for('tpu', dilated, x, kernel).count('stablehlo.convolution') == 3
+    assert 'stablehlo.convolution' not in lowered_for('cpu', dilated, x, kernel)
 
-    assert lowered('cuda').count('stablehlo.convolution') == 3
-    assert lowered('tpu').count('stablehlo.convolution') == 3
-    assert 'stablehlo.convolution' not in lowered('cpu')
+
+def test_a_gpu_gets_weight_gradients_that_cudnn_has():
+    """The window of a weight gradient is the gradient of the output: with a stride it is not."""
+    x, kernel = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 4, 4))
+
+    def dilated(x, kernel):
+        return convolution.conv3x3(x, kernel, (2, 2))
+
+    assert 'stride = [2, 2]' in lowered_for('tpu', dilated, x, kernel)
+    assert 'stride = [2, 2]' not in lowered_for('cuda', dilated, x, kernel)
+
+
+def test_a_gpu_gets_no_strided_product():
+    """Its compiler aborts where it fuses the slice into the product (jax 0.11.2)."""
+    x, kernel = jnp.zeros((1, 9, 9, 4)), jnp.zeros((1, 1, 4, 4))
+
+    def strided(x, kernel):
+        names = ('NHWC', 'HWIO', 'NHWC')
+        pad = ((0, 0), (0, 0))
+        return convolution.conv_general_dilated(x, kernel, (2, 2), pad, dimension_numbers=names)
+
+    assert 'dot_general' in lowered_for('cpu', strided, x, kernel)
+    assert 'dot_general' not in lowered_for('cuda', strided, x, kernel)
+
+
+@pytest.mark.parametrize('strides', [(1, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize('size', [(9, 7), (8, 8)])
+def test_a_1x1_and_its_gradients_are_the_plain_ones(rng, size, strides):
+    x = jnp.asarray(rng.standard_normal((2, *size, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((1, 1, 5, 4)), jnp.float32)
+    names = ('NHWC', 'HWIO', 'NHWC')
+
+    def both(form, padding):
+        def scalar(x, kernel):
+            return jnp.sin(form(x, kernel, strides, padding, dimension_numbers=names)).sum()
+
+        return jax.value_and_grad(scalar, (0, 1))(x, kernel)
+
+    ours = both(convolution.conv_general_dilated, ((0, 0), (0, 0)))
+    plain = both(jax.lax.conv_general_dilated, 'VALID')
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('wide', [3, 7])
