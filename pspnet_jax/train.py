@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -78,7 +78,8 @@ class TrainState:
 def create_state(model: nn.Module, tx, *, seed: int, channels: int, ema: bool) -> TrainState:
     """Random parameters from `seed` for images of `channels` channels."""
     image = jnp.zeros((1, 64, 64, channels), jnp.float32)  # no parameter depends on the size
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(seed), image)
+    init = compilation.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(seed), image)
     params = variables['params']
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -334,12 +335,11 @@ def over_mesh(step: Callable) -> Placed:
     """`step` jitted over a one-axis mesh: batch split, state on every device and donated."""
     mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
-    jitted = jax.jit(
+    jitted = compilation.jit(
         _as_vectors(step),
         donate_argnums=0,
         in_shardings=(whole, split),
         out_shardings=(whole, whole),
-        compiler_options=compilation.options(),
     )
     return Placed(
         functools.partial(compilation.compile_now, jitted),
@@ -363,12 +363,11 @@ def over_mesh_cached(step: Callable, store: dict[str, np.ndarray]) -> Placed:
     def steps(state, store, rows_kB):
         return jax.lax.scan(lambda state, rows: step(state, gather(store, rows)), state, rows_kB)
 
-    jitted = jax.jit(
+    jitted = compilation.jit(
         steps,
         donate_argnums=0,
         in_shardings=(whole, whole, split),
         out_shardings=(whole, whole),
-        compiler_options=compilation.options(),
     )
     placed_store = _put_whole(store, whole)
 
@@ -409,16 +408,19 @@ def under_pmap(step: Callable) -> Placed:
     n = jax.local_device_count()
     step = _as_vectors(functools.partial(step, axis_name='data'))
     mapped = jax.pmap(step, axis_name='data', donate_argnums=0)
+    devices = [x for process in range(jax.process_count()) for x in jax.local_devices(process)]
+    split = NamedSharding(Mesh(devices, ('data',)), P('data'))  # as pmap has it
+
+    def put(tree):
+        # Arrays over all processes: a step that was compiled ahead takes no others.
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), tree)
 
     def first(tree):
         # Of this process: an array over several can't be indexed.
         return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
 
     def compile_step(state, batch):
-        if jax.process_count() == 1:
-            compiled, facts = compilation.compile_now(mapped, state, batch)
-        else:  # compiled ahead it would ask for the arrays of all processes
-            compiled, facts = mapped, compilation.UNKNOWN
+        compiled, facts = compilation.compile_now(mapped, state, batch)
 
         def run(state, batch):
             state, metrics = compiled(state, batch)
@@ -428,9 +430,11 @@ def under_pmap(step: Callable) -> Placed:
 
     return Placed(
         compile_step,
-        put_state=lambda state: jax.tree.map(lambda x: jnp.stack([x] * n), state),
-        put_batch=lambda batch: jax.tree.map(
-            lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
+        put_state=lambda state: put(
+            jax.tree.map(lambda x: np.stack([x] * n), jax.device_get(state))
+        ),
+        put_batch=lambda batch: put(
+            jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         ),
         get_state=lambda state: jax.device_get(first(state)),
     )

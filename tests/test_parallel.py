@@ -15,7 +15,7 @@ SCRIPT = """
 import functools, os, re
 flags = os.environ['XLA_FLAGS']
 import jax, jax.numpy as jnp, numpy as np
-from pspnet_jax import models, optim, train
+from pspnet_jax import compilation, models, optim, train
 from pspnet_jax.models.convolution import conv3x3
 from tests.conftest import PSPNET, tiny_config
 
@@ -48,7 +48,8 @@ def run(place, steps=2):
     return jax.device_get((placed.get_state(state), metrics))
 
 def one_device(step):
-    return train.Placed(lambda s, b: (jax.jit(step), {}), lambda s: s, lambda b: b, lambda s: s)
+    jitted = compilation.jit(step)
+    return train.Placed(lambda s, b: (jitted, {}), lambda s: s, lambda b: b, lambda s: s)
 
 def compare(name, a, b):
     for (path, x), y in zip(
@@ -68,7 +69,8 @@ def collectives(channels, dilation):
     def gradients(x, kernel, grad):
         out, back = jax.vjp(functools.partial(conv3x3, dilation=dilation), x, kernel)
         return out, back(grad)
-    compiled = jax.jit(gradients, out_shardings=(split, (split, whole))).lower(x, kernel, x)
+    shardings = (split, (split, whole))
+    compiled = compilation.jit(gradients, out_shardings=shardings).lower(x, kernel, x)
     names = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[(]'
     return set(re.findall(names, compiled.compile().as_text()))
 
