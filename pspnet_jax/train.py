@@ -7,6 +7,7 @@ devices, `under_pmap` maps it; both give the same numbers (tests/test_parallel.p
 import collections
 import contextlib
 import functools
+import logging
 import math
 import signal
 import sys
@@ -22,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -50,6 +50,8 @@ from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.convolution import CONVOLVED
 from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
+
+logger = logging.getLogger(__name__)
 
 # (key, image H W C, mask H W) -> (image, mask), traced inside the compiled step.
 AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -485,7 +487,7 @@ def read_metrics(
                 )
             values = {n: v if math.isfinite(v) else None for n, v in values.items()}
             if skip:
-                logging.warning('step %d: no number, no update (%d so far)', step, skipped)
+                logger.warning('step %d: no number, no update (%d so far)', step, skipped)
                 values['skipped'] = skipped
             if skip or step % every == 0:
                 log.scalars(step, {**values, 'learning_rate': float(rate(made))})
@@ -510,7 +512,7 @@ def normalize_as_there(
     ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
     if ours != theirs:
         there, here = (transfer.words(x and x._asdict()) for x in (theirs, ours))
-        logging.warning(
+        logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
             there,
@@ -526,11 +528,11 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
-    logging.info('parameters:\n%s', parameter_table(state.params))
+    logger.info('parameters:\n%s', parameter_table(state.params))
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
         state, meta = restored
-        logging.info('going on from step %d', state.step)
+        logger.info('going on from step %d', state.step)
         return state, meta['progress'], meta['inputs']
     normalization = published.IMAGENET if normalize_by_weights(config) else None
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
@@ -539,7 +541,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             variables, config.train.init_from, channels=channels, stem=config.model.stem
         )
         normalization = normalize_as_there(config, theirs)
-        logging.info('weights %s', report)
+        logger.info('weights %s', report)
     elif config.model.pretrained:
         variables, theirs, report = pretrained.load_backbone(
             variables,
@@ -549,7 +551,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             options=config.model,
         )
         normalization = normalization and theirs
-        logging.info(report)
+        logger.info(report)
     # A copy of the average: the step donates both, and a buffer can be donated once.
     params = variables['params']
     average = jax.tree.map(jnp.copy, params) if ema else None
@@ -557,7 +559,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
     normalization = normalization and normalization._asdict()
-    logging.info('images are normalised %s', transfer.words(normalization))
+    logger.info('images are normalised %s', transfer.words(normalization))
     inputs = {'channels': channels, 'normalization': normalization}
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs
 
@@ -618,7 +620,7 @@ def loader(
     read = {'intensity': intensity, 'unread': unread if data.bad_slices == 'skip' else None}
     if data.cache == 'device':
         store = pipeline.store(slices, **read)
-        logging.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
+        logger.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
         rows = pipeline.rows(drawn, **places)
         return over_mesh_cached(step_fn, store), lambda count: np.stack(
             [next(rows) for _ in range(count)]
@@ -650,7 +652,7 @@ def train_and_evaluate(
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
     validate(config)
-    logging.info('config:\n%s', config)
+    logger.info('config:\n%s', config)
     batch_size = config.train.batch_size
     if batch_size % jax.device_count():
         near = ' or '.join(map(str, hosts.nearest_batches(batch_size, jax.device_count())))
@@ -668,7 +670,7 @@ def train_and_evaluate(
         for name in ('train', 'validation'):  # each at most half: together they fit
             split[name] = volumes.in_memory(split[name])
     for name, part in split.items():
-        logging.info('%s: %s', name, volumes.describe(part))
+        logger.info('%s: %s', name, volumes.describe(part))
 
     with faults.alone(workdir) if hosts.is_first() else contextlib.nullcontext():
         run_steps(
@@ -759,7 +761,7 @@ def run_steps(
         end.callback(tell_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
-                logging.info('no better Dice in %d validations: stopping', progress['stale'])
+                logger.info('no better Dice in %d validations: stopping', progress['stale'])
                 break
 
             # Start these updates, then read those before: the device never waits for the host.
@@ -770,7 +772,7 @@ def run_steps(
             waited += time.perf_counter() - start
             if count not in programs:
                 programs[count], facts = placed.compile(state, batch)
-                logging.info(COMPILED, count, *facts.values())
+                logger.info(COMPILED, count, *facts.values())
                 needed, waited, window, logged = facts['needed_mb'], 0.0, time.perf_counter(), step
             state, metrics = programs[count](state, batch)
             read_pending()
@@ -797,7 +799,7 @@ def run_steps(
                 best = max(dice, progress['best_dice'] or -1.0)
                 stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
                 progress = {'best_dice': best, 'stale': stale}
-                logging.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
+                logger.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
             progress = {**progress, 'skipped': skipped}
             log.flush()
             checkpoint.save(
@@ -838,14 +840,14 @@ def draw_curves(workdir: str) -> None:
     try:
         report.write_curves(workdir)
     except DataError as error:
-        logging.warning('%s', error)
+        logger.warning('%s', error)
 
 
 def tell_unread(unread: dict[int, str]) -> None:
     """The slices that could not be read, at the end of the run."""
     if unread:
         listed = '\n  '.join(unread.values())
-        logging.warning('%d slice(s) were passed over, others used:\n  %s', len(unread), listed)
+        logger.warning('%d slice(s) were passed over, others used:\n  %s', len(unread), listed)
 
 
 class _Callable(types.ModuleType):

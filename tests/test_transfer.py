@@ -160,7 +160,7 @@ def test_normalisation_comes_along_and_a_contradiction_is_said(
 ):
     write_run(tmp_path / 'a', normalization=there)
     said = []
-    monkeypatch.setattr(train.logging, 'warning', lambda *words: said.append(words))
+    monkeypatch.setattr(train.logger, 'warning', lambda *words: said.append(words))
     changes = {'train.init_from': str(tmp_path / 'a'), 'data.normalize': asked}
     _, inputs = started(tmp_path / 'b', **changes)
     assert json.loads(json.dumps(inputs)) == json.loads(
