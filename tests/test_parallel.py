@@ -23,7 +23,7 @@ os.environ['XLA_FLAGS'] = flags  # without the older emitters, which tests.conft
 assert jax.device_count() == 8
 noisy = {'augment.noise': 0.1, 'augment.elastic': 1.0, 'model.dropout': 0.3, 'model.width': 4}
 config = tiny_config(**PSPNET, **noisy)
-rng = np.random.default_rng(0)
+rng = np.random.default_rng(1)  # of 0 and 2, a ReLU's input is 0 but for rounding in some jax
 mask = rng.integers(0, 2, (16, 33, 33)).astype(np.int32)
 mask[3, :20] = 255  # an uneven share of ignored pixels
 batch = {'image': rng.standard_normal((16, 33, 33, 3)).astype(np.float32), 'mask': mask}
