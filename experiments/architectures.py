@@ -68,8 +68,9 @@ def cost(name: str, *, size: int = 256, batch: int = 4, repeats: int = 5) -> dic
             functools.partial(model.init, train=False), jax.random.key(0), image
         )
         counts[num_classes] = sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), image)
-    traced = jax.jit(model.apply, compiler_options=compilation.options()).trace(variables, image)
+    init = compilation.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(0), image)
+    traced = compilation.jit(model.apply).trace(variables, image)
     compiled = traced.lower().compile()
     seconds = []
     for _ in range(repeats + 1):

@@ -135,7 +135,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 
 def compile_step(name: str):
     """The variant's step, compiled; a state and a batch for it; and what compiling took."""
-    import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
@@ -155,7 +154,7 @@ def compile_step(name: str):
         'mask': jnp.asarray(rng.integers(0, 2, (4, 256, 256)), jnp.int32),
     }
     step = train.bind_step(base.get_config(), model, tx, **options)
-    jitted = jax.jit(step, donate_argnums=0, compiler_options=compilation.options())
+    jitted = compilation.jit(step, donate_argnums=0)
     compiled, facts = compilation.compile_now(jitted, state, batch)
     return compiled, state, batch, facts
 

@@ -181,7 +181,7 @@ def our_program(case: dict[str, Any]):
     import optax
 
     from configs import base
-    from pspnet_jax import models, train
+    from pspnet_jax import compilation, models, train
 
     model = models.create(num_classes=case['classes'], dtype=case['dtype'], **case['model'])
     variables = random_variables(model)
@@ -189,7 +189,8 @@ def our_program(case: dict[str, Any]):
     shape = (case['batch'], case['size'], case['size'])
     image = rng.standard_normal((*shape, 3), np.float32)
     if not case['train']:
-        return jax.jit(lambda v, x: model.apply(v, x, train=False)['logits']), (variables, image)
+        predict = compilation.jit(lambda v, x: model.apply(v, x, train=False)['logits'])
+        return predict, (variables, image)
     batch = {'image': image, 'mask': rng.integers(0, case['classes'], shape).astype(np.int32)}
     tx = optax.sgd(1e-3, momentum=0.9)
     params, stats = variables['params'], variables.get('batch_stats', {})
@@ -203,7 +204,7 @@ def our_program(case: dict[str, Any]):
         'remat': 'none' if 'remat none' in case['variant'] else config.train.remat,
     }
     step = train.bind_step(config, model, tx, **options)
-    return jax.jit(step, donate_argnums=0), (state, batch)
+    return compilation.jit(step, donate_argnums=0), (state, batch)
 
 
 def time_ours(case: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +336,7 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
     import optax
 
     from configs import base
-    from pspnet_jax import models, train
+    from pspnet_jax import compilation, models, train
 
     rng = np.random.default_rng(0)
     batch = {
@@ -360,7 +361,7 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
 
     arguments = jax.device_put((state, batch), device)
     with jax.default_matmul_precision('highest' if dtype == 'float32' else 'default'):
-        compiled = jax.jit(both).lower(*arguments).compile(compiler_options)
+        compiled = compilation.jit(both).lower(*arguments).compile(compiler_options)
     logits, (after, metrics) = jax.device_get(compiled(*arguments))
     pairs = zip(jax.tree.leaves(after.params), jax.tree.leaves(params), strict=True)
     update = np.concatenate([np.ravel(new - old) for new, old in pairs])

@@ -23,6 +23,7 @@ from absl import app
 
 from experiments import forms
 from experiments.provenance import commit, device
+from pspnet_jax import compilation
 
 STAGES = ('layer1', 'layer2', 'layer3', 'layer4', 'pyramid', 'head', 'aux')
 
@@ -37,7 +38,7 @@ def stage_of(op_name: str) -> str:
 
 def best(function: Callable, *arrays: jax.Array) -> float:
     """Seconds of the fastest of five calls behind one."""
-    run, seconds = jax.jit(function), []
+    run, seconds = compilation.jit(function), []
     for _ in range(6):
         start = time.perf_counter()
         jax.block_until_ready(run(*arrays))

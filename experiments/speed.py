@@ -106,10 +106,12 @@ def check(case: dict[str, Any]) -> None:
     """A process that says how far our output is from the peer's, of the same weights."""
     import jax
 
+    from pspnet_jax import compilation
+
     exact, _, variables = load(case)
     peer = np.load(case['exchange'] + '.out.npz')
     with jax.default_matmul_precision('highest'):
-        out = jax.jit(exact.apply)(variables, peer['image'])['logits']
+        out = compilation.jit(exact.apply)(variables, peer['image'])['logits']
     print(json.dumps(float(np.abs(out - peer['out']).max() / np.abs(peer['out']).max())))
 
 
@@ -142,8 +144,8 @@ def ours(case: dict[str, Any]) -> None:
         labels = rng.integers(0, case['classes'], (case['batch'], small, small))
         labels = labels.repeat(case['size'] // small, 1).repeat(case['size'] // small, 2)
         batch = {'image': image, 'mask': jnp.asarray(labels, jnp.int32)}
-        options = {'donate_argnums': 0, 'compiler_options': compilation.options()}
-        compiled, facts = compilation.compile_now(jax.jit(step_fn, **options), state, batch)
+        jitted = compilation.jit(step_fn, donate_argnums=0)
+        compiled, facts = compilation.compile_now(jitted, state, batch)
         kept = [state]
 
         def step():
@@ -151,10 +153,7 @@ def ours(case: dict[str, Any]) -> None:
             jax.block_until_ready(metrics)
 
     else:
-        predict = jax.jit(
-            lambda variables, image: model.apply(variables, image)['logits'],
-            compiler_options=compilation.options(),
-        )
+        predict = compilation.jit(lambda variables, image: model.apply(variables, image)['logits'])
         compiled, facts = compilation.compile_now(predict, variables, image)
 
         def step():

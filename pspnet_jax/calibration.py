@@ -5,6 +5,7 @@ changes, so neither do labels, Dice and distances.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from scipy import optimize, special
 
 from pspnet_jax.data.files import writing
 from pspnet_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 KEPT = 'temperature.json'  # in a run's workdir
 BOUNDS = (0.05, 20.0)
@@ -100,6 +102,6 @@ def load(workdir: str | Path, step: int) -> float:
             'again by python -m pspnet_jax.evaluate --split=validation --fit_temperature'
         ) from error
     if fitted != step:
-        logging.warning('%s is of step %.20s, this is step %d: not applied', path, fitted, step)
+        logger.warning('%s is of step %.20s, this is step %d: not applied', path, fitted, step)
         return 1.0
     return temperature

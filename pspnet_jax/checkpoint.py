@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -25,11 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from pspnet_jax import hosts
 from pspnet_jax.errors import CheckpointError, first_line, not_written
+
+logger = logging.getLogger(__name__)
 
 FOLDER = 'checkpoints'
 ASIDE = 'damaged'  # beside it
@@ -314,13 +316,13 @@ def restore(
         try:
             meta = metadata(workdir, step)
         except CheckpointError as error:
-            logging.warning('checkpoint %d is passed over: %s', step, error)
+            logger.warning('checkpoint %d is passed over: %s', step, error)
             continue
         _check_same_model(workdir, meta['config'], config)
         try:
             parts = _load(workdir, step, abstract, meta)
         except CheckpointError as error:
-            logging.warning('checkpoint %d is passed over: %s', step, error)
+            logger.warning('checkpoint %d is passed over: %s', step, error)
             continue
         return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta
     if found:
@@ -344,7 +346,7 @@ def set_aside(workdir: str | Path, step: int) -> None:
                     target = target / 'before'
                     target.mkdir(exist_ok=True)
                 os.rename(source, target / source.name)
-            logging.warning('%s is damaged, it is now in %s', source, target)
+            logger.warning('%s is damaged, it is now in %s', source, target)
 
 
 def restore_variables(workdir: str | Path, step: int, variables: dict[str, Any]) -> dict[str, Any]:
@@ -379,7 +381,7 @@ def choose(workdir: str | Path, which: str = 'best') -> int:
             try:
                 dice[step] = metadata(workdir, step)['dice']
             except CheckpointError as error:
-                logging.warning('checkpoint %d is passed over: %s', step, error)
+                logger.warning('checkpoint %d is passed over: %s', step, error)
         found = list(dice) or found
         ranked = {step: value for step, value in dice.items() if value is not None}
         return max(ranked, key=ranked.__getitem__) if ranked else found[-1]

@@ -1,7 +1,8 @@
-"""How every command starts: flags parsed, quiet logs, errors as one line and status 1; what it
-compiles is kept for the next.
+"""How every command starts: flags are parsed, a line names the devices, errors are one line and
+exit status 1. What a command compiles is kept for the next.
 """
 
+import logging
 import re
 import sys
 import traceback
@@ -9,11 +10,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
-from pspnet_jax import compilation, hosts
+from pspnet_jax import compilation, devices, hosts
 from pspnet_jax.config import RULES, nearest
 from pspnet_jax.errors import ConfigError, PspnetError, StoppedError
+
+logger = logging.getLogger(__name__)
+
+# The packages whose INFO is printed: ours, and a command's own module.
+OURS = ('pspnet_jax', 'experiments', '__main__')
+# Of all others it is WARNING and above, but for these. Orbax, tfds and Grain log their inner
+# workings by absl's logger, and asyncio at length what Orbax raises on a damaged checkpoint.
+LEAST = {'absl': logging.ERROR, 'asyncio': logging.CRITICAL + 1}
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    package = record.name.split('.')[0]
+    return package in OURS or record.levelno >= LEAST.get(package, logging.WARNING)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -22,22 +37,15 @@ def run(main: Callable[[], None]) -> None:
     A run that a signal stopped behind a checkpoint ends as the signal would have ended it: 128
     and its number, 143 for SIGTERM.
     """
-    # Orbax and tfds log their inner workings at INFO through the same logger, and asyncio at
-    # length what Orbax raises on a damaged checkpoint.
-    logging.get_absl_handler().addFilter(
-        lambda record: (
-            record.name != 'asyncio'
-            and (
-                record.levelno > logging.converter.STANDARD_WARNING
-                or 'site-packages' not in record.pathname
-            )
-        )
-    )
+    absl_logging.get_absl_handler().addFilter(_is_shown)
 
     def guarded(_) -> None:
         compilation.use_cache()
         try:
             hosts.start_from_flags()
+            logger.info('%s', devices.describe())
+            if advice := devices.idle_gpu():
+                logger.warning('%s', advice)
             main()
         except StoppedError as error:
             print(error, file=sys.stderr)

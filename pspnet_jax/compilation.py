@@ -6,19 +6,37 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-UNKNOWN = dict.fromkeys(('seconds', 'gflop', 'temporary_mb', 'needed_mb'), float('nan'))
-
 
 def options() -> dict[str, str]:
-    """Compiler options. On a CPU the schedule that keeps least in memory, which is no slower."""
+    """XLA's options for this platform; what the user set in XLA_FLAGS is left to the user.
+
+    On a CPU, the schedule that needs least memory, which is no slower. From jax 0.11 on, XLA's
+    library of fusions (YNN) gets single products only: its larger fusions return NaN in bfloat16.
+    """
     if jax.default_backend() != 'cpu':
         return {}
-    return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+    chosen = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+    if jax.__version_info__ >= (0, 11):
+        fusions = 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
+        chosen['xla_cpu_experimental_ynn_fusion_type'] = fusions
+    users = re.findall(r'--(\w+)', os.environ.get('XLA_FLAGS', ''))
+    return {name: value for name, value in chosen.items() if name not in users}
+
+
+def jit(function: Callable, **arguments: Any) -> Any:
+    """`jax.jit` with `options()`, for a program that is called from Python.
+
+    It asks which platform this is and so starts JAX: call it inside functions, after
+    `hosts.start`. Where one program traces another, JAX refuses options for the inner one: a
+    function that is only a part of programs has a plain `jax.jit`.
+    """
+    return jax.jit(function, compiler_options=options(), **arguments)
 
 
 def use_cache() -> None:
@@ -54,12 +72,12 @@ def _forget_the_damaged(folder: Path) -> None:
 def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
     """`jitted`, or what `jax.pmap` returns, compiled for these arguments, and what that took.
 
-    The keys are UNKNOWN's; gflop as XLA counts them in the program it
-    made, needed_mb with its arguments and results, NaN where it does not say. What the compiler
-    used goes back to the system.
+    Keys: seconds; gflop as XLA counts them in the program it made; temporary_mb; needed_mb, with
+    its arguments and results. NaN where XLA does not say. What the compiler used goes back to the
+    system.
     """
     start = time.perf_counter()
-    compiled = jitted.lower(*arguments).compile()
+    compiled = jitted.lower(*arguments).compile(options())  # `jax.pmap` takes none itself
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     facts = {
         'seconds': time.perf_counter() - start,

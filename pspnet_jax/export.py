@@ -28,7 +28,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import pspnet_jax
-from pspnet_jax import checkpoint, cli, infer, models, onnx_graph, stablehlo
+from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, stablehlo
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError, first_line
@@ -118,7 +118,7 @@ def to_stablehlo(function: Callable, channels: int) -> jax.export.Exported:
     )
     image = jax.ShapeDtypeStruct((*sizes, channels), jnp.uint8)
     try:
-        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(image)
+        return jax.export.export(compilation.jit(function), platforms=PLATFORMS)(image)
     except jax.core.InconclusiveDimensionOperation as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(
@@ -320,7 +320,7 @@ def read_stablehlo(path: str | Path) -> tuple[Predict, dict[str, Any]]:
         raise
     except Exception as error:  # of zipfile, flatbuffers and MLIR each its own
         raise ExportError(f'{path} is no exported StableHLO: export it again') from error
-    predict = jax.jit(exported.call)
+    predict = compilation.jit(exported.call)
     return (lambda image: np.asarray(predict(image))), metadata
 
 

@@ -6,6 +6,7 @@ Each is a context manager around the loop, so that the loop reads as if nothing 
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from pspnet_jax.errors import ConfigError, OutOfMemoryError, not_written
+
+logger = logging.getLogger(__name__)
 
 LOCK = 'lock'  # in the workdir
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -58,7 +60,7 @@ def alone(workdir: str | Path) -> Iterator[None]:
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue  # its owner has just removed it
             if before := _owner(path):
-                logging.info('the run before, begun%s, was cut off', before)
+                logger.info('the run before, begun%s, was cut off', before)
             owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
             with contextlib.suppress(OSError):  # a full disk: it is locked all the same
                 os.truncate(path, 0)
@@ -110,7 +112,7 @@ def signals() -> Iterator[Callable[[], int]]:
         found.append(signum)
         for number, handler in before.items():
             signal.signal(number, handler)
-        logging.warning('%s: stopping behind the next step', signal.Signals(signum).name)
+        logger.warning('%s: stopping behind the next step', signal.Signals(signum).name)
 
     before = {number: signal.signal(number, ask) for number in STOPPING}
     try:

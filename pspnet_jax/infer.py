@@ -203,12 +203,7 @@ def compile_predict(
     behind = None if crf_options is None or crf_options['kernel'] == 'none' else crf_options
 
     def on_devices(function, *shardings):
-        compiled = jax.jit(
-            function,
-            in_shardings=shardings,
-            out_shardings=split,
-            compiler_options=compilation.options(),
-        )
+        compiled = compilation.jit(function, in_shardings=shardings, out_shardings=split)
 
         def call(*arguments):
             count = len(arguments[-1])
@@ -228,7 +223,7 @@ def compile_predict(
     )
     if not window:
         program = on_devices(functools.partial(network, crf_options=behind), whole, split)
-        back = jax.jit(resize, static_argnums=1)
+        back = compilation.jit(resize, static_argnums=1)
 
         def predict_whole(variables, image_BHWC):
             own = image_BHWC.shape[1:3]

@@ -21,6 +21,7 @@ import contextlib
 import functools
 import glob
 import itertools
+import logging
 import math
 import os
 import re
@@ -34,7 +35,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
@@ -46,6 +47,8 @@ from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import free_memory, measure_intensity, normalize
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
 from pspnet_jax.evaluate import label_options, program_options, restore_model
+
+logger = logging.getLogger(__name__)
 
 KINDS = ('mask', 'probability', 'overlay', 'outline', 'panels')
 USUAL = ('mask', 'overlay', 'panels')
@@ -287,7 +290,7 @@ def split_albums(groups: Sequence[list[Path]]) -> list[list[Path]]:
     for group in groups:
         if len(group) > 1 and len(group) * _decoded_bytes(group[0]) > VOLUME_BYTES:
             more = len(group) - 1
-            logging.info('%s and %d more are taken as pictures, not slices', group[0], more)
+            logger.info('%s and %d more are taken as pictures, not slices', group[0], more)
             parts += [[path] for path in group]
         else:
             parts.append(group)
@@ -353,7 +356,7 @@ def _with_neighbours(path: Path, image_1HWC: np.ndarray) -> np.ndarray:
                 images.append(fit_channels(pixels, image_1HWC.shape[-1], other))
     images = [pixels for pixels in images if pixels.shape == image_1HWC.shape]
     if len(images) > 1:
-        logging.info('%s: intensity scale of the %d slices beside it', path.name, len(images) - 1)
+        logger.info('%s: intensity scale of the %d slices beside it', path.name, len(images) - 1)
     return np.concatenate(images)
 
 
@@ -435,7 +438,7 @@ def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool
             sizes |= {image.shape[1:3] for image in images}
             if len(sizes) > SIZES and not (told or one_shape):
                 told = True
-                logging.warning(
+                logger.warning(
                     'images of %d sizes so far, and each new size is compiled: '
                     '--window=512 cuts them into tiles of one size',
                     len(sizes),
@@ -592,7 +595,7 @@ def predict_video(
         except KeyboardInterrupt:
             if not isinstance(source, int) or not frames:
                 raise
-            logging.info('%s: stopped after %d frames', name, frames)
+            logger.info('%s: stopped after %d frames', name, frames)
         if not frames:
             raise DataError(f'{name} has no frame that can be read: record or export it again')
         seconds = time.perf_counter() - start

@@ -7,6 +7,7 @@ devices, `under_pmap` maps it; both give the same numbers (tests/test_parallel.p
 import collections
 import contextlib
 import functools
+import logging
 import math
 import signal
 import sys
@@ -22,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -50,6 +50,8 @@ from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.convolution import CONVOLVED
 from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
+
+logger = logging.getLogger(__name__)
 
 # (key, image H W C, mask H W) -> (image, mask), traced inside the compiled step.
 AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -90,7 +92,7 @@ def create_state(model: nn.Module, tx, *, seed: int, channels: int, ema: bool) -
             ema_params=params if ema else None,
         )
 
-    return jax.jit(make)(jax.random.key(seed))
+    return compilation.jit(make)(jax.random.key(seed))
 
 
 def segmentation_loss(
@@ -338,12 +340,11 @@ def over_mesh(step: Callable) -> Placed:
     """`step` jitted over a one-axis mesh: batch split, state on every device and donated."""
     mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
-    jitted = jax.jit(
+    jitted = compilation.jit(
         _as_vectors(step),
         donate_argnums=0,
         in_shardings=(whole, split),
         out_shardings=(whole, whole),
-        compiler_options=compilation.options(),
     )
     return Placed(
         functools.partial(compilation.compile_now, jitted),
@@ -367,12 +368,11 @@ def over_mesh_cached(step: Callable, store: dict[str, np.ndarray]) -> Placed:
     def steps(state, store, rows_kB):
         return jax.lax.scan(lambda state, rows: step(state, gather(store, rows)), state, rows_kB)
 
-    jitted = jax.jit(
+    jitted = compilation.jit(
         steps,
         donate_argnums=0,
         in_shardings=(whole, whole, split),
         out_shardings=(whole, whole),
-        compiler_options=compilation.options(),
     )
     placed_store = _put_whole(store, whole)
 
@@ -413,16 +413,19 @@ def under_pmap(step: Callable) -> Placed:
     n = jax.local_device_count()
     step = _as_vectors(functools.partial(step, axis_name='data'))
     mapped = jax.pmap(step, axis_name='data', donate_argnums=0)
+    devices = [x for process in range(jax.process_count()) for x in jax.local_devices(process)]
+    split = NamedSharding(Mesh(devices, ('data',)), P('data'))  # as pmap has it
+
+    def put(tree):
+        # Arrays over all processes: a step that was compiled ahead takes no others.
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), tree)
 
     def first(tree):
         # Of this process: an array over several can't be indexed.
         return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
 
     def compile_step(state, batch):
-        if jax.process_count() == 1:
-            compiled, facts = compilation.compile_now(mapped, state, batch)
-        else:  # compiled ahead it would ask for the arrays of all processes
-            compiled, facts = mapped, compilation.UNKNOWN
+        compiled, facts = compilation.compile_now(mapped, state, batch)
 
         def run(state, batch):
             state, metrics = compiled(state, batch)
@@ -432,9 +435,11 @@ def under_pmap(step: Callable) -> Placed:
 
     return Placed(
         compile_step,
-        put_state=lambda state: jax.tree.map(lambda x: jnp.stack([x] * n), state),
-        put_batch=lambda batch: jax.tree.map(
-            lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
+        put_state=lambda state: put(
+            jax.tree.map(lambda x: np.stack([x] * n), jax.device_get(state))
+        ),
+        put_batch=lambda batch: put(
+            jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         ),
         get_state=lambda state: jax.device_get(first(state)),
     )
@@ -485,7 +490,7 @@ def read_metrics(
                 )
             values = {n: v if math.isfinite(v) else None for n, v in values.items()}
             if skip:
-                logging.warning('step %d: no number, no update (%d so far)', step, skipped)
+                logger.warning('step %d: no number, no update (%d so far)', step, skipped)
                 values['skipped'] = skipped
             if skip or step % every == 0:
                 log.scalars(step, {**values, 'learning_rate': float(rate(made))})
@@ -510,7 +515,7 @@ def normalize_as_there(
     ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
     if ours != theirs:
         there, here = (transfer.words(x and x._asdict()) for x in (theirs, ours))
-        logging.warning(
+        logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
             there,
@@ -526,11 +531,11 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
-    logging.info('parameters:\n%s', parameter_table(state.params))
+    logger.info('parameters:\n%s', parameter_table(state.params))
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
         state, meta = restored
-        logging.info('going on from step %d', state.step)
+        logger.info('going on from step %d', state.step)
         return state, meta['progress'], meta['inputs']
     normalization = published.IMAGENET if normalize_by_weights(config) else None
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
@@ -539,7 +544,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             variables, config.train.init_from, channels=channels, stem=config.model.stem
         )
         normalization = normalize_as_there(config, theirs)
-        logging.info('weights %s', report)
+        logger.info('weights %s', report)
     elif config.model.pretrained:
         variables, theirs, report = pretrained.load_backbone(
             variables,
@@ -549,7 +554,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             options=config.model,
         )
         normalization = normalization and theirs
-        logging.info(report)
+        logger.info(report)
     # A copy of the average: the step donates both, and a buffer can be donated once.
     params = variables['params']
     average = jax.tree.map(jnp.copy, params) if ema else None
@@ -557,7 +562,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
     normalization = normalization and normalization._asdict()
-    logging.info('images are normalised %s', transfer.words(normalization))
+    logger.info('images are normalised %s', transfer.words(normalization))
     inputs = {'channels': channels, 'normalization': normalization}
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs
 
@@ -618,7 +623,7 @@ def loader(
     read = {'intensity': intensity, 'unread': unread if data.bad_slices == 'skip' else None}
     if data.cache == 'device':
         store = pipeline.store(slices, **read)
-        logging.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
+        logger.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
         rows = pipeline.rows(drawn, **places)
         return over_mesh_cached(step_fn, store), lambda count: np.stack(
             [next(rows) for _ in range(count)]
@@ -650,7 +655,7 @@ def train_and_evaluate(
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
     validate(config)
-    logging.info('config:\n%s', config)
+    logger.info('config:\n%s', config)
     batch_size = config.train.batch_size
     if batch_size % jax.device_count():
         near = ' or '.join(map(str, hosts.nearest_batches(batch_size, jax.device_count())))
@@ -668,7 +673,7 @@ def train_and_evaluate(
         for name in ('train', 'validation'):  # each at most half: together they fit
             split[name] = volumes.in_memory(split[name])
     for name, part in split.items():
-        logging.info('%s: %s', name, volumes.describe(part))
+        logger.info('%s: %s', name, volumes.describe(part))
 
     with faults.alone(workdir) if hosts.is_first() else contextlib.nullcontext():
         run_steps(
@@ -759,7 +764,7 @@ def run_steps(
         end.callback(tell_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
-                logging.info('no better Dice in %d validations: stopping', progress['stale'])
+                logger.info('no better Dice in %d validations: stopping', progress['stale'])
                 break
 
             # Start these updates, then read those before: the device never waits for the host.
@@ -770,7 +775,7 @@ def run_steps(
             waited += time.perf_counter() - start
             if count not in programs:
                 programs[count], facts = placed.compile(state, batch)
-                logging.info(COMPILED, count, *facts.values())
+                logger.info(COMPILED, count, *facts.values())
                 needed, waited, window, logged = facts['needed_mb'], 0.0, time.perf_counter(), step
             state, metrics = programs[count](state, batch)
             read_pending()
@@ -797,7 +802,7 @@ def run_steps(
                 best = max(dice, progress['best_dice'] or -1.0)
                 stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
                 progress = {'best_dice': best, 'stale': stale}
-                logging.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
+                logger.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
             progress = {**progress, 'skipped': skipped}
             log.flush()
             checkpoint.save(
@@ -838,14 +843,14 @@ def draw_curves(workdir: str) -> None:
     try:
         report.write_curves(workdir)
     except DataError as error:
-        logging.warning('%s', error)
+        logger.warning('%s', error)
 
 
 def tell_unread(unread: dict[int, str]) -> None:
     """The slices that could not be read, at the end of the run."""
     if unread:
         listed = '\n  '.join(unread.values())
-        logging.warning('%d slice(s) were passed over, others used:\n  %s', len(unread), listed)
+        logger.warning('%d slice(s) were passed over, others used:\n  %s', len(unread), listed)
 
 
 class _Callable(types.ModuleType):

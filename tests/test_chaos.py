@@ -52,7 +52,7 @@ from pspnet_jax import compilation
 
 warnings.simplefilter('always')
 compilation.use_cache()
-program = jax.jit(lambda x: jnp.sin(x) + 1)
+program = compilation.jit(lambda x: jnp.sin(x) + 1)
 program(0.0)
 (path,) = Path(sys.argv[1]).glob('jit__lambda*-cache')
 for part in (path.read_bytes()[:-9], b''):

@@ -148,7 +148,7 @@ def test_damage_is_passed_over_and_nothing_is_deleted(copy, monkeypatch, damage)
         if path.name != '4':
             shutil.rmtree(path)
     shutil.copytree(folder / '4', folder / '3')
-    monkeypatch.setattr(checkpoint.logging, 'warning', lambda text, *rest: told.append(text % rest))
+    monkeypatch.setattr(checkpoint.logger, 'warning', lambda text, *rest: told.append(text % rest))
     damage(folder / '4')
     state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
     assert int(state.step) == 3

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspnet_jax.compilation import jit
 from pspnet_jax.models import convolution, layers
 
 FORMS = [((9, 7), (1, 1)), ((8, 8), (2, 2)), ((13, 10), (4, 4)), ((7, 5), (3, 2)), ((1, 1), (1, 1))]
@@ -32,7 +33,7 @@ def by_loop(x, kernel, dilation):
 def test_winograd_is_the_convolution(rng, size, dilation):
     x = rng.standard_normal((2, *size, 5)).astype(np.float32)
     kernel = rng.standard_normal((3, 3, 5, 4)).astype(np.float32)
-    ours = jax.jit(convolution.winograd_3x3, static_argnums=2)(x, kernel, dilation)
+    ours = jit(convolution.winograd_3x3, static_argnums=2)(x, kernel, dilation)
     np.testing.assert_allclose(ours, by_loop(x, kernel, dilation), rtol=1e-5, atol=2e-5)
     back = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
     ours = convolution.winograd_3x3(ours, kernel, dilation, transpose=True)
@@ -93,7 +94,7 @@ def test_a_3x3_and_its_gradients_are_the_plain_ones(rng, monkeypatch, channels, 
         return jnp.sin(form(x, kernel, (dilation, dilation))).sum()
 
     def both(form):
-        return jax.jit(jax.value_and_grad(functools.partial(scalar, form), (0, 1)))
+        return jit(jax.value_and_grad(functools.partial(scalar, form), (0, 1)))
 
     lowered = both(convolution.conv3x3).lower(x, kernel).as_text()
     assert ('convolution' in lowered) == (channels < 8)
@@ -108,7 +109,7 @@ def test_a_3x3_and_its_gradients_are_the_plain_ones(rng, monkeypatch, channels, 
 def lowered_for(platform, function, *arguments):
     """The StableHLO of `function` and its gradients for a platform that need not be here."""
     numbers = tuple(range(len(arguments)))
-    traced = jax.jit(jax.value_and_grad(lambda *xs: function(*xs).sum(), numbers)).trace(*arguments)
+    traced = jit(jax.value_and_grad(lambda *xs: function(*xs).sum(), numbers)).trace(*arguments)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -191,7 +192,7 @@ def test_max_pooling_and_its_gradient_equal_pytorchs(rng, window, pad, size):
         out = convolution.max_pool(x, window, pad)
         return (out * weight.transpose(0, 2, 3, 1)).sum(), out
 
-    (_, ours), grad = jax.jit(jax.value_and_grad(scalar, has_aux=True))(x)
+    (_, ours), grad = jit(jax.value_and_grad(scalar, has_aux=True))(x)
     np.testing.assert_array_equal(np.asarray(ours).transpose(0, 3, 1, 2), pooled.detach())
     np.testing.assert_allclose(
         np.asarray(grad).transpose(0, 3, 1, 2), theirs.grad.numpy(), atol=1e-6

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import crf, infer
+from pspnet_jax.compilation import jit
 from pspnet_jax.errors import ConfigError
 
 OPTIONS = {
@@ -55,9 +56,9 @@ def brute_force(logits, image, window, iterations, options):
 def test_mean_field_equals_the_loop_over_all_pairs(rng, window, iterations):
     logits = rng.standard_normal((6, 9, 3)).astype(np.float32)
     image = rng.standard_normal((6, 9, 2)).astype(np.float32)
-    ours = jax.jit(
-        lambda a, b: crf.mean_field(a, b, window=window, iterations=iterations, **OPTIONS)
-    )(logits, image)
+    ours = jit(lambda a, b: crf.mean_field(a, b, window=window, iterations=iterations, **OPTIONS))(
+        logits, image
+    )
     expected = brute_force(logits, image, 99 if window is None else window, iterations, OPTIONS)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 import pspnet_jax
 from pspnet_jax import checkpoint, evaluate, export, infer, models, onnx_graph
+from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
@@ -72,7 +73,7 @@ def served(case):
         export.serve, variables=variables, model=model, intensity=FIXED, crf_options=None
     )
     image = images(2, 45, 52, 3)
-    predict = jax.jit(functools.partial(infer.probabilities, model=model))
+    predict = jit(functools.partial(infer.probabilities, model=model))
     expected = np.asarray(predict(variables, volumes.normalize(image, FIXED)))
     assert expected.std(axis=(0, 1, 2)).min() > 1e-4, expected.std(axis=(0, 1, 2))
     return function, image, expected
@@ -159,7 +160,7 @@ def some_volumes():
 
 @pytest.mark.parametrize(('name', 'volume'), [*some_volumes()])
 def test_intensity_in_the_graph_is_that_of_numpy(name, volume):
-    measured = jax.jit(export.measure_intensity)(volume)
+    measured = jit(export.measure_intensity)(volume)
     np.testing.assert_allclose(measured, volumes.measure_intensity(volume), rtol=2e-6, atol=1e-5)
 
 

@@ -122,7 +122,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
 def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
     for name in ('p1_a', 'p1_b'):
         write(tmp_path, name)
-    with caplog.at_level('WARNING', 'absl'):
+    with caplog.at_level('WARNING'):
         folder.load(tmp_path, group='(.+)_')
         assert not caplog.records
         folder.load(tmp_path)

@@ -64,7 +64,8 @@ ALLOWED = {
     'config': {'errors', 'models', 'models.backbones'},
     'transfer': {'checkpoint', 'errors', 'evaluate', 'models.pretrained', 'models.published'},
     'compilation': set(),
-    'cli': {'compilation', 'config', 'errors', 'hosts'},
+    'devices': {'errors'},
+    'cli': {'compilation', 'config', 'devices', 'errors', 'hosts'},
 }
 COMMANDS = {
     'main',

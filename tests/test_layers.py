@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspnet_jax.compilation import jit
 from pspnet_jax.models import layers
 
 
@@ -118,7 +119,7 @@ def test_max_unpool_equals_pytorch(rng):
     )
     values = torch.from_numpy(rng.standard_normal(pooled.shape).astype(np.float32))
     expected = torch.nn.functional.max_unpool2d(values, indices, 2).numpy()
-    ours = jax.jit(layers.max_unpool)(
+    ours = jit(layers.max_unpool)(
         values.numpy().transpose(0, 2, 3, 1), before.transpose(0, 2, 3, 1)
     )
     np.testing.assert_array_equal(np.asarray(ours).transpose(0, 3, 1, 2), expected)

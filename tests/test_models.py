@@ -10,6 +10,7 @@ import pytest
 
 from experiments.tables import PUBLISHED, PUBLISHED_OTHERWISE, read_lines
 from pspnet_jax import models
+from pspnet_jax.compilation import jit
 from pspnet_jax.models import backbones, deeplab, dilated, fcn, refinenet
 from tests.conftest import random_variables
 
@@ -155,8 +156,8 @@ def test_dilated_equals_strided_on_the_sub_grid(backbone, stride):
     image = jax.random.normal(key(), (1, 97, 65, 3))
     strided = Backbone(backbone, {'output_stride': 32})
     dilated = Backbone(backbone, {'output_stride': stride, 'dilate_first_block': False})
-    values = jax.jit(strided.init)(key(), image)
-    coarse, fine = jax.jit(strided.apply)(values, image), jax.jit(dilated.apply)(values, image)
+    values = jit(strided.init)(key(), image)
+    coarse, fine = jit(strided.apply)(values, image), jit(dilated.apply)(values, image)
     for nominal in (8, 16, 32):
         step = max(nominal // stride, 1)
         scale = float(jnp.abs(coarse[nominal]).max())
@@ -170,9 +171,9 @@ def test_dilated_vgg_looks_as_far_as_the_strided_one(pool):
     """Without pool4, the three convolutions of block 5 reach two cells each, not one."""
     image = jnp.zeros((1, 256, 256, 3)).at[0, 128, 128].set(1.0)
     net = Backbone('vgg16', {'output_stride': 8, 'pool': pool})
-    values = jax.jit(net.init)(key(), image)
+    values = jit(net.init)(key(), image)
     positive = jax.tree.map(jnp.abs, values)  # so that nothing cancels and ReLU passes all
-    lit = jax.jit(net.apply)(positive, image)
+    lit = jit(net.apply)(positive, image)
     reach = {n: int((np.asarray(lit[n][0]).sum(-1).any(0)).sum()) for n in (8, 16, 32)}
     kept = 2 if pool == 3 else 0  # DeepLab's pool4 and pool5 stay, 3x3 at stride 1
     assert reach[16] - reach[8] == 2 * 3 + kept  # block 4: three dense 3x3s
@@ -196,8 +197,8 @@ def test_multi_grid_multiplies_the_dilation_of_layer4():
 
     def reach(grid):
         net = Backbone('resnet18', {'output_stride': 16, 'multi_grid': grid})
-        positive = jax.tree.map(jnp.abs, jax.jit(net.init)(key(), image))
-        lit = jax.jit(net.apply)(positive, image)
+        positive = jax.tree.map(jnp.abs, jit(net.init)(key(), image))
+        lit = jit(net.apply)(positive, image)
         before, behind = (np.count_nonzero(np.asarray(lit[n][0]).sum((1, 2))) for n in (16, 32))
         return behind - before
 
@@ -236,7 +237,7 @@ def test_every_parameter_reaches_the_output(name):
         )
         return sum((value * jnp.arange(1.0, 4.0)[None, None, None]).std() for value in out.values())
 
-    grads = jax.jit(jax.grad(loss))(values['params'])
+    grads = jit(jax.grad(loss))(values['params'])
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert jnp.abs(grad).max() > 0, f'{jax.tree_util.keystr(path)} changes nothing'
 
@@ -245,7 +246,7 @@ def test_every_parameter_reaches_the_output(name):
 def test_logits_have_the_images_size_in_bfloat16_too(name):
     model = small(name, num_classes=4, dtype='bfloat16')
     image = jax.random.normal(key(), (1, 49, 33, 5))
-    logits = jax.jit(model.apply)(random_variables(model, channels=5), image)['logits']
+    logits = jit(model.apply)(random_variables(model, channels=5), image)['logits']
     assert logits.shape == (1, 49, 33, 4)
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
@@ -256,7 +257,7 @@ def test_logits_have_the_images_size_in_bfloat16_too(name):
 def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
     model = small('vgg_pspnet_blog', num_classes=4, dtype='bfloat16')
     image = jax.random.normal(key(), (1, 75, 97, 5))
-    logits = jax.jit(model.apply)(random_variables(model, channels=5), image)['logits']
+    logits = jit(model.apply)(random_variables(model, channels=5), image)['logits']
     assert logits.shape == (1, 8 * 2, 8 * 3, 4)  # of whole cells of 32 pixels, a quarter
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
@@ -316,7 +317,7 @@ def test_the_keras_tools_names_are_known():
 def test_the_untrained_context_module_passes_positive_scores_on(rng, size):
     scores = jnp.asarray(rng.uniform(0.5, 2.0, (1, 40, 40, 3)), jnp.float32)
     module = dilated.Context(size)
-    out = module.apply(jax.jit(module.init)(key(), scores), scores)
+    out = module.apply(jit(module.init)(key(), scores), scores)
     np.testing.assert_allclose(out, scores, atol={'basic': 1e-6, 'large': 0.5}[size])
     assert np.abs(out - scores).mean() < 0.1
 
@@ -324,7 +325,7 @@ def test_the_untrained_context_module_passes_positive_scores_on(rng, size):
 def test_the_context_module_sees_67_cells():
     scores = jnp.ones((1, 99, 99, 2))
     module = dilated.Context('basic')
-    values = jax.tree.map(jnp.ones_like, jax.jit(module.init)(key(), scores))
+    values = jax.tree.map(jnp.ones_like, jit(module.init)(key(), scores))
     changed = module.apply(values, scores.at[0, 49, 49].set(2.0)) != module.apply(values, scores)
     assert int(np.asarray(changed[0, :, :, 0]).any(axis=0).sum()) == 67
 
@@ -410,7 +411,7 @@ def test_the_largest_score_of_all_scales_wins():
     """DeepLab v2: the fused scores are at least those of each scale, and one scale's."""
     model = small('deeplab_v2', num_classes=3)
     image = jax.random.normal(key(), (1, 64, 64, 3))
-    out, _ = jax.jit(
+    out, _ = jit(
         functools.partial(model.apply, train=True, mutable=['batch_stats'])
     )(random_variables(model), image)  # fmt: skip
     scales = np.stack([value for name, value in out.items() if name != 'logits'])

@@ -15,7 +15,7 @@ SCRIPT = """
 import functools, os, re
 flags = os.environ['XLA_FLAGS']
 import jax, jax.numpy as jnp, numpy as np
-from pspnet_jax import models, optim, train
+from pspnet_jax import compilation, models, optim, train
 from pspnet_jax.models.convolution import conv3x3
 from tests.conftest import PSPNET, tiny_config
 
@@ -23,7 +23,7 @@ os.environ['XLA_FLAGS'] = flags  # without the older emitters, which tests.conft
 assert jax.device_count() == 8
 noisy = {'augment.noise': 0.1, 'augment.elastic': 1.0, 'model.dropout': 0.3, 'model.width': 4}
 config = tiny_config(**PSPNET, **noisy)
-rng = np.random.default_rng(0)
+rng = np.random.default_rng(1)  # of 0 and 2, a ReLU's input is 0 but for rounding in some jax
 mask = rng.integers(0, 2, (16, 33, 33)).astype(np.int32)
 mask[3, :20] = 255  # an uneven share of ignored pixels
 batch = {'image': rng.standard_normal((16, 33, 33, 3)).astype(np.float32), 'mask': mask}
@@ -48,7 +48,8 @@ def run(place, steps=2):
     return jax.device_get((placed.get_state(state), metrics))
 
 def one_device(step):
-    return train.Placed(lambda s, b: (jax.jit(step), {}), lambda s: s, lambda b: b, lambda s: s)
+    jitted = compilation.jit(step)
+    return train.Placed(lambda s, b: (jitted, {}), lambda s: s, lambda b: b, lambda s: s)
 
 def compare(name, a, b):
     for (path, x), y in zip(
@@ -68,7 +69,8 @@ def collectives(channels, dilation):
     def gradients(x, kernel, grad):
         out, back = jax.vjp(functools.partial(conv3x3, dilation=dilation), x, kernel)
         return out, back(grad)
-    compiled = jax.jit(gradients, out_shardings=(split, (split, whole))).lower(x, kernel, x)
+    shardings = (split, (split, whole))
+    compiled = compilation.jit(gradients, out_shardings=shardings).lower(x, kernel, x)
     names = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[(]'
     return set(re.findall(names, compiled.compile().as_text()))
 

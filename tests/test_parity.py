@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import models
+from pspnet_jax.compilation import jit
 from pspnet_jax.models import backbones, pretrained, published, unet
 
 torch = pytest.importorskip('torch', reason='PyTorch is the reference')
@@ -104,7 +105,7 @@ def both_modes(model):
         trained, _ = model.apply(variables, image, train=True, mutable=['batch_stats'])
         return evaluated, trained
 
-    return jax.jit(run)
+    return jit(run)
 
 
 def outputs(module, image):
@@ -186,7 +187,7 @@ def _check_gradients(module, model, variables, source, keys, size, limit):
             total -= jnp.take_along_axis(logs, labels[their_key][..., None], axis=-1).mean()
         return total
 
-    ours, grads = jax.jit(jax.value_and_grad(our_loss))(variables['params'])
+    ours, grads = jit(jax.value_and_grad(our_loss))(variables['params'])
     assert float(ours) == pytest.approx(float(loss.detach()), rel=1e-4)
     named = pretrained.to_torch({'params': grads}, source)
     expected = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from pspnet_jax import evaluate, models, optim, predict, train
+from pspnet_jax.compilation import jit
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import PretrainedError
 from pspnet_jax.models import pretrained, published
@@ -358,7 +359,7 @@ def check_against_torch(arrays, image):
     for name, array in pretrained.translate(arrays, pretrained.SOURCES['vgg16'], {}).items():
         *_, layer, kind = name.split('/')
         tree.setdefault(layer, {})[kind] = array
-    features = jax.jit(VGG16(output_stride=32).apply)({'params': tree}, image)
+    features = jit(VGG16(output_stride=32).apply)({'params': tree}, image)
     for stride, expected in zip((2, 4, 8, 16, 32), torch_vgg16(arrays, image), strict=True):
         scale = np.abs(expected).max()
         np.testing.assert_allclose(features[stride] / scale, expected / scale, atol=1e-5)
@@ -588,7 +589,7 @@ def test_a_published_network_becomes_a_checkpoint_that_predicts(published_fcn, t
     predict.predict_files(tmp_path / 'run', tmp_path / 'photo.png', tmp_path / 'out')
     mask = np.array(Image.open(tmp_path / 'out' / 'photo_mask.png'))
     normal = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    logits = jax.jit(model.apply)(values, jnp.asarray(normal[None], jnp.float32))['logits']
+    logits = jit(model.apply)(values, jnp.asarray(normal[None], jnp.float32))['logits']
     assert (mask == np.argmax(logits[0], axis=-1)).mean() > 0.99
 
 

@@ -82,7 +82,7 @@ def test_three_updates_in_one_program_equal_three_programs(rng):
     losses = []
     for batch_rows in rows:
         batch = next(batches)
-        gathered = jax.jit(train.gather)(store, batch_rows)
+        gathered = compilation.jit(train.gather)(store, batch_rows)
         for key in batch:
             np.testing.assert_array_equal(gathered[key], batch[key])
         one, metrics = alone.compile(one, batch)[0](one, batch)
@@ -129,7 +129,7 @@ def test_rematerialised_gradients_are_the_same(rng):
     results, memory = [], []
     for remat in ('none', 'pointwise'):
         state, step = sgd_step(model, remat=remat)
-        compiled = jax.jit(step).lower(state, batch).compile(compilation.options())
+        compiled = compilation.jit(step).lower(state, batch).compile()
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
         results.append(compiled(state, batch))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
@@ -253,7 +253,7 @@ def one_step(accumulate, loss_options, batch):
         accumulate=accumulate,
         ema_decay=0.5,
     )
-    return state, jax.jit(step)(state, batch)
+    return state, compilation.jit(step)(state, batch)
 
 
 CE_ONLY = {'cross_entropy': 1.0, 'dice': 0.0, 'aux': 0.4, 'class_weights': (), 'ignore_label': 255}
@@ -297,7 +297,7 @@ def test_randomness_is_of_the_seed_and_the_step(rng):
         state = train.create_state(model, tx, seed=0, channels=3, ema=False)
         options = {'model': model, 'tx': tx, 'loss_options': CE_ONLY, 'seed': seed}
         run = functools.partial(train.train_step, augment_options={'noise': 0.5}, **options)
-        return float(jax.jit(run)(state.replace(step=jnp.int32(step)), batch)[1]['loss'])
+        return float(compilation.jit(run)(state.replace(step=jnp.int32(step)), batch)[1]['loss'])
 
     assert loss(3, 0) == loss(3, 0)
     assert len({loss(3, 0), loss(4, 0), loss(3, 1)}) == 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import checkpoint, evaluate, models, optim, train, transfer
+from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.errors import CheckpointError, ConfigError
 from pspnet_jax.models import published
@@ -159,7 +160,7 @@ def test_normalisation_comes_along_and_a_contradiction_is_said(
 ):
     write_run(tmp_path / 'a', normalization=there)
     said = []
-    monkeypatch.setattr(train.logging, 'warning', lambda *words: said.append(words))
+    monkeypatch.setattr(train.logger, 'warning', lambda *words: said.append(words))
     changes = {'train.init_from': str(tmp_path / 'a'), 'data.normalize': asked}
     _, inputs = started(tmp_path / 'b', **changes)
     assert json.loads(json.dumps(inputs)) == json.loads(
@@ -196,7 +197,7 @@ def teach(batch, *, teacher_seed, teacher=None, **options):
         **{'loss_options': NO_TRUTH, 'distill_options': DISTILL, **options},
     )
     state = state.replace(teacher=taught)
-    return state, *jax.jit(step)(state, batch)
+    return state, *jit(step)(state, batch)
 
 
 class OtherInTraining(Pixelwise):
@@ -350,7 +351,7 @@ def test_a_function_of_ones_own_comes_behind_the_crop_with_a_key_an_example(rng)
         step = functools.partial(
             train.train_step, augment_options={'crop': 4}, augment_fn=augment_fn, **options
         )
-        return float(jax.jit(step)(state, batch)[1]['loss'])
+        return float(jit(step)(state, batch)[1]['loss'])
 
     first, again, other = loss(own), loss(own), loss(own, seed=1)
     jax.effects_barrier()

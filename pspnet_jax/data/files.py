@@ -15,6 +15,8 @@ unpickled, and whatever is wrong becomes one DataError.
 import contextlib
 import gzip
 import importlib
+import itertools
+import logging
 import math
 import os
 import re
@@ -24,11 +26,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from pspnet_jax.data.volumes import free_memory
 from pspnet_jax.errors import DataError, first_line, not_written
+
+logger = logging.getLogger(__name__)
+
+_with_alpha = itertools.count()  # the first picture with alpha is named
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 NIFTI = ('.nii', '.nii.gz')
@@ -374,8 +379,8 @@ def _dtype_of(picture: Image.Image) -> np.dtype:
 
 def _image_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
     """H W C: grey as one channel, colour as three."""
-    if picture.mode in ('LA', 'PA', 'RGBA'):
-        logging.log_first_n(logging.INFO, '%s: alpha is dropped, here and in others', 1, path)
+    if picture.mode in ('LA', 'PA', 'RGBA') and not next(_with_alpha):
+        logger.info('%s: alpha is dropped, here and in others', path)
     if picture.mode in ('RGB', 'RGBA') and _is_deep(picture):
         return _deep_colour(picture, path, page)
     if picture.mode in ('P', 'PA', 'RGBA'):
@@ -676,7 +681,7 @@ def _as_image(values: np.ndarray, path: Path) -> np.ndarray:
     if not finite.all():
         if not finite.any():
             raise DataError(f'{path} holds no number at all, only NaN or infinity: make it again')
-        logging.warning('%s: %d values that are no number are set to 0', path, (~finite).sum())
+        logger.warning('%s: %d values that are no number are set to 0', path, (~finite).sum())
         values = np.where(finite, values, np.float32(0))
     return values
 

@@ -10,6 +10,7 @@ is found out from all of them, said in one line, and refused where it could mean
 import csv
 import functools
 import io
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
 from pspnet_jax import text
 from pspnet_jax.data import files, via, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
 from pspnet_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 MOST_LISTED = 50  # faults in one error
@@ -161,9 +163,9 @@ def load(
     if not cases and not faults:
         raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
     for note in notes:
-        logging.info('annotations: %s', note)
+        logger.info('annotations: %s', note)
     if not group and not any(volumes_by_name(case.images[0]) for case in cases):
-        logging.warning(
+        logger.warning(
             'no data.group: each of %d pictures counts as a patient of its own; where several '
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
@@ -176,7 +178,7 @@ def load(
         values = functools.reduce(np.union1d, [values for values, _ in found], np.array([], int))
         code = understand(values, mask_format, mask_colors, num_classes, ignore_label)
         if len(values):
-            logging.info('masks: %s', code.meaning)
+            logger.info('masks: %s', code.meaning)
         patients = {}
         for name in sorted({case.patient for case in cases}):
             own = [case for case in cases if case.patient == name]

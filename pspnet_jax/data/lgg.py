@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +25,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import flags, logging
+from absl import flags
 from etils import epath
 from PIL import Image
 
 from pspnet_jax.data import files, splits, volumes
 from pspnet_jax.data.volumes import Slices, Volume
 from pspnet_jax.errors import DataError, first_line
+
+logger = logging.getLogger(__name__)
 
 KAGGLE = 'mateuszbuda/lgg-mri-segmentation'
 DOWNLOAD_HELP = (
@@ -302,10 +305,10 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
         if not faults and builder.info.metadata.get('fingerprint') == fingerprint(cases):
             return builder
         check(source)  # the old data set goes only where a new one can be built
-        logging.info('%s is of other files than %s: building anew', builder.data_dir, source)
+        logger.info('%s is of other files than %s: building anew', builder.data_dir, source)
         epath.Path(builder.data_dir).rmtree()
         builder = Lgg(data_dir=data_dir, file_format='array_record')
-    logging.info('building %s from %d patients in %s', builder.data_dir, len(cases), source)
+    logger.info('building %s from %d patients in %s', builder.data_dir, len(cases), source)
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
     )

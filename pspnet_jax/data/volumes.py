@@ -7,6 +7,7 @@ Training reads slices in any order; evaluation reads whole volumes. A source
 import collections
 import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 MEMINFO = Path('/proc/meminfo')
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
@@ -135,7 +137,7 @@ def in_memory(slices: Slices) -> Slices:
     needed = len(slices) * sum(array.nbytes for array in slices.read(int(slices.key[0])))
     free = free_memory()
     fits = needed <= free / 2
-    logging.info(
+    logger.info(
         '%d slices decoded are %.0f MB, %.0f MB are free: %s',
         len(slices),
         needed / 2**20,
