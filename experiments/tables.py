@@ -281,6 +281,44 @@ def soak() -> str:
     return '\n'.join([*rows, '', _made_by('python -m experiments.soak', lines)])
 
 
+def gpu() -> str:
+    """Images a second on a GPU: each form of ours beside PyTorch's, and the checks in front."""
+    lines = read_lines('gpu_speed')
+    checks = [line for line in lines if 'check' in line and 'logits' in line]
+    timed = {line['case']: line for line in lines if 'case' in line}  # the newest of each
+    peers = {
+        name.removeprefix('torch ').split(', ')[0]: line
+        for name, line in timed.items()
+        if name.startswith('torch ')
+    }
+    rows = [
+        '| case | form | ours, images/s | PyTorch, images/s | ratio | peak MB | compiled in, s |',
+        '|---|---|---:|---:|---:|---:|---:|',
+    ]
+    for name, line in timed.items():
+        if name.startswith('torch '):
+            continue
+        case, form = name.removeprefix('ours ').split(', ', 1)
+        ours, peer = line['images_per_second'], peers.get(case)
+        theirs = f'{peer["images_per_second"]:.0f}' if peer else ''
+        ratio = f'{ours / peer["images_per_second"]:.2f}' if peer else ''
+        memory, ready = (
+            ', '.join(f'{x[key]:.0f}' for x in (line, peer) if x)
+            for key in ('peak_memory_mb', 'compile_seconds')
+        )
+        rows.append(f'| {case} | {form} | {ours:.0f} | {theirs} | {ratio} | {memory} | {ready} |')
+    if checks:
+        rows += [
+            '',
+            f'{len(checks)} networks against the CPU in float32: logits differ by at most '
+            f'{max(line["logits"] for line in checks):.0e}, the update of one training step by '
+            f'{max(line["update"] for line in checks):.0e} of the largest value; '
+            f'{sum(line["bfloat16_finite"] for line in checks)} are finite in bfloat16. PyTorch '
+            'is `torch.compile`, channels_last.',
+        ]
+    return '\n'.join([*rows, '', _made_by('bash experiments/gpu_speed.sh', lines)])
+
+
 def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
     commits = sorted({line['commit'][:7] for line in lines})
     devices = sorted({line['device'] for line in lines})
@@ -299,7 +337,12 @@ TABLES = {
         'soak': soak,
     },
     'docs/scale.md': {'scale': scale},
-    'experiments/README.md': {'forms': forms, 'profile': profile, 'input': input_rates},
+    'experiments/README.md': {
+        'forms': forms,
+        'profile': profile,
+        'gpu': gpu,
+        'input': input_rates,
+    },
 }
 
 
