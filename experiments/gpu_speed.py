@@ -40,7 +40,7 @@ CHECK = flags.DEFINE_bool('check', True, 'compare with the CPU first')
 TINY = flags.DEFINE_bool('tiny', False, 'small sizes, to rehearse')
 
 WARM, TIMED, BLOCK = 3, 20, 5  # steps; a block of them is started at once and waited for
-PROCESSES = 8  # that check networks side by side
+PROCESSES = min(8, os.cpu_count() or 1)  # that check networks side by side
 LOGITS = 1e-4  # of a difference from the CPU, relative: what passes
 UPDATE = 1e-2  # likewise; ReLU and max pooling have kinks, which rounding crosses
 
