@@ -2,10 +2,10 @@
 
   python -m experiments.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
-Each variant is a step of PSPNet-50 (`unet:` and `vgg:` are U-Net's and PSPNet's on VGG16) at
-256x256, batch 4, float32, in a process of its own; they take turns. A line with the seconds of a
-step, of compilation, the GFLOP that are left as XLA counts them, and the temporaries in MB is
-added to experiments/results/forms.jsonl for each.
+Each variant is a step of PSPNet-50 (`unet:`, `vgg:` and `mobilenet_unet:` are U-Net's, PSPNet's
+on VGG16 and U-Net's on MobileNetV2) at 256x256, batch 4, float32, in a process of its own; they
+take turns. A line with the seconds of a step, of compilation, the GFLOP that are left as XLA
+counts them, and the temporaries in MB is added to experiments/results/forms.jsonl for each.
 """
 
 import atexit
@@ -93,6 +93,12 @@ def without_transposed_2x2():
     )
 
 
+def without_depthwise():
+    from pspnet_jax.models import convolution
+
+    convolution.depthwise = convolution.plain_depthwise
+
+
 def without_schedule():
     from pspnet_jax import compilation
 
@@ -112,6 +118,7 @@ def second_start():
 
 PSPNET, UNET = {'name': 'pspnet', 'deep_stem': True}, {'name': 'unet'}
 VGG = {'name': 'pspnet', 'backbone': 'vgg16'}
+MOBILENET = {'name': 'unet', 'backbone': 'mobilenet_v2'}
 # Name -> network, what the step is given, and what is changed before the model is made.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     'all of them': (PSPNET, {}, None),
@@ -130,6 +137,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     'accumulate 4': (PSPNET, {'accumulate': 4}, None),
     'unet: all of them': (UNET, {}, None),
     'unet: transposed convolutions': (UNET, {}, without_transposed_2x2),
+    'mobilenet_unet: all of them': (MOBILENET, {}, None),
+    "mobilenet_unet: XLA's depthwise": (MOBILENET, {}, without_depthwise),
 }
 
 

@@ -167,6 +167,147 @@ def test_a_1x1_and_its_gradients_are_the_plain_ones(rng, size, strides):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
+
+
+def grouped(convolve, strides, padding, dilation, groups=None):
+    """`convolve` as Flax calls it; without `groups` each channel is by itself."""
+
+    def form(x, kernel):
+        return convolve(
+            x,
+            kernel,
+            strides,
+            padding,
+            rhs_dilation=dilation,
+            dimension_numbers=DIMENSIONS,
+            feature_group_count=groups or x.shape[-1],
+        )
+
+    return form
+
+
+def value_and_gradients(form):
+    """The map that comes out, and what its sine's sum gives to x and to the kernel."""
+
+    @jit
+    def run(x, kernel):
+        out, back = jax.vjp(form, x, kernel)
+        return out, *back(jnp.cos(out))
+
+    return run
+
+
+@pytest.mark.parametrize('kernel', [3, 5])
+@pytest.mark.parametrize('dilation', [1, 2, 4])
+@pytest.mark.parametrize('stride', [1, 2, 3])
+def test_a_depthwise_convolution_is_the_plain_one(rng, stride, dilation, kernel):
+    """With its gradients, of sizes odd and even; padded evenly, unevenly and as Keras pads."""
+    half = dilation * (kernel // 2)
+    weights = jnp.asarray(rng.standard_normal((kernel, kernel, 1, 3)), jnp.float32)
+    for size, padding in (
+        ((9, 8), ((half, half), (half, half))),
+        ((12, 7), ((half - 1, half), (0, 2 * half))),
+        ((8, 9), 'SAME'),  # by a 3x3 at stride 2 (0, 1) and (1, 1)
+        ((18, 19), 'VALID'),
+    ):
+        x = jnp.asarray(rng.standard_normal((2, *size, 3)), jnp.float32)
+        how = ((stride, stride), padding, (dilation, dilation))
+        ours = value_and_gradients(grouped(convolution.conv_general_dilated, *how))
+        theirs = value_and_gradients(grouped(jax.lax.conv_general_dilated, *how))
+        assert 'stablehlo.convolution' not in ours.lower(x, weights).as_text()
+        for a, b in zip(ours(x, weights), theirs(x, weights), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_depthwise_window_differs_by_axis(rng):
+    x = jnp.asarray(rng.standard_normal((2, 9, 14, 3)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((3, 5, 1, 3)), jnp.float32)
+    for how in (((1, 2), ((0, 2), (3, 1)), (2, 1)), ((3, 1), ((1, 0), (0, 0)), (1, 3))):
+        ours = value_and_gradients(grouped(convolution.conv_general_dilated, *how))
+        theirs = value_and_gradients(grouped(jax.lax.conv_general_dilated, *how))
+        for a, b in zip(ours(x, weights), theirs(x, weights), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_a_depthwise_convolution_rounds_no_more_than_the_plain_one(rng, stride, dtype):
+    """Against float64; the weight gradient sums thousands of products."""
+    x = jnp.asarray(0.5 + rng.standard_normal((8, 33, 32, 4)), dtype)
+    weights = jnp.asarray(rng.standard_normal((3, 3, 1, 4)), dtype)
+    how = ((stride, stride), ((1, 1), (1, 1)), (1, 1))
+    ours = jax.jit(grouped(convolution.conv_general_dilated, *how))
+    theirs = jax.jit(grouped(jax.lax.conv_general_dilated, *how))
+    grad = jnp.asarray(0.5 + rng.standard_normal(ours(x, weights).shape), dtype)
+
+    exact_x, exact_weights, exact_grad = (np.asarray(a, np.float64) for a in (x, weights, grad))
+    padded = np.pad(exact_x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out, padded_grad = np.zeros(grad.shape), np.zeros(padded.shape)
+    weight_grad, (h, w) = np.zeros(weights.shape), grad.shape[1:3]
+    for i, j in np.ndindex(3, 3):
+        cells = (slice(None), *(slice(t, t + stride * n, stride) for t, n in ((i, h), (j, w))))
+        out += padded[cells] * exact_weights[i, j]
+        padded_grad[cells] += exact_grad * exact_weights[i, j]
+        weight_grad[i, j] = (padded[cells] * exact_grad).sum((0, 1, 2))
+
+    def errors(form):
+        value, back = jax.vjp(form, x, weights)
+        exact = (out, padded_grad[:, 1:-1, 1:-1], weight_grad)
+        return [
+            np.sqrt(np.mean((np.asarray(a, np.float64) - b) ** 2))
+            for a, b in zip((value, *back(grad)), exact, strict=True)
+        ]
+
+    # A fused multiply-add rounds once, a product and a sum twice; bfloat16 sums would be far off.
+    names = ('out', 'x', 'weights')
+    for name, mine, plain in zip(names, errors(ours), errors(theirs), strict=True):
+        assert mine <= 1.25 * plain, (name, mine, plain)
+
+
+def test_which_convolutions_are_shifted():
+    """Depthwise ones on a CPU; not on accelerators, not of several inputs or outputs a group."""
+
+    def lowered(inputs, outputs, groups, platform):
+        x, kernel = jnp.zeros((1, 8, 8, inputs)), jnp.zeros((3, 3, inputs // groups, outputs))
+
+        how = ((2, 2), 'SAME', (1, 1), groups)
+        run = value_and_gradients(grouped(convolution.conv_general_dilated, *how))
+        return run.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+
+    assert lowered(6, 6, 6, 'cpu').count('stablehlo.convolution') == 0
+    for case in ((6, 6, 6, 'cuda'), (6, 6, 6, 'tpu'), (6, 12, 6, 'cpu'), (6, 6, 3, 'cpu')):
+        assert lowered(*case).count('stablehlo.convolution') == 3, case
+
+
+def test_an_exported_depthwise_convolution(rng):
+    """Of a known size it suits every platform it is exported for; of symbols it is XLA's."""
+    how = ((2, 2), 'SAME', (1, 1))
+    form = jit(grouped(convolution.conv_general_dilated, *how))
+    plain = grouped(jax.lax.conv_general_dilated, *how)
+    x = jnp.asarray(rng.standard_normal((2, 9, 8, 3)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((3, 3, 1, 3)), jnp.float32)
+    for shape, chosen in ((x.shape, True), (jax.export.symbolic_shape('b, h, w, 3'), False)):
+        spec = jax.ShapeDtypeStruct(shape, x.dtype)
+        exported = jax.export.export(form, platforms=('cpu', 'cuda', 'tpu'))(spec, weights)
+        assert ('@_depthwise' in exported.mlir_module()) == chosen
+        again = jax.export.deserialize(exported.serialize())
+        np.testing.assert_allclose(again.call(x, weights), plain(x, weights), atol=1e-5)
+
+
+def test_what_a_depthwise_convolution_gives_can_be_kept():
+    """By its name, so that `jax.checkpoint` does not compute it again."""
+    form = grouped(convolution.conv_general_dilated, (1, 1), 'SAME', (1, 1))
+    keep = jax.checkpoint_policies.save_only_these_names(convolution.CONVOLVED)
+    x, weights = jnp.ones((1, 5, 6, 3)), jnp.ones((3, 3, 1, 3))
+
+    def computed(policy):
+        loss = jax.checkpoint(lambda x: jnp.sin(form(x, weights)).sum(), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(loss))(x)).count('name=_depthwise\n')
+
+    assert (computed(keep), computed(None)) == (1, 2)
+
+
 @pytest.mark.parametrize('wide', [3, 7])
 def test_a_products_gradients(rng, wide):
     x = jnp.asarray(rng.standard_normal((6, 5)), jnp.float32)

@@ -16,7 +16,7 @@ import functools, os, re
 flags = os.environ['XLA_FLAGS']
 import jax, jax.numpy as jnp, numpy as np
 from pspnet_jax import compilation, models, optim, train
-from pspnet_jax.models.convolution import conv3x3
+from pspnet_jax.models.convolution import Window, conv3x3, depthwise
 from tests.conftest import PSPNET, tiny_config
 
 os.environ['XLA_FLAGS'] = flags  # without the older emitters, which tests.conftest asks for
@@ -60,23 +60,28 @@ def compare(name, a, b):
         assert worst < 2e-4, (name, jax.tree_util.keystr(path), worst)
     print(name, 'equal')
 
-def collectives(channels, dilation):
-    # Of a wide 3x3 and its gradients, the batch over all devices.
+def collectives(form, channels, inputs):
+    # Of a 3x3 and its gradients, the batch over all devices.
     mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     whole, split = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ('data',)))
     x = jax.ShapeDtypeStruct((8, 16, 16, channels), np.float32, sharding=split)
-    kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), np.float32, sharding=whole)
-    def gradients(x, kernel, grad):
-        out, back = jax.vjp(functools.partial(conv3x3, dilation=dilation), x, kernel)
-        return out, back(grad)
+    kernel = jax.ShapeDtypeStruct((3, 3, inputs, channels), np.float32, sharding=whole)
+    def gradients(x, kernel):
+        out, back = jax.vjp(form, x, kernel)
+        return out, back(jnp.sin(out))
     shardings = (split, (split, whole))
-    compiled = compilation.jit(gradients, out_shardings=shardings).lower(x, kernel, x)
+    compiled = compilation.jit(gradients, out_shardings=shardings).lower(x, kernel)
     names = r' (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)[(]'
     return set(re.findall(names, compiled.compile().as_text()))
 
 for channels, dilation in ((64, (1, 1)), (256, (1, 1)), (256, (2, 2)), (256, (4, 4))):
-    found = collectives(channels, dilation)
+    found = collectives(functools.partial(conv3x3, dilation=dilation), channels, channels)
     assert found == {'all-reduce'}, (channels, dilation, found)
+
+for strides, dilation in (((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 1), (2, 2))):
+    window = Window(strides, (dilation, dilation), dilation)
+    found = collectives(functools.partial(depthwise, window=window), 64, 1)
+    assert found == {'all-reduce'}, (window, found)
 
 alone = run(one_device)
 compare('mesh', alone, run(train.over_mesh))

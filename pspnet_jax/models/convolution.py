@@ -5,13 +5,13 @@ XLA's own (cuDNN's, the TPU's) on accelerators, but for two gradients on NVIDIA'
 and of max pooling; on a CPU a 3x3 at stride 1 between wide maps is Winograd's F(2x2, 3x3) (Lavin
 and Gray 2016, arXiv 1509.09308): 16 products in place of 36, with 1/2 as the only
 coefficient, so its rounding is that of the plain form; between narrower ones its weight
-gradient is stated as products; and max pooling has a gradient without a scatter.
-experiments/README.md has what each gave.
+gradient is stated as products; a depthwise convolution is a shifted multiply-add for each tap;
+and max pooling has a gradient without a scatter. experiments/README.md has what each gave.
 """
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -43,13 +43,18 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     if not is_static(x.shape):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
     dilation = tuple(kwargs.get('rhs_dilation') or (1, 1))
-    same, dense = tuple((d, d) for d in dilation), kwargs.get('feature_group_count', 1) == 1
-    strides = tuple(strides)
+    groups, same = kwargs.get('feature_group_count', 1), tuple((d, d) for d in dilation)
+    dense, strides = groups == 1, tuple(strides)
     padding = padding if isinstance(padding, str) else tuple(padding)
     if dense and kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         out = conv1x1(x, kernel, strides, **kwargs)
     elif dense and kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == same:
         out = conv3x3(x, kernel, dilation)
+    elif not dense and groups == x.shape[-1] == kernel.shape[-1]:
+        if isinstance(padding, str):
+            extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[:2], strict=True)]
+            padding = tuple(jax.lax.padtype_to_pads(x.shape[1:3], extent, strides, padding))
+        out = depthwise(x, kernel, Window(strides, padding, dilation))
     else:
         out = jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
     return checkpoint_name(out, CONVOLVED)
@@ -337,6 +342,138 @@ def weight_gradient_by_phases(
     kernel = jax.ShapeDtypeStruct((3, 3, x.shape[3], grad.shape[3]), x.dtype)
     dense = jax.linear_transpose(lambda k: plain_3x3(x_phases, k, (1, 1)), kernel)
     return dense(grad_phases)[0]
+
+
+class Window(NamedTuple):
+    """How a convolution's window moves, rows first."""
+
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int]
+
+
+def plain_depthwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """B H W C and i j 1 C -> B h w C, each channel by itself: XLA's convolution."""
+    strides, padding, dilation = window
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=x.shape[-1],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _depthwise(x, kernel, window):
+    forms = {'cpu': shifted_depthwise, 'default': plain_depthwise}
+    forms = {name: functools.partial(form, window=window) for name, form in forms.items()}
+    return jax.lax.platform_dependent(x, kernel, **forms)
+
+
+depthwise = jax.custom_vjp(_depthwise, nondiff_argnums=(2,))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _depthwise_backward(window, residuals, grad):
+    def plain(x, kernel, grad):
+        return jax.vjp(functools.partial(plain_depthwise, window=window), x, kernel)[1](grad)
+
+    def on_cpu(x, kernel, grad):
+        return (
+            depthwise_input_gradient(grad, kernel, window, x.shape),
+            depthwise_weight_gradient(x, grad, window, kernel.shape),
+        )
+
+    return jax.lax.platform_dependent(*residuals, grad, cpu=on_cpu, default=plain)
+
+
+depthwise.defvjp(
+    lambda x, kernel, window: (_depthwise(x, kernel, window), (x, kernel)), _depthwise_backward
+)
+
+
+def pad_map(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
+    """B H W C with zeros around it; a negative number cuts rows or columns off."""
+    around = ((0, 0), rows, columns, (0, 0))
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(*pair, 0) for pair in around])
+
+
+def seen_by_taps(
+    x: jax.Array, kernel_shape: tuple[int, ...], window: Window
+) -> dict[tuple[int, int], jax.Array]:
+    """Tap (i, j) -> the cells of x that it meets, B h w C."""
+    (dy, dx), (sy, sx) = window.dilation, window.strides
+    # Without the barrier whatever made x, and the padding, would be computed for every tap.
+    x = jax.lax.optimization_barrier(pad_map(x, *window.padding))
+    h = (x.shape[1] - dy * (kernel_shape[0] - 1) - 1) // sy + 1
+    w = (x.shape[2] - dx * (kernel_shape[1] - 1) - 1) // sx + 1
+    return {
+        (i, j): x[:, i * dy :: sy, j * dx :: sx][:, :h, :w]
+        for i, j in np.ndindex(*kernel_shape[:2])
+    }
+
+
+@functools.partial(jax.jit, static_argnames='window')
+def shifted_depthwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """`plain_depthwise` by shifted multiply-adds, one for each tap; summed in float32."""
+    seen, kernel = seen_by_taps(x, kernel.shape, window), kernel.astype(jnp.float32)
+    terms = [cells * kernel[i : i + 1, j : j + 1] for (i, j), cells in seen.items()]
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=('window', 'kernel_shape'))
+def depthwise_weight_gradient(
+    x: jax.Array, grad: jax.Array, window: Window, kernel_shape: tuple[int, ...]
+) -> jax.Array:
+    """i j 1 C from x: B H W C and the gradient B h w C of `plain_depthwise`.
+
+    All taps are summed in one pass, along each row. Then the rows are, and then the images: a sum
+    of fewer numbers rounds less, and XLA would make one sum of both were no stack between them.
+    """
+    seen = seen_by_taps(x, kernel_shape, window).values()
+    products = [cells * grad.astype(jnp.float32) for cells in seen]
+    zeros = [jnp.zeros((), jnp.float32)] * len(products)
+    rows = jax.lax.reduce(products, zeros, _add_each, (2,))
+    total = jnp.stack([row.sum(1) for row in rows]).sum(1)
+    return total.reshape(kernel_shape).astype(x.dtype)
+
+
+def _add_each(left, right):
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=('window', 'shape'))
+def depthwise_input_gradient(
+    grad: jax.Array, kernel: jax.Array, window: Window, shape: tuple[int, ...]
+) -> jax.Array:
+    """`shape`, B H W C, from the gradient B h w C of `plain_depthwise`.
+
+    A stride splits the padded input into phases: every second row's cells, say, and the others.
+    Tap i meets those of one phase alone, i * dilation % stride, so that each is a stride-1 sum.
+    """
+    (sy, sx), (rows, columns), (dy, dx) = window
+    B, H, W, C = shape
+    h, w = -(-(H + sum(rows)) // sy), -(-(W + sum(columns)) // sx)  # a phase
+    down, right = dy * (kernel.shape[0] - 1) // sy, dx * (kernel.shape[1] - 1) // sx
+    grad = pad_map(grad, (down, h - grad.shape[1]), (right, w - grad.shape[2]))
+    grad, kernel = jax.lax.optimization_barrier(grad), kernel.astype(jnp.float32)
+
+    def phase(p, q):
+        total = jnp.zeros((B, h, w, C), jnp.float32)
+        for i, j in np.ndindex(*kernel.shape[:2]):
+            (row, of_row), (column, of_column) = divmod(i * dy, sy), divmod(j * dx, sx)
+            if (of_row, of_column) == (p, q):
+                cells = grad[:, down - row :, right - column :][:, :h, :w]
+                total = total + cells * kernel[i : i + 1, j : j + 1]
+        return total.astype(grad.dtype)
+
+    out = jnp.stack([jnp.stack([phase(p, q) for q in range(sx)], axis=3) for p in range(sy)], 2)
+    out = out.reshape(B, h * sy, w * sx, C)
+    (top, _), (left, _) = rows, columns
+    return pad_map(out, (-top, H + top - h * sy), (-left, W + left - w * sx))
 
 
 def _max_pool(x, window, pad):
