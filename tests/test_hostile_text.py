@@ -217,7 +217,7 @@ def test_outlines_of_hundreds_of_thousands_of_points_end(tmp_path, rng):
 
 
 def test_run_lengths_that_do_not_fit_are_refused_and_not_unpacked(tmp_path):
-    """Among them texts that end within a number, behind which pycocotools reads on."""
+    """Among them texts that end within a number, after which pycocotools reads on."""
     texts = ('PYn0' * 10**5, 'o' * 10**5, '0P', 'o', '5o3', '\0', '~', '5\x7f', '\u0665', '')
     for counts in ([5, 3], [2**62], [-1, 9], [4.5, 4.5], [True] * 9, [0] * 10**6, None, *texts):
         for size in ([3, 3], [2**31, 2**31], [-1, 5], [3], [0, 0], None):

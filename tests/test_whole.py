@@ -304,9 +304,9 @@ def shape(**changes):
     [
         ('p1.png', shape(all_points_x=[400, 500, 500, 400]), 'outside'),
         ('p1.png', shape(all_points_x=[4, 4, 4, 4]), 'no area'),
-        ('../p1.png', shape(), 'leads elsewhere'),
-        ('/etc/passwd', shape(), 'leads elsewhere'),
-        ('C:\\p1.png', shape(), 'leads elsewhere'),
+        ('../q1.png', shape(), 'lacks 1 picture'),
+        ('/etc/passwd', shape(), 'lacks 1 picture'),
+        ('C:\\q1.png', shape(), 'lacks 1 picture'),
     ],
 )
 def test_a_bad_drawing_is_one_line_and_no_mask(pictures, tmp_path, name, regions, words):
