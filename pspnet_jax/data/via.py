@@ -63,6 +63,8 @@ def holds_annotations(masks: Path, images: Path) -> tuple[bool, list[str]]:
     if not masks.is_dir():
         return masks.is_file(), []
     found, folder, elsewhere = json_files(masks), masks.resolve(), images.resolve()
+    if not found:
+        return False, []
     pictures = [
         path
         for path in sorted(folder.rglob('*'))
@@ -70,7 +72,7 @@ def holds_annotations(masks: Path, images: Path) -> tuple[bool, list[str]]:
         and not hidden(path, folder)
         and not path.is_relative_to(elsewhere)
     ]
-    drawn = any(map(is_labelme, found)) or (bool(found) and not pictures)
+    drawn = any(map(is_labelme, found)) or not pictures
     left = pictures if drawn else found
     what = 'pictures beside labelme files' if drawn else 'other .json beside masks'
     told = some([show(path.name) for path in left])
@@ -83,10 +85,10 @@ def match_pictures(
     """({path of every picture below `images`: its shapes}, faults, notes).
 
     A name is a picture's where one of the two ways ends in the other: 'a.png' may be in a
-    sub-folder, and 'train/a.png' in a folder that is itself called train, as '/home/ann/a.png' in
-    any. A loose name is also the picture's in another folder, if it is the only one of that name.
-    A name with no picture, or with several, is a fault; a picture without a name has no shapes, by
-    a note.
+    sub-folder, and 'train/a.png' or '/home/ann/train/a.png' in a folder that is itself called
+    train. A loose name is also that of a picture in another folder, if there is only one. A name
+    with no picture, or with several, is a fault; a picture without a name has no shapes, by a
+    note.
     What is below `leave_out` is not looked at. Raises DataError where there is no picture.
     """
     root = Path(images).expanduser()
