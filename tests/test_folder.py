@@ -283,8 +283,17 @@ def test_too_few_classes_for_the_annotations_are_one_line(tmp_path):
     masks = annotate(tmp_path, 'COCO', ['bone', 'tumor'])
     with pytest.raises(DataError) as caught:
         folder.load(tmp_path, masks=masks)
-    assert len(caught.value.faults) == 1
-    assert "set model.num_classes=4 ('background' = 0, 'bone' = 1, " in caught.value.faults[0]
+    (told,) = caught.value.faults
+    assert "have 4 classes ('background' = 0, 'bone' = 1, 'muscle' = 2, 'tumor' = 3), the" in told
+    assert told.endswith(
+        "model has 2: set model.num_classes=4, or model.class_names=('background', 'bone', "
+        "'tumor') and model.num_classes=3"
+    )
+    classes = {'background': 0, 'bone': 1, 'tumor': 2}  # which is what that remedy does
+    slices = folder.load(tmp_path, masks=masks, classes=classes, num_classes=3)
+    np.testing.assert_array_equal(
+        masks_of(slices)[0], np.array([0, 1, 0, 2])[squares('bone', 'tumor')]
+    )
     annotate(tmp_path, 'COCO', ['bone'])  # the others are only listed
     assert folder.load(tmp_path, masks=masks).class_names == ('background', 'bone')
 

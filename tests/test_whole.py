@@ -104,7 +104,8 @@ def write_pictures(root):
         'VIA 1': ['via_1.json', via],
         'VIA 2': ['via_2.json', via],
         'VIA CSV': ['via.csv', via],
-        'COCO': ['coco.json'],
+        # Its categories are two, of which one is drawn.
+        'COCO': ['coco.json', "--config.model.class_names=('background', 'tumor')"],
         'labelme': ['labelme'],
     }
 

@@ -189,15 +189,9 @@ def load(
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
 
-    drawn = (
-        shape.label for case in cases if not isinstance(case.mask, Path) for shape in case.mask
-    )
-    if max(drawn, default=0) >= num_classes and names:
-        told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
-        faults.append(
-            f'the annotations have {len(names)} classes, background included, the model has '
-            f'{num_classes}: set model.num_classes={max(names.values()) + 1} ({told})'
-        )
+    drawn = {s.label for case in cases if not isinstance(case.mask, Path) for s in case.mask}
+    if names and max(drawn, default=0) >= num_classes:
+        faults.append(_too_many(names, drawn, num_classes))
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(functools.partial(_attempt, _mask_values), cases))
         unread = [fault for _, fault in found if fault]
@@ -239,6 +233,18 @@ def load(
         intensity={name: patient.intensity for name, patient in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
         class_names=_in_turn(names, num_classes),
+    )
+
+
+def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> str:
+    """The fault of annotations with more classes than the model."""
+    told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
+    remedy = f'set model.num_classes={max(names.values()) + 1}'
+    if drawn | {0} < set(names.values()):  # the others have no region
+        chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+        remedy += f', or model.class_names={chosen} and model.num_classes={len(chosen)}'
+    return (
+        f'the annotations have {len(names)} classes ({told}), the model has {num_classes}: {remedy}'
     )
 
 
