@@ -17,7 +17,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.model = model = ConfigDict()
     model.name = 'pspnet'  # README: every network and alias
     model.num_classes = 2  # background included
-    model.class_names = ()  # of all classes, for legends; (): 'class 1' ...
+    model.class_names = ()  # of all classes, background first; (): as annotations name them
     model.width = 64  # base channels; the networks' own is 64
     model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
     model.pretrained = ''  # weights of the backbone: a file, or hf:REPO[/FILE]

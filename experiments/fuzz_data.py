@@ -1,5 +1,6 @@
 """Readers of data for experiments.fuzz, with small valid files of every kind that they take."""
 
+import base64
 import functools
 import io
 import itertools
@@ -211,7 +212,12 @@ def _coco(folder: Path) -> list[Path]:
     ]
     parts = [[2, 2, 9, 2, 9, 8], [1, 1, 3, 1, 3, 3]]
     item = {'id': 1, 'image_id': 1, 'category_id': 1, 'segmentation': parts, 'bbox': [1, 1, 8, 7]}
-    tree = {'images': images, 'annotations': [item], 'categories': [{'id': 1, 'name': 'tumor'}]}
+    runs = [
+        {**item, 'image_id': 2, 'segmentation': {'counts': counts, 'size': [12, 16]}}
+        for counts in ([20, 10, 162], 'd0:R5')  # the same, the second compressed
+    ]
+    categories = [{'id': 1, 'name': 'tumor'}]
+    tree = {'images': images, 'annotations': [item, *runs], 'categories': categories}
     (folder / 'coco.json').write_text(json.dumps(tree))
     return [folder / 'coco.json']
 
@@ -224,6 +230,9 @@ def _labelme(folder: Path) -> list[Path]:
     shapes = [
         {'label': 'tumor', 'points': points, 'shape_type': kind} for kind, points in kinds.items()
     ]
+    mask = base64.b64encode(_png(np.eye(5, dtype=np.uint8))).decode()
+    corners = {'points': [[2, 3], [6, 7]], 'shape_type': 'mask', 'mask': mask}
+    shapes.append({'label': 'tumor', **corners})
     (folder / 'files').mkdir()
     for name in ('a', 'b'):
         tree = {'version': '5', 'shapes': shapes, 'imagePath': f'../{name}.png', 'imageData': None,

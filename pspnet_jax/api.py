@@ -65,6 +65,7 @@ class Model:
             masks=str(Path(masks).absolute()),
             mixed_sizes=True,
         )
+        sources.check_class_names(slices, config)
         return evaluate_volumes(
             self.predictor.predict_fn,
             volumes.iterate_volumes(slices),

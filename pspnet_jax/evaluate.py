@@ -486,6 +486,7 @@ def _volume_source(
     else:
         kept = Path(workdir) / splits.KEPT
         slices, parts = sources.load(config, kept if kept.exists() else '')
+    sources.check_class_names(slices, config)
     if not parts[split]:
         raise DataError(f'the split {split!r} has no patient in this data set')
 

@@ -107,6 +107,9 @@ def load(
         faults = checkpoint.model_differences(to_dict(runs[0][0]), to_dict(other))
         if not np.array_equal(intensity, scale):
             faults.append('images are normalised in two ways: data.normalize')
+        ours, theirs = runs[0][0].model.class_names, other.model.class_names
+        if ours and theirs and ours != theirs:
+            faults.append(f'model.class_names is {ours} there, {theirs} here')
         if faults:
             raise CheckpointError(
                 f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '

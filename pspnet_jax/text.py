@@ -26,7 +26,10 @@ def read(path: str | Path, remedy: str = 'make it again') -> str:
     try:
         return data.decode('utf-8-sig')
     except UnicodeDecodeError as error:
-        raise DataError(f'{path} is not UTF-8 text: {remedy}') from error
+        raise DataError(
+            f'{path} is not UTF-8 text (byte {error.start}): save it as UTF-8 in an editor, or '
+            'convert it with iconv -f GBK -t UTF-8 (or UTF-16, SHIFT-JIS, CP1252: as it was saved)'
+        ) from error
 
 
 def parse_json(text: str, remedy: str = 'make it again') -> Any:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +41,16 @@ from pspnet_jax import (
     transfer,
     visualize,
 )
-from pspnet_jax.config import to_dict, validate
+from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
-from pspnet_jax.errors import ConfigError, DataError, NonFiniteLossError, StoppedError
+from pspnet_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+    StoppedError,
+)
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
@@ -633,6 +639,24 @@ def loader(
     return placed, lambda count: next(batches)
 
 
+def name_classes(config: ConfigDict, names: Sequence[str]) -> ConfigDict:
+    """The config with these names of its classes, if it has none of its own."""
+    if config.model.class_names or len(names) != config.model.num_classes:
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.class_names = tuple(names)
+    validate(config)
+    return config
+
+
+def stored_class_names(workdir: str) -> Sequence[str]:
+    """Those of the run's newest sound checkpoint; () where there is none."""
+    for step in reversed(checkpoint.steps(workdir)):
+        with contextlib.suppress(CheckpointError, ConfigError):
+            return from_dict(checkpoint.metadata(workdir, step)['config']).model.class_names
+    return ()
+
+
 def nothing(*_) -> None:
     """What a hook does where none was given."""
 
@@ -664,8 +688,11 @@ def train_and_evaluate(
             f'take {near}'
         )
 
-    # Data: which patients, and how many of their slices hold a lesion.
+    # Data: which patients, and how many of their slices hold a lesion. What annotations call the
+    # classes is kept with the run, so that their numbers stay the same in every other file.
+    config = name_classes(config, stored_class_names(workdir))
     slices, parts = sources.load(config)
+    config = name_classes(config, slices.class_names)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     if config.data.size:  # validation and test stay at their own size
         split['train'] = volumes.resized(split['train'], config.data.size)
@@ -719,7 +746,9 @@ def run_steps(
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0
-        teacher, taught = transfer.load_teacher(where, model, inputs, features=features)
+        teacher, taught = transfer.load_teacher(
+            where, model, inputs, features=features, class_names=config.model.class_names
+        )
         state = state.replace(teacher=taught)
     if hosts.is_first():  # nothing that was asked for fails now
         checkpoint.set_aside(workdir, int(state.step))

@@ -5,7 +5,7 @@ folder's checkpoints alone. A published network that `models.pretrained` convert
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -110,12 +110,18 @@ def _summary(names) -> str:
 
 
 def load_teacher(
-    where: str, student: nn.Module, inputs: Mapping[str, Any], *, features: bool
+    where: str,
+    student: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    features: bool,
+    class_names: Sequence[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of the run at `where` and its variables, to teach `student`.
 
     Both see the same image, so that classes, channels and normalisation must be the same;
-    `inputs` are the student's (`checkpoint.save`). With `features` both need a backbone.
+    `inputs` are the student's (`checkpoint.save`), `class_names` its config's. With `features` both
+    need a backbone.
     Raises ConfigError that names both sides, and CheckpointError.
     """
     workdir, which = checkpoint.locate(where)
@@ -126,6 +132,11 @@ def load_teacher(
         raise ConfigError(
             f'{name} has {config.model.num_classes} classes, this run has '
             f'{student.num_classes} (model.num_classes): make them the same'
+        )
+    if class_names and config.model.class_names not in ((), tuple(class_names)):
+        raise ConfigError(
+            f'{name} calls its classes {config.model.class_names}, this run {tuple(class_names)} '
+            '(model.class_names): give this run the names of the teacher'
         )
     if theirs['channels'] != inputs['channels']:
         raise ConfigError(

@@ -175,6 +175,183 @@ def test_a_file_of_annotations_stands_for_the_masks(tmp_path):
     np.testing.assert_array_equal(mask, LABELS == 1)
 
 
+BOXES = {'bone': (2, 2), 'muscle': (20, 2), 'tumor': (2, 20)}  # x, y of squares of 10 pixels
+
+
+def squares(*names):
+    """The mask of these classes, numbered as in BOXES."""
+    mask = np.zeros((40, 48), np.uint8)
+    for name in names:
+        x, y = BOXES[name]
+        mask[y : y + 10, x : x + 10] = list(BOXES).index(name) + 1
+    return mask
+
+
+def annotate(root, tool, names, pictures='abcdef'):
+    """images/, and annotations of these classes on each picture: what data.masks is then."""
+    outlines = {}
+    for name in names:
+        x, y = BOXES[name]
+        outlines[name] = [(x, y), (x + 10, y), (x + 10, y + 10), (x, y + 10)]
+    for stem in pictures:
+        write(root, stem, mask=np.zeros((40, 48), np.uint8))
+    if tool == 'labelme':
+        for stem in pictures:
+            shapes = [
+                {'label': name, 'points': points, 'shape_type': 'polygon'}
+                for name, points in outlines.items()
+            ]
+            tree = {'shapes': shapes, 'imagePath': f'../images/{stem}.png'}
+            (root / 'drawn' / 'reader').mkdir(parents=True, exist_ok=True)
+            (root / 'drawn' / 'reader' / f'{stem}.json').write_text(json.dumps(tree))
+        return 'drawn'
+    if tool == 'COCO':
+        tree = {'images': [], 'annotations': [], 'categories': []}
+        tree['categories'] = [{'id': 3 * n, 'name': name} for n, name in enumerate(BOXES, 1)]
+        for n, stem in enumerate(pictures):
+            tree['images'].append({'id': n, 'file_name': f'{stem}.png', 'height': 40, 'width': 48})
+            for name, points in outlines.items():
+                item = {'image_id': n, 'category_id': 3 * (list(BOXES).index(name) + 1)}
+                item['segmentation'] = [[number for point in points for number in point]]
+                tree['annotations'].append(item)
+    else:
+        tree = {}
+        for stem in pictures:
+            regions = [
+                {
+                    'shape_attributes': {
+                        'name': 'polygon',
+                        'all_points_x': [x for x, _ in points],
+                        'all_points_y': [y for _, y in points],
+                    },
+                    'region_attributes': {'type': name} if tool == 'VIA' else {},
+                }
+                for name, points in outlines.items()
+            ]
+            tree[stem] = {'filename': f'{stem}.png', 'regions': regions}
+    (root / 'drawn.json').write_text(json.dumps(tree))
+    return 'drawn.json'
+
+
+RUN = ('background', *BOXES)
+
+
+@pytest.mark.parametrize('tool', ['COCO', 'VIA', 'labelme'])
+def test_the_numbers_of_classes_do_not_depend_on_which_of_them_occur(tmp_path, tool):
+    classes = {name: number for number, name in enumerate(RUN)}
+    masks = annotate(tmp_path / 'train', tool, BOXES)
+    slices = folder.load(tmp_path / 'train', masks=masks, num_classes=4)
+    assert slices.class_names == RUN
+    assert volumes.select(slices, ['a']).class_names == RUN
+    np.testing.assert_array_equal(masks_of(slices)[0], squares(*BOXES))
+
+    annotate(tmp_path / 'test', tool, ['muscle', 'tumor'])
+    given = folder.load(tmp_path / 'test', masks=masks, num_classes=4, classes=classes)
+    assert given.class_names == RUN
+    np.testing.assert_array_equal(masks_of(given)[0], squares('muscle', 'tumor'))
+    alone = folder.load(tmp_path / 'test', masks=masks, num_classes=4)
+    if tool == 'COCO':  # its categories say it
+        np.testing.assert_array_equal(masks_of(alone)[0], squares('muscle', 'tumor'))
+    else:
+        assert alone.class_names == ('background', 'muscle', 'tumor', 'class 3')
+    with pytest.raises(DataError, match=r"no class: 'tumor' \(6 regions\); known are 'background', "
+                                        "'bone', 'muscle': rename or remove"):  # fmt: skip
+        folder.load(tmp_path / 'test', masks=masks, classes={'bone': 1, 'muscle': 2}, num_classes=3)
+
+
+def test_a_run_that_does_not_name_its_classes_is_not_evaluated_on_annotations_of_several(tmp_path):
+    masks = annotate(tmp_path, 'VIA', BOXES)
+    config = config_of(tmp_path, **{'data.masks': masks, 'model.num_classes': 4})
+    slices = check.sources.read_folder(config)
+    with pytest.raises(DataError, match=r'--classes=bone=NUMBER,muscle=NUMBER,tumor=NUMBER'):
+        check.sources.check_class_names(slices, config)
+    config.model.class_names = RUN
+    check.sources.check_class_names(check.sources.read_folder(config), config)
+    annotate(tmp_path, 'VIA', ['tumor'])  # one structure can only be class 1
+    config = config_of(tmp_path, **{'data.masks': masks})
+    check.sources.check_class_names(check.sources.read_folder(config), config)
+
+
+def test_regions_without_a_class_give_no_name(tmp_path):
+    masks = annotate(tmp_path, 'nameless VIA', ['tumor'])
+    slices = folder.load(tmp_path, masks=masks)
+    assert slices.class_names == ()
+    np.testing.assert_array_equal(masks_of(slices)[0], squares('tumor') > 0)
+
+
+def test_too_few_classes_for_the_annotations_are_one_line(tmp_path):
+    masks = annotate(tmp_path, 'COCO', ['bone', 'tumor'])
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path, masks=masks)
+    (told,) = caught.value.faults
+    assert "have 4 classes ('background' = 0, 'bone' = 1, 'muscle' = 2, 'tumor' = 3), the" in told
+    assert told.endswith(
+        "model has 2: set model.num_classes=4, or model.class_names=('background', 'bone', "
+        "'tumor') and model.num_classes=3"
+    )
+    classes = {'background': 0, 'bone': 1, 'tumor': 2}  # which is what that remedy does
+    slices = folder.load(tmp_path, masks=masks, classes=classes, num_classes=3)
+    np.testing.assert_array_equal(
+        masks_of(slices)[0], np.array([0, 1, 0, 2])[squares('bone', 'tumor')]
+    )
+    annotate(tmp_path, 'COCO', ['bone'])  # the others are only listed
+    assert folder.load(tmp_path, masks=masks).class_names == ('background', 'bone')
+
+
+def test_a_json_beside_masks_is_not_taken_for_annotations(tmp_path, caplog):
+    write(tmp_path, 'a')
+    for name in ('dataset.json', 'a.json', '.hidden.json'):
+        (tmp_path / 'masks' / name).write_text('{"EchoTime": 0.03}')
+    with caplog.at_level('INFO'):
+        (mask,) = masks_of(folder.load(tmp_path))
+    np.testing.assert_array_equal(mask, LABELS == 1)
+    assert "passed over: other .json beside masks (2): 'a.json', 'dataset.json'" in caplog.text
+    (tmp_path / 'masks' / 'a.png').unlink()
+    with pytest.raises(DataError, match='none of VIA 1 or 2'):
+        folder.load(tmp_path)
+
+
+def test_pictures_beside_labelme_files_are_counted_unless_they_are_the_images(tmp_path, caplog):
+    annotate(tmp_path, 'labelme', ['tumor'])
+    for path in (tmp_path / 'drawn').rglob('*.json'):
+        (tmp_path / 'images' / path.name).write_text(path.read_text())
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path, masks='images')
+    np.testing.assert_array_equal(masks_of(slices)[0], squares('tumor') > 0)
+    assert 'passed over: pictures' not in caplog.text
+    Image.new('L', (48, 40)).save(tmp_path / 'drawn' / 'reader' / 'a.png')
+    with caplog.at_level('INFO'):
+        folder.load(tmp_path, masks='drawn')
+    assert "passed over: pictures beside labelme files (1): 'a.png'" in caplog.text
+
+
+def test_what_is_odd_in_a_drawing_is_in_the_log(tmp_path, caplog):
+    masks = annotate(tmp_path, 'COCO', ['tumor'])
+    tree = json.loads((tmp_path / masks).read_text())
+    tree['annotations'][0]['segmentation'] = [[-9, 2, 10, 2, 10, 9, -9, 9], [1, 1, 5, 5]]
+    tree['annotations'][1]['segmentation'] = []
+    (tmp_path / masks).write_text(json.dumps(tree))
+    with caplog.at_level('INFO'):
+        folder.load(tmp_path, masks=masks, num_classes=4)
+    for words in (
+        "'a.png', annotation 1 reaches 9.0 pixels out of the picture: clipped",
+        "or without area (1): 'a.png', annotation 1",
+        "without an outline, as a box is none (1): 'b.png', annotation 2",
+    ):
+        assert words in caplog.text
+
+
+def test_regions_on_a_stack_of_pages_are_refused(tmp_path):
+    masks = annotate(tmp_path, 'COCO', ['tumor'], 'a')
+    pages = [Image.new('L', (48, 40), n) for n in range(3)]
+    (tmp_path / 'images' / 'a.png').unlink()
+    pages[0].save(tmp_path / 'images' / 'a.tif', save_all=True, append_images=pages[1:])
+    text = (tmp_path / masks).read_text()
+    (tmp_path / masks).write_text(text.replace('a.png', 'a.tif'))
+    with pytest.raises(DataError, match=r'a\.tif has 3 slices, and regions are drawn on one'):
+        folder.load(tmp_path, masks=masks, num_classes=4)
+
+
 def test_volumes_bring_their_slices_and_their_spacing(tmp_path, rng):
     nibabel = pytest.importorskip('nibabel')
     affine = np.diag([-0.9, -0.8, 3.0, 1.0])  # already in the order in which slices are taken

@@ -309,7 +309,12 @@ def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained,
     with pytest.raises(CheckpointError, match='normalised in two ways'):
         predict.load([trained[0], other])
     names = tiny_config(**{'model.class_names': ('background', 'lesion')})
-    predict.load([trained[0], save_run(tmp_path / 'names', names)])  # not part of the network
+    named = save_run(tmp_path / 'names', names)
+    predict.load([trained[0], named])  # not part of the network
+    names.model.class_names = ('lesion', 'background')
+    other = save_run(tmp_path / 'turned', names)
+    with pytest.raises(CheckpointError, match=r"class_names is \('background', .* here"):
+        predict.load([named, other])
 
 
 def test_channels_that_do_not_fit_are_named(trained, tmp_path, predictor):

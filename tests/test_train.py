@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, compilation, log, models, optim, train
-from pspnet_jax.data import phantom, pipeline
+from pspnet_jax import checkpoint, compilation, evaluate, log, models, optim, train
+from pspnet_jax.data import phantom, pipeline, sources
 from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
 from pspnet_jax.models import convolution, unet
 from tests.conftest import PSPNET, tiny_config
+from tests.test_folder import BOXES, annotate, squares
 
 
 def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
@@ -32,6 +33,59 @@ def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
     logs = [(folder / 'metrics.jsonl').read_text() for folder in (tmp_path, workdir)]
     assert logs[0] == logs[1]
     assert resumed['patients'] == evaluation['patients']
+
+
+@pytest.mark.parametrize('tool', ['COCO', 'labelme'])
+def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monkeypatch, tool):
+    """A file in which one of them does not occur has the same numbers: when the run goes on, and
+    when it is evaluated on other data.
+    """
+    masks = annotate(tmp_path / 'train', tool, BOXES)
+    annotate(tmp_path / 'test', tool, ['muscle', 'tumor'])
+    config = tiny_config(
+        **{
+            'data.name': 'folder', 'data.source': str(tmp_path / 'train'), 'data.masks': masks,
+            'data.test_fraction': 0.2, 'data.validation_fraction': 0.2, 'model.num_classes': 4,
+            'model.width': 4, 'train.steps': 1,
+        }
+    )  # fmt: skip
+    run, named, seen, read_with = str(tmp_path / 'run'), ('background', *BOXES), [], []
+
+    def load(config, *arguments, load=sources.load):
+        read_with.append(config.model.class_names)
+        return load(config, *arguments)
+
+    monkeypatch.setattr(sources, 'load', load)
+    train.train_and_evaluate(config, run)
+    assert config.model.class_names == ()  # the caller's own
+    assert evaluate.restore_model(run)[0].model.class_names == named
+    monkeypatch.setattr(train, 'evaluate_checkpoint', lambda *_, **__: None)
+    config.train.steps = 2
+    train.train_and_evaluate(config, run)
+    assert read_with == [(), named, named]  # to train, to evaluate, to go on
+
+    def see(predict_fn, data, **options):
+        seen.extend(data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, 'evaluate_volumes', see)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate_checkpoint(run, data=str(tmp_path / 'test'))
+    for volume in seen:
+        np.testing.assert_array_equal(volume.mask[0], squares('muscle', 'tumor'))
+    assert len(seen) == 6
+
+
+def test_names_that_a_run_has_stay(tmp_path):
+    config = tiny_config(**{'model.class_names': ('background', 'lesion')})
+    assert train.name_classes(config, ('background', 'tumor')) is config
+    config = tiny_config()
+    assert train.name_classes(config, ()) is config
+    assert train.name_classes(config, ('a', 'b', 'c')) is config  # of another model
+    assert train.name_classes(config, ('a', 'b')).model.class_names == ('a', 'b')
+    with pytest.raises(ConfigError, match='in one line'):
+        train.name_classes(config, ('a', 'b\n'))
+    assert train.stored_class_names(str(tmp_path)) == ()
 
 
 def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):

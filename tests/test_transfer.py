@@ -286,6 +286,11 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
             {},
             r'has 3 classes, this run has 2 \(model\.num_classes\)',
         ),
+        (
+            {'model.class_names': ('background', 'tumor')},
+            {'model.class_names': ('background', 'edema')},
+            r"calls its classes \('background', 'tumor'\), this run \('background', 'edema'\)",
+        ),
         ({'channels': 4}, {}, 'takes 4 channels, the images here have 3'),
         (
             {'normalization': CAFFE},

@@ -65,8 +65,9 @@ def scan(
     group: str = '',
     classes: Mapping[str, int] | None = None,
     attribute: str = '',
-) -> tuple[list[Case], list[str], list[str]]:
-    """The cases below the folders, their faults, and what annotations were understood as.
+) -> tuple[list[Case], list[str], list[str], dict[str, int]]:
+    """The cases below the folders, their faults, what annotations were understood as, and the
+    numbers of the classes that they name.
 
     `masks` is a folder of masks, a file of annotations (`via.read_annotations`, which is given
     `classes` and `attribute`) or a folder of labelme's. `group` is a regular expression whose
@@ -74,15 +75,15 @@ def scan(
     patient; '' makes each picture a patient of its own.
     """
     stacks = [files.find(folder) for folder in images]
-    first, faults, notes = stacks[0], [], []
+    first, faults, names = stacks[0], [], {}
     for folder, stack in zip(images[1:], stacks[1:], strict=True):
         for stem in sorted(first.keys() ^ stack.keys()):
             here, there = (folder, images[0]) if stem in stack else (images[0], folder)
             faults.append(f'{stem} is in {here} and not in {there}: every channel needs it')
-    if masks.is_file() or next(masks.glob('*.json'), None):
-        annotations = via.read_annotations(masks, classes=classes, attribute=attribute)
-        shapes, wrong, more = via.match_pictures(annotations, images[0])
-        faults, notes = faults + wrong, [*annotations.notes, *more]
+    drawn, notes = via.holds_annotations(masks, images[0])
+    if drawn:
+        shapes, names, wrong, told = _find_shapes(masks, images[0], classes, attribute)
+        faults, notes = faults + wrong, told + notes
         mask_of = {stem: shapes.get(path, ()) for stem, path in first.items()}
     else:
         mask_of = files.find(masks)
@@ -97,7 +98,23 @@ def scan(
         for stem in whole
         if stem in patients
     ]
-    return cases, faults + wrong, notes
+    return cases, faults + wrong, notes, names
+
+
+def _find_shapes(
+    masks: Path, images: Path, classes: Mapping[str, int] | None, attribute: str
+) -> tuple[dict[Path, list[via.Shape]], dict[str, int], list[str], list[str]]:
+    """({picture: its shapes}, numbers of the classes where the regions name theirs, faults, what
+    was understood and passed over).
+    """
+    annotations, faults = via.read_with_faults(masks, classes, attribute)
+    shapes, wrong, notes = via.match_pictures(annotations, images)
+    _, odd, small = via.check_drawn({path: found for path, found in shapes.items() if found})
+    if rest := small[MOST_LISTED:]:
+        more = f'and {len(rest)} more such lines: python -m pspnet_jax.data.via prints all'
+        small = [*small[:MOST_LISTED], more]
+    names = dict(classes or annotations.classes) if annotations.attribute else {}
+    return shapes, names, faults + wrong + odd, annotations.notes + notes + small
 
 
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
@@ -159,7 +176,9 @@ def load(
     among them unless `mixed_sizes`.
     """
     folders, masks = _find_folders(Path(source).expanduser(), images, masks)
-    cases, faults, notes = scan(folders, masks, group=group, classes=classes, attribute=attribute)
+    cases, faults, notes, names = scan(
+        folders, masks, group=group, classes=classes, attribute=attribute
+    )
     if not cases and not faults:
         raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
     for note in notes:
@@ -170,6 +189,9 @@ def load(
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
 
+    drawn = {s.label for case in cases if not isinstance(case.mask, Path) for s in case.mask}
+    if names and max(drawn, default=0) >= num_classes:
+        faults.append(_too_many(names, drawn, num_classes))
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(functools.partial(_attempt, _mask_values), cases))
         unread = [fault for _, fault in found if fault]
@@ -210,7 +232,26 @@ def load(
         lesion_pixels=np.concatenate(lesion),
         intensity={name: patient.intensity for name, patient in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
+        class_names=_in_turn(names, num_classes),
     )
+
+
+def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> str:
+    """The fault of annotations with more classes than the model."""
+    told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
+    remedy = f'set model.num_classes={max(names.values()) + 1}'
+    if drawn | {0} < set(names.values()):  # the others have no region
+        chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+        remedy += f', or model.class_names={chosen} and model.num_classes={len(chosen)}'
+    return (
+        f'the annotations have {len(names)} classes ({told}), the model has {num_classes}: {remedy}'
+    )
+
+
+def _in_turn(names: Mapping[str, int], num_classes: int) -> tuple[str, ...]:
+    """The names of all classes by their numbers; () where none has one."""
+    name_of = {number: name for name, number in names.items()}
+    return tuple(name_of.get(n, f'class {n}') for n in range(num_classes)) if names else ()
 
 
 def _find_folders(root: Path, images: Sequence[str], masks: str) -> tuple[list[Path], Path]:
@@ -236,7 +277,7 @@ def _survey(
     def measure(case: Case) -> tuple[files.Picture, list[int]]:
         picture, labels = _read_case(case, code)
         wrong = np.setdiff1d(labels, known)
-        if wrong.size:
+        if wrong.size and isinstance(case.mask, Path):
             raise DataError(
                 f'the mask of {case.images[0]} has labels {wrong.tolist()[:8]}, the model has '
                 f'classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
@@ -398,9 +439,12 @@ def _read_case(case: Case, code: Code) -> tuple[files.Picture, np.ndarray]:
     parts = [files.read(path) for path in case.images]
     picture = parts[0] if len(parts) == 1 else files.stack(parts)
     if not isinstance(case.mask, Path):
-        size = picture.image.shape[1:3]
-        faults, _ = via.check_shapes(case.mask, size)
-        if faults:
-            raise DataError(f'{case.images[0]}: {"; ".join(faults)}')
-        return picture, via.rasterize(case.mask, size)[None]
+        depth, *size, _ = picture.image.shape
+        if depth > 1 and case.mask:
+            raise DataError(
+                f'{case.images[0]} has {depth} slices, and regions are drawn on one: save each '
+                'slice as a picture, or the masks as a volume'
+            )
+        mask = via.rasterize(case.mask, tuple(size))
+        return picture, np.repeat(mask[None], depth, axis=0)
     return picture, code.to_labels(files.read_labels(case.mask, picture))

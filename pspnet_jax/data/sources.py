@@ -8,6 +8,7 @@ from typing import Any
 
 from pspnet_jax.data import splits
 from pspnet_jax.data.volumes import Slices
+from pspnet_jax.errors import DataError
 
 
 def read_folder(config, **where: Any) -> Slices:
@@ -30,6 +31,20 @@ def read_folder(config, **where: Any) -> Slices:
         'threads': data.threads,
     }
     return folder.load(**options | where)
+
+
+def check_class_names(slices: Slices, config) -> None:
+    """Raise DataError where annotations name several classes that the run of this config does not
+    name: their numbers would be the file's own.
+    """
+    names, known = slices.class_names, config.model.class_names
+    if len(names) > 2 and not known:
+        told = ','.join(f'{name}=NUMBER' for name in names[1:])
+        raise DataError(
+            f'the annotations name the classes {", ".join(names)}, and the run does not say which '
+            'number each had in training: write the masks with these numbers and evaluate on them, '
+            f'python -m pspnet_jax.data.via --classes={told}'
+        )
 
 
 def read_phantom(config) -> Slices:

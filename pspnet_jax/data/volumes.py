@@ -44,7 +44,8 @@ class Slices:
     `read(key)` gives image H W C (uint8, uint16 or float32) and mask H W uint8; the arrays,
     all of length N, are the keys, and what sampling needs to know without reading.
     `intensity` holds each patient's (4, C) array from `measure_intensity`, `spacing` the
-    patients' steps in mm where they are known.
+    patients' steps in mm where they are known, `class_names` those of all classes in turn where the
+    source names them.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -54,6 +55,7 @@ class Slices:
     lesion_pixels: np.ndarray
     intensity: dict[str, np.ndarray]
     spacing: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.key)
