@@ -721,8 +721,9 @@ def run_steps(
         features = config.distill.pairwise > 0
         teacher, taught = transfer.load_teacher(where, model, inputs, features=features)
         state = state.replace(teacher=taught)
+    damaged = checkpoint.find_damaged(workdir, state.replace(teacher=None))
     if hosts.is_first():  # nothing that was asked for fails now
-        checkpoint.set_aside(workdir, int(state.step))
+        checkpoint.set_aside(workdir, damaged)
         keep_split()
     hosts.wait_for_all()
     first_step = int(state.step)
