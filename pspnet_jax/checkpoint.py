@@ -350,14 +350,19 @@ def restore(
 
     def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         meta = metadata(workdir, step)
-        if model_differences(meta['config'], config):
+        if _refused(config_changes(meta['config'], config)):
             return {}, meta
         return _load(workdir, step, abstract, meta), meta
 
     if not steps(workdir):
         return None
     step, (parts, meta), passed_over = first_sound(workdir, 'last', read)
-    _check_same_model(workdir, meta['config'], config)
+    if refused := _refused(config_changes(meta['config'], config)):
+        raise CheckpointError(
+            f'{workdir} holds checkpoints that this config can not resume ({"; ".join(refused)}): '
+            'use another --workdir, to start from these weights with '
+            f'--config.train.init_from={workdir}, or the config that the run was trained with'
+        )
     for reason in passed_over.values():
         logger.warning('%s: resuming from step %d', reason, step)
     return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta
@@ -490,18 +495,30 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """'model.width is 32 there, 64 here' ... of two configs, for what the network is made of."""
-    old, new = there['model'], here['model']
+    only = [{'model': tree['model']} for tree in (there, here)]
+    return _refused(config_changes(*only))
+
+
+def config_changes(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (value there, value here)} of the knobs in which two configs differ.
+
+    A knob that is newer than a config is left out: it has its default, which changes nothing.
+    """
+    old, new = _flat(there), _flat(here)
+    return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {k: v if isinstance(v, dict) else {'': v} for k, v in tree.items()}
+    return {f'{k}.{knob}'.rstrip('.'): x for k, v in sections.items() for knob, x in v.items()}
+
+
+def _refused(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """'model.width is 32 there, 64 here' ... of changes that arrays do not fit."""
     return [
-        f'model.{key} is {old.get(key)!r:.200} there, {new.get(key)!r:.200} here'
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in NO_PART
+        f'{key} is {before!r:.200} there, {now!r:.200} here'
+        for key, (before, now) in changes.items()
+        if (key.startswith('model.') and key.removeprefix('model.') not in NO_PART)
+        or key == 'optim.name'
+        or (key in ('train.ema_decay', 'optim.clip_norm') and bool(before) != bool(now))
     ]
-
-
-def _check_same_model(workdir, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise CheckpointError naming each `model` key in which two configs differ."""
-    if differing := model_differences(there, here):
-        raise CheckpointError(
-            f'{workdir} holds checkpoints of another model ({"; ".join(differing)}): '
-            'use another workdir, or the config that it was trained with'
-        )

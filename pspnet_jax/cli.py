@@ -87,27 +87,64 @@ def prediction_changes() -> dict[str, Any]:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        check_config_flags(argv)
-        rest = flags.FLAGS(list(argv))
+        argv, unset = prepare(argv)
+        rest = flags.FLAGS(argv)
+        if unset:
+            flags.FLAGS['config'].value.update_from_flattened_dict(dict.fromkeys(unset))
     except PspnetError as error:
         _fail(error)
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        # A config file that raises comes wrapped in its whole traceback: the end says why.
-        reason = str(error).strip().splitlines()[-1]
-        _fail(ConfigError(f'{reason}{_allowed(reason)}'))
+        _fail(ConfigError(_reason(str(error))))
+    except Exception as error:  # raised by a config file, whose author needs the place
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f'{type(error).__name__}: {error}'
+        _fail(ConfigError(f'{place.filename}, line {place.lineno}: {reason}'))
     if len(rest) > 1:
         _fail(ConfigError(f'{rest[1:]} is not understood: flags are written --name=value'))
     return rest
 
 
-def check_config_flags(argv: Sequence[str]) -> None:
-    """Raise ConfigError for a --config that is no file and a --config.KEY that no config has."""
-    for argument in argv[1:]:
-        if match := re.match(r'--?config=([^:]+)', argument):
+def prepare(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the arguments as absl and ml_collections take them, keys of the config that become None).
+
+    A config's own folder is put on the path, so that its files can import each other. Raises
+    ConfigError for a --config that is no file, and a --config.KEY or None that no config has.
+    """
+    arguments, unset, rest = [argv[0]], [], iter(argv[1:])
+    for argument in rest:
+        if re.fullmatch(r'--?config(\.[\w.]+)?', argument):  # --config FILE
+            argument = f'{argument}={next(rest, "")}'
+        if match := re.match(r'--?config=([^:]*)', argument):
             if not Path(match[1]).is_file():
                 raise ConfigError(f'--config={match[1]} is not a file: see configs/ for those here')
-        elif (match := re.match(r'--?config\.([\w.]+)', argument)) and match[1] not in RULES:
-            raise ConfigError(f'--config.{match[1]} is not a key{nearest(match[1])}')
+            sys.path.append(str(Path(match[1]).absolute().parent))
+        elif match := re.match(r'--?config\.([\w.]+)=(.*)', argument, re.DOTALL):
+            key, value = match.groups()
+            if key not in RULES:
+                raise ConfigError(f'--config.{key} is not a key{nearest(key)}')
+            allowed, words = RULES[key]
+            if value == 'None':
+                if not allowed(None):
+                    raise ConfigError(f'--config.{key} can not be None: it must be {words}')
+                unset.append(key)
+                continue
+            if allowed(('a',)) and not re.match(r'\s*[(\[]', value):  # texts: a,b is two of them
+                texts = tuple(text.strip().strip('"\'') for text in value.split(',') if text)
+                argument = f'--config.{key}={texts!r}'
+        arguments.append(argument)
+    return arguments, unset
+
+
+def _reason(message: str) -> str:
+    """The last line of an error in a flag, and of one in a config file where it was raised."""
+    last = message.strip().splitlines()[-1]
+    places = re.findall(r'File "([^"]+\.py)", line (\d+)', message)
+    if ours := re.match(r'(?:\w+\.)*ValueError: (.*)', last):
+        return ours[1]
+    if places:
+        path, line = places[-1]
+        return f'{path}, line {line}: {last}'
+    return f'{last}{_allowed(last)}'
 
 
 def _allowed(message: str) -> str:

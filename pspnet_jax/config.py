@@ -170,6 +170,7 @@ RULES: dict[str, Rule] = {
     'optim.new_layer_factor': _POSITIVE,
     'optim.schedule': _one_of('poly', 'cosine', 'constant'),
     'optim.power': _POSITIVE,
+    'optim.warmup': _number(0, 1),
     'optim.warmup_steps': _integer(0),
     'optim.momentum': _number(0, 1),
     'optim.beta2': _number(0, 1),

@@ -27,6 +27,7 @@ from pspnet_jax import (
     hosts,
     infer,
     metrics,
+    paths,
     postprocess,
     report,
     visualize,
@@ -378,6 +379,7 @@ def evaluate_checkpoint(
             '--fit_temperature is for the patients of --split=validation: what is fitted on '
             'others would be tested on them'
         )
+    workdir, data = paths.local(workdir), data and str(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
     names, open_volumes = _volume_source(config, workdir, split, data)

@@ -28,7 +28,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import pspnet_jax
-from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, stablehlo
+from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, paths, stablehlo
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError, first_line
@@ -205,7 +205,7 @@ def export_checkpoint(
     """
     if min(size) < SMALLEST:
         raise ConfigError(f'size {size[0]} x {size[1]} is too small: {SMALLEST} x {SMALLEST} is')
-    target = Path(output) if output else Path(workdir) / FILES[fmt]
+    target = paths.local(output) if output else paths.local(workdir) / FILES[fmt]
     run = open_run(workdir, which)
     config, model, variables, inputs = run.config, run.model, run.variables, run.inputs
     crf_options = config.crf.to_dict() | ({} if crf else {'kernel': 'none'})

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pspnet_jax import checkpoint, models
+from pspnet_jax import checkpoint, models, paths
 from pspnet_jax.config import from_dict
 from pspnet_jax.errors import ConfigError, first_line
 from pspnet_jax.models.published import fixed_intensity
@@ -51,6 +51,7 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
     Damaged steps are passed over with a warning, unless one was asked for by its number. Raises
     CheckpointError where none is sound, ConfigError where the config has no network.
     """
+    workdir = paths.local(workdir)
     if not which:
         _, meta, _ = checkpoint.first_sound(
             workdir, 'last', functools.partial(checkpoint.metadata, workdir)

@@ -180,7 +180,7 @@ def test_metadata_of_another_run_does_not_vouch_for_these_arrays(copy):
         checkpoint.restore_variables(copy, 4, {'params': state.params})
     shutil.copy(others['wide'], folder / '4')
     with pytest.raises(
-        CheckpointError, match=r'another model \(model.width is 32 there, 16 here\)'
+        CheckpointError, match=r'can not resume \(model.width is 32 there, 16 here\)'
     ):
         checkpoint.restore(copy, new_state(config), to_dict(config))
 

@@ -100,7 +100,7 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     )
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    state, _, inputs, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path))
     expected = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     for tree in (state.params, state.ema_params):
         assert (np.asarray(tree['backbone']['conv1_1']['kernel']) == expected).all()

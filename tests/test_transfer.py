@@ -42,7 +42,7 @@ def started(workdir, channels=3, **changes):
     config = tiny_config(**changes)
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs = train.start_or_resume(config, model, tx, channels, str(workdir))
+    state, _, inputs, _ = train.start_or_resume(config, model, tx, channels, str(workdir))
     return state, inputs
 
 
