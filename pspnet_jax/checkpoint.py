@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pspnet_jax import hosts
 from pspnet_jax.errors import CheckpointError, first_line, not_written
+from pspnet_jax.paths import local
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ MOST_TIMES = 100  # the size of its folder: parameters are noise, their averages
 MOST_TEXT = 2**22  # bytes of a file that is no array's; 1,000 arrays need 150 kB
 CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax writes with
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of the network
+NO_PART = ('pretrained', 'class_names', 'stem')  # of the config's model section: not of the network
 
 
 class Writer:
@@ -469,7 +470,7 @@ def first_sound(
 def locate(where: str) -> tuple[str, str]:
     """(workdir, which) of 'WORKDIR@last', 'WORKDIR@260' or, for 'best', 'WORKDIR'."""
     workdir, which = re.fullmatch(r'(.+?)(?:@(best|last|\d+))?', where, re.DOTALL).groups()
-    return workdir, which or 'best'
+    return str(local(workdir)), which or 'best'
 
 
 def _load(workdir, step, abstract, meta) -> dict[str, Any]:

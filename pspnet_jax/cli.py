@@ -95,6 +95,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _fail(error)
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
         _fail(ConfigError(_reason(str(error))))
+    except SyntaxError as error:
+        _fail(ConfigError(f'{error.filename}, line {error.lineno}: SyntaxError: {error.msg}'))
     except Exception as error:  # raised by a config file, whose author needs the place
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f'{type(error).__name__}: {error}'

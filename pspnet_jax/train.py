@@ -43,7 +43,7 @@ from pspnet_jax import (
     transfer,
     visualize,
 )
-from pspnet_jax.config import to_dict, validate
+from pspnet_jax.config import to_dict, validate, with_absolute_paths
 from pspnet_jax.data import files, pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
 from pspnet_jax.errors import ConfigError, DataError, NonFiniteLossError, StoppedError
@@ -659,7 +659,7 @@ def train_and_evaluate(
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
     validate(config)
-    workdir = str(paths.local(workdir))
+    config, workdir = with_absolute_paths(config), str(paths.local(workdir))
     logger.info('config:\n%s', config)
     batch_size = config.train.batch_size
     if batch_size % jax.device_count():
