@@ -45,7 +45,9 @@ MOST_BYTES = 2**36  # of a state
 MOST_TIMES = 100  # the size of its folder: parameters are noise, their averages begin as zeros
 MOST_TEXT = 2**22  # bytes of a file that is no array's; 1,000 arrays need 150 kB
 CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax writes with
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+)  # fmt: skip
 NO_PART = ('pretrained', 'class_names', 'stem')  # of the config's model section: not of the network
 
 

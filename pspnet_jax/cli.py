@@ -4,6 +4,7 @@ exit status 1. What a command compiles is kept for the next.
 
 import logging
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from absl import logging as absl_logging
 
 from pspnet_jax import compilation, devices, hosts
 from pspnet_jax.config import RULES, nearest
-from pspnet_jax.errors import ConfigError, PspnetError, StoppedError
+from pspnet_jax.errors import ConfigError, DataError, PspnetError, StoppedError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,17 @@ LEAST = {'absl': logging.ERROR, 'asyncio': logging.CRITICAL + 1}
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
+    """Whether to print a record, whose texts and paths can then neither add a line nor steer a
+    terminal.
+    """
+    if isinstance(record.args, tuple):
+        record.args = tuple(_escaped(value) for value in record.args)
     package = record.name.split('.')[0]
     return package in OURS or record.levelno >= LEAST.get(package, logging.WARNING)
+
+
+def _escaped(value: Any) -> Any:
+    return one_line(str(value)) if isinstance(value, str | Path) else value
 
 
 def run(main: Callable[[], None]) -> None:
@@ -50,9 +60,16 @@ def run(main: Callable[[], None]) -> None:
         except StoppedError as error:
             print(error, file=sys.stderr)
             sys.exit(128 + error.signum)
+        except KeyboardInterrupt:  # outside the loop of training, which stops at a checkpoint
+            print('interrupted: the same command resumes', file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except PspnetError as error:
             hosts.leave_after_an_error(_line(error))
         except Exception as error:
+            if isinstance(error, OSError) and error.filename:  # closed, too long a name, gone
+                reason = f'{error.filename} can not be used ({error.strerror}): check its name '
+                reason += 'and permissions, or give another'
+                hosts.leave_after_an_error(_line(DataError(reason)))
             if not hosts.several():
                 raise
             traceback.print_exc()

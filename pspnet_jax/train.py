@@ -534,7 +534,8 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
-    logger.info('parameters:\n%s', parameter_table(state.params))
+    for line in parameter_table(state.params).splitlines():
+        logger.info('%s', line)
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
         state, meta = restored
@@ -547,7 +548,8 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             variables, config.train.init_from, channels=channels, stem=config.model.stem
         )
         normalization = normalize_as_there(config, theirs)
-        logger.info('weights %s', report)
+        for line in f'weights {report}'.splitlines():
+            logger.info('%s', line)
     elif config.model.pretrained:
         variables, theirs, report = pretrained.load_backbone(
             variables,
@@ -557,7 +559,7 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             options=config.model,
         )
         normalization = normalization and theirs
-        logger.info(report)
+        logger.info('%s', report)
     # A copy of the average: the step donates both, and a buffer can be donated once.
     params = variables['params']
     average = jax.tree.map(jnp.copy, params) if ema else None
@@ -925,8 +927,9 @@ def draw_curves(workdir: str) -> None:
 def tell_unread(unread: dict[int, str]) -> None:
     """The slices that could not be read, at the end of the run."""
     if unread:
-        listed = '\n  '.join(unread.values())
-        logger.warning('%d slice(s) were passed over, others used:\n  %s', len(unread), listed)
+        logger.warning('%d slice(s) could not be read, others were used:', len(unread))
+        for reason in unread.values():
+            logger.warning('  %s', reason)
 
 
 class _Callable(types.ModuleType):

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspnet_jax import checkpoint
-from pspnet_jax.errors import CheckpointError, ConfigError
+from pspnet_jax.errors import CheckpointError, ConfigError, one_line
 from pspnet_jax.models.pretrained import adapt_stem
 from pspnet_jax.models.published import Normalization
 from pspnet_jax.runs import open_run
@@ -83,6 +83,7 @@ def merge(
         f'  of another shape, as new: {"; ".join(differing.values()) or "none"}',
     ]
     lines += [f'  changed: {"; ".join(notes)}'] if notes else []
+    lines = [one_line(line) for line in lines]  # names of an untrusted file
     merged = unflatten_dict({**ours, **taken}, sep='/') if taken else None
     return merged, '\n'.join(lines)
 

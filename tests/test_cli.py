@@ -1,8 +1,10 @@
 """The commands as a person types them: one clear line and exit status 1."""
 
+import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -103,6 +105,32 @@ def test_none_and_lists_on_the_command_line(monkeypatch):
     assert config.data.images == ('a', 'b')
     assert config.model.class_names == ('x, y', 'z')
     assert config.predict.scales == (0.5, 1.0)
+
+
+def test_a_path_adds_no_line_to_the_log_and_steers_no_terminal():
+    """Neither as text nor as path; what is no text, such as an error, escapes by itself."""
+    name = 'a\n\x1b[2Jerror: forged'
+    record = logging.LogRecord(
+        'pspnet_jax.x', logging.INFO, 'x.py', 1, '%s is %s, %d', (name, Path(name), 3), None
+    )
+    assert cli._is_shown(record)
+    assert record.getMessage().isprintable()
+    assert record.getMessage().count('\\n\\x1b[2Jerror: forged') == 2
+
+
+@pytest.mark.parametrize('module', ['evaluate', 'predict', 'export', 'main'])
+def test_names_that_are_too_long_are_an_error_of_one_line(module, tmp_path):
+    name = f'--workdir={tmp_path}/{"x" * 300}'
+    more = {
+        'predict': ['--input=configs', f'--output={tmp_path}/out'],
+        'export': ['--format=onnx'],
+        'main': [PHANTOM],
+    }.get(module, [])
+    done = run(module, name, *more)
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert (done.returncode, len(errors)) == (1, 1)
+    assert 'File name too long' in errors[0]
+    assert 'Traceback' not in done.stderr
 
 
 def test_config_files_of_one_folder_import_each_other(monkeypatch, tmp_path):

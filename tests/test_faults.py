@@ -104,6 +104,14 @@ def test_training_on_all_data_ends_without_an_evaluation(tmp_path):
     assert checkpoint.steps(tmp_path)[-1] == 4
 
 
+def test_damaged_lines_of_the_log_are_counted_and_named(trained, tmp_path, caplog):
+    path = tmp_path / 'metrics.jsonl'
+    lines = (trained[0] / 'metrics.jsonl').read_text().splitlines()
+    path.write_text('\n'.join([lines[0], lines[1][:-9], *lines[2:], 'x']) + '\n')
+    assert len(log.read(tmp_path)) == len(lines) - 1
+    assert f'{path}: 2 line(s) are damaged and left out, the first is line 2' in caplog.text
+
+
 def test_two_runs_on_one_folder(tmp_path):
     code = f'from pspnet_jax import faults\nwith faults.alone({str(tmp_path)!r}): print("in")'
     other = [sys.executable, '-c', code]
