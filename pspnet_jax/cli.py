@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 # The packages whose INFO is printed: ours, and a command's own module.
 OURS = ('pspnet_jax', 'experiments', '__main__')
 # Of all others it is WARNING and above, but for these. Orbax, tfds and Grain log their inner
-# workings by absl's logger, and asyncio at length what Orbax raises on a damaged checkpoint.
-LEAST = {'absl': logging.ERROR, 'asyncio': logging.CRITICAL + 1}
+# workings by absl's logger, and what they raise at length before they raise it, asyncio too.
+LEAST = {'absl': logging.CRITICAL, 'asyncio': logging.CRITICAL + 1}
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
@@ -35,6 +35,12 @@ def _is_shown(record: logging.LogRecord) -> bool:
         record.args = tuple(_escaped(value) for value in record.args)
     package = record.name.split('.')[0]
     return package in OURS or record.levelno >= LEAST.get(package, logging.WARNING)
+
+
+def _print_unless_late(unraisable: Any) -> None:
+    """`sys.unraisablehook`, but for what Orbax's storage layer says once a save has failed."""
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
 
 
 def _escaped(value: Any) -> Any:
@@ -48,6 +54,7 @@ def run(main: Callable[[], None]) -> None:
     and its number, 143 for SIGTERM.
     """
     absl_logging.get_absl_handler().addFilter(_is_shown)
+    sys.unraisablehook = _print_unless_late
 
     def guarded(_) -> None:
         compilation.use_cache()
