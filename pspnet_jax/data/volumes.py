@@ -133,7 +133,7 @@ def free_memory() -> int:
         free = 1024 * int(found[1])
     else:
         free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
-    return max(min(free, *_group_limits(), *_process_limits()), 0)
+    return max(min([free, *_group_limits(), *_process_limits()]), 0)
 
 
 def _group_limits() -> Iterator[int]:
