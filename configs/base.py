@@ -96,6 +96,7 @@ def get_config(arg: str = '') -> ConfigDict:
     optim.new_layer_factor = 10.0  # pyramid and heads learn faster (semseg)
     optim.schedule = 'poly'  # poly, cosine, constant
     optim.power = 0.9  # of poly
+    optim.warmup = 0.1  # share of the run in which the rate rises; at most warmup_steps
     optim.warmup_steps = 50
     optim.momentum = 0.9  # of sgd, and Adam's b1
     optim.beta2 = 0.999  # of the Adams

@@ -46,7 +46,10 @@ def use_cache() -> None:
     up stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+        try:
+            home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+        except RuntimeError:  # a user without a home, as in some containers
+            return
         jax.config.update('jax_compilation_cache_dir', str(home / 'pspnet_jax' / 'xla'))
     _forget_the_damaged(Path(jax.config.jax_compilation_cache_dir))
 

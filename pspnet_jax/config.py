@@ -8,6 +8,7 @@ import difflib
 import json
 import reprlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ Rule = tuple[Callable[[Any], bool], str]  # is it allowed, and in words what is
 
 
 LARGEST = 2**31 - 1  # whole number
+EPOCHS = 50.0  # configs/base.py's, which stands where nobody has set another
 FURTHEST = 1e30  # other number: infinity is none
 LONGEST = 4096  # characters
 SHORT = reprlib.Repr()  # of values in errors, which may be of any length and depth
@@ -170,6 +172,7 @@ RULES: dict[str, Rule] = {
     'optim.new_layer_factor': _POSITIVE,
     'optim.schedule': _one_of('poly', 'cosine', 'constant'),
     'optim.power': _POSITIVE,
+    'optim.warmup': _number(0, 1),
     'optim.warmup_steps': _integer(0),
     'optim.momentum': _number(0, 1),
     'optim.beta2': _number(0, 1),
@@ -283,6 +286,11 @@ def _contradictions(config: ConfigDict):
         models.create(**model)
     except ValueError as error:
         yield f'model: {error}'
+    if train.steps and train.epochs != EPOCHS:
+        yield (
+            f'train.epochs is {train.epochs:g}, but train.steps is {train.steps} and goes before '
+            'it: add --config.train.steps=0 to count epochs'
+        )
     if train.batch_size % train.accumulate:
         yield (
             f'train.batch_size {train.batch_size} is not a multiple of '
@@ -305,6 +313,35 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+PATHS = (  # knobs that name a file or folder, which is looked for from where the command was given
+    'data.source', 'data.root', 'data.split_file', 'data.group', 'model.pretrained',
+    'train.init_from', 'distill.teacher',
+)  # fmt: skip
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy whose files and folders are found from any folder: evaluation may start in another.
+
+    ~ is expanded. What is not there, such as an expression or hf:REPO, stays as it is.
+    """
+    config = config.copy_and_resolve_references()
+
+    def absolute(text: str) -> str:
+        name, at, step = text.rpartition('@')  # WORKDIR@260
+        for path, rest in ((text, ''), (name, at + step)):
+            if path and Path(path).expanduser().exists():
+                return str(Path(path).expanduser().absolute()) + rest
+        return text
+
+    flat = flatten(config.to_dict())
+    changes = {key: absolute(flat[key]) for key in PATHS if flat[key]}
+    if config.data.name == 'folder' and not config.data.source:
+        changes['data.images'] = tuple(map(absolute, config.data.images))
+        changes['data.masks'] = absolute(config.data.masks)
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

@@ -17,28 +17,26 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image
 
 from pspnet_jax import (
     calibration,
-    checkpoint,
     cli,
     hosts,
     infer,
     metrics,
-    models,
+    paths,
     postprocess,
     report,
     visualize,
 )
-from pspnet_jax.config import from_dict, to_dict, with_prediction
+from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.data import files, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
-from pspnet_jax.errors import ConfigError, DataError, first_line
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.runs import open_run
 
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
 FIT_VOXELS = 50_000  # of each validation patient that the temperature is fitted on
@@ -321,33 +319,6 @@ def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
     }
 
 
-def restore_model(workdir: str | Path, which: str = ''):
-    """(config, module, variables, intensity, step) of a training run's checkpoint folder alone.
-
-    `which` is 'best', 'last' or a step; '' takes the config's `eval.checkpoint`.
-    """
-    step = checkpoint.choose(workdir, which or 'last')
-    meta = checkpoint.metadata(workdir, step)
-    config = from_dict(meta['config'])
-    if not which:
-        step = checkpoint.choose(workdir, config.eval.checkpoint)
-    model = models.create(**config.model)
-    shapes = abstract_variables(model, meta['inputs']['channels'])
-    variables = checkpoint.restore_variables(workdir, step, shapes)
-    return config, model, variables, fixed_intensity(meta['inputs']), step
-
-
-def abstract_variables(model, channels: int) -> dict[str, Any]:
-    """Shapes and types of all that a network has. Raises ConfigError where it can't be built."""
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    try:
-        return jax.eval_shape(init, jax.random.key(0), image)
-    except Exception as error:  # of each layer its own: the config may be a stranger's
-        reason = first_line(error)
-        raise ConfigError(f'there is no network of such a model section: {reason}') from error
-
-
 def fit_temperature(
     predict_fn: PredictFn,
     data: Iterable[Volume],
@@ -408,8 +379,9 @@ def evaluate_checkpoint(
             '--fit_temperature is for the patients of --split=validation: what is fitted on '
             'others would be tested on them'
         )
-    config, model, variables, intensity, step = restore_model(workdir, which)
-    config = with_prediction(config, changes)
+    workdir, data = paths.local(workdir), data and str(paths.local(data))
+    run = open_run(workdir, which)
+    config, step = with_prediction(run.config, changes), run.step
     names, open_volumes = _volume_source(config, workdir, split, data)
     folder = Path(workdir) / 'pictures'
 
@@ -418,9 +390,9 @@ def evaluate_checkpoint(
         with files.writing(folder / f'{volume.patient}.png') as aside:
             Image.fromarray(picture).save(aside, 'png')
 
-    program = infer.compile_predict(model, **program_options(config))
-    predict_fn = functools.partial(program, jax.device_put(variables))
-    how = {'batch_size': config.eval.batch_size, 'intensity': intensity}
+    program = infer.compile_predict(run.model, **program_options(config))
+    predict_fn = functools.partial(program, jax.device_put(run.variables))
+    how = {'batch_size': config.eval.batch_size, 'intensity': run.intensity}
     if fit:
         classes = {
             'num_classes': config.model.num_classes,
@@ -444,7 +416,11 @@ def evaluate_checkpoint(
         order=names,
     )
     result['data'] |= {'source': data or config.data.name, 'split': '' if data else split}
-    result['checkpoint'] = {'step': step, 'config': to_dict(config)}
+    result['checkpoint'] = {
+        'step': step,
+        'passed_over': {str(n): reason for n, reason in run.passed_over.items()},
+        'config': to_dict(config),
+    }
     if not hosts.is_first():
         return result
     path = Path(workdir) / 'evaluation.json'

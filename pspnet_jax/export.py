@@ -28,13 +28,13 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import pspnet_jax
-from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, stablehlo
+from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, paths, stablehlo
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError, first_line
-from pspnet_jax.evaluate import abstract_variables, restore_model
 from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.runs import abstract_variables, open_run
 
 FILES = {
     'stablehlo': 'model.stablehlo.zip',
@@ -205,16 +205,16 @@ def export_checkpoint(
     """
     if min(size) < SMALLEST:
         raise ConfigError(f'size {size[0]} x {size[1]} is too small: {SMALLEST} x {SMALLEST} is')
-    target = Path(output) if output else Path(workdir) / FILES[fmt]
-    config, model, variables, intensity, step = restore_model(workdir, which)
-    inputs = checkpoint.metadata(workdir, step)['inputs']
+    target = paths.local(output) if output else paths.local(workdir) / FILES[fmt]
+    run = open_run(workdir, which)
+    config, model, variables, inputs = run.config, run.model, run.variables, run.inputs
     crf_options = config.crf.to_dict() | ({} if crf else {'kernel': 'none'})
     check_crf(fmt, crf_options['kernel'])
     if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
-    metadata = describe(fmt, config, inputs, step, size, crf_options['kernel'])
+    metadata = describe(fmt, config, inputs, run.step, size, crf_options['kernel'])
     function = functools.partial(
-        serve, variables=variables, model=model, intensity=intensity, crf_options=crf_options
+        serve, variables=variables, model=model, intensity=run.intensity, crf_options=crf_options
     )
     made = [folder for folder in target.parents if not folder.exists()]
     try:
@@ -234,7 +234,7 @@ def export_checkpoint(
                 reference,
                 variables=variables,
                 predict_fn=infer.compile_predict(model, crf_options=crf_options),
-                intensity=intensity,
+                intensity=run.intensity,
             )
             other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
             limit = TOLERANCE[jnp.dtype(model.dtype).name]

@@ -46,7 +46,8 @@ from pspnet_jax.data import files, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import free_memory, measure_intensity, normalize
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
-from pspnet_jax.evaluate import label_options, program_options, restore_model
+from pspnet_jax.evaluate import label_options, program_options
+from pspnet_jax.runs import open_run
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +101,12 @@ def load(
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
-    runs = [restore_model(workdir, which) for workdir in workdirs]
-    config, model, variables, intensity, step = runs[0]
-    config = with_prediction(config, changes)
-    for workdir, (other, _, _, scale, _) in zip(workdirs[1:], runs[1:], strict=True):
-        faults = checkpoint.model_differences(to_dict(runs[0][0]), to_dict(other))
-        if not np.array_equal(intensity, scale):
+    runs = [open_run(workdir, which) for workdir in workdirs]
+    first, variables = runs[0], runs[0].variables
+    config = with_prediction(first.config, changes)
+    for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
+        faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
+        if not np.array_equal(first.intensity, other.intensity):
             faults.append('images are normalised in two ways: data.normalize')
         ours, theirs = runs[0][0].model.class_names, other.model.class_names
         if ours and theirs and ours != theirs:
@@ -117,12 +118,11 @@ def load(
             )
     ensemble = len(runs) > 1
     if ensemble:
-        variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run[2] for run in runs))
-    program = infer.compile_predict(model, ensemble=ensemble, **program_options(config))
-    channels = checkpoint.metadata(workdirs[0], step)['inputs']['channels']
+        variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
+    program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(workdirs[0], step)
-    return Predictor(config, predict_fn, intensity, channels, temperature)
+    temperature = 1.0 if ensemble else calibration.load(workdirs[0], first.step)
+    return Predictor(config, predict_fn, first.intensity, first.channels, temperature)
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

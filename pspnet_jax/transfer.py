@@ -13,10 +13,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspnet_jax import checkpoint
-from pspnet_jax.errors import CheckpointError, ConfigError
-from pspnet_jax.evaluate import restore_model
+from pspnet_jax.errors import CheckpointError, ConfigError, one_line
 from pspnet_jax.models.pretrained import adapt_stem
 from pspnet_jax.models.published import Normalization
+from pspnet_jax.runs import open_run
 
 
 def first_weights(
@@ -29,15 +29,15 @@ def first_weights(
     CheckpointError where there is no checkpoint, and where nothing of it fits.
     """
     workdir, which = checkpoint.locate(where)
-    config, _, theirs, _, step = restore_model(workdir, which)
-    inputs = checkpoint.metadata(workdir, step)['inputs']
+    run = open_run(workdir, which)
     merged, report = merge(
-        variables, theirs, channels=channels, their_channels=inputs['channels'], stem=stem
+        variables, run.variables, channels=channels, their_channels=run.channels, stem=stem
     )
-    name = f'{workdir}, step {step} ({config.model.name}, {config.model.num_classes} classes)'
+    theirs = run.config.model
+    name = f'{workdir}, step {run.step} ({theirs.name}, {theirs.num_classes} classes)'
     if merged is None:
         raise CheckpointError(f'nothing of {name} fits this network:\n{report}')
-    normalization = inputs['normalization']
+    normalization = run.inputs['normalization']
     return merged, normalization and Normalization(**normalization), f'from {name}:\n{report}'
 
 
@@ -83,6 +83,7 @@ def merge(
         f'  of another shape, as new: {"; ".join(differing.values()) or "none"}',
     ]
     lines += [f'  changed: {"; ".join(notes)}'] if notes else []
+    lines = [one_line(line) for line in lines]  # names of an untrusted file
     merged = unflatten_dict({**ours, **taken}, sep='/') if taken else None
     return merged, '\n'.join(lines)
 
@@ -125,12 +126,12 @@ def load_teacher(
     Raises ConfigError that names both sides, and CheckpointError.
     """
     workdir, which = checkpoint.locate(where)
-    config, teacher, variables, _, step = restore_model(workdir, which)
-    theirs = checkpoint.metadata(workdir, step)['inputs']
-    name = f'distill.teacher {workdir}, step {step},'
-    if config.model.num_classes != student.num_classes:
+    run = open_run(workdir, which)
+    teacher, theirs = run.model, run.inputs
+    name = f'distill.teacher {workdir}, step {run.step},'
+    if run.config.model.num_classes != student.num_classes:
         raise ConfigError(
-            f'{name} has {config.model.num_classes} classes, this run has '
+            f'{name} has {run.config.model.num_classes} classes, this run has '
             f'{student.num_classes} (model.num_classes): make them the same'
         )
     if class_names and config.model.class_names not in ((), tuple(class_names)):
@@ -154,7 +155,7 @@ def load_teacher(
                 f'distill.pairwise compares the backbones, and {side} '
                 f'({type(module).__name__}) has none: set it to 0'
             )
-    return teacher, variables
+    return teacher, run.variables
 
 
 def _same_normalization(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:

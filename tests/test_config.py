@@ -67,6 +67,7 @@ def test_a_config_from_before_a_knob_has_its_default():
             'model.dropout is 2.0: it must be None (configs/base.py says what that is) or a',
         ),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
+        ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and goes before it'),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
@@ -98,6 +99,26 @@ def test_every_fault_is_listed_at_once():
         'optim.learning_rate is 0.0',
     ):
         assert words in str(caught.value)
+
+
+def test_paths_are_kept_whole_and_expressions_as_they_are(tmp_path, monkeypatch):
+    """So that a run can be evaluated from another folder than that in which it was trained."""
+    (tmp_path / 'own' / 'images').mkdir(parents=True)
+    (tmp_path / 'teacher').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config = tiny_config(**{
+        'data.name': 'folder', 'data.images': ('own/images',), 'data.group': '(.+)_',
+        'model.pretrained': 'hf:timm/resnet18', 'distill.teacher': '~/teacher@260',
+    })  # fmt: skip
+    whole = rules.with_absolute_paths(config)
+    assert whole.data.images == (f'{tmp_path}/own/images',)
+    assert whole.distill.teacher == f'{tmp_path}/teacher@260'
+    assert (whole.data.group, whole.model.pretrained) == ('(.+)_', 'hf:timm/resnet18')
+    assert config.data.images == ('own/images',)
+    config.data.source = 'own'
+    assert rules.with_absolute_paths(config).data.source == f'{tmp_path}/own'
+    assert base.get_config().train.epochs == rules.EPOCHS
 
 
 def test_every_knob_is_read():

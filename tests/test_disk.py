@@ -94,6 +94,7 @@ def last_line_of_a_run(workdir):
         cwd=ROOT, capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
+    assert 'Traceback' not in done.stderr
     return done.stderr.strip().splitlines()[-1]
 
 

@@ -11,6 +11,7 @@ from pspnet_jax.config import with_prediction
 from pspnet_jax.data import sources
 from pspnet_jax.data.volumes import Volume, iterate_volumes, normalize, select
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
+from pspnet_jax.runs import open_run
 from tests.conftest import write_case
 
 OPTIONS = {
@@ -246,14 +247,14 @@ def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_pat
     )
     predicted = [row['predicted_voxels'] for row in result['patients']]
     assert predicted != [row['predicted_voxels'] for row in trained[1]['patients']]
-    config, model, variables, intensity, _ = evaluate.restore_model(workdir)
-    config = with_prediction(config, changes)
-    program = infer.compile_predict(model, window=24, flip=True, batch_size=4)
+    run = open_run(workdir)
+    config = with_prediction(run.config, changes)
+    program = infer.compile_predict(run.model, window=24, flip=True, batch_size=4)
     slices, parts = sources.load(config, workdir / 'splits.json')
     volumes = iterate_volumes(select(slices, parts['test']))
     for voxels, item in zip(predicted, volumes, strict=True):
-        image = normalize(item.image, item.intensity if intensity is None else intensity)
-        assert (program(variables, image)[..., 1] > 0.2).sum() == pytest.approx(voxels, abs=2)
+        image = normalize(item.image, item.intensity if run.intensity is None else run.intensity)
+        assert (program(run.variables, image)[..., 1] > 0.2).sum() == pytest.approx(voxels, abs=2)
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):

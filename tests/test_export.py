@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 import pspnet_jax
-from pspnet_jax import checkpoint, evaluate, export, infer, models, onnx_graph
+from pspnet_jax import checkpoint, export, infer, models, onnx_graph
 from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
 from pspnet_jax.models import layers
 from pspnet_jax.models.published import IMAGENET
+from pspnet_jax.runs import open_run
 from tests.conftest import ROOT, random_variables, tiny_config
 
 # Every network, and what makes it small. All are exported with symbols for batch, height and
@@ -218,11 +219,12 @@ def exported(trained, tmp_path_factory):
 
 def expected_of(workdir, image):
     """As `evaluate` predicts a volume, in numpy but for the network."""
-    config, model, variables, intensity, _ = evaluate.restore_model(workdir)
+    run = open_run(workdir)
+    intensity = run.intensity
     if intensity is None:
         intensity = volumes.measure_intensity(image)
-    predict = infer.compile_predict(model, crf_options=config.crf)
-    return predict(variables, volumes.normalize(image, intensity))
+    predict = infer.compile_predict(run.model, crf_options=run.config.crf)
+    return predict(run.variables, volumes.normalize(image, intensity))
 
 
 @pytest.mark.parametrize('fmt', export.FILES)
@@ -297,7 +299,7 @@ def test_metadata_is_plain_json_in_each_format(exported):
 
 def test_saved_parameters_are_the_checkpoints_to_the_bit(exported, trained):
     variables, _ = export.read_params(exported('savedparams'))
-    expected = evaluate.restore_model(trained[0])[2]
+    expected = open_run(trained[0]).variables
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 

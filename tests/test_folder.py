@@ -1,6 +1,7 @@
 """Folders of pictures and masks: what masks mean, whose picture it is, every fault at once."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -433,3 +434,12 @@ def test_a_class_that_no_pixel_has_is_named(tmp_path):
         write(tmp_path, f'p{n}', mask=(LABELS == 1).astype(np.uint8))
     with pytest.raises(DataError, match=r'no pixel is of class 2: lower model\.num_classes'):
         check.check(config_of(tmp_path, **{'model.num_classes': 3}), tmp_path / 'out')
+
+
+def test_an_expression_that_never_ends_is_refused(monkeypatch):
+    """As a run from elsewhere may bring: its config is untrusted."""
+    monkeypatch.setattr(folder, 'EXPRESSION_SECONDS', 0.2)
+    with pytest.raises(DataError, match=r'takes more than 0\.2 seconds: write it in a simpler way'):
+        folder.group_stems(['a' * 60 + 'b'], '((a+)+)$')
+    assert folder.group_stems(['aab'], '(a+)') == ({'aab': 'aa'}, [])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

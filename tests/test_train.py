@@ -263,13 +263,13 @@ def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
     changes = {'train.patience': 2, 'train.validate_every': 1, 'train.steps': 9}
     for _ in range(2):
         train.train_and_evaluate(tiny_config(**changes), str(tmp_path))
-        assert checkpoint.choose(tmp_path, 'last') == 4
+        assert checkpoint.steps(tmp_path)[-1] == 4
         assert checkpoint.metadata(tmp_path, 4)['progress'] == {
             'best_dice': 0.6,
             'stale': 2,
             'skipped': 0,
         }
-        assert checkpoint.choose(tmp_path, 'best') in (2, 3)  # of equal Dice
+        assert checkpoint.candidates(tmp_path, 'best')[0] in (2, 3)  # of equal Dice
 
 
 def test_pmap_trains_and_checkpoints_like_jit(trained, tmp_path):

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, evaluate, models, optim, train, transfer
+from pspnet_jax import checkpoint, models, optim, train, transfer
 from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.errors import CheckpointError, ConfigError
 from pspnet_jax.models import published
+from pspnet_jax.runs import open_run
 from tests.conftest import PSPNET, tiny_config
 from tests.test_train import CE_ONLY, Pixelwise, batch_of
 
@@ -41,7 +42,7 @@ def started(workdir, channels=3, **changes):
     config = tiny_config(**changes)
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs = train.start_or_resume(config, model, tx, channels, str(workdir))
+    state, _, inputs, _ = train.start_or_resume(config, model, tx, channels, str(workdir))
     return state, inputs
 
 
@@ -56,7 +57,7 @@ def test_a_run_that_starts_from_another_has_its_evaluated_weights(trained, tmp_p
     """Those are the averaged parameters of the best step; the average begins there too."""
     workdir, _ = trained
     state, _ = started(tmp_path, **{'train.init_from': str(workdir)})
-    *_, theirs, _, _ = evaluate.restore_model(workdir, 'best')
+    theirs = open_run(workdir, 'best').variables
     ours = {'params': state.params, 'batch_stats': state.batch_stats}
     for key, x in flat(theirs).items():
         np.testing.assert_array_equal(flat(ours)[key], x, err_msg=key)

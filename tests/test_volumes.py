@@ -1,10 +1,14 @@
 """Slices, volumes and their intensity scale."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 
 from pspnet_jax.data import phantom, volumes
+from tests.conftest import ROOT
 
 
 def two_volumes(rng):
@@ -84,3 +88,33 @@ def test_slices_in_memory_are_decoded_once(monkeypatch):
     for bytes_free, same in ((free, False), (free - 1, True)):
         monkeypatch.setattr(volumes, 'free_memory', lambda n=bytes_free: n)
         assert (volumes.in_memory(slow) is slow) == same
+
+
+def test_free_memory_is_the_containers_and_the_ulimits(tmp_path, monkeypatch):
+    """Of the groups above, too; pages of files that can be dropped count as free."""
+    monkeypatch.setattr(volumes, 'GROUPS', tmp_path)
+    monkeypatch.setattr(volumes, 'OWN_GROUP', tmp_path / 'own')
+    machine = volumes.free_memory()
+    (tmp_path / 'own').write_text('12:cpu:/x\n0::/slurm/job\n')
+    job = tmp_path / 'slurm' / 'job'
+    job.mkdir(parents=True)
+    for folder, limit, used in ((job, 'max', 70), (job.parent, 5 << 20, 3 << 20)):
+        (folder / 'memory.max').write_text(f'{limit}\n')
+        (folder / 'memory.current').write_text(f'{used}\n')
+        (folder / 'memory.stat').write_text('anon 5\ninactive_file 1048576\n')
+    assert volumes.free_memory() == 3 << 20
+    (job / 'memory.max').write_text(str(1 << 20))
+    assert volumes.free_memory() == (2 << 20) - 70
+    older = tmp_path / 'memory' / 'docker'
+    older.mkdir(parents=True)
+    (tmp_path / 'own').write_text('4:memory:/docker\n')
+    (older / 'memory.limit_in_bytes').write_text('5000')
+    (older / 'memory.usage_in_bytes').write_text('6000')
+    (older / 'memory.stat').write_text('')
+    assert volumes.free_memory() == 0
+    (tmp_path / 'own').unlink()
+    assert volumes.free_memory() == pytest.approx(machine, rel=0.2)
+    code = 'import resource; from pspnet_jax.data import volumes\n'
+    code += 'resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); print(volumes.free_memory())'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, check=True)
+    assert 0 < int(done.stdout) < 2**34

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 MOST_LISTED = 50  # faults in one error
+EXPRESSION_SECONDS = 10  # for all names: a run's expression may be untrusted
 MAX_NAME = 200  # characters of a patient, as file systems take 255 bytes with what we add
 
 
@@ -131,7 +132,8 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
             raise DataError(f'data.group {group!r} is no regular expression: {error}') from error
         if not expression.groups:
             raise DataError(f'data.group {group!r} has no group: put the patient in (), as "(.+)_"')
-        found = ((stem, expression.search(stem)) for stem in stems)
+        with text.within(EXPRESSION_SECONDS, f'data.group {group!r}'):
+            found = [(stem, expression.search(stem)) for stem in stems]
         table = {stem: match[1] for stem, match in found if match and match[1]}
         remedy = f'data.group {group!r} must find one in it'
     faults = [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
