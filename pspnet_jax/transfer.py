@@ -134,9 +134,10 @@ def load_teacher(
             f'{name} has {run.config.model.num_classes} classes, this run has '
             f'{student.num_classes} (model.num_classes): make them the same'
         )
-    if class_names and config.model.class_names not in ((), tuple(class_names)):
+    named = run.config.model.class_names
+    if class_names and named not in ((), tuple(class_names)):
         raise ConfigError(
-            f'{name} calls its classes {config.model.class_names}, this run {tuple(class_names)} '
+            f'{name} calls its classes {named}, this run {tuple(class_names)} '
             '(model.class_names): give this run the names of the teacher'
         )
     if theirs['channels'] != inputs['channels']:

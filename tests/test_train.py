@@ -15,6 +15,7 @@ from pspnet_jax import checkpoint, compilation, evaluate, log, models, optim, tr
 from pspnet_jax.data import phantom, pipeline, sources
 from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
 from pspnet_jax.models import convolution, unet
+from pspnet_jax.runs import open_run
 from tests.conftest import PSPNET, tiny_config
 from tests.test_folder import BOXES, annotate, squares
 
@@ -58,7 +59,7 @@ def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monke
     monkeypatch.setattr(sources, 'load', load)
     train.train_and_evaluate(config, run)
     assert config.model.class_names == ()  # the caller's own
-    assert evaluate.restore_model(run)[0].model.class_names == named
+    assert open_run(run).config.model.class_names == named
     monkeypatch.setattr(train, 'evaluate_checkpoint', lambda *_, **__: None)
     config.train.steps = 2
     train.train_and_evaluate(config, run)
