@@ -14,6 +14,7 @@ from pspnet_jax import cli, devices
 from pspnet_jax.errors import ConfigError
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.newest
 LINE = r'\d+ devices?: \w+, .+, jax ' + re.escape(jax.__version__)
 
 
