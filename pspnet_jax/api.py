@@ -65,9 +65,10 @@ class Model:
             masks=str(Path(masks).absolute()),
             mixed_sizes=True,
         )
+        found = volumes.iterate_volumes(slices)
         return evaluate_volumes(
             self.predictor.predict_fn,
-            volumes.iterate_volumes(slices),
+            (volumes.with_channels(volume, self.predictor.channels) for volume in found),
             intensity=self.predictor.intensity,
             **evaluate_options(config),
             label_options=label_options(config),

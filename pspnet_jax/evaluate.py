@@ -410,7 +410,8 @@ def evaluate_checkpoint(
         )
     config, model, variables, intensity, step = restore_model(workdir, which)
     config = with_prediction(config, changes)
-    names, open_volumes = _volume_source(config, workdir, split, data)
+    channels = checkpoint.metadata(workdir, step)['inputs']['channels']
+    names, open_volumes = _volume_source(config, workdir, split, data, channels)
     folder = Path(workdir) / 'pictures'
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
@@ -465,10 +466,10 @@ def evaluate_checkpoint(
 
 
 def _volume_source(
-    config, workdir, split: str, data: str
+    config, workdir, split: str, data: str, channels: int
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these.
+    time, or those of these, with the network's channels.
     """
     if data and (Path(data).expanduser() / config.data.images[0]).is_dir():
         slices = sources.read_folder(config, source=data, mixed_sizes=True)
@@ -480,7 +481,8 @@ def _volume_source(
 
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
-            return (lgg.read_case(case, size=None) for case in chosen)
+            found_volumes = (lgg.read_case(case, size=None) for case in chosen)
+            return (volumes.with_channels(volume, channels) for volume in found_volumes)
 
         return [case.patient for case in found], open_folder
     else:
@@ -500,7 +502,7 @@ def _volume_source(
         for volume in volumes.iterate_volumes(volumes.select(slices, chosen)):
             own = volume.patient
             if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
-                yield volume
+                yield volumes.with_channels(volume, channels)
 
     return sorted(parts[split]), open_split
 

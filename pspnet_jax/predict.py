@@ -44,7 +44,13 @@ from pspnet_jax import calibration, checkpoint, cli, hosts, infer, postprocess, 
 from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.data import files, video
 from pspnet_jax.data.files import Picture
-from pspnet_jax.data.volumes import free_memory, measure_intensity, normalize
+from pspnet_jax.data.volumes import (
+    check_kind,
+    fit_channels,
+    free_memory,
+    measure_intensity,
+    normalize,
+)
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
 from pspnet_jax.evaluate import label_options, program_options, restore_model
 
@@ -56,6 +62,8 @@ RESULT = re.compile(r'.*_(mask|probability|probability_\d+|overlay|outline|panel
 VOLUME_BYTES = 2**31  # decoded; more pictures of one name are no volume but an album
 CHUNK_BYTES = 2**28  # of pictures that are sorted by size to be predicted together
 WINDOW_PIXELS = 2**24  # of images whose tiles are blended at a time
+MOST_FRAMES = 64  # of a video that its intensity scale is measured on
+FRAME_PIXELS = 2**14  # of each of them
 SIZES = 8  # of images, after which the log recommends tiles
 
 
@@ -130,7 +138,7 @@ def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, 
     image_DHWC = {2: image[None, ..., None], 3: image[None], 4: image}.get(image.ndim)
     if image_DHWC is None or not image.size:
         raise DataError(f'an array of shape {image.shape} is no image: give H W, H W C or D H W C')
-    image_DHWC = fit_channels(image_DHWC, predictor.channels, f'an array of shape {image.shape}')
+    image_DHWC = as_taken(predictor, image_DHWC, f'an array of shape {image.shape}')
     ((labels, prob),) = segment(predictor, [_case(predictor, image_DHWC)], probabilities=True)
     return (labels, prob) if image.ndim == 4 else (labels[0], prob[0])
 
@@ -171,16 +179,11 @@ def segment(
     ]
 
 
-def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray:
-    """Grey as three equal channels where the network takes three, and the other way round."""
-    found = image_DHWC.shape[-1]
-    if found == channels:
-        return image_DHWC
-    if (found, channels) == (1, 3):
-        return np.repeat(image_DHWC, 3, axis=-1)
-    if (found, channels) == (3, 1) and (image_DHWC == image_DHWC[..., :1]).all():
-        return image_DHWC[..., :1]
-    raise DataError(f'{name} has {found} channels, the network takes {channels}: give it these')
+def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndarray:
+    """The image with the network's channels. Raises DataError for one that it can't take."""
+    if predictor.intensity is not None:
+        check_kind(image_DHWC, predictor.intensity, name)
+    return fit_channels(image_DHWC, predictor.channels, name)
 
 
 def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -> Case:
@@ -320,7 +323,7 @@ def read_cases(
         try:
             picture = files.read(path)
             _check_memory(picture, predictor.config.model.num_classes)
-            image_DHWC = fit_channels(picture.image, predictor.channels, path)
+            image_DHWC = as_taken(predictor, picture.image, path)
             if len(image_DHWC) == 1 and picture.geometry is None:
                 slices[image_DHWC.shape].append((path, picture, image_DHWC))
                 continue
@@ -457,12 +460,14 @@ def write_results(item, *, predictor: Predictor, save: Sequence[str]) -> tuple[i
     count, predicted, faults = item
     config = predictor.config
     for case, labels_DHW, prob_DHWK in predicted:
-        first = 0
+        first, shown = 0, case.intensity
+        if predictor.intensity is not None and case.image.dtype != np.uint8:
+            shown = measure_intensity(case.image)  # the run's own range is wider than is looked at
         for picture, stem in zip(case.pictures, case.stems, strict=True):
             part = slice(first, first + len(picture.image))
             first = part.stop
             prob = None if prob_DHWK is None else prob_DHWK[part]
-            _write(stem, picture, case.image[part], case.intensity, labels_DHW[part], prob,
+            _write(stem, picture, case.image[part], shown, labels_DHW[part], prob,
                    save=save, config=config)  # fmt: skip
     return count, faults
 
@@ -526,6 +531,26 @@ class Speed(NamedTuple):
         return f'{name}: {self.frames} frames of {self.rate:.4g} a second{reached}'
 
 
+class Spread:
+    """Frames evenly spread over the `count` that were added, at most MOST_FRAMES, made coarse."""
+
+    def __init__(self):
+        self.frames, self.count, self._every = [], 0, 1
+
+    def add(self, frame_HWC: np.ndarray) -> None:
+        if self.count % self._every == 0:
+            H, W = frame_HWC.shape[:2]
+            step = math.ceil(math.sqrt(H * W / FRAME_PIXELS))
+            self.frames.append(frame_HWC[::step, ::step].copy())
+        self.count += 1
+        if len(self.frames) > MOST_FRAMES:
+            self.frames, self._every = self.frames[::2], 2 * self._every
+
+    def fitted(self, predictor: Predictor, name: str) -> np.ndarray:
+        """D h w C, as the network takes them."""
+        return as_taken(predictor, np.stack(self.frames), name)
+
+
 def predict_video(
     predictor: Predictor,
     source: Path | int,
@@ -538,20 +563,39 @@ def predict_video(
 
     `source` is a file or the number of a camera, which is read to `limit` frames or until
     Ctrl-C. Decoding, the network and encoding run at once. Where each volume has its own
-    intensity scale, a video's is that of its first batch. Raises DataError.
+    intensity scale, that of a file is measured over frames from its start to its end, and that of
+    a camera again and again over those it has given so far. Raises DataError.
     """
     name = f'camera {source}' if isinstance(source, int) else str(source)
     batch_size, classes = predictor.config.eval.batch_size, predictor.config.model.num_classes
     results = [(kind, *item) for kind in save for item in _names(kind, classes).items()]
     exact = ('mask', 'probability')
-    intensity, frames, first, start = None, 0, 0, math.nan
+    intensity, seen, frames, first, start = predictor.intensity, Spread(), 0, 0, math.nan
+    if intensity is None and not isinstance(source, int):
+        with video.reading(source) as (_, _, pictures):
+            for frame in pictures:
+                seen.add(frame)
+        if seen.frames:
+            intensity = _case(predictor, seen.fitted(predictor, name)).intensity
+            logger.info(
+                '%s: one intensity scale, measured over %d of its %d frames',
+                name, len(seen.frames), seen.count,
+            )  # fmt: skip
+    running = intensity is None and isinstance(source, int)
+    if running:
+        logger.info(
+            '%s: its intensity scale is that of the frames so far, so the first masks have a '
+            'scale that changes', name,
+        )  # fmt: skip
 
     def predicted(batches: Iterable[list[np.ndarray]]) -> Iterator[list]:
         nonlocal intensity, first, start
         for batch in batches:
-            image_DHWC = fit_channels(np.stack(batch), predictor.channels, name)
-            if intensity is None:
-                intensity = _case(predictor, image_DHWC).intensity
+            image_DHWC = as_taken(predictor, np.stack(batch), name)
+            if running:
+                for frame in batch:
+                    seen.add(frame)
+                intensity = _case(predictor, seen.fitted(predictor, name)).intensity
             cases = [Case(image[None], intensity) for image in image_DHWC]
             labelled = segment(predictor, cases, probabilities='probability' in save)
             if not first:

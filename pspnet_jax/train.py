@@ -514,7 +514,7 @@ def normalize_as_there(
         return theirs
     ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
     if ours != theirs:
-        there, here = (transfer.words(x and x._asdict()) for x in (theirs, ours))
+        there, here = (transfer.words({'normalization': x and x._asdict()}) for x in (theirs, ours))
         logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
@@ -525,9 +525,18 @@ def normalize_as_there(
     return ours
 
 
-def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
+def start_or_resume(
+    config: ConfigDict,
+    model,
+    tx,
+    channels: int,
+    workdir: str,
+    measure: Callable[[], np.ndarray | None] = lambda: None,
+):
     """(state, progress, inputs): from the newest sound checkpoint, else new, pretrained or from
     another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s.
+
+    `measure` is `volumes.joint_range` of the training images, asked for where one scale is for all.
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
@@ -561,9 +570,10 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     state = state.replace(
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
-    normalization = normalization and normalization._asdict()
-    logger.info('images are normalised %s', transfer.words(normalization))
-    inputs = {'channels': channels, 'normalization': normalization}
+    inputs = {'channels': channels, 'normalization': normalization and normalization._asdict()}
+    if normalization and (scale := measure()) is not None:
+        inputs['range'] = scale.tolist()
+    logger.info('images are normalised %s', transfer.words(inputs))
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs
 
 
@@ -713,7 +723,9 @@ def run_steps(
     # Model, optimiser, state: restored, or new with pretrained weights.
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(steps=total, **config.optim)
-    state, progress, inputs = start_or_resume(config, model, tx, channels, workdir)
+    state, progress, inputs = start_or_resume(
+        config, model, tx, channels, workdir, lambda: volumes.joint_range(split['train'])
+    )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
     intensity = published.fixed_intensity(inputs)
     teacher, distill = None, config.distill.to_dict()

@@ -196,6 +196,19 @@ def test_volumes_bring_their_slices_and_their_spacing(tmp_path, rng):
         assert volume.spacing == slices.spacing[name]
 
 
+def test_the_range_of_what_has_not_8_bits_is_measured(tmp_path, rng):
+    deep = rng.integers(0, 4096, (40, 48)).astype(np.uint16)
+    write(tmp_path, 'deep', deep)
+    write(tmp_path, 'eight', rng.integers(0, 255, (40, 48)).astype(np.uint8))
+    real = rng.random((40, 48)).astype(np.float32)
+    write(tmp_path, 'real', real, suffix='tif')
+    slices = folder.load(tmp_path)
+    assert slices.ranges.keys() == {'deep', 'real'}
+    for name, image in (('deep', deep), ('real', real)):
+        expected = np.percentile(image, (0.5, 99.5))[:, None]
+        np.testing.assert_allclose(slices.ranges[name], expected, rtol=1e-6)
+
+
 def test_missing_folders_and_empty_ones_are_named(tmp_path):
     with pytest.raises(DataError, match='put the pictures into'):
         folder.load(tmp_path)

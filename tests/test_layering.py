@@ -37,7 +37,7 @@ ALLOWED = {
         'models.unet',
     },
     'crf': set(),
-    'data.volumes': set(),
+    'data.volumes': {'errors'},
     'data.files': {'data.volumes', 'errors'},
     'data.splits': {'data.files', 'data.volumes', 'errors', 'text'},
     'data.outlines': {'errors'},

@@ -3,8 +3,11 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from pspnet_jax.data import phantom, volumes
+from pspnet_jax.errors import DataError
+from pspnet_jax.models.published import CAFFE, IMAGENET
 
 
 def two_volumes(rng):
@@ -57,6 +60,112 @@ def test_the_scale_of_a_scan_does_not_matter(rng):
         volumes.normalize(twice, volumes.measure_intensity(twice)),
         atol=1e-5,
     )
+
+
+# One scale for all images, of pretrained weights.
+
+
+@pytest.mark.parametrize(
+    ('low', 'high', 'dtype'),
+    [(0, 4080, np.uint16), (-1020, 3060, np.float32), (0, 1, np.float32), (900, 1155, np.uint16)],
+    ids=['12 bits', 'CT', '0 to 1', 'a few of many'],
+)
+@pytest.mark.parametrize('weights', [IMAGENET, CAFFE])
+def test_other_numbers_of_the_same_picture_are_normalised_to_the_same(
+    rng, low, high, dtype, weights
+):
+    eight = rng.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    other = (low + eight / 255 * (high - low)).astype(dtype)
+    scale = np.array([[low] * 3, [high] * 3])
+    np.testing.assert_allclose(
+        volumes.normalize(other, weights.intensity(3, scale)),
+        volumes.normalize(eight, weights.intensity(3)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_what_lies_beyond_the_range_is_not_lost_in_it():
+    """A small lesion that is brighter than 99.5 % of all pixels stays brighter than they."""
+    scale = np.array([[100.0], [200.0]])
+    values = np.array([[[[100.0], [200.0], [250.0], [300.0], [9e9]]]], np.float32)
+    found = volumes.normalize(values, IMAGENET.intensity(1, scale)).ravel() * 58.395 + 123.675
+    np.testing.assert_allclose(found, [0, 255, 382.5, 510, 510], rtol=1e-4)
+
+
+def test_the_range_is_percentiles_and_of_flat_channels_all_there_is(rng):
+    image = rng.normal(0, 400, (5, 64, 64, 2)).astype(np.float32)
+    expected = np.percentile(image.reshape(-1, 2), (0.5, 99.5), axis=0)
+    np.testing.assert_allclose(volumes.measure_range(image), expected, rtol=1e-5)
+    image[...] = 7
+    image[0, 0, 0] = (3, 900)
+    np.testing.assert_array_equal(volumes.measure_range(image), [[3, 7], [7, 900]])
+
+
+def slices_of(**images):
+    """A slice a patient."""
+    return volumes.from_volumes(
+        [
+            volumes.Volume(
+                name,
+                image,
+                np.zeros(image.shape[:3], np.uint8),
+                np.arange(len(image)),
+                volumes.measure_intensity(image),
+            )
+            for name, image in images.items()
+        ]
+    )
+
+
+def test_the_range_of_all_is_the_median_patients(rng):
+    sound = {
+        f'p{n}': rng.integers(0, 4096, (1, 64, 64, 1)).astype(np.uint16) + np.uint16(n)
+        for n in range(9)
+    }
+    odd = {**sound, 'metal': np.full((1, 64, 64, 1), 65535, np.uint16)}
+    ranges = [volumes.measure_range(image) for image in sound.values()]
+    found = volumes.joint_range(slices_of(**odd))
+    np.testing.assert_allclose(found, np.median(ranges, axis=0), atol=20)
+    assert volumes.joint_range(slices_of(a=np.zeros((1, 8, 8, 3), np.uint8))) is None
+    flat = slices_of(a=np.full((1, 8, 8, 1), 5, np.uint16), b=np.full((1, 8, 8, 1), 5, np.uint16))
+    np.testing.assert_array_equal(volumes.joint_range(flat), [[5], [6]])
+
+
+def test_images_of_8_bits_and_of_more_have_no_scale_in_common():
+    mixed = slices_of(a=np.zeros((1, 8, 8, 1), np.uint8), b=np.full((1, 8, 8, 1), 900, np.uint16))
+    with pytest.raises(DataError, match=r'1 of 2 patients have images of 8 bits \(a\), the others '
+                                        r'have not \(b\): set data\.normalize="volume"'):  # fmt: skip
+        volumes.joint_range(mixed)
+
+
+FIXED = IMAGENET.intensity(1)
+DEEP = IMAGENET.intensity(1, np.array([[0.0], [4000.0]]))
+
+
+@pytest.mark.parametrize(
+    ('image', 'intensity', 'words'),
+    [
+        (np.uint8([0, 1]), FIXED, ''),
+        (np.uint16([0, 255]), FIXED, ''),
+        (np.int64([3, 200]), FIXED, ''),
+        (np.float32([0, 200]), FIXED, ''),
+        (np.float32([0, 0]), FIXED, ''),
+        (np.uint16([0, 256]), FIXED, 'x holds uint16 values from 0 to 256, the run was trained on'),
+        (np.float32([-1, 3]), FIXED, 'float32 values from -1 to 3'),
+        (np.float32([0, 1]), FIXED, 'float32 values from 0 to 1, .* black as 0 and its white as'),
+        (np.float32([0, 3.5]), FIXED, 'float32 values from 0 to 3.5'),
+        (np.uint16([0, 200]), DEEP, ''),
+        (np.float32([-9, 1e6]), DEEP, ''),
+        (np.uint8([0, 200]), DEEP, 'x has 8 bits, the run was trained on .* about 0 to 4000'),
+    ],
+)
+def test_an_image_of_another_kind_is_refused(image, intensity, words):
+    image = image.reshape(1, 1, 2, 1)
+    if not words:
+        return volumes.check_kind(image, intensity, 'x')
+    with pytest.raises(DataError, match=words):
+        volumes.check_kind(image, intensity, 'x')
 
 
 def test_a_constant_channel_is_zero_not_nan():

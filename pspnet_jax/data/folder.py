@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 class Patient(NamedTuple):
     """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, spacing
-    where all have the same, and (4, C) intensity scale.
+    where all have the same, (4, C) intensity scale, and (2, C) range where one is not of 8 bits.
     """
 
     cases: list[Case]
@@ -49,6 +49,7 @@ class Patient(NamedTuple):
     shapes: dict[tuple[int, ...], Path]
     spacing: tuple[float, float, float] | None
     intensity: np.ndarray | None
+    range: np.ndarray | None
 
 
 class Code(NamedTuple):
@@ -210,6 +211,7 @@ def load(
         lesion_pixels=np.concatenate(lesion),
         intensity={name: patient.intensity for name, patient in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
+        ranges={name: p.range for name, p in patients.items() if p.range is not None},
     )
 
 
@@ -247,16 +249,19 @@ def _survey(
     good = [result for result, fault in found if not fault]
     shapes = {picture.image.shape[1:]: picture.source for picture, _ in good}
     spacing = {picture.spacing for picture, _ in good}
-    intensity = None
+    intensity = measured = None
     if len({channels for *_, channels in shapes}) == 1:
         pixels = [picture.image.reshape(-1, picture.image.shape[-1]) for picture, _ in good]
-        intensity = volumes.measure_intensity(np.concatenate(pixels))
+        pixels = np.concatenate(pixels)
+        intensity = volumes.measure_intensity(pixels)
+        measured = None if pixels.dtype == np.uint8 else volumes.measure_range(pixels)
     patient = Patient(
         list(cases),
         [lesion for _, lesion in good],
         shapes,
         spacing.pop() if len(spacing) == 1 else None,
         intensity,
+        measured,
     )
     return patient, [fault for _, fault in found if fault]
 

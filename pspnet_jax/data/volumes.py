@@ -12,15 +12,18 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from pspnet_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 MEMINFO = Path('/proc/meminfo')
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
+RANGE_PIXELS = 2**20  # of an image, evenly spread, that its range is measured on
 
 
 class Volume(NamedTuple):
@@ -44,7 +47,8 @@ class Slices:
     `read(key)` gives image H W C (uint8, uint16 or float32) and mask H W uint8; the arrays,
     all of length N, are the keys, and what sampling needs to know without reading.
     `intensity` holds each patient's (4, C) array from `measure_intensity`, `spacing` the
-    patients' steps in mm where they are known.
+    patients' steps in mm where they are known, `ranges` the `measure_range` of those whose images
+    are not of 8 bits.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -54,6 +58,7 @@ class Slices:
     lesion_pixels: np.ndarray
     intensity: dict[str, np.ndarray]
     spacing: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.key)
@@ -117,7 +122,32 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
         slice=np.concatenate([v.slices for v in volumes]),
         lesion_pixels=np.array([lesion_pixels(labels) for labels in mask]),
         intensity={v.patient: v.intensity for v in volumes},
+        ranges={v.patient: measure_range(v.image) for v in volumes if v.image.dtype != np.uint8},
     )
+
+
+def with_channels(volume: Volume, channels: int) -> Volume:
+    """The volume as a network of so many channels takes it, see `fit_channels`."""
+    if volume.image.shape[-1] == channels:
+        return volume
+    image = fit_channels(volume.image, channels, volume.patient)
+    intensity = np.resize(volume.intensity.T, (channels, 4)).T
+    return volume._replace(image=image, intensity=intensity)
+
+
+def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray:
+    """Grey as three equal channels where the network takes three, and the other way round.
+
+    Raises DataError for other numbers of channels.
+    """
+    found = image_DHWC.shape[-1]
+    if found == channels:
+        return image_DHWC
+    if (found, channels) == (1, 3):
+        return np.repeat(image_DHWC, 3, axis=-1)
+    if (found, channels) == (3, 1) and (image_DHWC == image_DHWC[..., :1]).all():
+        return image_DHWC[..., :1]
+    raise DataError(f'{name} has {found} channels, the network takes {channels}: give it these')
 
 
 def free_memory() -> int:
@@ -207,3 +237,66 @@ def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
     """
     low, high, mean, std = intensity
     return (np.clip(image.astype(np.float32), low, high) - mean) * (1 / std)
+
+
+def measure_range(image: np.ndarray) -> np.ndarray:
+    """(2, C) float32 of an image ... C: the 0.5th and the 99.5th percentile of each channel; the
+    least and largest value where those are one.
+    """
+    values = image.reshape(-1, image.shape[-1])
+    some = values[:: len(values) // RANGE_PIXELS | 1]  # odd, so that columns take turns
+    low, high = np.percentile(some, (0.5, 99.5), axis=0)
+    if (flat := low >= high).any():
+        low, high = np.where(flat, values.min(0), low), np.where(flat, values.max(0), high)
+    return np.stack([low, high]).astype(np.float32)
+
+
+def joint_range(slices: Slices) -> np.ndarray | None:
+    """(2, C) low and high of the values of all images; None: they are of 8 bits, 0 to 255.
+
+    The medians over the patients, so that one odd image moves nothing. Raises DataError where
+    some are of 8 bits and others not: nothing says what 255 of the one is for the other.
+    """
+    deep = [patient for patient in slices.intensity if patient in slices.ranges]
+    if not deep:
+        return None
+    if len(deep) < len(slices.intensity):
+        eight = [patient for patient in slices.intensity if patient not in slices.ranges]
+        raise DataError(
+            f'{len(eight)} of {len(slices.intensity)} patients have images of 8 bits ({eight[0]}), '
+            f'the others have not ({deep[0]}): set data.normalize="volume", which gives each its '
+            'own scale, or save all in one way'
+        )
+    found = np.stack([slices.ranges[patient] for patient in deep])
+    low, high = np.median(found, axis=0)
+    flat = low >= high  # most of the images are constant
+    low, high = np.where(flat, found[:, 0].min(0), low), np.where(flat, found[:, 1].max(0), high)
+    return np.stack([low, np.where(low < high, high, low + 1)]).astype(np.float32)
+
+
+def check_kind(image: np.ndarray, intensity: np.ndarray, name: Any) -> None:
+    """Raise DataError for an image ... C whose numbers `intensity`, (4, C) of a run, is not for.
+
+    A run on images of 8 bits takes whatever holds whole numbers from 0 to 255; one on others, of
+    which only the values are known, takes no 8 bits.
+    """
+    low, high = intensity[:2]
+    if (low != 0).any() or (high != 255).any():
+        if image.dtype == np.uint8:
+            width = (high - low) / 3  # see `models.published.Normalization.intensity`
+            raise DataError(
+                f'{name} has 8 bits, the run was trained on images with values of about '
+                f'{(low + width).min():.4g} to {(high - width).max():.4g}: give it in their unit, '
+                'not as a picture of 8 bits'
+            )
+        return
+    if image.dtype == np.uint8:
+        return
+    least, most = image.min(), image.max()
+    whole = image.dtype.kind in 'iu' or (most > 1 and (image == np.rint(image)).all())
+    if least < 0 or most > 255 or not (whole or least == most == 0):
+        raise DataError(
+            f'{name} holds {image.dtype} values from {least:.4g} to {most:.4g}, the run was trained '
+            'on images of 8 bits, 0 to 255: save it with 8 bits, its black as 0 and its white as '
+            '255, or train a run on images like it'
+        )
