@@ -296,7 +296,7 @@ def check_kind(image: np.ndarray, intensity: np.ndarray, name: Any) -> None:
     whole = image.dtype.kind in 'iu' or (most > 1 and (image == np.rint(image)).all())
     if least < 0 or most > 255 or not (whole or least == most == 0):
         raise DataError(
-            f'{name} holds {image.dtype} values from {least:.4g} to {most:.4g}, the run was trained '
-            'on images of 8 bits, 0 to 255: save it with 8 bits, its black as 0 and its white as '
-            '255, or train a run on images like it'
+            f'{name} holds {image.dtype} values from {least:.4g} to {most:.4g}, the run was '
+            'trained on images of 8 bits, 0 to 255: save it with 8 bits, its black as 0 and its '
+            'white as 255, or train a run on images like it'
         )
