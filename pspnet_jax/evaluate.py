@@ -11,6 +11,7 @@ beside the baseline that calls everything background.
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +40,8 @@ from pspnet_jax.data import files, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, first_line
 from pspnet_jax.models.published import fixed_intensity
+
+logger = logging.getLogger(__name__)
 
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
 FIT_VOXELS = 50_000  # of each validation patient that the temperature is fitted on
@@ -220,6 +223,7 @@ def evaluate_volumes(
             'patients': len(patients),
             'slices': len(per_slice),
             'lesion_slices': sum(bool(c[1:, [0, 2]].sum()) for c in per_slice),
+            'ignored_slices': int((~per_slice.any((1, 2))).sum()),
             'hd95_unit': 'mm' if all(in_mm) else steps,
             'spacing': list(spacing),
             'surface_tolerance': surface_tolerance,
@@ -303,8 +307,12 @@ def _calibration_bins(counts: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _slice_dice(counts: Sequence[np.ndarray]) -> float:
-    """Mean over slices, where an empty slice that is predicted empty counts 1."""
-    return float(np.nan_to_num(metrics.ratios(np.stack(counts))['dice'][:, 1:], nan=1.0).mean())
+    """Mean over slices, where an empty slice that is predicted empty counts 1, and one whose
+    every pixel is ignored does not count.
+    """
+    counts = np.stack(counts)
+    counts = counts[counts.any((1, 2))]
+    return float(np.nan_to_num(metrics.ratios(counts)['dice'][:, 1:], nan=1.0).mean())
 
 
 def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
@@ -393,12 +401,14 @@ def evaluate_checkpoint(
     which: str = '',
     fit: bool = False,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    group: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate; write WORKDIR/evaluation.json, report.html and pictures; print the table.
 
     `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
-    without it, the patients of `split` in the data set that the run was trained on. `changes` are
-    to the config's `predict` section; evaluation.json has the config as it was used. With `fit`
+    without it, the patients of `split` in the data set that the run was trained on. `group` says
+    whose pictures of such a folder belong together, in place of the run's `data.group`. `changes`
+    are to the config's `predict` section; evaluation.json has the config as it was used. With `fit`
     the temperature is fitted on the validation patients first and kept in
     WORKDIR/temperature.json; this and every later call applies it to the probabilities of that
     checkpoint. Returns what evaluation.json holds.
@@ -411,10 +421,13 @@ def evaluate_checkpoint(
     config, model, variables, intensity, step = restore_model(workdir, which)
     config = with_prediction(config, changes)
     channels = checkpoint.metadata(workdir, step)['inputs']['channels']
-    names, open_volumes = _volume_source(config, workdir, split, data, channels)
-    folder = Path(workdir) / 'pictures'
+    if group is not None and not _is_folder(config, data):
+        raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
+    names, open_volumes = _volume_source(config, workdir, split, data, channels, group)
+    folder, digests = Path(workdir) / 'pictures', []
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
+        digests.append([volume.patient, splits.pixel_digest(volume.intensity)])
         picture = visualize.volume_picture(volume, pred)
         with files.writing(folder / f'{volume.patient}.png') as aside:
             Image.fromarray(picture).save(aside, 'png')
@@ -445,6 +458,8 @@ def evaluate_checkpoint(
         order=names,
     )
     result['data'] |= {'source': data or config.data.name, 'split': '' if data else split}
+    if data:
+        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
     result['checkpoint'] = {'step': step, 'config': to_dict(config)}
     if not hosts.is_first():
         return result
@@ -465,14 +480,54 @@ def evaluate_checkpoint(
     return result
 
 
+def tell_overlap(
+    workdirs: Sequence[str | Path], digests: Mapping[str, str]
+) -> dict[str, dict[str, list[str]] | None]:
+    """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
+    log says; None where that is not known of all.
+    """
+    kept = [Path(workdir) / splits.KEPT for workdir in workdirs]
+    found = [splits.overlap(path, digests) for path in kept]
+    for path, one in zip(kept, found, strict=True):
+        if one is None and hosts.is_first():
+            logger.warning(
+                'whether the run was trained on these pictures is not known: %s is not there, '
+                'damaged, or older than the digests of pictures', path,
+            )  # fmt: skip
+    if None in found:
+        return {'overlap': None}
+    together = {
+        key: [name for name in digests if any(name in one[key] for one in found)]
+        for key in ('train', 'validation', 'same_name')
+    }
+    said = {
+        'train': 'have the pixels of patients that the run was trained on, so these figures are '
+        'too good',
+        'validation': 'have the pixels of its validation patients, by whom its checkpoint was '
+        'chosen',
+        'same_name': 'have the name of one of these and other pixels',
+    }
+    for key, words in said.items():
+        if (names := together[key]) and hosts.is_first():
+            some = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if names[5:] else '')
+            logger.warning('%d of %d patients %s: %s', len(names), len(digests), words, some)
+    return {'overlap': together}
+
+
+def _is_folder(config, data: str) -> bool:
+    """Whether --data holds the config's folder of images, and is not in Kaggle's layout."""
+    return bool(data) and (Path(data).expanduser() / config.data.images[0]).is_dir()
+
+
 def _volume_source(
-    config, workdir, split: str, data: str, channels: int
+    config, workdir, split: str, data: str, channels: int, group: str | None
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
     time, or those of these, with the network's channels.
     """
-    if data and (Path(data).expanduser() / config.data.images[0]).is_dir():
-        slices = sources.read_folder(config, source=data, mixed_sizes=True)
+    if _is_folder(config, data):
+        grouping = sources.grouping(config, group)
+        slices = sources.read_folder(config, source=data, group=grouping, mixed_sizes=True)
         parts = {split: list(slices.intensity)}
     elif data:
         from pspnet_jax.data import lgg  # which needs tensorflow-datasets
@@ -557,6 +612,7 @@ def main() -> None:
         data=options.data,
         which=options.checkpoint,
         fit=options.fit_temperature,
+        group=options.group,
         changes=cli.prediction_changes(),
     )
 
@@ -566,6 +622,7 @@ if __name__ == '__main__':
     flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'whose patients')
     flags.DEFINE_string('data', '', 'instead: a folder with images/ and masks/, or kaggle_3m')
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
+    flags.DEFINE_string('group', None, f'of --data: {cli.GROUP}')
     flags.DEFINE_bool(
         'fit_temperature', False, 'fit it on --split=validation and keep it with the run'
     )

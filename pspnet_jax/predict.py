@@ -13,8 +13,12 @@ For each picture NAME what --save lists, at the picture's own size:
 
 A volume (NIfTI, DICOM, pages of a TIFF, array) gives a mask and probabilities in its own format,
 size, spacing and orientation, and pictures of the slice with most in it. A video, or a camera by
-its number, gives videos: .mp4, masks and probabilities exact in .mkv. Pictures NAME_1, NAME_2 ...
-of one folder are the slices of one volume. What is finished is skipped when started again.
+its number, gives videos: .mp4, masks and probabilities exact in .mkv.
+
+Each file is by itself, whatever its name, unless the run was trained on slices that files hold
+(data.group, LGG) or --group says so: then those of a patient share an intensity scale, and those
+with a number in (?P<slice>...) are slices of one volume. What is finished is skipped when started
+again, and a summary at the end accounts for every file.
 """
 
 import contextlib
@@ -42,7 +46,7 @@ from tqdm import tqdm
 
 from pspnet_jax import calibration, checkpoint, cli, hosts, infer, postprocess, visualize
 from pspnet_jax.config import to_dict, with_prediction
-from pspnet_jax.data import files, video
+from pspnet_jax.data import files, folder, sources, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import (
     check_kind,
@@ -58,8 +62,11 @@ logger = logging.getLogger(__name__)
 
 KINDS = ('mask', 'probability', 'overlay', 'outline', 'panels')
 USUAL = ('mask', 'overlay', 'panels')
+# Why files are passed over.
+NAMED = 'named like results or masks (give one as --input to predict it)'
+LINK = 'links to folders, which are not followed'
+UNLISTED = 'folders that can not be listed'
 RESULT = re.compile(r'.*_(mask|probability|probability_\d+|overlay|outline|panels)')
-VOLUME_BYTES = 2**31  # decoded; more pictures of one name are no volume but an album
 CHUNK_BYTES = 2**28  # of pictures that are sorted by size to be predicted together
 WINDOW_PIXELS = 2**24  # of images whose tiles are blended at a time
 MOST_FRAMES = 64  # of a video that its intensity scale is measured on
@@ -199,12 +206,44 @@ def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -
 def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[Path]]:
     """(folder that results are named after, files) of a file, a folder or a pattern.
 
-    A folder with DICOM files is one entry. Masks, results of ours, hidden files and what is
-    below `output` are left out. Raises DataError where nothing is left.
+    A folder with DICOM files is one entry. What else is there, `passed_over` says. Raises
+    DataError where nothing is left.
+    """
+    root, entries, ours = _list_entries(source, output)
+    if entries == {Path(source).expanduser()}:  # whatever its name
+        return root, list(entries)
+    found = set()
+    for path in entries:
+        if not _why_not(path, root, ours):
+            found.add(path.parent if path.name.lower().endswith(files.DICOM) else path)
+    if not found:
+        endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
+        others = _passed_lines(passed_over(source, output, found))
+        raise DataError(f'{source} holds no picture: the endings known are {endings}', others)
+    if root in found:  # a DICOM series itself
+        return root.parent, sorted(found)
+    return root, sorted(found)
+
+
+def passed_over(
+    source: str | Path, output: str | Path, found: Iterable[Path]
+) -> dict[str, list[Path]]:
+    """{why: files and folders} of all that a file, folder or pattern names and is not `found`."""
+    root, entries, ours = _list_entries(source, output)
+    passed, found = defaultdict(list), set(found)
+    for path in sorted(entries):
+        if path not in found and not _in_series(path, found):
+            passed[_why_not(path, root, ours)].append(path)
+    return dict(passed)
+
+
+def _list_entries(source: str | Path, output: str | Path) -> tuple[Path, set[Path], Path | None]:
+    """(folder that all are below, every file, `output` where that is below it too); folders
+    that are not looked into are entries themselves.
     """
     source = Path(source).expanduser()
     if source.is_file():
-        return source.parent, [source]
+        return source.parent, {source}, None
     if source.is_dir():
         root, below = source, [source]
     elif glob.has_magic(str(source)):
@@ -218,21 +257,66 @@ def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[
     results = Path(output).expanduser().resolve()
     inside = output and root.resolve() in results.parents
     ours = root / results.relative_to(root.resolve()) if inside else None
-    found = set()
-    for path in itertools.chain.from_iterable(
-        place.rglob('*') if place.is_dir() else [place] for place in below
-    ):
-        known = path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES))
-        if not known or path.name.startswith('.') or RESULT.fullmatch(_stem(path)):
-            continue
-        if ours not in path.parents and path.is_file():
-            found.add(path.parent if path.name.lower().endswith(files.DICOM) else path)
-    if not found:
-        endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
-        raise DataError(f'{source} holds no picture: the endings known are {endings}')
-    if root in found:  # a DICOM series itself
-        return root.parent, sorted(found)
-    return root, sorted(found)
+    entries = set()
+    for place in below:
+        unlisted = [] if place.is_dir() else [place]
+        for here, folders, names in os.walk(
+            place, onerror=lambda error, unlisted=unlisted: unlisted.append(Path(error.filename))
+        ):
+            into = []
+            for path in map(Path(here).joinpath, folders):
+                entered = not (path.name.startswith('.') or path == ours or os.path.islink(path))
+                into += [path.name] if entered else []
+                entries |= set() if entered else {path}
+            folders[:] = into
+            entries |= {Path(here, name) for name in names}
+        entries |= set(unlisted)
+    return root, entries, ours
+
+
+def _why_not(path: Path, root: Path, ours: Path | None) -> str:
+    """Why an entry is no input; '' for one that is."""
+    if ours is not None and ours in (path, *path.parents):
+        return 'in --output'
+    if any(part.startswith('.') for part in path.relative_to(root).parts):
+        return 'hidden'
+    if os.path.isdir(path):
+        return LINK if os.path.islink(path) else UNLISTED
+    if not os.path.isfile(path):
+        return 'neither files nor folders (pipes, devices, broken links)'
+    if not path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES)):
+        return 'of endings that are not read'
+    return NAMED if RESULT.fullmatch(_stem(path)) else ''
+
+
+def _beside(pictures: Iterable[Path]) -> list[Path]:
+    """Other pictures in the folders of these."""
+    pictures = set(pictures)
+    return [
+        path
+        for parent in sorted({path.parent for path in pictures})
+        for path in sorted(parent.iterdir())
+        if path not in pictures
+        and path.name.lower().endswith(files.PICTURES)
+        and not _why_not(path, parent, None)
+    ]
+
+
+def _in_series(path: Path, found: set[Path]) -> bool:
+    """Whether the file belongs to a folder of DICOM files that is an input."""
+    if path.parent not in found or not os.path.isfile(path):
+        return False
+    return path.name.lower().endswith(files.DICOM) or files._says_dicom(path)
+
+
+def _passed_lines(passed: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A line for each reason, with the number of entries and the names of the first."""
+    lines = []
+    for why, paths in passed.items():
+        names = ', '.join(path.name for path in paths[:3])
+        more = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
+        lines.append(f'{len(paths)} passed over, {why}: {names}{more}')
+    return lines
 
 
 def _stem(path: Path) -> str:
@@ -275,92 +359,153 @@ def _names(kind: str, num_classes: int) -> dict[int, str]:
     return {1: kind}
 
 
-def group_slices(pictures: Sequence[Path]) -> list[list[Path]]:
-    """Pictures that make one volume: NAME_1.tif, NAME_2.tif ... in one folder, in order."""
-    groups = defaultdict(list)
-    for path in pictures:
-        match = re.fullmatch(r'(.+)_(\d+)', path.stem)
-        if match and path.name.lower().endswith(files.PICTURES):
-            groups[path.parent, match[1], path.suffix].append((int(match[2]), path))
-        else:
-            groups[path, '', ''].append((0, path))
-    return [[path for _, path in sorted(group)] for group in groups.values()]
+class Group(NamedTuple):
+    """Files that share an intensity scale, which those `beside` them only help to measure.
+
+    `numbers` are those of the slices of one volume; a file without is by itself.
+    """
+
+    paths: Sequence[Path]
+    beside: Sequence[Path] = ()
+    numbers: Mapping[Path, int] = MappingProxyType({})
 
 
-def split_albums(groups: Sequence[list[Path]]) -> list[list[Path]]:
-    """Groups too large for a volume, picture by picture: a camera's IMG_0001.jpg and on."""
-    parts = []
-    for group in groups:
-        if len(group) > 1 and len(group) * _decoded_bytes(group[0]) > VOLUME_BYTES:
-            more = len(group) - 1
-            logger.info('%s and %d more are taken as pictures, not slices', group[0], more)
-            parts += [[path] for path in group]
-        else:
-            parts.append(group)
-    return parts
+def group_files(
+    paths: Sequence[Path], how: str = '', beside: Sequence[Path] = ()
+) -> tuple[list[Group], str]:
+    """The groups of `paths`, and in words which way it was.
+
+    `how` is `data.group`, as `sources.grouping` has it: '' makes each file one of its own, but for
+    slices in Kaggle's layout of LGG, which are a volume by that. `beside` are other files of the
+    same folders.
+    """
+    where = {path: _stem(path) for path in (*paths, *beside)}
+    if how:
+        table, _ = folder.group_stems(sorted(set(where.values())), how)
+        told, _ = folder.slice_numbers(table, how)
+        named = {path: table[stem] for path, stem in where.items() if stem in table}
+        numbers = {path: told[where[path]] for path in named if where[path] in told}
+    else:
+        match = {path: sources.SLICE.fullmatch(where[path]) for path in where if _is_kaggle(path)}
+        named = {path: found['patient'] for path, found in match.items()}
+        numbers = {path: int(found['slice']) for path, found in match.items()}
+    members = defaultdict(list)
+    for path in where:
+        # Slices of one volume lie in one folder.
+        key = (path,) if path not in named else (named[path], path in numbers and path.parent)
+        members[key].append(path)
+    asked, groups = set(paths), []
+    for some in members.values():
+        some = sorted(some, key=lambda path: (numbers.get(path, 0), path))
+        own = [path for path in some if path in asked]
+        if own:
+            others = [path for path in some if path not in asked]
+            groups.append(Group(own, others, {p: numbers[p] for p in some if p in numbers}))
+    return groups, _say_groups(groups, how, len(set(paths) - named.keys()))
+
+
+def _is_kaggle(path: Path) -> bool:
+    """Whether it is CASE/CASE_7.tif, with its mask beside it."""
+    match = path.suffix == '.tif' and sources.SLICE.fullmatch(path.stem)
+    mask = path.with_name(f'{path.stem}_mask.tif')
+    return bool(match) and match['patient'] == path.parent.name and os.path.isfile(mask)
+
+
+def _say_groups(groups: Sequence[Group], how: str, alone: int) -> str:
+    """Which files are grouped and by what; '' where no question is."""
+    several = [group for group in groups if len(group.paths) + len(group.beside) > 1]
+    files_of = sum(len(group.paths) for group in several)
+    volumes = sum(bool(group.numbers) for group in several)
+    if how:
+        rest = f'; {alone} in which it finds no patient are each by itself' if alone else ''
+        return (
+            f'{files_of} files are of {len(several)} patients with one intensity scale each, '
+            f'{volumes} of them volumes of numbered slices, by the group {how!r}{rest}; --group= '
+            'takes each by itself'
+        )
+    by_layout = (
+        f"{files_of} slices are {len(several)} volumes by Kaggle's layout; " if several else ''
+    )
+    own = len(groups) - len(several)
+    if own < 2:
+        return by_layout.removesuffix('; ')
+    return (
+        f'{by_layout}{own} files are each by itself, with an intensity scale of its own, as '
+        "evaluation takes them; if they are slices of volumes: --group='(.+)_(?P<slice>[0-9]+)'"
+    )
+
+
+def read_cases(
+    group: Group, *, predictor: Predictor, stems: Mapping[Path, Path]
+) -> tuple[int, list[Case], list[str]]:
+    """(number of files, cases, faults). Raises nothing for a file that is bad.
+
+    Files of a group share an intensity scale, where the run has none for all. A case is a file, or
+    the slices of one size whose numbers follow one another.
+    """
+    several = len(group.paths) + len(group.beside) > 1
+    if several and predictor.intensity is None and (fault := _too_large(group)):
+        return len(group.paths), [], [f'{path}: {fault}' for path in group.paths]
+    found, faults = [], []
+    for path in (*group.paths, *group.beside):
+        try:
+            if path in group.paths or predictor.intensity is None:
+                picture = files.read(path)
+                _check_memory(picture, predictor.config.model.num_classes)
+                image = as_taken(predictor, picture.image, path)
+                found.append((path, picture, image))
+        except DataError as error:
+            faults += [str(error)] if path in group.paths else []
+    context = None
+    if len(found) > 1 and predictor.intensity is None:
+        pixels = [image.reshape(1, 1, -1, predictor.channels) for _, _, image in found]
+        context = np.concatenate(pixels, axis=2)
+    cases = []
+    for some in _scans(found, group.numbers):
+        own = [item for item in some if item[0] in stems]
+        if own:
+            paths, pictures, images = zip(*own, strict=True)
+            names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
+            cases.append(_case(predictor, np.concatenate(images), context, **names))
+    return len(group.paths), cases, faults
+
+
+def _scans(found: Sequence[tuple], numbers: Mapping[Path, int]) -> list[list[tuple]]:
+    """What `read_cases` read, as evaluation takes it apart (`folder.load`): each file is one, but
+    for pictures that are numbered as slices, whose every run without a gap is one of a size.
+    """
+    if not all(path in numbers and len(image) == 1 for path, _, image in found):
+        return [[item] for item in found]
+    scans, run, last = defaultdict(list), 0, None
+    for item in sorted(found, key=lambda item: numbers[item[0]]):
+        number = numbers[item[0]]
+        run += last is not None and number > last + 1
+        last = number
+        scans[run, item[2].shape].append(item)
+    return list(scans.values())
+
+
+def _too_large(group: Group) -> str:
+    """Why the files of a group can't be held together; '' where they can."""
+    needed = sum(map(_decoded_bytes, (*group.paths, *group.beside)))
+    if needed <= files.SMALL or needed <= (free := free_memory()) / 2:
+        return ''
+    return (
+        f'the {len(group.paths) + len(group.beside)} pictures of its patient, which share an '
+        f'intensity scale, need {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: close '
+        'other programs, or give --group= to take each by itself'
+    )
 
 
 def _decoded_bytes(path: Path) -> int:
-    """From the header alone; 0 where that can't be read, which reading then reports."""
+    """Of a flat picture, from the header alone; 0 where that can't be read, which reading then
+    reports.
+    """
     try:
         with Image.open(path, formats=files.PIL_FORMATS) as picture:
             return math.prod(picture.size) * len(picture.getbands())
     except Exception:  # Pillow's parsers raise whatever a damaged header leads to
         return 0
-
-
-def read_cases(
-    group: Sequence[Path], *, predictor: Predictor, stems: Mapping[Path, Path]
-) -> tuple[int, list[Case], list[str]]:
-    """(number of files, cases, faults). Raises nothing for a file that is bad.
-
-    Slices of one volume share its intensity scale. A single slice takes that of its
-    neighbours in the folder, where they are (the network was trained on whole volumes'
-    scales), else its own.
-    """
-    slices, cases, faults = defaultdict(list), [], []
-    for path in group:
-        try:
-            picture = files.read(path)
-            _check_memory(picture, predictor.config.model.num_classes)
-            image_DHWC = as_taken(predictor, picture.image, path)
-            if len(image_DHWC) == 1 and picture.geometry is None:
-                slices[image_DHWC.shape].append((path, picture, image_DHWC))
-                continue
-            names = {'pictures': (picture,), 'stems': (stems[path],)}
-            cases.append(_case(predictor, image_DHWC, **names))
-        except DataError as error:
-            faults.append(str(error))
-    for same in slices.values():
-        paths, pictures, images = zip(*same, strict=True)
-        context = None
-        if len(group) == 1 and predictor.intensity is None:
-            context = _with_neighbours(paths[0], images[0])
-        image_DHWC = np.concatenate(images)
-        names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
-        cases.append(_case(predictor, image_DHWC, context, **names))
-    return len(group), cases, faults
-
-
-def _with_neighbours(path: Path, image_1HWC: np.ndarray) -> np.ndarray:
-    """The volume that `path` is a slice of, as far as its folder holds it; else the image."""
-    match = re.fullmatch(r'(.+)_(\d+)', path.stem)
-    if not match:
-        return image_1HWC
-    pattern = re.compile(rf'{re.escape(match[1])}_\d+{re.escape(path.suffix)}')
-    beside = [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]
-    if len(beside) * image_1HWC.nbytes > VOLUME_BYTES:
-        return image_1HWC
-    images = [image_1HWC]
-    for other in sorted(beside):
-        if other != path:
-            with contextlib.suppress(DataError):  # one that can't be read is no help
-                pixels = files.read(other).image
-                images.append(fit_channels(pixels, image_1HWC.shape[-1], other))
-    images = [pixels for pixels in images if pixels.shape == image_1HWC.shape]
-    if len(images) > 1:
-        logger.info('%s: intensity scale of the %d slices beside it', path.name, len(images) - 1)
-    return np.concatenate(images)
 
 
 def _check_memory(picture: Picture, num_classes: int) -> None:
@@ -386,12 +531,14 @@ def predict_files(
     save: Sequence[str] = USUAL,
     overwrite: bool = False,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    group: str | None = None,
 ) -> list[str]:
     """Write results below `output`; returns the faults of what was left out.
 
-    Files are read ahead and results written behind while the network runs. Raises DataError,
-    CheckpointError or ConfigError before anything is written, and DataError, which stops it
-    all, where results can not be written.
+    `group` says whose files belong together, in place of the run's `data.group`. What became of
+    every file is said at the end. Files are read ahead and results written behind while the
+    network runs. Raises DataError, CheckpointError or ConfigError before anything is written, and
+    DataError, which stops it all, where results can not be written.
     """
     root, found = find_files(source, output)
     output = Path(output).expanduser()
@@ -400,22 +547,34 @@ def predict_files(
     done = set()
     if not overwrite:
         done = find_finished(stems, output, save, predictor.config.model.num_classes)
+    targets = {path: output / stem for path, stem in stems.items()}
+    pictures = [path for path in stems if not _is_video(path)]
+    groups, told = group_files(
+        pictures,
+        sources.grouping(predictor.config, group),
+        [] if Path(source).expanduser().is_dir() else _beside(pictures),
+    )
+    if told:
+        logger.info('%s', told)
+    groups = [some for some in groups if not done.issuperset(some.paths)]
+    done = done.difference(*(some.paths for some in groups))  # of these all are done again
     if done:
         print(f'{len(done)} finished before are left as they are: --overwrite does them again')
-    targets = {path: output / stem for path, stem in stems.items()}
-    groups = split_albums(group_slices([path for path in stems if not _is_video(path)]))
-    groups = hosts.share([group for group in groups if not done.issuperset(group)])
+    groups = hosts.share(groups)
     videos = hosts.share([path for path in stems if _is_video(path) and path not in done])
     faults = faults if hosts.is_first() else []  # each has found the same so far
     # Volumes are large, and long at work on: one is read while another is.
-    flat = all(len(g) == 1 and g[0].name.lower().endswith(files.PICTURES) for g in groups)
+    flat = all(
+        len(some.paths) == 1 and some.paths[0].name.lower().endswith(files.PICTURES)
+        for some in groups
+    )
     threads = predictor.config.data.threads if flat else 1
     read = functools.partial(read_cases, predictor=predictor, stems=targets)
     write = functools.partial(write_results, predictor=predictor, save=save)
     predicted = _predict_chunks(
         predictor, in_threads(read, groups, threads), probabilities='probability' in save
     )
-    with tqdm(total=sum(map(len, groups)), unit='file', disable=None) as bar:
+    with tqdm(total=sum(len(g.paths) for g in groups), unit='file', disable=None) as bar:
         for count, found_faults in in_threads(write, predicted, threads):
             faults += found_faults
             bar.update(count)
@@ -424,7 +583,38 @@ def predict_files(
             print(predict_video(predictor, path, targets[path], save=save))
         except DataError as error:
             faults.append(str(error))
-    return hosts.gather(faults)
+    faults = hosts.gather(faults)
+    if hosts.is_first():
+        passed = passed_over(source, output, found)
+        faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
+        print(summary(source, found, done, len(faults), passed))
+    return faults
+
+
+def summary(
+    source: str | Path,
+    found: Sequence[Path],
+    done: Sequence[Path],
+    failed: int,
+    passed: Mapping[str, Sequence[Path]],
+) -> str:
+    """What became of every file: a line of numbers that add up, and one for each reason to pass
+    files over.
+    """
+    failed -= len(passed.get(UNLISTED, ()))
+    over = sum(map(len, passed.values()))
+    series = [path for path in found if path.is_dir()]
+    slices = sum(_in_series(path, {folder}) for folder in series for path in folder.iterdir())
+    kinds = f' ({len(series)} of them folders of {slices} DICOM slices)' if series else ''
+    counts = {
+        'predicted': len(found) - len(done) - failed,
+        'finished before': len(done),
+        'failed': failed,
+        'passed over': over,
+    }
+    parts = ', '.join(f'{n} {what}' for what, n in counts.items() if n or what == 'predicted')
+    head = f'{len(found) + over} files and folders in {source}{kinds}: {parts}'
+    return '\n  '.join([head, *_passed_lines(passed)])
 
 
 def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool) -> Iterator:
@@ -688,7 +878,7 @@ def main() -> None:
         workdirs += [text] if Path(text).exists() else text.split(',')
     if wrong := [kind for kind in options.save if kind not in KINDS]:
         raise ConfigError(f'--save={",".join(wrong)} is not known: give some of {",".join(KINDS)}')
-    changes = cli.prediction_changes()
+    changes, group = cli.prediction_changes(), options.group
     if options.input.isdigit() and not os.path.exists(options.input):
         output, name = Path(options.output).expanduser(), f'camera_{options.input}'
         if not options.overwrite and list(output.glob(f'{name}_*')):
@@ -707,6 +897,7 @@ def main() -> None:
         save=options.save,
         overwrite=options.overwrite,
         changes=changes,
+        group=group,
     )
     print(f'{", ".join(options.save)} are in {options.output}')
     if faults:
@@ -721,6 +912,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('output', None, 'folder for the results', required=True)
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
     flags.DEFINE_list('save', ','.join(USUAL), f'which results: some of {",".join(KINDS)}')
+    flags.DEFINE_string('group', None, cli.GROUP)
     flags.DEFINE_bool('overwrite', False, 'do again what is finished')
     flags.DEFINE_integer('frames', 0, 'of a camera; 0: until Ctrl-C')
     cli.define_prediction_flags()

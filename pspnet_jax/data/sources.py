@@ -3,11 +3,25 @@
 A source is imported when it is asked for: LGG's alone needs tensorflow-datasets.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 from pspnet_jax.data import splits
 from pspnet_jax.data.volumes import Slices
+
+# Kaggle's names of LGG's slices: CASE_7.tif.
+SLICE = re.compile(r'(?P<patient>.+)_(?P<slice>[0-9]{1,9})')
+SLICES = r'^(?P<patient>.+?)(?:_(?P<slice>[0-9]{1,9}))?$'
+
+
+def grouping(config, group: str | None = None) -> str:
+    """What says whose slices files are, as `data.group`: `group`, which a command was given, else
+    what the run was trained with. For LGG, whose slices are files of a volume, that is their names.
+    """
+    if group is not None:
+        return group
+    return SLICES if config.data.name == 'lgg' else config.data.group
 
 
 def read_folder(config, **where: Any) -> Slices:

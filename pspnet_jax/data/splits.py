@@ -3,15 +3,18 @@
 Neighbouring slices of one head are nearly the same picture, so a split by slice
 tests on what it trained on (Yagis et al. 2021 measured 29-55 points of that).
 
-A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint'};
-`read` refuses one that was made of other data.
+A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint', 'pixels'};
+`read` refuses one that was made of other data, and `overlap` finds its pictures among others.
 """
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pspnet_jax import text
 from pspnet_jax.data.files import writing
@@ -136,19 +139,50 @@ def fingerprint(slices: Slices) -> str:
 def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`parts` of `slices` as JSON, written aside and renamed."""
     with writing(Path(path)) as aside:
-        found = {**parts, 'fingerprint': fingerprint(slices)}
+        pixels = {patient: pixel_digest(scale) for patient, scale in slices.intensity.items()}
+        found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels}
         aside.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`write`, or where the file is there, see that it says the same. Raises DataError."""
-    if not Path(path).exists():
-        write(path, parts, slices)
-    elif read(path, slices) != parts:
+    if Path(path).exists() and read(path, slices) != parts:
         raise DataError(
             f'{path} has other patients in its parts than this config: go on with its own '
             'data.split, or use another workdir'
         )
+    if not Path(path).exists() or 'pixels' not in text.read_json(path):  # the first had none
+        write(path, parts, slices)
+
+
+def pixel_digest(intensity: np.ndarray) -> str:
+    """Of a patient's pixels by their percentiles, mean and deviation, which are at hand: whatever
+    differs in its pixels differs in these, whatever its name.
+    """
+    return hashlib.sha256(intensity.astype('<f4').tobytes()).hexdigest()[:16]
+
+
+def overlap(path: str | Path, digests: Mapping[str, str]) -> dict[str, list[str]] | None:
+    """{'train', 'validation': of the patients with these `pixel_digest`s those whose pixels are a
+    patient's of that part of the split at `path`, 'same_name': others who only have the name of
+    one}. None where there is no split that can be read, or one without digests.
+    """
+    try:
+        kept: Any = text.read_json(path)
+    except DataError:
+        return None
+    if not isinstance(kept, dict) or not isinstance(kept.get('pixels'), dict):
+        return None
+    found, seen = {}, set()
+    for part in ('train', 'validation'):
+        names = kept.get(part)
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        pixels = {str(kept['pixels'].get(name)) for name in names}
+        found[part] = [name for name, digest in digests.items() if digest in pixels]
+        seen |= set(names)
+    known = {*found['train'], *found['validation']}
+    found['same_name'] = [name for name in digests if name in seen and name not in known]
+    return found
 
 
 def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
