@@ -69,6 +69,7 @@ class Model:
             self.predictor.predict_fn,
             volumes.iterate_volumes(slices),
             intensity=self.predictor.intensity,
+            temperature=self.predictor.temperature,
             **evaluate_options(config),
             label_options=label_options(config),
         )

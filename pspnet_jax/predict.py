@@ -46,7 +46,7 @@ from pspnet_jax.data import files, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import free_memory, measure_intensity, normalize
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
-from pspnet_jax.evaluate import label_options, program_options, restore_model
+from pspnet_jax.evaluate import label_options, program_options, restore_model, views
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def load(
     program = infer.compile_predict(model, ensemble=ensemble, **program_options(config))
     channels = checkpoint.metadata(workdirs[0], step)['inputs']['channels']
     predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(workdirs[0], step)
+    temperature = 1.0 if ensemble else calibration.load(workdirs[0], step, views(config))
     return Predictor(config, predict_fn, intensity, channels, temperature)
 
 
