@@ -63,7 +63,8 @@ COMPILED = (
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `ema_params` is None where no average is kept.
+    """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
+    evaluated with the live `batch_stats`, of which there is no average.
 
     And the teacher's variables, which it gives back as they are: here they are arguments of
     the program and not constants in it. Checkpoints leave them out.

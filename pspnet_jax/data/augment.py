@@ -3,7 +3,7 @@
 Flip, scale, rotation, elastic deformation and crop are composed into one map from
 output pixel to input position, so each picture is interpolated once: the image
 bilinearly, the mask by its nearest neighbour. What falls outside the picture is the
-image's own minimum and, in the mask, the ignore label.
+image's own minimum and, in the mask, the ignored label.
 """
 
 import jax
@@ -37,9 +37,9 @@ def augment(
     nor elastic moves them; 0 keeps the size. flip:
     probability of a left-right mirror, flip_vertical: of an upside-down one. scale: 0.1
     zooms by 1/1.1 .. 1.1. rotate: degrees. elastic: standard deviation of the field in
-    pixels, the same everywhere. gain: channel-wise factor 1 +- gain. bias: channel-wise shift, and noise: pixel
-    noise's largest standard deviation, in units of the normalised image. ignore_label: of what
-    falls outside. Raises ValueError for a crop larger than the image.
+    pixels, the same everywhere. gain: channel-wise factor 1 +- gain. bias: channel-wise shift,
+    and noise: pixel noise's largest standard deviation, in units of the normalised image.
+    ignore_label: of what falls outside. Raises ValueError for a crop larger than the image.
     """
     h, w = mask_HW.shape
     out_h, out_w = (crop, crop) if crop else (h, w)
