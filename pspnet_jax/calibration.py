@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def save(workdir: str | Path, facts: dict[str, Any]) -> None:
         aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
 
 
-def load(workdir: str | Path, step: int, views: Mapping[str, Any]) -> float:
+def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxyType({})) -> float:
     """The temperature that was fitted for the checkpoint of `step`, seen as `views` says; 1 where
     none was, which the log says if there is another.
 
@@ -112,9 +113,9 @@ def load(workdir: str | Path, step: int, views: Mapping[str, Any]) -> float:
         return 1.0
     differ = sorted(key for key in seen.keys() | views if seen.get(key) != views.get(key))
     if differ:
-        logger.warning(
-            '%s was fitted with other views (%.200s): not applied; fit it for these by %s with '
-            'the same flags', path, ', '.join(differ), again,
-        )  # fmt: skip
+        what = (
+            f'was fitted with other views ({", ".join(differ):.200})' if seen else 'names no views'
+        )
+        logger.warning('%s %s: not applied; %s with the same flags fits it', path, what, again)
         return 1.0
     return temperature

@@ -180,7 +180,7 @@ def bootstrap_ci(
     """95 % percentile interval of the mean over resampled patients; NaNs are left out.
 
     None of fewer than two. It is too narrow for few: of normal values it holds the mean in
-    76 % of trials with 3, 86 % with 6, 93 % with 10 of them (`FEW`).
+    76 % of trials with 3, 86 % with 6, 90 % with 10 of them (`FEW`).
     """
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]

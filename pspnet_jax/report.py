@@ -336,7 +336,7 @@ def _few(n: int) -> str:
         return 'There is no interval of fewer than two patients.'
     return (
         f'The interval of {n} is too narrow: it holds the true mean in 76 % of trials with 3 '
-        'patients, 86 % with 6, 93 % with 10.'
+        'patients, 86 % with 6, 90 % with 10.'
     )
 
 

@@ -76,7 +76,7 @@ def augment(
             for n in (out_h, out_w)
         )
         down, across = (jnp.linalg.norm(share, axis=1) for share in shares)
-        field = field / (down[:, None] * across)
+        field = field / jnp.outer(down, across)[None]
         rows, columns = rows + field[0], columns + field[1]
 
     def sample(picture, order, outside):
