@@ -79,6 +79,7 @@ class Model:
             self.predictor.predict_fn,
             (volumes.with_channels(volume, self.predictor.channels) for volume in found),
             intensity=self.predictor.intensity,
+            temperature=self.predictor.temperature,
             **evaluate_options(config),
             label_options=label_options(config),
             each=lambda volume, _: digests.update(

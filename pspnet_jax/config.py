@@ -265,6 +265,11 @@ def _contradictions(config: ConfigDict):
             f'model.class_names has {len(model.class_names)} values: '
             f'it must have one for each of {model.num_classes} classes, background first'
         )
+    if model.num_classes == 2 and loss.ignore_label == 1:
+        yield (
+            'loss.ignore_label is 1, the only structure of 2 classes: set loss.ignore_label=255, '
+            'or model.num_classes=3 where 2 is a structure too'
+        )
     if config.predict.window and config.data.size:
         yield (
             'predict.window takes tiles of images at their own size, data.size resizes them: '

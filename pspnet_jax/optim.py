@@ -10,7 +10,8 @@ import optax
 def learning_rate_schedule(
     name: str, *, learning_rate: float, steps: int, warmup_steps: int = 0, power: float = 0.9
 ) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up, times poly, cosine or constant decay.
+    """Step -> learning rate: linear warm-up times a poly, cosine or constant decay, which runs
+    from the first step on: at the end of the warm-up the rate is the decayed one.
 
     poly is (1 - step/steps)^power, of every iteration, as PSPNet's section 5.1 has it.
     """

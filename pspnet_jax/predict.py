@@ -56,7 +56,7 @@ from pspnet_jax.data.volumes import (
     normalize,
 )
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
-from pspnet_jax.evaluate import label_options, program_options, restore_model
+from pspnet_jax.evaluate import label_options, program_options, restore_model, views
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def load(
     program = infer.compile_predict(model, ensemble=ensemble, **program_options(config))
     channels = checkpoint.metadata(workdirs[0], step)['inputs']['channels']
     predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(workdirs[0], step)
+    temperature = 1.0 if ensemble else calibration.load(workdirs[0], step, views(config))
     return Predictor(config, predict_fn, intensity, channels, temperature)
 
 
@@ -549,9 +549,16 @@ def predict_files(
         done = find_finished(stems, output, save, predictor.config.model.num_classes)
     targets = {path: output / stem for path, stem in stems.items()}
     pictures = [path for path in stems if not _is_video(path)]
+    how = sources.grouping(predictor.config, group)
+    if group is None and how.endswith('.csv') and not os.path.isfile(how):
+        logger.warning(
+            '%s, by which the pictures of the run were grouped, is not here, so each file is by '
+            'itself: give --group=TABLE.csv for those of these files', how,
+        )  # fmt: skip
+        how = ''
     groups, told = group_files(
         pictures,
-        sources.grouping(predictor.config, group),
+        how,
         [] if Path(source).expanduser().is_dir() else _beside(pictures),
     )
     if told:

@@ -63,7 +63,8 @@ COMPILED = (
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `ema_params` is None where no average is kept.
+    """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
+    evaluated with the live `batch_stats`, of which there is no average.
 
     And the teacher's variables, which it gives back as they are: here they are arguments of
     the program and not constants in it. Checkpoints leave them out.
@@ -108,12 +109,12 @@ def segmentation_loss(
 ) -> jax.Array:
     """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
 
-    Logits at 1/s of the labels' size meet every s-th label: labels are never resized.
+    Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
+    puts them when it enlarges them: labels are never interpolated.
     """
 
     def one_head(logits_BhwK):
-        (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
-        labels_Bhw = labels_BHW[:, :: H // h, :: W // w]
+        labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
         options = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
         if cross_entropy:
@@ -128,6 +129,12 @@ def segmentation_loss(
     if aux:
         total += aux * sum(one_head(x) for name, x in out.items() if name != 'logits')
     return total
+
+
+def labels_at(labels_BHW: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """B h w: the labels at the centres of h x w cells, as `volumes.resize_labels` has them."""
+    rows, columns = map(volumes.centres, size, labels_BHW.shape[1:])
+    return labels_BHW[:, rows][:, :, columns]
 
 
 def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: bool, **options):
@@ -173,11 +180,11 @@ def teacher_losses(
     """
     parts = {}
     if weight:
-        (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
+        size = logits_BhwK.shape[1:3]
         parts['distillation'] = weight * losses.distillation(
             logits_BhwK,
-            resize(teacher_logits, (h, w)),
-            labels_BHW[:, :: H // h, :: W // w],
+            resize(teacher_logits, size, align_corners=False),
+            labels_at(labels_BHW, size),
             loss=loss,
             temperature=temperature,
             ignore_label=ignore_label,
@@ -230,7 +237,9 @@ def train_step(
     keys_B = jax.vmap(lambda i: jax.random.fold_in(augment_key, i))(index_B)
 
     def change(key, image_HWC, mask_HW):
-        image_HWC, mask_HW = augment(key, image_HWC, mask_HW, **augment_options)
+        image_HWC, mask_HW = augment(
+            key, image_HWC, mask_HW, ignore_label=loss_options['ignore_label'], **augment_options
+        )
         if augment_fn is not None:
             own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
             image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)

@@ -138,3 +138,12 @@ def test_a_recipe_can_be_changed_knob_by_knob(monkeypatch):
     augment = values.config.augment
     assert (augment.rotate, augment.elastic) == (5.0, augmentations.RECIPES['strong']['elastic'])
     assert values.config.model.name == 'unet'
+
+
+def test_the_only_structure_cannot_be_ignored():
+    config = base.get_config().copy_and_resolve_references()
+    config.loss.ignore_label = 1
+    with pytest.raises(ConfigError, match='ignore_label is 1, the only structure of 2 classes'):
+        rules.validate(config)
+    config.model.num_classes = 3
+    rules.validate(config)

@@ -59,7 +59,7 @@ ALLOWED = {
     'faults': {'errors'},
     'chart': set(),
     'calibration': {'data.files', 'errors'},
-    'report': {'chart', 'data.files', 'data.volumes', 'log', 'visualize'},
+    'report': {'chart', 'data.files', 'data.volumes', 'log', 'metrics', 'visualize'},
     'checkpoint': {'errors', 'hosts'},
     'config': {'errors', 'models', 'models.backbones'},
     'transfer': {'checkpoint', 'errors', 'evaluate', 'models.pretrained', 'models.published'},

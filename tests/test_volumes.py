@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from pspnet_jax.data import phantom, volumes
 from pspnet_jax.errors import DataError
@@ -196,3 +197,55 @@ def test_slices_in_memory_are_decoded_once(monkeypatch):
     for bytes_free, same in ((free, False), (free - 1, True)):
         monkeypatch.setattr(volumes, 'free_memory', lambda n=bytes_free: n)
         assert (volumes.in_memory(slow) is slow) == same
+
+
+@pytest.mark.parametrize(('cells', 'size'), [(4, 16), (3, 6), (3, 9), (7, 7), (5, 8), (9, 4)])
+def test_a_cell_takes_the_pixel_nearest_to_its_centre_and_nothing_moves(cells, size):
+    taken = volumes.centres(cells, size)
+    apart = (taken + 0.5) / size - (np.arange(cells) + 0.5) / cells  # of the whole side
+    pixels = (np.arange(size) + 0.5) / size
+    nearest = np.abs(pixels - (np.arange(cells)[:, None] + 0.5) / cells).min(1)
+    np.testing.assert_allclose(np.abs(apart), nearest, atol=1e-12)
+    if cells % 2 == 0:  # always the upper of two is half a pixel: 1/2 / size
+        assert abs(apart.mean()) < 1e-12
+        np.testing.assert_array_equal(size - 1 - taken[::-1], taken)  # mirror images stay so
+    assert abs(apart.mean()) < 0.5 / size / 2 or cells < 4
+
+
+def test_shrunk_labels_lie_where_the_shrunk_image_has_them(rng):
+    """Of squares anywhere, at an even ratio: their centre of mass moves by nothing on average."""
+    moves = []
+    for top, left in rng.integers(4, 100, (60, 2)):
+        mask = np.zeros((128, 128), np.uint8)
+        mask[top : top + 21, left : left + 19] = 1
+        small = volumes.resize_labels(mask, (32, 32))
+        image = volumes.resize_image(mask[..., None].astype(np.float32), (32, 32))[..., 0]
+        of_labels, of_image = (
+            np.array(ndimage.center_of_mass(x.astype(np.float64))) for x in (small, image)
+        )
+        moves.append(4 * (of_labels - of_image))
+    assert np.abs(np.mean(moves, axis=0)).max() < 0.2  # pixels of the large one; it was 0.5
+
+
+def test_scans_and_spacing_go_with_the_slices(rng):
+    a, b = two_volumes(rng)
+    a = a._replace(spacing=(5.0, 0.5, 0.5), scan=np.array([0, 0, 1]))
+    slices = volumes.from_volumes([a, b])
+    for part, (one, other) in (
+        (slices, (a, b)),
+        (volumes.select(slices, ['a', 'b']), (a, b)),
+    ):
+        first, second = volumes.iterate_volumes(part)
+        assert first.spacing == one.spacing
+        assert second.spacing is other.spacing is None
+        assert [rows.tolist() for rows in volumes.scans(first.scan, 3)] == [[0, 1], [2]]
+        assert [len(rows) for rows in volumes.scans(second.scan, 5)] == [5]
+    (only,) = volumes.iterate_volumes(volumes.select(slices, ['a']))
+    assert only.scan.tolist() == [0, 0, 1]
+    assert [rows.tolist() for rows in volumes.scans(None, 2)] == [[0, 1]]
+
+
+def test_pixels_of_lesion_are_none_of_background_and_none_of_the_ignored():
+    mask = np.array([[0, 1, 2, 2, 255]])
+    assert volumes.lesion_pixels(mask) == 3
+    assert volumes.lesion_pixels(mask, 2) == 2

@@ -63,7 +63,9 @@ def leaks(
                 yield int(block[i]), int(there[j])
 
 
-def contact_sheet(slices: Slices, augment_options: dict, seed: int) -> np.ndarray:
+def contact_sheet(
+    slices: Slices, augment_options: dict, seed: int, ignore_label: int = IGNORE_LABEL
+) -> np.ndarray:
     """RGB uint8: SHEET slices with most lesion, one a patient where there are enough, with their
     outlines; below each two of its augmentations, as the network gets them.
     """
@@ -85,11 +87,13 @@ def contact_sheet(slices: Slices, augment_options: dict, seed: int) -> np.ndarra
         normal = volumes.normalize(image, intensity)
         for n in range(2):
             key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
-            changed, labels = augment(key, normal, mask.astype(np.int32), **augment_options)
+            changed, labels = augment(
+                key, normal, mask.astype(np.int32), ignore_label=ignore_label, **augment_options
+            )
             changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
             picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
             labels = np.asarray(labels)
-            labels = np.where(labels == IGNORE_LABEL, 0, labels).astype(np.uint8)
+            labels = np.where(labels == ignore_label, 0, labels).astype(np.uint8)
             cells.append(_cell(visualize.outline(picture, labels)))
         columns.append(np.concatenate(cells))
     return np.concatenate(columns, axis=1)
@@ -120,7 +124,7 @@ def check(config, out: str | Path) -> None:
     if config.data.size:
         train = volumes.resized(train, config.data.size)
     path = Path(out) / 'contact_sheet.png'
-    sheet = contact_sheet(train, config.augment.to_dict(), config.seed)
+    sheet = contact_sheet(train, config.augment.to_dict(), config.seed, config.loss.ignore_label)
     with files.writing(path) as aside:
         Image.fromarray(sheet).save(aside, 'png')
     print(f'written to {path}')

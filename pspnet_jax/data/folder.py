@@ -3,8 +3,9 @@
   FOLDER/images/a.png  FOLDER/masks/a.png     paired by stem, whatever their formats
 
 Volumes (NIfTI, multi-page TIFF, DICOM) are patients by themselves; pictures are grouped into
-patients by `data.group`. Several image folders stack as channels. What the masks' values mean
-is found out from all of them, said in one line, and refused where it could mean two things.
+patients by `data.group`, and are slices of a volume where it names their number. Several image
+folders stack as channels. What the masks' values mean is found out from all of them, said in one
+line, and refused where it could mean two things.
 """
 
 import csv
@@ -32,11 +33,14 @@ MAX_NAME = 200  # characters of a patient, as file systems take 255 bytes with w
 
 
 class Case(NamedTuple):
-    """One picture or volume: its patient, one file a channel stack, its mask or its shapes."""
+    """One picture or volume: its patient, one file a channel stack, its mask or its shapes, and
+    its place among the slices of a volume where `group` tells.
+    """
 
     patient: str
     images: tuple[Path, ...]
     mask: Path | Sequence[via.Shape]
+    slice: int | None = None
 
 
 class Patient(NamedTuple):
@@ -72,7 +76,8 @@ def scan(
     `masks` is a folder of masks, a file of annotations (`via.read_annotations`, which is given
     `classes` and `attribute`) or a folder of labelme's. `group` is a regular expression whose
     first group, searched in the stem, is the patient; or a .csv with the columns stem and
-    patient; '' makes each picture a patient of its own.
+    patient; '' makes each picture a patient of its own. A group (?P<slice>[0-9]+) or a column slice
+    makes a patient's pictures the slices of a volume; without it each picture is by itself.
     """
     stacks = [files.find(folder) for folder in images]
     first, faults, notes = stacks[0], [], []
@@ -93,12 +98,14 @@ def scan(
             faults.append(f'{mask_of[stem]} has no image: add it or remove the mask')
     whole = [s for s in sorted(first) if s in mask_of and all(s in stack for stack in stacks)]
     patients, wrong = group_stems(whole, group)
+    numbers, more = slice_numbers(patients, group)
     cases = [
-        Case(patients[stem], tuple(stack[stem] for stack in stacks), mask_of[stem])
-        for stem in whole
-        if stem in patients
+        Case(
+            patients[stem], tuple(stack[stem] for stack in stacks), mask_of[stem], numbers.get(stem)
+        )
+        for stem in sorted(patients, key=lambda stem: (numbers.get(stem, 0), stem))
     ]
-    return cases, faults + wrong, notes
+    return cases, faults + wrong + more, notes
 
 
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
@@ -113,10 +120,12 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
             expression = re.compile(group)
         except re.error as error:
             raise DataError(f'data.group {group!r} is no regular expression: {error}') from error
-        if not expression.groups:
+        number = expression.groupindex.get('slice')
+        patient = next((n for n in range(1, expression.groups + 1) if n != number), 0)
+        if not patient:
             raise DataError(f'data.group {group!r} has no group: put the patient in (), as "(.+)_"')
         found = ((stem, expression.search(stem)) for stem in stems)
-        table = {stem: match[1] for stem, match in found if match and match[1]}
+        table = {stem: match[patient] for stem, match in found if match and match[patient]}
         remedy = f'data.group {group!r} must find one in it'
     faults = [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
     patients = {stem: table[stem] for stem in stems if table.get(stem)}
@@ -127,12 +136,37 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
     return patients, faults
 
 
-def read_table(path: Path) -> dict[str, str]:
-    """Stem -> patient of a .csv with these two columns."""
+def slice_numbers(patients: Mapping[str, str], group: str) -> tuple[dict[str, int], list[str]]:
+    """Stem -> number of the slice, where `group` tells it of these stems and their patients, and
+    the faults; none are told: they are pictures by themselves.
+    """
+    if group.endswith('.csv'):
+        found = read_table(Path(group), 'slice')
+    elif group and 'slice' in (expression := re.compile(group)).groupindex:
+        found = {stem: expression.search(stem)['slice'] for stem in patients}
+        found = {stem: number for stem, number in found.items() if number is not None}
+    else:
+        return {}, []
+    numbers, faults, taken = {}, [], {}
+    for stem in sorted(patients.keys() & found.keys()):
+        if not re.fullmatch(r'[0-9]{1,9}', found[stem] or ''):
+            faults.append(f'{stem} is slice {found[stem]!r} by data.group: it must be a number')
+            continue
+        numbers[stem] = int(found[stem])
+        other = taken.setdefault((patients[stem], numbers[stem]), stem)
+        if other != stem:
+            faults.append(f'{other} and {stem} are both slice {numbers[stem]}: rename one')
+    return numbers, faults
+
+
+def read_table(path: Path, column: str = 'patient') -> dict[str, str]:
+    """Stem -> patient of a .csv with these two columns, or another column where it has that."""
     has = 'it has a line "stem,patient" and one such line a picture'
     try:
         rows = csv.DictReader(io.StringIO(text.read(path, has), newline=''))
-        return {row['stem'].strip(): row['patient'].strip() for row in rows}
+        if column != 'patient' and column not in (rows.fieldnames or ()):
+            return {}
+        return {row['stem'].strip(): row[column].strip() for row in rows}
     except (KeyError, AttributeError, csv.Error) as error:
         raise DataError(
             f'{path} is not a table of patients ({type(error).__name__}: {error}): {has}'
@@ -203,6 +237,19 @@ def load(
         return picture.image[d], labels[d]
 
     lesion = [np.concatenate(patient.lesion) for patient in patients.values()]
+    scans = [_scans(patient) for patient in patients.values()]
+    several = sum(bool(numbers.any()) for numbers in scans)
+    if group and in_order[0].slice is not None:
+        logger.info(
+            'data.group: the pictures are slices of %d volumes, by their numbers; %d lack some: '
+            'distances and components are of each part', len(scans), several,
+        )  # fmt: skip
+    elif group and several:
+        logger.info(
+            'data.group: %d of %d patients have several files; distances and components are of '
+            'each file by itself. If they are slices of one volume, name their number: '
+            'data.group="(.+)_(?P<slice>[0-9]+)"', several, len(scans),
+        )  # fmt: skip
     return Slices(
         read=read,
         key=np.arange(len(places)),
@@ -212,7 +259,19 @@ def load(
         intensity={name: patient.intensity for name, patient in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
         ranges={name: p.range for name, p in patients.items() if p.range is not None},
+        scan=np.concatenate(scans),
     )
+
+
+def _scans(patient: Patient) -> np.ndarray:
+    """Number of the scan that each of the patient's slices is of: every file is one, but for
+    pictures that are numbered as slices, whose every run without a gap is one.
+    """
+    depths = [len(lesion) for lesion in patient.lesion]
+    numbers = [case.slice for case in patient.cases]
+    if None in numbers or max(depths) > 1:
+        return np.repeat(np.arange(len(depths)), depths)
+    return np.cumsum(np.diff(numbers, prepend=numbers[0]) > 1)
 
 
 def _find_folders(root: Path, images: Sequence[str], masks: str) -> tuple[list[Path], Path]:
@@ -243,7 +302,7 @@ def _survey(
                 f'the mask of {case.images[0]} has labels {wrong.tolist()[:8]}, the model has '
                 f'classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
             )
-        return picture, [volumes.lesion_pixels(mask) for mask in labels]
+        return picture, [volumes.lesion_pixels(mask, ignore_label) for mask in labels]
 
     found = list(map_(functools.partial(_attempt, measure), cases))
     good = [result for result, fault in found if not fault]

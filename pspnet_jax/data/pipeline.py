@@ -22,7 +22,8 @@ def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
 
     Within a patient a slice is drawn in proportion to its area of lesion, except for
     the share `floor`, which is spread evenly over its slices (all of it, where the
-    patient has no lesion).
+    patient has no lesion). Buda's code adds a tenth of the patient's lesion, spread evenly, to
+    the areas, which is a floor of 1/11.
     """
     weights = np.zeros(len(slices))
     patients = np.unique(slices.patient)

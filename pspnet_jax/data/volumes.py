@@ -30,6 +30,8 @@ class Volume(NamedTuple):
     """One patient: image D H W C, mask D H W uint8, D slice numbers, (4, C) intensity.
 
     The image is uint8, uint16 or float32; spacing is (slice, row, column) in mm, None unknown.
+    `scan` is a number for each of the D slices: those of one number are neighbours in space, a
+    picture has its own. None: all D slices are one scan.
     """
 
     patient: str
@@ -38,6 +40,7 @@ class Volume(NamedTuple):
     slices: np.ndarray
     intensity: np.ndarray
     spacing: tuple[float, float, float] | None = None
+    scan: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Slices:
     all of length N, are the keys, and what sampling needs to know without reading.
     `intensity` holds each patient's (4, C) array from `measure_intensity`, `spacing` the
     patients' steps in mm where they are known, `ranges` the `measure_range` of those whose images
-    are not of 8 bits.
+    are not of 8 bits. `scan` is `Volume`'s, of length N: a source whose patients may be several
+    pictures or volumes sets it.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -59,6 +63,7 @@ class Slices:
     intensity: dict[str, np.ndarray]
     spacing: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
     ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    scan: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -77,6 +82,7 @@ def select(slices: Slices, patients: Sequence[str]) -> Slices:
         patient=slices.patient[keep],
         slice=slices.slice[keep],
         lesion_pixels=slices.lesion_pixels[keep],
+        scan=None if slices.scan is None else slices.scan[keep],
         intensity={patient: slices.intensity[patient] for patient in patients},
     )
 
@@ -108,7 +114,15 @@ def iterate_volumes(slices: Slices) -> Iterator[Volume]:
                 slices.slice[list(rows)],
                 slices.intensity[patient],
                 slices.spacing.get(patient),
+                None if slices.scan is None else slices.scan[list(rows)],
             )
+
+
+def scans(scan: np.ndarray | None, depth: int) -> list[np.ndarray]:
+    """Rows of each scan of `depth` slices: `Volume.scan`, or all of them where that is None."""
+    if scan is None:
+        return [np.arange(depth)]
+    return [np.flatnonzero(scan == number) for number in np.unique(scan)]
 
 
 def from_volumes(volumes: Sequence[Volume]) -> Slices:
@@ -123,6 +137,8 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
         lesion_pixels=np.array([lesion_pixels(labels) for labels in mask]),
         intensity={v.patient: v.intensity for v in volumes},
         ranges={v.patient: measure_range(v.image) for v in volumes if v.image.dtype != np.uint8},
+        spacing={v.patient: v.spacing for v in volumes if v.spacing is not None},
+        scan=np.concatenate([np.zeros(len(v.mask)) if v.scan is None else v.scan for v in volumes]),
     )
 
 
@@ -202,17 +218,27 @@ def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_labels(mask_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """h w labels at H W pixels: each takes the label at its centre."""
-    rows, columns = (
-        ((np.arange(n) + 0.5) * old / n).astype(int)
-        for n, old in zip(size, mask_HW.shape, strict=True)
-    )
+    """h w labels at H W pixels: each takes the label at its centre (`centres`)."""
+    rows, columns = (centres(n, old) for n, old in zip(size, mask_HW.shape, strict=True))
     return mask_HW[rows][:, columns]
 
 
-def lesion_pixels(mask: np.ndarray) -> int:
+def centres(cells: int, size: int) -> np.ndarray:
+    """(cells,) pixels of `size` that lie nearest to the centres of as many cells of equal width.
+
+    At even ratios two pixels are equally near: even cells take the lower, odd ones the upper,
+    so that nothing moves on average. (Always the upper, as PyTorch's 'nearest-exact' has it, moves
+    labels by half a pixel against the image.)
+    """
+    i = np.arange(cells)
+    doubled = (2 * i + 1) * size - cells  # the centre is pixel doubled / (2 cells)
+    lower, upper = -((cells - doubled) // (2 * cells)), (doubled + cells) // (2 * cells)
+    return np.where(i % 2, upper, lower)
+
+
+def lesion_pixels(mask: np.ndarray, ignore_label: int = IGNORE_LABEL) -> int:
     """Pixels that are neither background nor ignored."""
-    return int(np.count_nonzero((mask != 0) & (mask != IGNORE_LABEL)))
+    return int(np.count_nonzero((mask != 0) & (mask != ignore_label)))
 
 
 def measure_intensity(image: np.ndarray) -> np.ndarray:
