@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import predict
-from pspnet_jax.data import files, sources, splits, volumes
+from pspnet_jax.data import files, sources, volumes
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options, tell_overlap
 from pspnet_jax.train import train_and_evaluate
@@ -83,7 +83,7 @@ class Model:
             **evaluate_options(config),
             label_options=label_options(config),
             each=lambda volume, _: digests.update(
-                {volume.patient: splits.pixel_digest(volume.intensity)}
+                {volume.patient: [*map(volumes.picture_digest, volume.image)]}
             ),
         )
         result['data'] |= tell_overlap(workdirs, digests)

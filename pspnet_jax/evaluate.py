@@ -506,7 +506,7 @@ def evaluate_checkpoint(
     folder, digests = Path(workdir) / 'pictures', []
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
-        digests.append([volume.patient, splits.pixel_digest(volume.intensity)])
+        digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
         picture = visualize.volume_picture(volume, pred)
         with files.writing(folder / f'{volume.patient}.png') as aside:
             Image.fromarray(picture).save(aside, 'png')
@@ -561,7 +561,7 @@ def evaluate_checkpoint(
 
 
 def tell_overlap(
-    workdirs: Sequence[str | Path], digests: Mapping[str, str]
+    workdirs: Sequence[str | Path], digests: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, list[str]] | None]:
     """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
     log says; None where that is not known of all.
@@ -581,11 +581,9 @@ def tell_overlap(
         for key in ('train', 'validation', 'same_name')
     }
     said = {
-        'train': 'have the pixels of patients that the run was trained on, so these figures are '
-        'too good',
-        'validation': 'have the pixels of its validation patients, by whom its checkpoint was '
-        'chosen',
-        'same_name': 'have the name of one of these and other pixels',
+        'train': 'have pictures that the run was trained on, so these figures are too good',
+        'validation': 'have pictures of its validation set, by which its checkpoint was chosen',
+        'same_name': 'have the name of one of these and other pictures',
     }
     for key, words in said.items():
         if (names := together[key]) and hosts.is_first():

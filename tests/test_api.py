@@ -83,6 +83,20 @@ def test_evaluation_of_folders_is_a_row_a_picture(own, model):
     assert figures['patients'][3]['dice'] == pytest.approx(2 * both / total)
 
 
+def test_evaluation_tells_which_pictures_it_was_trained_on_and_groups_them(own, model):
+    import json
+
+    parts = json.loads((model.workdir / 'splits.json').read_text())
+    figures = model.evaluate(own / 'images', own / 'masks')
+    assert figures['data']['overlap'] == {
+        'train': sorted(parts['train']), 'validation': sorted(parts['validation']), 'same_name': []
+    }  # fmt: skip
+    figures = model.evaluate(own / 'images', own / 'masks', group='(p)')
+    names = [row['patient'] for row in figures['patients']]
+    assert {name.split()[0] for name in names} == {'p'}
+    assert figures['data']['overlap']['train'] == names
+
+
 def test_a_run_is_loaded_with_other_options_of_prediction(model, own):
     again = pspnet_jax.load(model.workdir, threshold=1.0)
     assert not again.predict(own / 'images' / 'p1.png').any()

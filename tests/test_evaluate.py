@@ -283,3 +283,56 @@ def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_pat
 def test_a_temperature_is_fitted_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--fit_temperature is for'):
         evaluate.evaluate_checkpoint(tmp_path, fit=True, **where)
+
+
+def test_a_slice_of_nothing_but_ignored_pixels_counts_nowhere():
+    ignored = MASK.copy()
+    ignored[0] = 255
+    wrong = volume('a', ignored)
+    wrong.image[1] = 0  # misses the lesion
+    result = evaluate.evaluate_volumes(oracle, [wrong], **OPTIONS)
+    # Of two slices that count one is empty and right, one is missed.
+    for part in (result['summary'], result['baseline']):
+        assert part['per_slice_dice_empty_is_1'] == pytest.approx(1 / 2)
+    assert result['data']['ignored_slices'] == 1
+    assert result['data']['slices'] == 3
+
+
+def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog):
+    """Under other names, in another format: by their pixels."""
+    workdir = shutil.copytree(trained[0], tmp_path / 'run')
+    slices, parts = sources.load(sources_config(workdir), workdir / 'splits.json')
+    for name, new in (
+        (parts['train'][0], 'other'), (parts['validation'][0], 'chosen'),
+        (parts['test'][0], 'new'),
+    ):  # fmt: skip
+        (found,) = iterate_volumes(select(slices, [name]))
+        for kind, pixels in (('images', found.image), ('masks', found.mask)):
+            (tmp_path / 'data' / kind).mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / 'data' / kind / f'{new}.npy', pixels[1:3])  # some slices
+    with caplog.at_level('WARNING'):
+        result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
+    assert result['data']['overlap'] == {
+        'train': ['other'], 'validation': ['chosen'], 'same_name': []
+    }  # fmt: skip
+    written = json.loads((workdir / 'evaluation.json').read_text())
+    assert written['data']['overlap'] == result['data']['overlap']
+    assert '1 of 3 patients have pictures that the run was trained on' in caplog.text
+    assert '1 of 3 patients have pictures of its validation set' in caplog.text
+    caplog.clear()
+    (workdir / 'splits.json').unlink()
+    with caplog.at_level('WARNING'):
+        result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
+    assert result['data']['overlap'] is None
+    assert 'whether the run was trained on these pictures is not known' in caplog.text
+    assert 'overlap' not in evaluate.evaluate_checkpoint(workdir)['data']
+
+
+def sources_config(workdir):
+    config, *_ = evaluate.restore_model(workdir)
+    return config
+
+
+def test_a_group_is_of_a_folder_of_images(trained):
+    with pytest.raises(ConfigError, match='--group is for --data=FOLDER'):
+        evaluate.evaluate_checkpoint(trained[0], group='(.+)_')

@@ -45,7 +45,8 @@ class Case(NamedTuple):
 
 class Patient(NamedTuple):
     """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, spacing
-    where all have the same, (4, C) intensity scale, and (2, C) range where one is not of 8 bits.
+    where all have the same, (4, C) intensity scale, (2, C) range where one is not of 8 bits, and
+    each slice's digest.
     """
 
     cases: list[Case]
@@ -54,6 +55,7 @@ class Patient(NamedTuple):
     spacing: tuple[float, float, float] | None
     intensity: np.ndarray | None
     range: np.ndarray | None
+    digest: list[str]
 
 
 class Code(NamedTuple):
@@ -259,6 +261,7 @@ def load(
         intensity={name: patient.intensity for name, patient in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
         ranges={name: p.range for name, p in patients.items() if p.range is not None},
+        digest=np.concatenate([patient.digest for patient in patients.values()]),
         scan=np.concatenate(scans),
     )
 
@@ -321,6 +324,7 @@ def _survey(
         spacing.pop() if len(spacing) == 1 else None,
         intensity,
         measured,
+        [volumes.picture_digest(image) for picture, _ in good for image in picture.image],
     )
     return patient, [fault for _, fault in found if fault]
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from pspnet_jax import text
 from pspnet_jax.data.files import writing
-from pspnet_jax.data.volumes import Slices
+from pspnet_jax.data.volumes import Slices, picture_digest
 from pspnet_jax.errors import DataError
 
 KEPT = 'splits.json'  # in a run's workdir
@@ -139,8 +140,7 @@ def fingerprint(slices: Slices) -> str:
 def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`parts` of `slices` as JSON, written aside and renamed."""
     with writing(Path(path)) as aside:
-        pixels = {patient: pixel_digest(scale) for patient, scale in slices.intensity.items()}
-        found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels}
+        found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels(slices)}
         aside.write_text(json.dumps(found, indent=1) + '\n')
 
 
@@ -155,17 +155,20 @@ def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
         write(path, parts, slices)
 
 
-def pixel_digest(intensity: np.ndarray) -> str:
-    """Of a patient's pixels by their percentiles, mean and deviation, which are at hand: whatever
-    differs in its pixels differs in these, whatever its name.
-    """
-    return hashlib.sha256(intensity.astype('<f4').tobytes()).hexdigest()[:16]
+def pixels(slices: Slices) -> dict[str, list[str]]:
+    """{patient: `volumes.picture_digest` of each slice}."""
+    digest = slices.digest
+    if digest is None:
+        with ThreadPoolExecutor(4) as pool:
+            read = pool.map(lambda key: picture_digest(slices.read(int(key))[0]), slices.key)
+            digest = np.array(list(read))
+    return {name: digest[slices.patient == name].tolist() for name in slices.intensity}
 
 
-def overlap(path: str | Path, digests: Mapping[str, str]) -> dict[str, list[str]] | None:
-    """{'train', 'validation': of the patients with these `pixel_digest`s those whose pixels are a
-    patient's of that part of the split at `path`, 'same_name': others who only have the name of
-    one}. None where there is no split that can be read, or one without digests.
+def overlap(path: str | Path, digests: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:
+    """{'train', 'validation': of patients, given with the digests of their slices, those of whom
+    one is a slice of that part of the split at `path`, 'same_name': others who only have the name
+    of a patient of these}. None where no split can be read, or one without digests.
     """
     try:
         kept: Any = text.read_json(path)
@@ -177,8 +180,9 @@ def overlap(path: str | Path, digests: Mapping[str, str]) -> dict[str, list[str]
     for part in ('train', 'validation'):
         names = kept.get(part)
         names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-        pixels = {str(kept['pixels'].get(name)) for name in names}
-        found[part] = [name for name, digest in digests.items() if digest in pixels]
+        theirs = [kept['pixels'].get(name) for name in names]
+        known = {str(x) for some in theirs if isinstance(some, list) for x in some} - {''}
+        found[part] = [name for name, ours in digests.items() if known.intersection(ours)]
         seen |= set(names)
     known = {*found['train'], *found['validation']}
     found['same_name'] = [name for name in digests if name in seen and name not in known]

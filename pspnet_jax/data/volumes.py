@@ -7,6 +7,7 @@ Training reads slices in any order; evaluation reads whole volumes. A source
 import collections
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -52,7 +53,8 @@ class Slices:
     `intensity` holds each patient's (4, C) array from `measure_intensity`, `spacing` the
     patients' steps in mm where they are known, `ranges` the `measure_range` of those whose images
     are not of 8 bits. `scan` is `Volume`'s, of length N: a source whose patients may be several
-    pictures or volumes sets it.
+    pictures or volumes sets it. `digest` is each slice's `picture_digest`, where a source reads
+    them anyway.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -64,6 +66,7 @@ class Slices:
     spacing: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
     ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scan: np.ndarray | None = None
+    digest: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -83,6 +86,7 @@ def select(slices: Slices, patients: Sequence[str]) -> Slices:
         slice=slices.slice[keep],
         lesion_pixels=slices.lesion_pixels[keep],
         scan=None if slices.scan is None else slices.scan[keep],
+        digest=None if slices.digest is None else slices.digest[keep],
         intensity={patient: slices.intensity[patient] for patient in patients},
     )
 
@@ -137,6 +141,7 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
         lesion_pixels=np.array([lesion_pixels(labels) for labels in mask]),
         intensity={v.patient: v.intensity for v in volumes},
         ranges={v.patient: measure_range(v.image) for v in volumes if v.image.dtype != np.uint8},
+        digest=np.array([picture_digest(pixels) for pixels in image]),
         spacing={v.patient: v.spacing for v in volumes if v.spacing is not None},
         scan=np.concatenate([np.zeros(len(v.mask)) if v.scan is None else v.scan for v in volumes]),
     )
@@ -263,6 +268,20 @@ def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
     """
     low, high, mean, std = intensity
     return (np.clip(image.astype(np.float32), low, high) - mean) * (1 / std)
+
+
+def picture_digest(image_HWC: np.ndarray) -> str:
+    """By which the same pixels are known again, in whatever file; '' where all have one value.
+
+    Grey is the same in one channel and in three.
+    """
+    if (image_HWC == image_HWC[:1, :1]).all():
+        return ''
+    if (image_HWC == image_HWC[..., :1]).all():
+        image_HWC = image_HWC[..., :1]
+    digest = hashlib.blake2b(repr(image_HWC.shape).encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(image_HWC, '<f4').data)
+    return digest.hexdigest()
 
 
 def measure_range(image: np.ndarray) -> np.ndarray:
