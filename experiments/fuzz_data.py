@@ -339,7 +339,8 @@ def read_input(path: Path) -> None:
     root, found = predict.find_files(path, path.parent / 'out')
     stems, faults = predict.name_results(root, found)
     pictures = [path for path in stems if not predict._is_video(path)]
-    for group in predict.split_albums(predict.group_slices(pictures)):
+    groups, _ = predict.group_files(pictures, '(.+)_(?P<slice>[0-9]+)')
+    for group in groups:
         _, _, more = predict.read_cases(group, predictor=predictor, stems=stems)
         faults += more
     if faults:

@@ -21,6 +21,7 @@ with a number in (?P<slice>...) are slices of one volume. What is finished is sk
 again, and a summary at the end accounts for every file.
 """
 
+import collections
 import contextlib
 import functools
 import glob
@@ -401,7 +402,7 @@ def group_files(
         if own:
             others = [path for path in some if path not in asked]
             groups.append(Group(own, others, {p: numbers[p] for p in some if p in numbers}))
-    return groups, _say_groups(groups, how, len(set(paths) - named.keys()))
+    return groups, _say_groups(groups, how, named)
 
 
 def _is_kaggle(path: Path) -> bool:
@@ -411,28 +412,30 @@ def _is_kaggle(path: Path) -> bool:
     return bool(match) and match['patient'] == path.parent.name and os.path.isfile(mask)
 
 
-def _say_groups(groups: Sequence[Group], how: str, alone: int) -> str:
-    """Which files are grouped and by what; '' where no question is."""
-    several = [group for group in groups if len(group.paths) + len(group.beside) > 1]
-    files_of = sum(len(group.paths) for group in several)
-    volumes = sum(bool(group.numbers) for group in several)
-    if how:
-        rest = f'; {alone} in which it finds no patient are each by itself' if alone else ''
-        return (
-            f'{files_of} files are of {len(several)} patients with one intensity scale each, '
-            f'{volumes} of them volumes of numbered slices, by the group {how!r}{rest}; --group= '
-            'takes each by itself'
+def _say_groups(groups: Sequence[Group], how: str, named: Iterable[Path]) -> str:
+    """Which files belong together and by what; '' where there is one that does not."""
+    named = set(named)
+    together = [group for group in groups if not named.isdisjoint(group.paths)]
+    alone = [group.paths[0] for group in groups if named.isdisjoint(group.paths)]
+    volumes = sum(bool(group.numbers) for group in together)
+    count = sum(len(group.paths) for group in together)
+    by = f'the group {how!r}' if how else "Kaggle's layout"
+    said = []
+    if together or how:
+        said.append(
+            f'{count} files belong to {len(together)} patients by {by}: those of one share what is '
+            f'measured of intensities, and {volumes} are volumes of numbered slices'
         )
-    by_layout = (
-        f"{files_of} slices are {len(several)} volumes by Kaggle's layout; " if several else ''
-    )
-    own = len(groups) - len(several)
-    if own < 2:
-        return by_layout.removesuffix('; ')
-    return (
-        f'{by_layout}{own} files are each by itself, with an intensity scale of its own, as '
-        "evaluation takes them; if they are slices of volumes: --group='(.+)_(?P<slice>[0-9]+)'"
-    )
+    if how:
+        said += [f'in {len(alone)} files it finds no patient: each is by itself'] if alone else []
+        said.append('--group= takes each file by itself')
+    elif len(alone) > 1:
+        said.append(f'each of {len(alone)} files is by itself, as evaluation takes it')
+        numbered = [sources.SLICE.fullmatch(path.stem) for path in alone]
+        names = collections.Counter(match['patient'] for match in numbered if match)
+        if max(names.values(), default=0) > 1:
+            said.append("if NAME_1, NAME_2 ... are slices: --group='(.+)_(?P<slice>[0-9]+)'")
+    return '; '.join(said)
 
 
 def read_cases(
@@ -594,6 +597,7 @@ def predict_files(
     if hosts.is_first():
         passed = passed_over(source, output, found)
         faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
+        print(f'{", ".join(save)} are in {output}')
         print(summary(source, found, done, len(faults), passed))
     return faults
 
@@ -613,6 +617,8 @@ def summary(
     series = [path for path in found if path.is_dir()]
     slices = sum(_in_series(path, {folder}) for folder in series for path in folder.iterdir())
     kinds = f' ({len(series)} of them folders of {slices} DICOM slices)' if series else ''
+    folders = series or any(map(os.path.isdir, itertools.chain.from_iterable(passed.values())))
+    things = 'files and folders' if folders else 'file' if len(found) + over == 1 else 'files'
     counts = {
         'predicted': len(found) - len(done) - failed,
         'finished before': len(done),
@@ -620,7 +626,7 @@ def summary(
         'passed over': over,
     }
     parts = ', '.join(f'{n} {what}' for what, n in counts.items() if n or what == 'predicted')
-    head = f'{len(found) + over} files and folders in {source}{kinds}: {parts}'
+    head = f'{len(found) + over} {things} in {source}{kinds}: {parts}'
     return '\n  '.join([head, *_passed_lines(passed)])
 
 
@@ -906,7 +912,6 @@ def main() -> None:
         changes=changes,
         group=group,
     )
-    print(f'{", ".join(options.save)} are in {options.output}')
     if faults:
         raise DataError(f'{len(faults)} file(s) left out:', faults)
 

@@ -105,12 +105,21 @@ def test_slices_are_grouped_in_the_order_of_their_numbers():
         ['b_1.tif', 'b_9.tif', 'b_10.tif'], ['a.png'], ['c_1.png']
     ]  # fmt: skip
     assert [list(group.numbers.values()) for group in groups] == [[1, 9, 10], [], [1]]
-    assert told.startswith('3 files are of 1 patients with one intensity scale each, 1 of them')
-    assert 'by the group' in told
-    assert '; 1 in which it finds no patient are each by itself' in told
+    assert told == (
+        f'4 files belong to 2 patients by the group {NUMBERED!r}: those of one share what is '
+        'measured of intensities, and 2 are volumes of numbered slices; in 1 files it finds no '
+        'patient: each is by itself; --group= takes each file by itself'
+    )
     groups, told = predict.group_files(paths, '')
     assert [list(group.paths) for group in groups] == [[path] for path in paths]
-    assert told.startswith('5 files are each by itself, with an intensity scale of its own')
+    assert told == (
+        'each of 5 files is by itself, as evaluation takes it; if NAME_1, NAME_2 ... are slices: '
+        "--group='(.+)_(?P<slice>[0-9]+)'"
+    )
+    assert (
+        predict.group_files(paths[2:4])[1] == 'each of 2 files is by itself, as evaluation takes it'
+    )
+    assert predict.group_files(paths[:1])[1] == ''
 
 
 def test_slices_of_one_name_in_two_folders_are_two_volumes():
@@ -273,7 +282,8 @@ def test_a_folder_in_kaggles_layout_is_of_volumes_whatever_the_run(bright_run, t
             lambda stem: stem.rsplit('_', 2)[0],
         )  # fmt: skip
     assert len(rows) == 2
-    assert "22 slices are 2 volumes by Kaggle's layout" in caplog.text
+    assert "22 files belong to 2 patients by Kaggle's layout" in caplog.text
+    assert 'and 2 are volumes of numbered slices' in caplog.text
 
 
 def test_volumes_of_one_patient_share_their_scale_as_in_training(bright_run, tmp_path):
@@ -383,6 +393,7 @@ def test_the_summary_accounts_for_every_file(bright_run, tmp_path, capsys):
     summary = capsys.readouterr().out.splitlines()
     total = sum(map(len, there.values()))
     over = total - 3 - 2
+    assert summary.pop(0) == f'mask are in {root / "out"}'
     assert summary[0] == (
         f'{total} files and folders in {root}: 3 predicted, 2 failed, {over} passed over'
     )
@@ -397,12 +408,12 @@ def test_the_summary_accounts_for_every_file(bright_run, tmp_path, capsys):
         assert (' and 1 more' in line) == (len(names) == 4)
     # Again: what was predicted is finished, a fault is tried again.
     predict.predict_files(workdir, root, root / 'out', save=['mask'])
-    first = capsys.readouterr().out.splitlines()[1]
+    first = capsys.readouterr().out.splitlines()[2]
     assert first.endswith(f': 0 predicted, 3 finished before, 2 failed, {over} passed over')
     # What is passed over by its name is predicted by that name.
     one = root / 'nurse_with_mask.png'
     assert predict.predict_files(workdir, one, tmp_path / 'one', save=['mask']) == []
-    assert capsys.readouterr().out == f'1 files and folders in {one}: 1 predicted\n'
+    assert capsys.readouterr().out.splitlines()[-1] == f'1 file in {one}: 1 predicted'
     assert written(tmp_path / 'one') == {'nurse_with_mask_mask.png'}
 
 
