@@ -291,14 +291,14 @@ def _why_not(path: Path, root: Path, ours: Path | None) -> str:
 
 
 def _beside(pictures: Iterable[Path]) -> list[Path]:
-    """Other pictures in the folders of these."""
+    """Other pictures and volumes in the folders of these."""
     pictures = set(pictures)
     return [
         path
         for parent in sorted({path.parent for path in pictures})
         for path in sorted(parent.iterdir())
         if path not in pictures
-        and path.name.lower().endswith(files.PICTURES)
+        and path.name.lower().endswith((*files.PICTURES, *files.NIFTI, '.npy'))
         and not _why_not(path, parent, None)
     ]
 

@@ -733,7 +733,12 @@ def run_steps(
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(steps=total, **config.optim)
     state, progress, inputs = start_or_resume(
-        config, model, tx, channels, workdir, lambda: volumes.joint_range(split['train'])
+        config,
+        model,
+        tx,
+        channels,
+        workdir,
+        lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
     )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
     intensity = published.fixed_intensity(inputs)

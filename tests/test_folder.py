@@ -265,6 +265,17 @@ def test_mixed_sizes_need_one_to_train_at(tmp_path):
     check.check(config_of(tmp_path, **{'data.size': (32, 32)}), tmp_path / 'out')
 
 
+def test_images_of_two_kinds_have_no_one_scale(tmp_path, rng):
+    for n in range(6):
+        write(tmp_path, f'p{n}', rng.integers(0, 255, (40, 48)).astype(np.uint8))
+    write(tmp_path, 'deep', rng.integers(0, 4096, (40, 48)).astype(np.uint16))
+    check.check(config_of(tmp_path), tmp_path / 'out')
+    with pytest.raises(
+        DataError, match=r'6 of 7 patients have images of 8 bits \(p0\), the others'
+    ):
+        check.check(config_of(tmp_path, **{'data.normalize': 'weights'}), tmp_path / 'out')
+
+
 def test_a_class_that_no_pixel_has_is_named(tmp_path):
     for n in range(6):
         write(tmp_path, f'p{n}', mask=(LABELS == 1).astype(np.uint8))

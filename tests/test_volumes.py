@@ -142,6 +142,11 @@ def test_images_of_8_bits_and_of_more_have_no_scale_in_common():
         r'set data\.normalize="volume"',
     ):
         volumes.joint_range(mixed)
+    deep, eight = volumes.select(mixed, ['b']), volumes.select(mixed, ['a'])
+    np.testing.assert_array_equal(volumes.joint_range(deep), [[900], [901]])
+    for part, other in ((deep, eight), (eight, deep)):
+        with pytest.raises(DataError, match='1 of 2 patients have images of 8 bits'):
+            volumes.joint_range(part, [other])
 
 
 FIXED = IMAGENET.intensity(1)

@@ -110,6 +110,8 @@ def _cell(picture: np.ndarray) -> np.ndarray:
 
 def check(config, out: str | Path) -> None:
     """Print what is in the data set; raise DataError with all its faults."""
+    from pspnet_jax.train import normalize_by_weights  # which imports nearly everything
+
     validate(config)
     slices, parts = sources.load(config)
     for name, patients in parts.items():
@@ -130,6 +132,11 @@ def check(config, out: str | Path) -> None:
     print(f'written to {path}')
 
     faults = [f'no pixel is of class {label}: lower model.num_classes' for label in sorted(missing)]
+    if normalize_by_weights(config):
+        try:
+            volumes.joint_range(slices)
+        except DataError as error:
+            faults.append(str(error))
     found = leaks(thumbs, slices.patient, parts)
     pairs = collections.Counter((str(slices.patient[a]), str(slices.patient[b])) for a, b in found)
     faults += [

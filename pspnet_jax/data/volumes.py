@@ -296,23 +296,24 @@ def measure_range(image: np.ndarray) -> np.ndarray:
     return np.stack([low, high]).astype(np.float32)
 
 
-def joint_range(slices: Slices) -> np.ndarray | None:
+def joint_range(slices: Slices, others: Sequence[Slices] = ()) -> np.ndarray | None:
     """(2, C) low and high of the values of all images; None: they are of 8 bits, 0 to 255.
 
     The medians over the patients, so that one odd image moves nothing. Raises DataError where
-    some are of 8 bits and others not: nothing says what 255 of the one is for the other.
+    some, those of `others` among them, are of 8 bits and others not: nothing says what 255 of the
+    one is for the other.
     """
-    deep = [patient for patient in slices.intensity if patient in slices.ranges]
+    known = [(name, name in part.ranges) for part in (slices, *others) for name in part.intensity]
+    deep, eight = ([name for name, is_deep in known if is_deep == kind] for kind in (True, False))
+    if deep and eight:
+        raise DataError(
+            f'{len(eight)} of {len(known)} patients have images of 8 bits ({eight[0]}), the others '
+            f'have not ({deep[0]}): set data.normalize="volume", which gives each its own scale, '
+            'or save all in one way'
+        )
     if not deep:
         return None
-    if len(deep) < len(slices.intensity):
-        eight = [patient for patient in slices.intensity if patient not in slices.ranges]
-        raise DataError(
-            f'{len(eight)} of {len(slices.intensity)} patients have images of 8 bits ({eight[0]}), '
-            f'the others have not ({deep[0]}): set data.normalize="volume", which gives each its '
-            'own scale, or save all in one way'
-        )
-    found = np.stack([slices.ranges[patient] for patient in deep])
+    found = np.stack([slices.ranges[patient] for patient in slices.intensity])
     low, high = np.median(found, axis=0)
     flat = low >= high  # most of the images are constant
     low, high = np.where(flat, found[:, 0].min(0), low), np.where(flat, found[:, 1].max(0), high)
