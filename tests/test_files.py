@@ -99,6 +99,21 @@ def test_a_jpeg_is_close_to_its_pixels_and_other_numbers_become_float32(tmp_path
         np.testing.assert_array_equal(image[0, ..., 0], values)
 
 
+@pytest.mark.parametrize('colour', [(0, 0, 0), (255, 0, 0), (255, 255, 255)])
+def test_a_mask_in_the_alpha_channel_is_read_from_there(tmp_path, colour):
+    """Where the colour is the same everywhere: an empty mask is transparent, or opaque black."""
+    alpha = np.where(GREY > 100, 255, 0).astype(np.uint8)
+    for name, values in (('some', alpha), ('none', alpha * 0)):
+        flat = np.broadcast_to(np.array(colour, np.uint8), (*GREY.shape, 3))
+        Image.fromarray(np.dstack([flat, values])).save(tmp_path / f'{name}.png')
+        Image.fromarray(np.dstack([flat[..., :1], values]), 'LA').save(tmp_path / f'{name}_la.png')
+        for path in (tmp_path / f'{name}.png', tmp_path / f'{name}_la.png'):
+            np.testing.assert_array_equal(files.read_labels(path), values[None])
+    opaque = np.dstack([flat, np.full_like(alpha, 255)])
+    Image.fromarray(opaque).save(tmp_path / 'opaque.png')
+    np.testing.assert_array_equal(files.read_labels(tmp_path / 'opaque.png')[0], flat)
+
+
 @pytest.mark.parametrize('ending', ['png', 'tif', 'webp'])
 @pytest.mark.parametrize('turn', range(1, 9))
 def test_a_picture_is_read_upright_as_viewers_show_it(tmp_path, ending, turn):
@@ -378,6 +393,27 @@ def test_numbers_of_volumes(tmp_path, rng):
     assert image.dtype == np.float32
     np.testing.assert_array_equal(image[..., 0], expected)
     np.testing.assert_allclose(nibabel.load(path).get_fdata().max(), expected.max())
+
+
+@needs_nibabel
+def test_a_volume_is_unpacked_by_what_it_holds_not_by_its_name(tmp_path, rng):
+    """Some tools write .nii.gz that are not packed, and others the other way round."""
+    values = rng.integers(0, 255, (3, 4, 5), np.uint8)
+    plain = save_nifti(tmp_path / 'a.nii', values)
+    packed = save_nifti(tmp_path / 'b.nii.gz', values)
+    expected = files.read(plain).image
+    for source, name in ((plain, 'c.nii.gz'), (packed, 'd.nii')):
+        (tmp_path / name).write_bytes(source.read_bytes())
+        np.testing.assert_array_equal(files.read(tmp_path / name).image, expected)
+    picture = files.read(tmp_path / 'c.nii.gz')
+    files.write_labels(tmp_path / 'mask.nii.gz', expected[..., 0], picture)
+    assert (tmp_path / 'mask.nii.gz').read_bytes()[:2] == b'\x1f\x8b'
+
+
+def test_a_picture_of_another_kind_is_not_to_be_copied_alone(tmp_path):
+    (tmp_path / 'a.png').write_bytes(gif_bytes())
+    with pytest.raises(DataError, match=r'save it as PNG: its content is none of PNG, JPEG'):
+        files.read(tmp_path / 'a.png')
 
 
 @needs_nibabel

@@ -23,17 +23,19 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from pspnet_jax.data import tiff
 from pspnet_jax.data.volumes import free_memory
 from pspnet_jax.errors import DataError, first_line, not_written
 
 logger = logging.getLogger(__name__)
 
-_with_alpha = itertools.count()  # the first picture with alpha is named
+# The first of a kind is named in the log, the others are like it.
+_with_alpha, _fourth_bands, _alpha_masks, _white_is_zero = (itertools.count() for _ in range(4))
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 NIFTI = ('.nii', '.nii.gz')
@@ -55,7 +57,12 @@ SMALL = 2**26  # bytes that are not worth a question
 Image.MAX_IMAGE_PIXELS = MAX_VALUES
 
 PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')  # others of PIL's start programs
-PIP = {'nibabel': 'nibabel>=5.4,<6', 'pydicom': 'pydicom>=3.0,<4'}
+PIP = {
+    'nibabel': 'nibabel>=5.4,<6',
+    'pydicom': 'pydicom>=3.0,<4',
+    'tifffile': 'tifffile>=2026.3',
+    'imagecodecs': 'imagecodecs>=2026.3',
+}
 # The directions in which slices, rows and columns go, by the axis that is sliced.
 VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
@@ -284,18 +291,14 @@ def _load_folder(folder: Path, labels: bool) -> Picture:
 
 def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
     """D H W C of one picture, its pages, or pictures that are the slices of a volume."""
-    image = None
-    for d, path in enumerate(paths):
-        with _reading(path, 'picture'), Image.open(path, formats=PIL_FORMATS) as picture:
-            pages = _count_pages(picture, path)
-            if pages > 1 and len(paths) > 1:
-                raise DataError(f'{path} has {pages} pages among single slices: read it by itself')
-            for page in range(pages):
-                if pages > 1:
-                    picture.seek(page)
-                _check_picture(picture, path, len(paths) * pages, path.stat().st_size * len(paths))
-                turn = UPRIGHT.get(orientation(picture), np.asarray)
-                pixels = turn((_label_pixels if labels else _image_pixels)(picture, path, page))
+    image, d = None, 0
+    for path in paths:
+        with _reading(path, 'picture'):
+            for page, (pages, pixels) in enumerate(_pages(path, labels, len(paths))):
+                if pages > 1 and len(paths) > 1:
+                    raise DataError(
+                        f'{path} has {pages} pages among single slices: read it by itself'
+                    )
                 if image is None:
                     image = np.empty((len(paths) * pages, *pixels.shape), pixels.dtype)
                 if (pixels.shape, pixels.dtype) != (image.shape[1:], image.dtype):
@@ -304,8 +307,68 @@ def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
                         f'{pixels.shape} {pixels.dtype}, {paths[0]} {image.shape[1:]} '
                         f'{image.dtype}: the slices of a volume are alike'
                     )
-                image[d + page] = pixels
+                image[d] = pixels
+                d += 1
     return image
+
+
+def _pages(path: Path, labels: bool, beside: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(how many there are, H W C) of each page of one of `beside` files that are read together."""
+    is_tiff = tiff.starts_tiff(path)
+    pages = _count_pages(path) if is_tiff else 1
+    if is_tiff and (why := tiff.beyond_pillow(path, pages, labels)):
+        values = _by_tifffile(path, why, labels)
+        yield from ((len(values), pixels) for pixels in values)
+        return
+    with Image.open(path, formats=PIL_FORMATS) as picture:
+        for page in range(pages):
+            if pages > 1:
+                picture.seek(page)
+            _check_picture(picture, path, beside * pages, path.stat().st_size * beside)
+            turn = UPRIGHT.get(orientation(picture), np.asarray)
+            yield pages, turn((_label_pixels if labels else _image_pixels)(picture, path, page))
+
+
+def _by_tifffile(path: Path, why: str, labels: bool) -> np.ndarray:
+    """D H W C of a TIFF that is not Pillow's; channels are those that its metadata names."""
+    needed = 'tifffile'
+    try:
+        packed = tiff.compression(path)
+        if packed not in tiff.UNPACKED:
+            raise DataError(
+                f'{path} {why}: save it uncompressed, for instance by tifffile and imagecodecs: '
+                "python -c \"import tifffile as t; t.imwrite('NEW.tif', t.imread('OLD.tif'))\""
+            )
+        tifffile = importlib.import_module('tifffile')
+        if packed != 1:
+            needed = importlib.import_module('imagecodecs').__name__
+    except ImportError as error:
+        both = ' '.join(f'"{PIP[name]}"' for name in ('tifffile', 'imagecodecs'))
+        pip = both if packed != 1 else f'"{PIP[needed]}"'
+        raise DataError(f'{path} {why}: to read it, pip install {pip}') from error
+    with tifffile.TiffFile(path, _multifile=False) as file:  # others that it names are not opened
+        first, *others = file.series
+        if any(not series.keyframe.is_reduced for series in others):
+            raise DataError(f'{path} holds {1 + len(others)} images: save each as a file')
+        _check_size(path, first.shape, first.dtype)
+        size = math.prod(first.shape)
+        if size > max(SMALL, PICTURE_RATIO * path.stat().st_size):
+            words = ' x '.join(map(str, first.shape))
+            raise DataError(f'{path} is too short for its {words} values: copy it again')
+        if any(page is None for page in first.pages):
+            raise DataError(f'{path} lacks pages that its metadata names: export it again')
+        values = tiff.arrange(first.asarray(maxworkers=1), first.axes, path)
+        white_is_zero = first.keyframe.photometric == tiff.WHITE_IS_ZERO
+    if len(values) > MAX_SLICES:
+        raise DataError(f'{path} has more than {MAX_SLICES} pages: split it')
+    return _brighter_is_higher(values, path) if white_is_zero and not labels else values
+
+
+def _brighter_is_higher(values: np.ndarray, path: Path) -> np.ndarray:
+    """Of an image that is stored as a negative, what viewers show; Pillow does it at 8 bits."""
+    if values.dtype.kind != 'u':
+        raise DataError(f'{path} stores white as 0 in {values.dtype}: save it with black as 0')
+    return np.iinfo(values.dtype).max - values
 
 
 def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int) -> None:
@@ -327,12 +390,10 @@ def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int)
         raise DataError(f'{path} is too short for its {words} values: copy it again')
 
 
-def _count_pages(picture: Image.Image, path: Path) -> int:
+def _count_pages(path: Path) -> int:
     """Pages of a TIFF along their directories, as Pillow goes, but without reading the entries:
     directories that overlap make a file of 1 MB hours of work.
     """
-    if picture.format != 'TIFF':
-        return 1
     size = path.stat().st_size
     with open(path, 'rb') as file:
         head = file.read(16)
@@ -383,6 +444,7 @@ def _image_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
         logger.info('%s: alpha is dropped, here and in others', path)
     if picture.mode in ('RGB', 'RGBA') and _is_deep(picture):
         return _deep_colour(picture, path, page)
+    _warn_of_fourth_band(picture, path)
     if picture.mode in ('P', 'PA', 'RGBA'):
         picture = picture.convert('RGB')
     elif picture.mode in ('1', 'LA'):
@@ -390,16 +452,57 @@ def _image_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
     elif picture.mode not in ('L', 'RGB', 'F') and picture.mode[0] != 'I':
         raise DataError(f'{path} is {picture.mode}: convert it to grey or RGB')
     pixels = np.array(picture)
+    if picture.mode == 'I' and picture.format == 'TIFF' and tiff.is_unsigned(picture):
+        pixels = pixels.view(np.uint32)  # Pillow has no such mode
+    if pixels.dtype == np.uint16 and _is_white_zero(picture):
+        pixels = _brighter_is_higher(pixels, path)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def _warn_of_fourth_band(picture: Image.Image, path: Path) -> None:
+    """Some programs say of any fourth band that it is alpha: near infrared, a fourth stain."""
+    if picture.mode != 'RGBA' or picture.format != 'TIFF':
+        return
+    different = len(np.unique(np.array(picture)[..., 3]))
+    if different > 2 and not next(_fourth_bands):
+        logger.warning(
+            '%s says that its fourth band, of %d different values, is alpha: it is dropped, here '
+            'and in others; if it is a channel, save the TIFF with ExtraSamples 0',
+            path,
+            different,
+        )
+
+
 def _label_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
-    """H W C: one channel, or the three of an RGB mask, as they are stored."""
+    """H W C: one channel, or the three of an RGB mask, as they are stored.
+
+    Where all is of one colour and alpha is not, the mask is alpha.
+    """
     if picture.mode == 'PA':
         raise DataError(f'{path} has a palette with alpha: save the mask without alpha')
     if picture.mode in ('1', 'P'):
         return np.array(picture)[..., None]
+    if _is_white_zero(picture):
+        if not next(_white_is_zero):
+            logger.warning(
+                '%s says that 0 is white: of masks, here and in others, the stored values count',
+                path,
+            )
+        stored = np.array(picture)[..., None]
+        return 255 - stored if picture.mode == 'L' else stored  # Pillow turned 8 bits round
+    if picture.mode in ('LA', 'RGBA'):
+        pixels = np.array(picture)
+        colour, alpha = pixels[..., :-1], pixels[..., -1:]
+        if (colour == colour[:1, :1]).all() and (alpha < 255).any():
+            if not next(_alpha_masks):
+                logger.info('%s: the mask is in the alpha channel, here and in others', path)
+            return alpha
     return _image_pixels(picture, path, page)
+
+
+def _is_white_zero(picture: Image.Image) -> bool:
+    """Of a TIFF of numbers; 1-bit ones are read as they are shown."""
+    return picture.format == 'TIFF' and picture.tag_v2.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
 
 
 def _is_deep(picture: Image.Image) -> bool:
@@ -428,6 +531,7 @@ def _deep_colour(picture: Image.Image, path: Path, page: int) -> np.ndarray:
         raw = _rawmode(tile)[:-1] + swap[_rawmode(tile)[-1]]
         return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
 
+    _warn_of_fourth_band(picture, path)
     upper = np.array(picture)[..., :3].astype(np.uint16)
     with Image.open(path, formats=PIL_FORMATS) as again:
         if page:
@@ -464,11 +568,12 @@ def _load_nifti(path: Path, labels: bool) -> Picture:
                 f'{path} has the dimensions {shape}: 3, or 4 with the channels last, are read'
             )
         _check_size(path, shape, dtype if dtype.itemsize < 4 else np.dtype(np.float32))
-        stored = path.stat().st_size * (GZIP_RATIO if _is_gzip(path) else 1)
+        stored = path.stat().st_size * (GZIP_RATIO if _starts_gzip(path) else 1)
         if stored < int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise DataError(f'{path} is shorter than its dimensions {shape} say: copy it again')
-        proxy = nibabel.arrayproxy.ArrayProxy(str(path), header, mmap=False)
-        values, slope, intercept = proxy.get_unscaled(), proxy.slope, proxy.inter
+        with _unzipped(path) as file:
+            proxy = nibabel.arrayproxy.ArrayProxy(file, header, mmap=False)
+            values, slope, intercept = proxy.get_unscaled(), proxy.slope, proxy.inter
         if (slope, intercept) != (1, 0):
             wide = np.float64 if labels else np.float32  # labels must come out whole
             values = np.multiply(values, wide(slope), dtype=wide)
@@ -481,7 +586,7 @@ def _load_nifti(path: Path, labels: bool) -> Picture:
 
 def _nifti_header(path: Path, nibabel):
     """nibabel's header, without extensions: what is behind it in a file may be of any size."""
-    with gzip.open(path) if _is_gzip(path) else open(path, 'rb') as file:
+    with _unzipped(path) as file:
         block = file.read(540)
     second = 540 in (int.from_bytes(block[:4], order) for order in ('little', 'big'))
     kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
@@ -693,7 +798,7 @@ def _as_labels(values: np.ndarray, path: str | Path) -> np.ndarray:
         raise DataError(f'{path} holds {values.dtype}: labels are whole numbers')
     if values.dtype.kind == 'f':
         whole = np.rint(values)
-        with np.errstate(invalid='ignore'):
+        with np.errstate(invalid='ignore', over='ignore'):
             wrong = ~(np.abs(values - whole) < 1e-4) | (np.abs(whole) > 2**31)
         if wrong.any():
             raise DataError(
@@ -742,8 +847,11 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
+        remedy = 'copy it again'
+        if isinstance(error, UnidentifiedImageError) and os.path.getsize(path):
+            remedy += ', or save it as PNG: its content is none of ' + ', '.join(PIL_FORMATS)
         reason = first_line(error)
-        raise DataError(f'{path} is not a readable {kind} ({reason}): copy it again') from error
+        raise DataError(f'{path} is not a readable {kind} ({reason}): {remedy}') from error
 
 
 @contextlib.contextmanager
@@ -828,6 +936,16 @@ def _suffix(path: str | Path) -> str:
 
 def _is_gzip(path: Path) -> bool:
     return path.name.lower().endswith('.gz')
+
+
+def _starts_gzip(path: Path) -> bool:
+    with open(path, 'rb') as file:
+        return file.read(2) == b'\x1f\x8b'
+
+
+def _unzipped(path: Path) -> BinaryIO:
+    """By what the file starts with: some tools write .nii.gz that are not packed."""
+    return gzip.open(path) if _starts_gzip(path) else open(path, 'rb')
 
 
 def _says_dicom(path: Path) -> bool:
