@@ -35,7 +35,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import from_dict, to_dict, with_prediction
-from pspnet_jax.data import files, pipeline, sources, splits, volumes
+from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, first_line
 from pspnet_jax.models.published import fixed_intensity
@@ -470,7 +470,7 @@ def _volume_source(
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
     time, or those of these.
     """
-    if data and (Path(data).expanduser() / config.data.images[0]).is_dir():
+    if data and pairing.split(Path(data).expanduser() / config.data.images[0])[0].is_dir():
         slices = sources.read_folder(config, source=data, mixed_sizes=True)
         parts = {split: list(slices.intensity)}
     elif data:

@@ -196,7 +196,7 @@ def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -
 def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[Path]]:
     """(folder that results are named after, files) of a file, a folder or a pattern.
 
-    A folder with DICOM files is one entry. Masks, results of ours, hidden files and what is
+    DICOM files go as `files.gather_dicom` says. Masks, results of ours, hidden files and what is
     below `output` are left out. Raises DataError where nothing is left.
     """
     source = Path(source).expanduser()
@@ -215,15 +215,20 @@ def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[
     results = Path(output).expanduser().resolve()
     inside = output and root.resolve() in results.parents
     ours = root / results.relative_to(root.resolve()) if inside else None
-    found = set()
+    found, dicom = set(), []
     for path in itertools.chain.from_iterable(
         place.rglob('*') if place.is_dir() else [place] for place in below
     ):
         known = path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES))
+        known = known or files.is_dicom(path)
         if not known or path.name.startswith('.') or RESULT.fullmatch(_stem(path)):
             continue
         if ours not in path.parents and path.is_file():
-            found.add(path.parent if path.name.lower().endswith(files.DICOM) else path)
+            if files.is_dicom(path):
+                dicom.append(path)
+            else:
+                found.add(path)
+    found.update(files.gather_dicom(dicom, root)[0])
     if not found:
         endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
         raise DataError(f'{source} holds no picture: the endings known are {endings}')

@@ -12,16 +12,19 @@ Files are not trusted: what a file says of its size is checked before it is allo
 unpickled, and whatever is wrong becomes one DataError.
 """
 
+import collections
 import contextlib
 import gzip
 import importlib
+import importlib.util
 import itertools
 import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -65,6 +68,12 @@ PIP = {
 }
 # The directions in which slices, rows and columns go, by the axis that is sliced.
 VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
+PLACE = ('ImagePositionPatient', 'ImageOrientationPatient')  # of a DICOM slice
+DEFLATED = '1.2.840.10008.1.2.1.99'  # inflated by pydicom whole, however much it gives
+DICOM_TOOLS = {  # what makes a mask of that which is none
+    'SEG': 'convert it to NIfTI, for instance by segimage2itkimage of dcmqi, or by highdicom',
+    'RTSTRUCT': 'convert it to NIfTI, for instance by plastimatch or dcmrtstruct2nii',
+}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
 COMPRESSION = 0x0103  # tag of a TIFF; 1 is none
 ORIENTATION = 0x0112  # EXIF tag: how cameras say that they were held upright
@@ -142,6 +151,29 @@ def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
     return labels
 
 
+def read_palette(path: str | Path) -> np.ndarray | None:
+    """D H W 3 uint8: what `read_labels` gives, in the colours that a palette shows; None of masks
+    that have none. Raises DataError.
+    """
+    path = Path(path).expanduser()
+    if _suffix(path) not in PICTURES or os.path.isdir(path):
+        return None
+    with _reading(path, 'picture'):
+        is_tiff = tiff.starts_tiff(path)
+        pages = _count_pages(path) if is_tiff else 1
+        if is_tiff and tiff.beyond_pillow(path, pages, labels=True):
+            return None
+        shown = []
+        with Image.open(path, formats=PIL_FORMATS) as picture:
+            for page in range(pages if picture.mode == 'P' else 0):
+                if pages > 1:
+                    picture.seek(page)
+                _check_picture(picture, path, 3 * pages, path.stat().st_size)
+                turn = UPRIGHT.get(orientation(picture), np.asarray)
+                shown.append(turn(np.array(picture.convert('RGB'))))
+        return np.stack(shown) if shown else None
+
+
 def stack(pictures: Sequence[Picture]) -> Picture:
     """One picture of the channels of several (the sequences of an MRI), in their order.
 
@@ -164,11 +196,11 @@ def stem(path: str | Path) -> str:
 
 
 def find(folder: str | Path) -> dict[str, Path]:
-    """{stem: file}, by name, of the pictures and volumes below the folder.
+    """{path below the folder, without ending: file}, in order, of the pictures and volumes in it.
 
-    A subfolder that holds DICOM files is one volume, of the subfolder's name; hidden files are
+    Names are NFC, which macOS does not keep. DICOM goes as `gather_dicom` says; hidden files are
     left out. One DataError lists every symlink that leads out of the folder and every two files
-    of one stem.
+    that differ by their ending alone.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -184,11 +216,12 @@ def find(folder: str | Path) -> dict[str, Path]:
             target = os.path.realpath(path)
             if path.is_symlink() and os.path.commonpath((root, target)) != root:
                 faults.append(f'{path} is a link to {target}, outside of {folder}: copy it there')
-        files = [Path(here, name) for name in names if _suffix(name)]
-        if Path(here) != folder and any(_suffix(path) in DICOM for path in files):
-            files = [path for path in files if _suffix(path) not in DICOM] + [Path(here)]
-        for path in files:
+        paths = [Path(here, name) for name in names]
+        dicom = [path for path in paths if is_dicom(path)]
+        entries, _ = gather_dicom(dicom, folder, whole=False)
+        for path in [path for path in paths if _suffix(path) and path not in dicom] + entries:
             name = path.name if path.is_dir() else stem(path)
+            name = unicodedata.normalize('NFC', (path.parent / name).relative_to(folder).as_posix())
             if name in found:
                 faults.append(f'{found[name]} and {path} are both called {name}: rename one')
             found.setdefault(name, path)
@@ -197,6 +230,76 @@ def find(folder: str | Path) -> dict[str, Path]:
     if not found:
         raise DataError(f'{folder} holds no picture: the endings known are {", ".join(SUFFIXES)}')
     return dict(sorted(found.items()))
+
+
+def is_dicom(path: Path) -> bool:
+    """By the ending, or by its first bytes where there is none that is known."""
+    return _suffix(path) in DICOM or (not _suffix(path) and path.is_file() and _says_dicom(path))
+
+
+def gather_dicom(
+    dicom: Iterable[Path], root: Path, whole: bool = True
+) -> tuple[list[Path], dict[Path, str]]:
+    """(what to `read`, {file that is passed over: what it holds}) of DICOM files below `root`.
+
+    A folder is one volume, and goes by its name, where two or more of its files are slices that
+    share their series and say where they lie; so does one that holds a single file. Of other
+    folders each picture is by itself (radiographs, ultrasound), and of `root` unless it may be the
+    `whole` volume. What holds no picture (RTSTRUCT, reports) is passed over where pictures are
+    beside it.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted(dicom):
+        folders.setdefault(path.parent, []).append(path)
+    entries, others = [], {}
+    for folder, paths in folders.items():
+        looks = {path: _look_at_dicom(path) for path in paths}
+        pictures = [path for path in paths if not (looks[path] and looks[path].other)] or paths
+        others |= {path: looks[path].other for path in paths if path not in pictures}
+        series = collections.Counter(look.series for look in looks.values() if look and look.series)
+        volume = max(series.values(), default=0) > 1
+        by_name = volume or not any(looks.values()) or (len(pictures) == 1 and folder != root)
+        if by_name and (whole or folder != root):
+            entries.append(folder)
+            continue
+        if volume:
+            logger.warning(
+                '%s itself holds the slices of %d DICOM series, which count as pictures: put each '
+                'series into a folder of its own, and they are volumes', folder, len(series),
+            )  # fmt: skip
+        entries += pictures
+    if others:
+        logger.info('passed over, as they hold no picture: %s', _named(others))
+    return entries, others
+
+
+class _Look(NamedTuple):
+    """At a DICOM header: the series of a slice that says where it lies, else ''; and what it is
+    that holds no picture, else ''.
+    """
+
+    series: str
+    other: str
+
+
+def _look_at_dicom(path: Path) -> _Look | None:
+    """None of what can't be read, which reading reports."""
+    tags = ['SeriesInstanceUID', 'SOPClassUID', 'Modality', 'Rows', *PLACE]
+    try:
+        pydicom = _imported('pydicom', path)
+        if _dicom_syntax(path, pydicom) == DEFLATED:
+            return None
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        placed = all(header.get(tag) for tag in PLACE)
+        return _Look(str(header.get('SeriesInstanceUID', '')) * placed, _no_picture(header))
+    except Exception:  # of any kind, as decoders raise what a damaged file leads them to
+        return None
+
+
+def _named(others: Mapping[Path, str]) -> str:
+    """'rs.dcm (RTSTRUCT), sr.dcm (SR) and 3 more'."""
+    some = ', '.join(f'{path.name} ({what})' for path, what in list(others.items())[:8])
+    return some + (f' and {len(others) - 8} more' if len(others) > 8 else '')
 
 
 def output_suffix(like: Picture) -> str:
@@ -276,7 +379,7 @@ def _load_folder(folder: Path, labels: bool) -> Picture:
     with _reading(folder, 'folder'):
         files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != '.']
     pictures = sorted((path for path in files if _suffix(path) in PICTURES), key=_numbers_in_order)
-    dicom = sorted(path for path in files if _suffix(path) in DICOM or _says_dicom(path))
+    dicom = sorted(path for path in files if is_dicom(path))
     if not pictures and not dicom:
         raise DataError(f'{folder} holds neither slices ({", ".join(PICTURES)}) nor DICOM files')
     if pictures and dicom:
@@ -431,6 +534,27 @@ def orientation(picture: Image.Image) -> int:
             'save it upright'
         )
     return 1
+
+
+def turn_by_exif(path: Path) -> int:
+    """The orientation that a picture's file asks for, of UPRIGHT; 1 of all else."""
+    if _suffix(path) not in PICTURES or not os.path.isfile(path):
+        return 1
+    try:
+        with Image.open(path, formats=PIL_FORMATS) as picture:
+            if picture.format == 'TIFF':
+                return picture.tag_v2.get(ORIENTATION, 1)
+            return orientation(picture)
+    except Exception:  # of any kind, as decoders raise; reading reports it
+        return 1
+
+
+def is_square(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=PIL_FORMATS) as picture:
+            return picture.width == picture.height
+    except Exception:
+        return False
 
 
 def _dtype_of(picture: Image.Image) -> np.dtype:
@@ -602,12 +726,29 @@ def _nifti_header(path: Path, nibabel):
 def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
     """A single file, or files that are the slices of one series."""
     pydicom = _imported('pydicom', source)
-    slices = []
+    slices, others = [], {}
     for path in files:
         with _reading(path, 'DICOM file'):
-            slices.append((path, _dicom_header(path, pydicom)))
+            header = _dicom_header(path, pydicom)
+            if what := _no_picture(header):
+                others[path] = what
+            else:
+                slices.append((path, header))
+    if not slices:
+        path, what = next(iter(others.items()))
+        remedy = DICOM_TOOLS.get(what, 'leave it out')
+        raise DataError(f'{path} is DICOM of the kind {what}, which holds no picture: {remedy}')
+    if others:
+        logger.info('%s: passed over, as they hold no slice: %s', source, _named(others))
+    for path, header in slices:
+        with _reading(path, 'DICOM file'):
+            _check_dicom(header, path, pydicom)
     with _reading(source, 'DICOM series'):
         series = {str(header.get('SeriesInstanceUID', '')) for _, header in slices}
+        if len(slices) > 1 and not any(header.get(PLACE[0]) for _, header in slices):
+            raise DataError(
+                f'{source} holds DICOM files without position, which are no series: give each file'
+            )
         if len(series) > 1:
             raise DataError(f'{source} holds {len(series)} DICOM series: give each its own folder')
         order, affine, spacing = _dicom_geometry(slices, source)
@@ -615,13 +756,13 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
     for d, i in enumerate(order):
         path, header = slices[i]
         with _reading(path, 'DICOM file'):
-            size = (len(files), header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
+            size = (len(slices), header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
             _check_size(path, size, np.dtype(np.float32))
             if math.prod(size[1:]) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
                 raise DataError(f'{path} is too short for its {size[1:]} values: copy it again')
             pixels = _dicom_pixels(path, pydicom, labels)
             if image is None:
-                image = np.empty((len(files), *pixels.shape), pixels.dtype)
+                image = np.empty((len(slices), *pixels.shape), pixels.dtype)
             if pixels.shape != image.shape[1:]:
                 raise DataError(
                     f'{path} is {pixels.shape}, {slices[order[0]][0]} {image.shape[1:]}: '
@@ -636,22 +777,66 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
         return _turned(image.transpose(2, 1, 0, 3), affine, None, 1.0, source)
 
 
+def _dicom_syntax(path: Path, pydicom) -> str:
+    """Its transfer syntax, '' where it does not say."""
+    return pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID', '')
+
+
 def _dicom_header(path: Path, pydicom):
-    syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')
-    if syntax == '1.2.840.10008.1.2.1.99':  # inflated by pydicom whole, however much it gives
+    if _dicom_syntax(path, pydicom) == DEFLATED:
         raise DataError(f'{path} is deflated as a whole: save it as explicit VR little endian')
-    header = pydicom.dcmread(path, stop_before_pixels=True)
+    return pydicom.dcmread(path, stop_before_pixels=True)
+
+
+def _no_picture(header) -> str:
+    """What DICOM is that holds no picture of a patient: 'RTSTRUCT', 'SR' and on; else ''."""
+    modality = str(header.get('Modality', ''))
+    if header.get('Rows') and modality not in ('SEG', 'RTDOSE'):
+        return ''
+    uid = header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID', '')
+    return modality or str(getattr(uid, 'name', uid)) or 'unknown'
+
+
+def _check_dicom(header, path: Path, pydicom) -> None:
+    """Raise DataError for pictures that are not read, and where a decoder is missing."""
     if int(header.get('NumberOfFrames', None) or 1) > 1:
         raise DataError(f'{path} has several frames: convert it to NIfTI, for instance by dcm2niix')
     if header.get('PhotometricInterpretation') == 'PALETTE COLOR':
         raise DataError(f'{path} has a palette: convert it to RGB or PNG')
-    return header
+    syntax = header.file_meta.get('TransferSyntaxUID', '')
+    if not syntax or not syntax.is_transfer_syntax or not syntax.is_compressed:
+        return
+    try:
+        there = pydicom.pixels.get_decoder(syntax).is_available
+    except NotImplementedError as error:
+        raise DataError(
+            f'{path} is packed as {syntax.name}, which is not read: unpack it, for instance by '
+            'gdcmconv --raw'
+        ) from error
+    if not there:
+        raise DataError(f'{path} is packed as {syntax.name}: to read it, {_dicom_plugin(syntax)}')
+
+
+def _dicom_plugin(syntax) -> str:
+    """What to install for the decoding of a transfer syntax, by pydicom's own list."""
+    plugin = 'openjpeg' if re.search('2000|HTJ2K|High-Throughput', syntax.name) else 'libjpeg'
+    return f'pip install pylibjpeg pylibjpeg-{plugin}'
 
 
 def _dicom_pixels(path: Path, pydicom, labels: bool) -> np.ndarray:
     """H W C. Images with the modality's own scale (CT: Hounsfield units), higher is brighter."""
     data = pydicom.dcmread(path)
-    pixels = pydicom.pixels.pixel_array(data)
+    try:
+        pixels = pydicom.pixels.pixel_array(data)
+    except Exception as error:  # of each decoder its own
+        syntax = data.file_meta.TransferSyntaxUID
+        missing = importlib.util.find_spec('pylibjpeg') is None
+        if not (missing and syntax.is_compressed and 'JPEG' in syntax.name):
+            raise
+        raise DataError(
+            f'{path} can not be unpacked ({first_line(error)}): {_dicom_plugin(syntax)}, '
+            'and copy it again if that does not read it either'
+        ) from error
     if not labels:
         if data.get('PhotometricInterpretation') == 'MONOCHROME1':  # stored as a negative
             pixels = ~pixels if pixels.dtype.kind == 'i' else 2**data.BitsStored - 1 - pixels
@@ -747,13 +932,27 @@ def _turned_affine(geometry: Geometry) -> np.ndarray:
 def _check_same_grid(one: Picture, other: Picture) -> None:
     """Same size, and the corners within a tenth of a voxel of one another."""
     both = f'{one.source} and {other.source}'
+    placed = isinstance(one.geometry, Geometry) and isinstance(other.geometry, Geometry)
+    if placed and one.geometry.shape == other.geometry.shape:
+        for without, there in ((one, other), (other, one)):
+            if _lacks_affine(without.geometry) and not _lacks_affine(there.geometry):
+                raise DataError(
+                    f'{without.source} does not say where it lies (its affine is the default), '
+                    f'{there.source} does: if their voxels are the same, give it that affine: '
+                    'python -c "import nibabel as n, numpy as np; '
+                    f"a, b = map(n.load, ('{there.source}', '{without.source}')); "
+                    'n.save(n.Nifti1Image(np.array(b.dataobj), a.affine), '
+                    f"'{without.source}')\""
+                )
     if one.image.shape[:3] != other.image.shape[:3]:
         sizes = ' and '.join('x'.join(map(str, p.image.shape[:3])) for p in (one, other))
-        raise DataError(f'{both} are not of one size: {sizes} (slices, rows, columns)')
+        raise DataError(
+            f'{both} are not of one size: {sizes} (slices, rows, columns){_exif_told(one, other)}'
+        )
     spacings = [p.spacing for p in (one, other) if p.spacing]
     if len(spacings) == 2 and not np.allclose(*spacings, rtol=1e-2):
         raise DataError(f'{both} have voxels of {spacings[0]} and {spacings[1]} mm: resample one')
-    if isinstance(one.geometry, Geometry) and isinstance(other.geometry, Geometry):
+    if placed:
         ends = [[0, n - 1] for n in one.image.shape[:3]]
         corners = np.stack([*np.meshgrid(*ends), np.ones((2, 2, 2))]).reshape(4, 8)
         affines = _turned_affine(one.geometry), _turned_affine(other.geometry)
@@ -763,6 +962,28 @@ def _check_same_grid(one: Picture, other: Picture) -> None:
                 f'{both} lie up to {apart:.3g} mm apart (their affines differ): '
                 'resample one to the other'
             )
+
+
+def _lacks_affine(geometry: Geometry) -> bool:
+    """Whether a file says nothing of its place: what tools write that are given an array alone."""
+    header = geometry.header
+    if header is not None and not header['sform_code'] and not header['qform_code']:
+        return True
+    return np.array_equal(np.abs(geometry.affine), np.eye(4))
+
+
+def _exif_told(one: Picture, other: Picture) -> str:
+    """What to do where one of two pictures is turned by EXIF and the other is not."""
+    for turned, still in ((one, other), (other, one)):
+        turn = turn_by_exif(turned.source)
+        swapped = turned.image.shape[1:3] == still.image.shape[2:0:-1]
+        if turn in (5, 6, 7, 8) and swapped and turn_by_exif(still.source) == 1:
+            return (
+                f'; {turned.source.name} is turned by its EXIF orientation ({turn}), as viewers '
+                f'show it, and {still.source.name} is not: remove the tag (exiftool -Orientation= '
+                f'{turned.source}), or turn the other too'
+            )
+    return ''
 
 
 # Numbers.
