@@ -44,11 +44,14 @@ def get_config(arg: str = '') -> ConfigDict:
     data.name = 'phantom'  # folder, lgg, phantom
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
-    data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths
+    data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths;
+    # 'imagesTr/{stem}_0000': of a folder those of such names
     data.masks = 'masks'  # of 'folder': its masks, or a file of annotations (VIA, COCO, labelme)
     data.attribute = ''  # of annotations: the one that names the class, where there are several
     data.mask_format = 'auto'  # 'index', 'binary', 'color'; 'auto': found out and said
     data.mask_colors = ()  # of the classes in turn, '#rrggbb', background first
+    data.label_map = placeholder(object)  # of values that are no class numbers: {4: 3}, {'>0': 1}
+    data.mask_name = '{stem}'  # its picture is STEM.png; '{stem}_mask'; several: '{stem}_mask*'
     data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient;
     # of slices of a volume "(.+)_(?P<slice>[0-9]+)", or a column slice: else each is by itself
     data.size = ()  # height, width that slices are resized to; (): their own, all the same

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import predict
-from pspnet_jax.data import files, sources, volumes
+from pspnet_jax.data import files, pairing, sources, volumes
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options, tell_overlap
 from pspnet_jax.train import train_and_evaluate
@@ -64,10 +64,13 @@ class Model:
         and 'overlap' of the figures' 'data', say which the run was trained on.
         """
         config = self.config
+        rules = [pairing.split(Path(place))[1] for place in config.data.images]
+        folder = Path(images).absolute()
+        named = tuple(str(folder / rule) for rule in rules if rule != pairing.STEM)
         slices = sources.read_folder(
             config,
             source='',
-            images=(str(Path(images).absolute()),),
+            images=named or (str(folder),),
             masks=str(Path(masks).absolute()),
             group=sources.grouping(config, group),
             mixed_sizes=True,

@@ -36,7 +36,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import from_dict, to_dict, with_prediction
-from pspnet_jax.data import files, pipeline, sources, splits, volumes
+from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, first_line
 from pspnet_jax.models.published import fixed_intensity
@@ -594,7 +594,7 @@ def tell_overlap(
 
 def _is_folder(config, data: str) -> bool:
     """Whether --data holds the config's folder of images, and is not in Kaggle's layout."""
-    return bool(data) and (Path(data).expanduser() / config.data.images[0]).is_dir()
+    return bool(data) and pairing.split(Path(data).expanduser() / config.data.images[0])[0].is_dir()
 
 
 def _volume_source(

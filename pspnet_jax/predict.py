@@ -31,6 +31,7 @@ import math
 import os
 import re
 import time
+import unicodedata
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -207,35 +208,41 @@ def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -
 def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[Path]]:
     """(folder that results are named after, files) of a file, a folder or a pattern.
 
-    A folder with DICOM files is one entry. What else is there, `passed_over` says. Raises
-    DataError where nothing is left.
+    DICOM files go as `files.gather_dicom` says. Raises DataError where nothing is left.
+    """
+    return take_stock(source, output)[:2]
+
+
+def take_stock(
+    source: str | Path, output: str | Path = ''
+) -> tuple[Path, list[Path], dict[str, list[Path]]]:
+    """What `find_files` finds, and {why: files and folders} of all else that is there.
+
+    Masks, results of ours, hidden files and what is below `output` are passed over.
     """
     root, entries, ours = _list_entries(source, output)
     if entries == {Path(source).expanduser()}:  # whatever its name
-        return root, list(entries)
-    found = set()
-    for path in entries:
-        if not _why_not(path, root, ours):
-            found.add(path.parent if path.name.lower().endswith(files.DICOM) else path)
+        return root, list(entries), {}
+    passed, found, dicom = defaultdict(list), set(), []
+    for path in sorted(entries):
+        if why := _why_not(path, root, ours):
+            passed[why].append(path)
+        elif files.is_dicom(path):
+            dicom.append(path)
+        else:
+            found.add(path)
+    volumes, others = files.gather_dicom(dicom, root)
+    found.update(volumes)
+    for path, what in others.items():
+        passed[f'DICOM without a picture ({what})'].append(path)
     if not found:
         endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
-        others = _passed_lines(passed_over(source, output, found))
-        raise DataError(f'{source} holds no picture: the endings known are {endings}', others)
+        raise DataError(
+            f'{source} holds no picture: the endings known are {endings}', _passed_lines(passed)
+        )
     if root in found:  # a DICOM series itself
-        return root.parent, sorted(found)
-    return root, sorted(found)
-
-
-def passed_over(
-    source: str | Path, output: str | Path, found: Iterable[Path]
-) -> dict[str, list[Path]]:
-    """{why: files and folders} of all that a file, folder or pattern names and is not `found`."""
-    root, entries, ours = _list_entries(source, output)
-    passed, found = defaultdict(list), set(found)
-    for path in sorted(entries):
-        if path not in found and not _in_series(path, found):
-            passed[_why_not(path, root, ours)].append(path)
-    return dict(passed)
+        root = root.parent
+    return root, sorted(found), dict(passed)
 
 
 def _list_entries(source: str | Path, output: str | Path) -> tuple[Path, set[Path], Path | None]:
@@ -285,7 +292,8 @@ def _why_not(path: Path, root: Path, ours: Path | None) -> str:
         return LINK if os.path.islink(path) else UNLISTED
     if not os.path.isfile(path):
         return 'neither files nor folders (pipes, devices, broken links)'
-    if not path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES)):
+    known = path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES))
+    if not (known or files.is_dicom(path)):
         return 'of endings that are not read'
     return NAMED if RESULT.fullmatch(_stem(path)) else ''
 
@@ -301,13 +309,6 @@ def _beside(pictures: Iterable[Path]) -> list[Path]:
         and path.name.lower().endswith((*files.PICTURES, *files.NIFTI, '.npy'))
         and not _why_not(path, parent, None)
     ]
-
-
-def _in_series(path: Path, found: set[Path]) -> bool:
-    """Whether the file belongs to a folder of DICOM files that is an input."""
-    if path.parent not in found or not os.path.isfile(path):
-        return False
-    return path.name.lower().endswith(files.DICOM) or files._says_dicom(path)
 
 
 def _passed_lines(passed: Mapping[str, Sequence[Path]]) -> list[str]:
@@ -378,23 +379,26 @@ def group_files(
 
     `how` is `data.group`, as `sources.grouping` has it: '' makes each file one of its own, but for
     slices in Kaggle's layout of LGG, which are a volume by that. `beside` are other files of the
-    same folders.
+    same folders. Files are called as in training: by their paths below where all are, where
+    their names alone would be the same.
     """
     where = {path: _stem(path) for path in (*paths, *beside)}
+    if len(set(where.values())) < len(where):
+        top = os.path.commonpath([path.parent for path in where])
+        where = {p: (p.parent.relative_to(top) / stem).as_posix() for p, stem in where.items()}
+    where = {path: unicodedata.normalize('NFC', stem) for path, stem in where.items()}
     if how:
         table, _ = folder.group_stems(sorted(set(where.values())), how)
         told, _ = folder.slice_numbers(table, how)
         named = {path: table[stem] for path, stem in where.items() if stem in table}
         numbers = {path: told[where[path]] for path in named if where[path] in told}
     else:
-        match = {path: sources.SLICE.fullmatch(where[path]) for path in where if _is_kaggle(path)}
-        named = {path: found['patient'] for path, found in match.items()}
+        match = {path: sources.SLICE.fullmatch(path.stem) for path in where if _is_kaggle(path)}
+        named = {path: path.parent for path in match}
         numbers = {path: int(found['slice']) for path, found in match.items()}
     members = defaultdict(list)
     for path in where:
-        # Slices of one volume lie in one folder.
-        key = (path,) if path not in named else (named[path], path in numbers and path.parent)
-        members[key].append(path)
+        members[path in named, named.get(path, path)].append(path)
     asked, groups = set(paths), []
     for some in members.values():
         some = sorted(some, key=lambda path: (numbers.get(path, 0), path))
@@ -543,7 +547,7 @@ def predict_files(
     network runs. Raises DataError, CheckpointError or ConfigError before anything is written, and
     DataError, which stops it all, where results can not be written.
     """
-    root, found = find_files(source, output)
+    root, found, passed = take_stock(source, output)
     output = Path(output).expanduser()
     predictor = load(workdirs, which, changes)
     stems, faults = name_results(root, found)
@@ -595,7 +599,6 @@ def predict_files(
             faults.append(str(error))
     faults = hosts.gather(faults)
     if hosts.is_first():
-        passed = passed_over(source, output, found)
         faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
         print(f'{", ".join(save)} are in {output}')
         print(summary(source, found, done, len(faults), passed))
@@ -615,9 +618,11 @@ def summary(
     failed -= len(passed.get(UNLISTED, ()))
     over = sum(map(len, passed.values()))
     series = [path for path in found if path.is_dir()]
-    slices = sum(_in_series(path, {folder}) for folder in series for path in folder.iterdir())
+    over_paths = {path for paths in passed.values() for path in paths}
+    inside = {path for folder in series for path in folder.iterdir()} - over_paths
+    slices = sum(map(files.is_dicom, inside))
     kinds = f' ({len(series)} of them folders of {slices} DICOM slices)' if series else ''
-    folders = series or any(map(os.path.isdir, itertools.chain.from_iterable(passed.values())))
+    folders = series or any(map(os.path.isdir, over_paths))
     things = 'files and folders' if folders else 'file' if len(found) + over == 1 else 'files'
     counts = {
         'predicted': len(found) - len(done) - failed,

@@ -1,11 +1,15 @@
 """Folders of pictures and masks: what masks mean, whose picture it is, every fault at once."""
 
 import json
+import re
+import unicodedata
+from ast import literal_eval
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import check, folder, volumes
 from pspnet_jax.errors import DataError
 from tests.conftest import tiny_config
@@ -117,6 +121,201 @@ def test_every_fault_is_listed_at_once(tmp_path):
     assert message.startswith('4 fault(s)')
     for words in ('a.png has no mask', 'z.png has no image', 'b.png', 'c.png are not of one size'):
         assert words in message
+
+
+def test_a_fault_in_the_values_hides_no_other(tmp_path):
+    for name in 'abcde':
+        write(tmp_path, name)
+    Image.fromarray((LABELS == 1) * np.uint8(7)).save(tmp_path / 'masks' / 'a.png')
+    (tmp_path / 'masks' / 'b.png').write_bytes(b'')
+    path = tmp_path / 'images' / 'c.png'
+    path.write_bytes(path.read_bytes()[:60])
+    Image.new('L', (20, 40)).save(tmp_path / 'masks' / 'd.png')
+    (tmp_path / 'masks' / 'e.png').unlink()
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path)
+    assert len(caught.value.faults) == 5
+    for words in (
+        'masks have values 0, 7, 255',
+        'b.png is not a readable picture',
+        'c.png is not a readable picture',
+        'd.png are not of one size',
+        'e.png has no mask',
+    ):
+        assert words in str(caught.value)
+
+
+def test_masks_of_0_and_1_beside_masks_of_0_and_255(tmp_path, caplog):
+    for n, name in enumerate('abcd'):
+        write(tmp_path, name, mask=(LABELS == 1) * np.uint8(255 if n % 2 else 1))
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path)
+    assert 'above 0.5 in 2 files, 127.5 in 2 files' in caplog.text
+    for mask in masks_of(slices):
+        np.testing.assert_array_equal(mask, LABELS == 1)
+
+
+def test_a_label_map_reaches_the_masks(tmp_path):
+    write(tmp_path, 'a', mask=LABELS * np.uint8(2))
+    config = config_of(tmp_path, **{'data.label_map': {2: 1, 4: 2}, 'model.num_classes': 3})
+    validate(config)
+    for kept in (config, from_dict(to_dict(config))):  # as a checkpoint keeps it
+        (mask,) = masks_of(check.sources.read_folder(kept))
+        np.testing.assert_array_equal(mask, LABELS)
+    config = config_of(tmp_path, **{'data.label_map': {'>0': 1}})
+    (mask,) = masks_of(check.sources.read_folder(config))
+    np.testing.assert_array_equal(mask, LABELS > 0)
+
+
+def test_one_name_in_several_folders_is_several_pictures(tmp_path, rng):
+    for patient, part in (('p1', LABELS == 1), ('p2', LABELS == 2)):
+        write(tmp_path, f'{patient}', mask=part * np.uint8(255))
+        for kind in ('images', 'masks'):
+            (tmp_path / kind / patient).mkdir()
+            (tmp_path / kind / f'{patient}.png').rename(tmp_path / kind / patient / '1.png')
+    slices = folder.load(tmp_path)
+    assert slices.patient.tolist() == ['p1_1', 'p2_1']
+    for mask, label in zip(masks_of(slices), (1, 2), strict=True):
+        np.testing.assert_array_equal(mask, label == LABELS)
+    slices = folder.load(tmp_path, group='(.+)/')
+    assert slices.patient.tolist() == ['p1', 'p2']
+    write(tmp_path, 'p1_1')
+    with pytest.raises(DataError, match='p1/1 and p1_1 would both be the patient p1_1'):
+        folder.load(tmp_path)
+
+
+def test_names_that_differ_in_their_composition_pair(tmp_path):
+    write(tmp_path, 'Läsion')
+    for kind, form in (('images', 'NFD'), ('masks', 'NFC')):
+        path = tmp_path / kind / 'Läsion.png'
+        path.rename(path.with_name(unicodedata.normalize(form, path.name)))
+    table = tmp_path / 'patients.csv'
+    table.write_text(unicodedata.normalize('NFD', 'stem,patient\nLäsion,x\n'), encoding='utf-8')
+    assert folder.load(tmp_path, group=str(table)).patient.tolist() == ['x']
+
+
+def rename_masks(root, pattern):
+    for path in list((root / 'masks').iterdir()):
+        path.rename(path.with_name(pattern.format(path.stem) + path.suffix))
+
+
+@pytest.mark.parametrize('rule', ['{stem}_segmentation', 'seg_{stem}', '{stem}_mask.png'])
+def test_masks_of_other_names_are_hinted_at_and_paired_by_the_rule(tmp_path, rule):
+    for name in ('a1', 'b2', 'c3'):
+        write(tmp_path, name)
+    rename_masks(tmp_path, rule.removesuffix('.png').replace('{stem}', '{}'))
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path)
+    (fault,) = caught.value.faults
+    assert 'no picture of' in fault
+    assert f'{rule.removesuffix(".png")}' in fault
+    slices = folder.load(tmp_path, mask_name=rule)
+    assert slices.patient.tolist() == ['a1', 'b2', 'c3']
+
+
+def test_pictures_and_masks_in_one_folder(tmp_path):
+    for name in ('a1', 'b2'):
+        write(tmp_path, name)
+    rename_masks(tmp_path, '{}_mask')
+    for path in (tmp_path / 'masks').iterdir():
+        path.rename(tmp_path / 'images' / path.name)
+    options = {'images': ('.',), 'masks': '.'}
+    with pytest.raises(DataError, match=r'holds pictures and masks: say how.*{stem}_mask'):
+        folder.load(tmp_path / 'images', **options)
+    slices = folder.load(tmp_path / 'images', **options, mask_name='{stem}_mask')
+    assert slices.patient.tolist() == ['a1', 'b2']
+    for mask in masks_of(slices):
+        np.testing.assert_array_equal(mask, LABELS == 1)
+    nested = folder.load(tmp_path, images=('.',), masks='.', mask_name='{stem}_mask')
+    assert nested.patient.tolist() == ['a1', 'b2']
+
+
+def test_masks_below_the_pictures_are_no_pictures(tmp_path):
+    write(tmp_path, 'a')
+    (tmp_path / 'masks').rename(tmp_path / 'images' / 'truth')
+    slices = folder.load(tmp_path, masks='images/truth')
+    assert slices.patient.tolist() == ['a']
+
+
+def test_channels_in_one_folder_by_their_names(tmp_path, rng):
+    """nnU-Net's layout."""
+    images = {}
+    for case in ('liver_1', 'liver_2'):
+        for channel in range(2):
+            name = f'{case}_{channel:04}'
+            images[name] = rng.integers(0, 255, (40, 48), np.uint8)
+            write(tmp_path, name, image=images[name])
+        (tmp_path / 'masks' / f'{case}_0000.png').rename(tmp_path / 'masks' / f'{case}.png')
+        (tmp_path / 'masks' / f'{case}_0001.png').unlink()
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path)
+    (fault,) = caught.value.faults
+    given = re.search(r"--config\.data\.images='(.+?)' pairs 2 of 2", fault)[1]
+    slices = folder.load('', images=literal_eval(given), masks=str(tmp_path / 'masks'))
+    assert slices.patient.tolist() == ['liver_1', 'liver_2']
+    both = np.dstack([images['liver_2_0000'], images['liver_2_0001']])
+    np.testing.assert_array_equal(slices.read(1)[0], both)
+    with pytest.raises(DataError, match=r'{stem}_x names no picture of .*images'):
+        folder.load(tmp_path, images=('images/{stem}_x',))
+
+
+def test_several_masks_of_a_picture_are_laid_over_one_another(tmp_path):
+    write(tmp_path, 'a', mask=(LABELS == 1) * np.uint8(255))
+    write(tmp_path, 'a_2', mask=(LABELS == 2) * np.uint8(1))
+    (tmp_path / 'images' / 'a_2.png').unlink()
+    (tmp_path / 'masks' / 'a.png').rename(tmp_path / 'masks' / 'a_1.png')
+    with pytest.raises(DataError, match=re.escape("--config.data.mask_name='{stem}_*'")):
+        folder.load(tmp_path)
+    (mask,) = masks_of(folder.load(tmp_path, mask_name='{stem}_*'))
+    np.testing.assert_array_equal(mask, LABELS > 0)
+
+
+@pytest.mark.parametrize('group', ['', '(.)'])
+def test_grey_pictures_among_rgb_ones_have_three_equal_channels(tmp_path, rng, caplog, group):
+    grey, colour = rng.integers(0, 255, (40, 48), np.uint8), rng.integers(0, 255, (40, 48, 3))
+    write(tmp_path, 'p1', image=grey)
+    write(tmp_path, 'p2', image=colour.astype(np.uint8))
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path, group=group)
+    assert 'grey is taken as three equal channels' in caplog.text
+    assert slices.channels == 3
+    np.testing.assert_array_equal(slices.read(0)[0], np.dstack([grey] * 3))
+    np.testing.assert_array_equal(slices.read(1)[0], colour)
+    shown = [np.dstack([grey] * 3), colour]
+    for patient, measured in slices.intensity.items():
+        own = shown if group else [shown[int(patient[1]) - 1]]
+        expected = volumes.measure_intensity(np.stack(own))
+        np.testing.assert_allclose(measured, expected, rtol=1e-6)
+
+
+def turn(root, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = root / 'images' / f'{name}.png'
+    with Image.open(path) as picture:
+        picture.load()
+    picture.save(path, exif=exif)
+
+
+def test_a_mask_that_is_not_turned_as_its_picture_names_exif(tmp_path):
+    write(tmp_path, 'a')
+    turn(tmp_path, 'a', 6)
+    with pytest.raises(DataError, match=r'a\.png is turned by its EXIF orientation \(6\)') as told:
+        folder.load(tmp_path)
+    assert 'exiftool -Orientation=' in str(told.value)
+    upright = np.rot90(LABELS == 1, -1) * np.uint8(255)
+    Image.fromarray(upright).save(tmp_path / 'masks' / 'a.png')
+    (mask,) = masks_of(folder.load(tmp_path))
+    np.testing.assert_array_equal(mask, upright > 0)
+
+
+def test_where_turned_and_unturned_are_of_one_size_it_is_said(tmp_path, caplog):
+    for name in ('a', 'b'):
+        write(tmp_path, name)
+    turn(tmp_path, 'a', 3)
+    folder.load(tmp_path)
+    assert '1 pictures' in caplog.text
+    assert 'turned or mirrored by their EXIF orientation and read upright' in caplog.text
 
 
 def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
@@ -279,5 +478,21 @@ def test_images_of_two_kinds_have_no_one_scale(tmp_path, rng):
 def test_a_class_that_no_pixel_has_is_named(tmp_path):
     for n in range(6):
         write(tmp_path, f'p{n}', mask=(LABELS == 1).astype(np.uint8))
-    with pytest.raises(DataError, match=r'no pixel is of class 2: lower model\.num_classes'):
+    with pytest.raises(DataError, match=r'no pixel is of class 2: lower model\.num_classes to 2'):
         check.check(config_of(tmp_path, **{'model.num_classes': 3}), tmp_path / 'out')
+
+
+@pytest.mark.parametrize(
+    ('pixels', 'classes', 'words'),
+    [
+        ({0: 9}, 2, 'of any class but 0: look at a mask, and say what its values are'),
+        ({0: 9, 2: 1}, 3, 'class 1: if there is none, number the others without a gap, '
+         'data.label_map="{2: 1}" with model.num_classes=2'),
+        ({0: 9, 1: 1, 255: 3}, 3, 'class 2: lower model.num_classes to 2'),
+    ],
+)  # fmt: skip
+def test_a_remedy_for_a_missing_class_can_be_followed(pixels, classes, words):
+    """Two classes are the fewest, and what lies above must not be lost."""
+    (fault,) = check._missing(pixels, classes)
+    assert words in fault
+    assert check._missing(dict.fromkeys(range(classes), 1), classes) == []

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pspnet_jax import checkpoint, evaluate, infer, models, predict, visualize
 from pspnet_jax.config import to_dict
-from pspnet_jax.data import files
+from pspnet_jax.data import files, folder
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
 from pspnet_jax.models.published import IMAGENET
 from tests.conftest import tiny_config, write_case
@@ -122,12 +122,21 @@ def test_slices_are_grouped_in_the_order_of_their_numbers():
     assert predict.group_files(paths[:1])[1] == ''
 
 
-def test_slices_of_one_name_in_two_folders_are_two_volumes():
-    paths = [Path(f'{folder}/scan_{n}.png') for folder in 'ab' for n in (1, 2)]
-    groups, _ = predict.group_files(paths, NUMBERED)
-    assert [list(group.paths) for group in groups] == [paths[:2], paths[2:]]
-    (group,), _ = predict.group_files(paths, '(.+)_')  # of one patient all the same
-    assert set(group.paths) == set(paths)
+@pytest.mark.parametrize('how', [NUMBERED, '(.+)_', '(scan)', ''])
+@pytest.mark.parametrize('second', [(1, 2), (3, 4)], ids=['same names', 'others'])
+def test_files_of_sub_folders_belong_together_as_in_training(tmp_path, how, second):
+    for kind in ('images', 'masks'):
+        for name, numbers in (('a', (1, 2)), ('b', second)):
+            for n in numbers:
+                noise(tmp_path / kind / name / f'scan_{n}.png', (8, 8), high=2)
+    cases, faults, _ = folder.scan([tmp_path / 'images'], tmp_path / 'masks', group=how)
+    assert not faults
+    trained = collections.defaultdict(dict)
+    for case in cases:
+        trained[case.patient][case.images[0]] = case.slice
+    groups, _ = predict.group_files(sorted((tmp_path / 'images').rglob('*.png')), how)
+    found = [{path: group.numbers.get(path) for path in group.paths} for group in groups]
+    assert sorted(found, key=str) == sorted(trained.values(), key=str)
 
 
 def bright(variables, images):
@@ -189,10 +198,10 @@ GAINS = [1.0, 0.3, 0.6, 0.2, 1.0, 0.4, 0.8, 0.25]
 def test_what_a_picture_is_called_changes_nothing(bright_run, tmp_path, names, changes):
     workdir = bright_run()
     masks = []
-    for folder, stems in (('named', names), ('plain', 'abcdefgh')):
-        save_scenes(tmp_path / folder, stems, GAINS)
-        out = tmp_path / f'out_{folder}'
-        source = tmp_path / folder / 'images'
+    for way, stems in (('named', names), ('plain', 'abcdefgh')):
+        save_scenes(tmp_path / way, stems, GAINS)
+        out = tmp_path / f'out_{way}'
+        source = tmp_path / way / 'images'
         assert predict.predict_files(workdir, source, out, save=['mask'], changes=changes) == []
         masks.append([np.array(Image.open(out / f'{stem}_mask.png')) > 0 for stem in stems])
     for n, (named, plain) in enumerate(zip(*masks, strict=True)):

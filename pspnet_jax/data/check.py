@@ -108,6 +108,27 @@ def _cell(picture: np.ndarray) -> np.ndarray:
     return np.asarray(cell)
 
 
+def _missing(pixels: dict[int, int], num_classes: int) -> list[str]:
+    """A fault for each class that no pixel has."""
+    there = [label for label in range(num_classes) if label in pixels]
+    if there in ([0], []):
+        return [
+            'no pixel is of any class but 0: look at a mask, and say what its values are by '
+            'data.mask_format, data.mask_colors or data.label_map'
+        ]
+    faults = []
+    for label in sorted(set(range(num_classes)) - set(there)):
+        remedy = f'lower model.num_classes to {there[-1] + 1}'
+        if label < there[-1]:
+            places = {old: new for new, old in enumerate(there) if old != new}
+            remedy = (
+                f'if there is none, number the others without a gap, data.label_map="{places}" '
+                f'with model.num_classes={len(there)}'
+            )
+        faults.append(f'no pixel is of class {label}: {remedy}')
+    return faults
+
+
 def check(config, out: str | Path) -> None:
     """Print what is in the data set; raise DataError with all its faults."""
     from pspnet_jax.train import normalize_by_weights  # which imports nearly everything
@@ -121,7 +142,6 @@ def check(config, out: str | Path) -> None:
     total = sum(pixels.values())
     shares = (f'{label}: {100 * n / total:.2f} %' for label, n in pixels.items())
     print('classes    ' + ', '.join(shares))
-    missing = set(range(config.model.num_classes)) - pixels.keys()
     train = volumes.select(slices, parts['train'])
     if config.data.size:
         train = volumes.resized(train, config.data.size)
@@ -131,7 +151,7 @@ def check(config, out: str | Path) -> None:
         Image.fromarray(sheet).save(aside, 'png')
     print(f'written to {path}')
 
-    faults = [f'no pixel is of class {label}: lower model.num_classes' for label in sorted(missing)]
+    faults = _missing(pixels, config.model.num_classes)
     if normalize_by_weights(config):
         try:
             volumes.joint_range(slices)

@@ -38,6 +38,8 @@ def read_folder(config, **where: Any) -> Slices:
         'attribute': data.attribute,
         'mask_format': data.mask_format,
         'mask_colors': data.mask_colors,
+        'mask_name': data.mask_name,
+        'label_map': data.to_dict()['label_map'],
         'num_classes': model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'mixed_sizes': bool(data.size),
