@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import os
 import resource
 import types
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import checkpoint, evaluate, infer, models, predict, visualize
+from pspnet_jax import checkpoint, evaluate, infer, models, predict, train, visualize
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import files, folder
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
@@ -696,3 +697,36 @@ def test_the_legend_names_the_classes_that_are_there():
     assert (wide[:, :100] != drawn[:, :100]).any()  # another name is another picture
     small = np.full((16, 16, 3), 77, np.uint8)
     assert (visualize.legend(small, mask[-16:, -16:], ()) == 77).all()  # no room
+
+
+def test_a_run_on_12_bits_by_weights_keeps_their_range_and_takes_no_others(tmp_path):
+    """Trained, validated and evaluated with it; then what it can not know is refused."""
+    names = [f'p{n}' for n in range(8)]
+    root = save_scenes(tmp_path / 'data', names, GAINS, save=as_deep)
+    config = tiny_config(
+        **{
+            'model.width': 4, 'train.steps': 2, 'train.validate_every': 2, 'data.name': 'folder',
+            'data.source': str(root), 'data.normalize': 'weights', 'data.test_fraction': 0.25,
+        }
+    )  # fmt: skip
+    workdir = tmp_path / 'run'
+    train.train_and_evaluate(config, str(workdir))
+    parts = json.loads((workdir / 'splits.json').read_text())
+    pixels = [np.array(Image.open(root / 'images' / f'{n}.png')) for n in parts['train']]
+    expected = np.median([np.percentile(image, (0.5, 99.5)) for image in pixels], axis=0)
+    step = checkpoint.choose(workdir, 'best')
+    inputs = checkpoint.metadata(workdir, step)['inputs']
+    np.testing.assert_allclose(np.ravel(inputs['range']), expected, rtol=1e-6)
+    predictor = predict.load(workdir)
+    scale = np.array(inputs['range'])
+    np.testing.assert_array_equal(predictor.intensity, IMAGENET.intensity(1, scale))
+    noise(tmp_path / 'eight.png', (48, 48))
+    (fault,) = predict.predict_files(workdir, tmp_path / 'eight.png', tmp_path / 'out')
+    assert 'eight.png has 8 bits, the run was trained on images with values of about' in fault
+    with pytest.raises(DataError, match=r'an array of shape \(48, 48\) has 8 bits'):
+        predict.predict_array(predictor, np.zeros((48, 48), np.uint8))
+    for n in range(3):
+        (root / 'images' / f'p{n}.png').unlink()
+        noise(root / 'images' / f'p{n}.png', (48, 48))
+    with pytest.raises(DataError, match=r'3 of 8 patients have images of 8 bits \(p'):
+        train.train_and_evaluate(config, str(tmp_path / 'mixed'))
