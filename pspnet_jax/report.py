@@ -314,6 +314,7 @@ def _heading(result) -> list[str]:
     data, dice = result['data'], result['summary']['dice']
     where = f'split {data["split"]} of {data["source"]}' if data['split'] else data['source']
     few = f' {_few(dice["n"])}' if dice['n'] < metrics.FEW else ''
+    seen = len((data.get('overlap') or {'train': ()})['train'])
     return [
         f'<h1>{_title(result)}</h1>',
         f'<p>{html.escape(where)}: {data["patients"]} patients, {data["slices"]:,} slices, '
@@ -322,7 +323,9 @@ def _heading(result) -> list[str]:
         f'95 % interval {_interval(dice, 3)}</p>',
         f'<p>Dice is over the whole volume of a patient; mean and bootstrap interval are over '
         f'{dice["n"]} of {data["patients"]} patients.{few}</p>',
-    ]
+        f'<p><strong>{seen} of {data["patients"]} patients have pictures that the run was trained '
+        'on: these figures are too good.</strong></p>' if seen else '',
+    ]  # fmt: skip
 
 
 def _interval(figures: dict[str, Any], digits: int) -> str:

@@ -246,6 +246,17 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 DRIVER = shutil.which('chromedriver')
 
 
+def test_figures_on_pictures_of_the_training_are_called_too_good(evaluated):
+    result, cases = evaluated
+    assert 'too good' not in report.render(result, [], cases)
+    result['data']['overlap'] = None  # not known
+    assert 'too good' not in report.render(result, [], cases)
+    result['data']['overlap'] = {'train': ['a', 'b'], 'validation': [], 'same_name': []}
+    assert '2 of 4 patients have pictures that the run was trained on' in report.render(
+        result, [], cases
+    )
+
+
 @pytest.fixture
 def browser(tmp_path):
     """`call(path, body)` to a headless Chromium, by the WebDriver protocol."""
