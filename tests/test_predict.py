@@ -142,6 +142,7 @@ def test_files_of_sub_folders_belong_together_as_in_training(tmp_path, how, seco
 
 def bright(variables, images):
     """A network that takes for class 1 what is bright; stands for what `compile_predict` makes."""
+    assert images.shape[-1] == 3, 'it would be the shape of its first kernel'
     share = 1 / (1 + np.exp(-4 * (images.mean(-1) - 0.5)))
     return np.stack([1 - share, share], axis=-1).astype(np.float32)
 
