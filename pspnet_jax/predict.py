@@ -453,27 +453,25 @@ def read_cases(
     several = len(group.paths) + len(group.beside) > 1
     if several and predictor.intensity is None and (fault := _too_large(group)):
         return len(group.paths), [], [f'{path}: {fault}' for path in group.paths]
-    found, faults = [], []
+    found, faults, beside = [], [], set(group.beside)
     for path in (*group.paths, *group.beside):
         try:
-            if path in group.paths or predictor.intensity is None:
+            if path not in beside or predictor.intensity is None:
                 picture = files.read(path)
                 _check_memory(picture, predictor.config.model.num_classes)
                 image = as_taken(predictor, picture.image, path)
                 found.append((path, picture, image))
         except DataError as error:
-            faults += [str(error)] if path in group.paths else []
+            faults += [] if path in beside else [str(error)]
     context = None
     if len(found) > 1 and predictor.intensity is None:
         pixels = [image.reshape(1, 1, -1, predictor.channels) for _, _, image in found]
         context = np.concatenate(pixels, axis=2)
     cases = []
-    for some in _scans(found, group.numbers):
-        own = [item for item in some if item[0] in stems]
-        if own:
-            paths, pictures, images = zip(*own, strict=True)
-            names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
-            cases.append(_case(predictor, np.concatenate(images), context, **names))
+    for some in _scans([item for item in found if item[0] not in beside], group.numbers):
+        paths, pictures, images = zip(*some, strict=True)
+        names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
+        cases.append(_case(predictor, np.concatenate(images), context, **names))
     return len(group.paths), cases, faults
 
 

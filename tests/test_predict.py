@@ -123,6 +123,22 @@ def test_slices_are_grouped_in_the_order_of_their_numbers():
     assert predict.group_files(paths[:1])[1] == ''
 
 
+def test_slices_that_are_no_neighbours_have_no_component_in_common(bright_run, tmp_path):
+    """Of slices 1, 2 and 4 the fourth has a component of its own, whatever is not asked for."""
+    root = save_scenes(tmp_path, [f'case_{n}' for n in range(1, 5)], [1.0] * 4)
+    workdir = bright_run(**{'data.name': 'lgg'})
+    source, changes = root / 'images' / 'case_[124].png', {'largest_component': True}
+    predict.predict_files(workdir, source, tmp_path / 'out', save=['mask'], changes=changes)
+    alone = predict.predict_files(
+        workdir, root / 'images' / 'case_4.png', tmp_path / 'alone', save=['mask'], changes=changes
+    )
+    assert alone == []
+    np.testing.assert_array_equal(
+        *(Image.open(tmp_path / name / 'case_4_mask.png') for name in ('out', 'alone'))
+    )
+    assert (np.array(Image.open(tmp_path / 'out' / 'case_4_mask.png')) > 0).sum() == 14 * 14
+
+
 @pytest.mark.parametrize('how', [NUMBERED, '(.+)_', '(scan)', ''])
 @pytest.mark.parametrize('second', [(1, 2), (3, 4)], ids=['same names', 'others'])
 def test_files_of_sub_folders_belong_together_as_in_training(tmp_path, how, second):
