@@ -135,7 +135,8 @@ def load_teacher(
     if not np.array_equal(fixed_intensity(theirs), fixed_intensity(inputs)):
         raise ConfigError(
             f'{name} was trained on images normalised {words(theirs)}, this run '
-            f'normalises them {words(inputs)}: see data.normalize'
+            f'normalises them {words(inputs)}: see data.normalize; the range is that of the '
+            'training patients, so take the same (data.split_file)'
         )
     for side, module in (('the teacher', teacher), ('this network', student)):
         if features and not hasattr(module, 'backbone'):
