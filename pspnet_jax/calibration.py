@@ -90,7 +90,9 @@ def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxy
     path = Path(workdir) / KEPT
     if not os.path.lexists(path):
         return 1.0
-    again = 'python -m pspnet_jax.evaluate --split=validation --fit_temperature'
+    again = (
+        f'python -m pspnet_jax.evaluate --workdir={workdir} --split=validation --fit_temperature'
+    )
     try:
         if not path.is_file():
             raise ValueError('it is no file')

@@ -674,7 +674,7 @@ def table(result: dict[str, Any]) -> str:
         f'HD95, the larger of the two directed ones, {cell(hd95["mean"])}, of both surfaces joined '
         f'{cell(summary["hd95_joined"]["mean"])}, over {hd95["n"]} of {len(patients)} patients',
         f'{found["missed"]} of {found["present"]} structures are missed and {found["invented"]} '
-        'invented: no distance counts them',
+        'invented; these are in no distance',
     ]
     if len(summary['structures']) > 1:
         lines += [

@@ -329,6 +329,68 @@ def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
     assert 'the figures will be too good' in caplog.text
 
 
+def scans_of(slices):
+    return {
+        volume.patient: [rows.tolist() for rows in volumes.scans(volume.scan, len(volume.mask))]
+        for volume in volumes.iterate_volumes(slices)
+    }
+
+
+def test_pictures_of_a_patient_are_a_volume_where_their_slices_are_numbered(tmp_path, caplog):
+    caplog.set_level('INFO')
+    for name in ('p_2', 'p_10', 'p_1', 'q_7', 'q_8', 'q_20'):
+        write(tmp_path, name, image=np.full((40, 48, 3), int(name[2:]), np.uint8))
+    apart = folder.load(tmp_path, group='(.)_')
+    assert scans_of(apart) == {'p': [[0], [1], [2]], 'q': [[0], [1], [2]]}
+    assert '2 of 2 patients have several files; distances and components are of each' in caplog.text
+    assert 'data.group="(.+)_(?P<slice>[0-9]+)"' in caplog.text
+    alone = folder.load(tmp_path)
+    assert all(rows == [[0]] for rows in scans_of(alone).values())
+
+    caplog.clear()
+    numbered = folder.load(tmp_path, group='(.)_(?P<slice>[0-9]+)')
+    p, q = volumes.iterate_volumes(numbered)
+    assert p.image[:, 0, 0, 0].tolist() == [1, 2, 10]  # in the order of their numbers
+    assert scans_of(numbered) == {'p': [[0, 1], [2]], 'q': [[0, 1], [2]]}  # gaps part them
+    assert q.mask.shape[0] == 3
+    assert 'slices of 2 volumes, by their numbers; 2 lack some' in caplog.text
+
+    table = tmp_path / 'patients.csv'
+    rows = [f'{patient}_{n},{patient},{i}' for patient, numbers in
+            {'p': (2, 10, 1), 'q': (7, 8, 20)}.items() for i, n in enumerate(numbers)]  # fmt: skip
+    table.write_text('\n'.join(['stem,patient,slice', *rows]))
+    p, _ = volumes.iterate_volumes(folder.load(tmp_path, group=str(table)))
+    assert p.image[:, 0, 0, 0].tolist() == [2, 10, 1]
+    assert [len(rows) for rows in volumes.scans(p.scan, 3)] == [3]
+
+
+def test_slices_that_are_no_number_or_there_twice_are_named(tmp_path):
+    for name in ('p_1', 'p_01', 'p_x'):
+        write(tmp_path, name)
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path, group='(.)_(?P<slice>.+)')
+    assert 'p_01 and p_1 are both slice 1' in str(caught.value)
+    assert "p_x is slice 'x' by data.group: it must be a number" in str(caught.value)
+
+
+def test_each_volume_of_a_patient_is_a_scan(tmp_path):
+    for kind, ending in (('images', (4, 6, 5, 1)), ('masks', (4, 6, 5))):
+        (tmp_path / kind).mkdir()
+        for name in ('p_before', 'p_after'):
+            np.save(tmp_path / kind / f'{name}.npy', np.zeros(ending, np.uint8))
+    slices = folder.load(tmp_path, group='(.)_')
+    assert scans_of(slices) == {'p': [[0, 1, 2, 3], [4, 5, 6, 7]]}
+
+
+def test_the_label_that_is_ignored_is_no_lesion(tmp_path):
+    write(tmp_path, 'a', mask=LABELS)
+    plain, ignoring = (
+        folder.load(tmp_path, num_classes=3, ignore_label=label) for label in (255, 2)
+    )
+    assert plain.lesion_pixels.tolist() == [(LABELS > 0).sum()]
+    assert ignoring.lesion_pixels.tolist() == [(LABELS == 1).sum()]
+
+
 def test_patients_by_expression_and_by_table(tmp_path):
     for name in ('p1_a', 'p1_b', 'p2_a'):
         write(tmp_path, name)

@@ -349,8 +349,8 @@ class Constant:
 
 @pytest.mark.parametrize('size', [(128, 128), (100, 120)])
 def test_a_perfect_map_at_a_quarter_of_the_size_is_enlarged_to_where_it_belongs(size):
-    """Its label of each cell, predicted with certainty: as good as of any cell's pixel. By each
-    fourth pixel and aligned corners, as it was, a network without fault scored 0.05 less.
+    """The label of each cell, predicted with certainty: discs score 0.91. By each fourth pixel and
+    aligned corners, as it was, they scored 0.84.
     """
     rows, columns = np.indices(size)
     rng, scores = np.random.default_rng(0), []
