@@ -470,8 +470,9 @@ def _volume_source(
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
     time, or those of these.
     """
-    if data and pairing.split(Path(data).expanduser() / config.data.images[0])[0].is_dir():
-        slices = sources.read_folder(config, source=data, mixed_sizes=True)
+    where = sources.elsewhere(config, data)
+    if data and pairing.split(Path(data).expanduser() / where['images'][0])[0].is_dir():
+        slices = sources.read_folder(config, **where, mixed_sizes=True)
         parts = {split: list(slices.intensity)}
     elif data:
         from pspnet_jax.data import lgg  # which needs tensorflow-datasets

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from pspnet_jax import calibration, checkpoint, cli, hosts, infer, postprocess, visualize
 from pspnet_jax.config import to_dict, with_prediction
-from pspnet_jax.data import files, video
+from pspnet_jax.data import files, pairing, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import free_memory, measure_intensity, normalize
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
@@ -237,6 +237,23 @@ def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[
     return root, sorted(found)
 
 
+def stack_channels(found: Sequence[Path], images: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
+    """{file: its channels} as a run reads them whose `data.images` has a rule for each channel; all
+    but the first are no files of their own. Other runs have one file a picture.
+    """
+    rules = [pairing.split(Path(place))[1] for place in images]
+    stacks, others = {path: (path,) for path in found}, set()
+    if len(rules) < 2 or pairing.STEM in rules:
+        return stacks
+    for path in found:
+        ending = path.name[len(files.stem(path)) :]
+        for name in pairing.named({files.stem(path): path}, rules[0]):
+            parts = [path.with_name(rule.replace(pairing.STEM, name) + ending) for rule in rules]
+            stacks[path] = tuple(part for part in parts if part.exists())
+            others.update(parts[1:])
+    return {path: parts for path, parts in stacks.items() if path not in others}
+
+
 def _stem(path: Path) -> str:
     return path.stem if _is_video(path) else path.name if path.is_dir() else files.stem(path)
 
@@ -312,18 +329,22 @@ def _decoded_bytes(path: Path) -> int:
 
 
 def read_cases(
-    group: Sequence[Path], *, predictor: Predictor, stems: Mapping[Path, Path]
+    group: Sequence[Path],
+    *,
+    predictor: Predictor,
+    stems: Mapping[Path, Path],
+    channels: Mapping[Path, Sequence[Path]] = MappingProxyType({}),
 ) -> tuple[int, list[Case], list[str]]:
     """(number of files, cases, faults). Raises nothing for a file that is bad.
 
-    Slices of one volume share its intensity scale. A single slice takes that of its
-    neighbours in the folder, where they are (the network was trained on whole volumes'
-    scales), else its own.
+    `channels` are `stack_channels`'s. Slices of one volume share its intensity scale. A single
+    slice takes that of its neighbours in the folder, where they are (the network was trained on
+    whole volumes' scales), else its own.
     """
     slices, cases, faults = defaultdict(list), [], []
     for path in group:
         try:
-            picture = files.read(path)
+            picture = files.stack([files.read(part) for part in channels.get(path, [path])])
             _check_memory(picture, predictor.config.model.num_classes)
             image_DHWC = fit_channels(picture.image, predictor.channels, path)
             if len(image_DHWC) == 1 and picture.geometry is None:
@@ -398,7 +419,8 @@ def predict_files(
     root, found = find_files(source, output)
     output = Path(output).expanduser()
     predictor = load(workdirs, which, changes)
-    stems, faults = name_results(root, found)
+    channels = stack_channels(found, predictor.config.data.images)
+    stems, faults = name_results(root, list(channels))
     done = set()
     if not overwrite:
         done = find_finished(stems, output, save, predictor.config.model.num_classes)
@@ -412,7 +434,7 @@ def predict_files(
     # Volumes are large, and long at work on: one is read while another is.
     flat = all(len(g) == 1 and g[0].name.lower().endswith(files.PICTURES) for g in groups)
     threads = predictor.config.data.threads if flat else 1
-    read = functools.partial(read_cases, predictor=predictor, stems=targets)
+    read = functools.partial(read_cases, predictor=predictor, stems=targets, channels=channels)
     write = functools.partial(write_results, predictor=predictor, save=save)
     predicted = _predict_chunks(
         predictor, in_threads(read, groups, threads), probabilities='probability' in save

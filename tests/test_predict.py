@@ -166,6 +166,33 @@ def test_a_folder_of_dicom_files_is_one_volume_and_keeps_its_name(tmp_path):
     assert predict.name_results(root, found) == ({tmp_path / 'p1': Path('p1')}, [])
 
 
+def test_channels_are_stacked_as_the_run_reads_them(predictor, tmp_path, rng):
+    """nnU-Net's names: what trains can be predicted, a picture a case."""
+    channels = rng.integers(0, 255, (2, 2, 40, 48), np.uint8)
+    for case, several in zip('ab', channels, strict=True):
+        for n, pixels in enumerate(several):
+            Image.fromarray(pixels).save(tmp_path / f'{case}_{n:04}.png')
+    images = ('in/{stem}_0000', 'in/{stem}_0001')
+    found = sorted(tmp_path.iterdir())
+    stacks = predict.stack_channels(found, images)
+    first = [tmp_path / 'a_0000.png', tmp_path / 'b_0000.png']
+    assert list(stacks) == first
+    assert predict.stack_channels(first[:1], images) == {first[0]: (first[0], found[1])}
+    assert list(predict.stack_channels(found, ('in',))) == found
+    two = predictor._replace(channels=2)
+    _, cases, faults = predict.read_cases(
+        first[1:], predictor=two, stems={path: path for path in first}, channels=stacks
+    )
+    assert not faults
+    np.testing.assert_array_equal(cases[0].image[0], np.moveaxis(channels[1], 0, -1))
+    (tmp_path / 'b_0001.png').unlink()
+    stacks = predict.stack_channels(first[1:], images)
+    _, _, (fault,) = predict.read_cases(
+        first[1:], predictor=two, stems={path: path for path in first}, channels=stacks
+    )
+    assert 'has 1 channels, the network takes 2' in fault
+
+
 def test_two_inputs_of_one_name_do_not_overwrite_each_other(trained, tmp_path):
     for name in ('a.png', 'a.jpg'):
         noise(tmp_path / 'in' / name, (32, 32))

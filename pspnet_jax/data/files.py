@@ -180,6 +180,8 @@ def stack(pictures: Sequence[Picture]) -> Picture:
     Raises DataError where size, spacing or place in space differ.
     """
     first = pictures[0]
+    if len(pictures) == 1:
+        return first
     for other in pictures[1:]:
         _check_same_grid(other, first)
     size = sum(picture.image.size for picture in pictures)

@@ -65,14 +65,15 @@ def scan(
     classes: Mapping[str, int] | None = None,
     attribute: str = '',
     mask_name: str = pairing.STEM,
+    root: Path | None = None,
 ) -> tuple[list[Case], list[str], list[str]]:
     """The cases below the folders, their faults, and what annotations were understood as.
 
     `images` are folders, or FOLDER/RULE, and `mask_name` is the rule of the masks, both as
-    `pairing` has them. Where two pictures share a name, the folders above it are part of it.
-    `masks` is a folder of masks, a file of annotations (`via.read_annotations`, which is given
-    `classes` and `attribute`) or a folder of labelme's. `group` is a regular expression whose
-    first group, searched in the stem, is the patient; or a .csv with the columns stem and
+    `pairing` has them; a rule that is proposed is below `root`. Where two pictures share a name,
+    the folders above it are part of it. `masks` is a folder of masks, a file of annotations
+    (`via.read_annotations`, which is given `classes` and `attribute`) or a folder of labelme's.
+    `group` is a regular expression whose first group, searched in the stem, is the patient; or a .csv with the columns stem and
     patient; '' makes each picture a patient of its own.
     """
     rules = [pairing.split(place)[1] for place in images]
@@ -89,7 +90,7 @@ def scan(
         faults, notes = faults + wrong, [*annotations.notes, *more]
         mask_of, more_of = {stem: shapes.get(path, ()) for stem, path in first.items()}, {}
     else:
-        mask_of, more_of, wrong = _find_masks(images[0], first, ways, masks, mask_name)
+        mask_of, more_of, wrong = _find_masks(images[0], first, ways, masks, mask_name, root)
         faults += wrong
     whole = [s for s in sorted(first) if s in mask_of and all(s in stack for stack in stacks)]
     patients, wrong = group_stems(whole, group)
@@ -134,7 +135,12 @@ def _find_pictures(
 
 
 def _find_masks(
-    images: Path, pictures: dict[str, Path], ways: Mapping[str, str], masks: Path, rule: str
+    images: Path,
+    pictures: dict[str, Path],
+    ways: Mapping[str, str],
+    masks: Path,
+    rule: str,
+    root: Path | None,
 ) -> tuple[dict[str, Path], dict[str, tuple[Path, ...]], list[str]]:
     """({picture's name: its mask}, {picture's name: further ones}, faults).
 
@@ -142,8 +148,9 @@ def _find_masks(
     """
     found, rule = files.find(masks), files.stem(rule)  # some write the ending too
     together = masks.resolve() == images.resolve()
+    place = images.relative_to(root) if root and images.is_relative_to(root) else images
     if together and rule == pairing.STEM:
-        hint = pairing.suggest(images, list(found), list(found))
+        hint = pairing.suggest(place, list(found), list(found))
         return {}, {}, [
             f'{masks} holds pictures and masks: say how masks are called, for instance '
             f'--config.data.mask_name={{stem}}_mask{hint and f" ({hint})"}'
@@ -162,7 +169,7 @@ def _find_masks(
             mask_of[name], more_of[name] = found[own[0]], tuple(found[way] for way in own[1:])
     lost = [name for name in sorted(pictures) if name not in mask_of]
     idle = [] if together else sorted(found.keys() - used)
-    hint = lost and idle and pairing.suggest(images, [ways[name] for name in lost], idle)
+    hint = lost and idle and pairing.suggest(place, [ways[name] for name in lost], idle)
     if hint and not mask_of:
         called = [', '.join(some[:3]) for some in (lost, idle)]
         faults.append(
@@ -246,10 +253,12 @@ def load(
     Every file is read once here. Raises one DataError that lists every fault, several sizes
     among them unless `mixed_sizes`.
     """
-    folders, masks = _find_folders(Path(source).expanduser(), images, masks)
+    root = Path(source).expanduser()
+    folders, masks = _find_folders(root, images, masks)
     cases, faults, notes = scan(
-        folders, masks, group=group, classes=classes, attribute=attribute, mask_name=mask_name
-    )
+        folders, masks, group=group, classes=classes, attribute=attribute, mask_name=mask_name,
+        root=root,
+    )  # fmt: skip
     if not cases and not faults:
         raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
     for note in notes:
@@ -445,8 +454,7 @@ def _unclear_turn(case: Case) -> bool:
 
 def _read_case(case: Case, code: Code | None) -> tuple[files.Picture, np.ndarray]:
     """The picture D H W C and its labels D H W uint8, of one size; 0 where no code is known."""
-    parts = [files.read(path) for path in case.images]
-    picture = parts[0] if len(parts) == 1 else files.stack(parts)
+    picture = files.stack([files.read(path) for path in case.images])
     if not isinstance(case.mask, Path):
         size = picture.image.shape[1:3]
         faults, _ = via.check_shapes(case.mask, size)
