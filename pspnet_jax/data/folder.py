@@ -73,8 +73,8 @@ def scan(
     `pairing` has them; a rule that is proposed is below `root`. Where two pictures share a name,
     the folders above it are part of it. `masks` is a folder of masks, a file of annotations
     (`via.read_annotations`, which is given `classes` and `attribute`) or a folder of labelme's.
-    `group` is a regular expression whose first group, searched in the stem, is the patient; or a .csv with the columns stem and
-    patient; '' makes each picture a patient of its own.
+    `group` is a regular expression whose first group, searched in the stem, is the patient; or a
+    .csv with the columns stem and patient; '' makes each picture a patient of its own.
     """
     rules = [pairing.split(place)[1] for place in images]
     images = [pairing.split(place)[0] for place in images]
