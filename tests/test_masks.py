@@ -251,6 +251,14 @@ def test_grey_levels_of_16_bits_are_those_of_8_where_they_are_multiples(tmp_path
         masks.understand(found(a=[0, 1000]), colors=colors)
 
 
+def test_a_picture_with_its_mask_as_alpha_is_no_list_of_colours(tmp_path, rng):
+    values = rng.integers(0, 255, (9, 9, 4), np.uint8)
+    Image.fromarray(values).save(tmp_path / 'a.png')
+    there = {tmp_path / 'a.png': masks.look(tmp_path / 'a.png')}
+    with pytest.raises(DataError, match=r"a picture.*alpha channel.*getchannel\('A'\)"):
+        masks.understand(there)
+
+
 # Several masks of one picture.
 
 

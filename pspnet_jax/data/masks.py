@@ -147,7 +147,13 @@ def understand(
     if mask_format != 'index' and (doubt := _doubt_of_palettes(found)):
         return _by_palette(found, doubt, 0 if label_map else num_classes)
     values = sorted({value for file in found.values() for value in file.values.tolist()})
-    if any(value >= COLORED for value in values):
+    if colored := [value for value in values if value >= COLORED]:
+        if len(colored) > MANY:
+            raise DataError(
+                f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a picture, '
+                'or a mask saved as JPEG. Where the mask is its alpha channel, save that alone: '
+                "PIL.Image.open(MASK).getchannel('A').save(MASK)"
+            )
         raise DataError(
             f'the masks have colours ({_shown(values)}): name them in the order of the classes, '
             'data.mask_colors=("#000000", "#ff0000", ...)'
