@@ -65,22 +65,23 @@ def _look_up(table: Mapping[int, int], numbers: np.ndarray, path: Path) -> np.nd
     known = np.array(sorted(table), np.int64)
     labels = np.array([table[value] for value in known.tolist()], np.uint8)
     if known[0] >= 0 and known[-1] < 2**16 and 0 <= numbers.min() <= numbers.max() <= known[-1]:
-        places = np.full(known[-1] + 1, -1, np.int32)  # faster, and exact too
-        places[known] = np.arange(len(known))
-        at = places[numbers]
-        same = at >= 0
+        there, label_of = np.zeros((2, known[-1] + 1), np.uint8)  # faster than to search
+        there[known], label_of[known] = 1, labels
+        same, found = there[numbers], label_of[numbers]
     else:
         at = np.searchsorted(known, numbers).clip(max=len(known) - 1)
-        same = known[at] == numbers
+        same, found = known[at] == numbers, labels[at]
     if not same.all():
         raise DataError(f'{path} holds other values than when it was looked at: start again')
-    return labels[at]
+    return found
 
 
 def merged(labels: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
     """Several masks of one picture: what any of them marks. Raises DataError where two mark a pixel
     as different classes.
     """
+    if len(labels) == 1:
+        return labels[0]
     whole = labels[0].copy()
     for mask, path in zip(labels[1:], paths[1:], strict=True):
         both = (whole != 0) & (mask != 0) & (whole != mask)
@@ -150,8 +151,8 @@ def understand(
     if colored := [value for value in values if value >= COLORED]:
         if len(colored) > MANY:
             raise DataError(
-                f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a picture, '
-                'or a mask saved as JPEG. Where the mask is its alpha channel, save that alone: '
+                f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a '
+                'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that alone: '
                 "PIL.Image.open(MASK).getchannel('A').save(MASK)"
             )
         raise DataError(
