@@ -188,12 +188,13 @@ def _find_masks(
 
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
     """Stem -> patient, and the faults: stems that the expression or the table leaves out."""
+    faults = []
     if not group:
         table, remedy = {stem: stem.replace('/', '_') for stem in stems}, ''
         for name, times in collections.Counter(table.values()).items():
             if times > 1:
                 both = ' and '.join(stem for stem in stems if table[stem] == name)
-                raise DataError(f'{both} would both be the patient {name}: rename one')
+                faults.append(f'{both} would both be the patient {name}: rename one')
     elif group.endswith('.csv'):
         table = read_table(Path(group))
         remedy = f'add it to {group}'
@@ -207,7 +208,7 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
         found = ((stem, expression.search(stem)) for stem in stems)
         table = {stem: match[1].replace('/', '_') for stem, match in found if match and match[1]}
         remedy = f'data.group {group!r} must find one in it'
-    faults = [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
+    faults += [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
     patients = {stem: table[stem] for stem in stems if table.get(stem)}
     for name in sorted(set(patients.values())):
         bad = re.search(r'[/\\]', name) or name.startswith('.') or not name.isprintable()

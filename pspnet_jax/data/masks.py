@@ -152,8 +152,8 @@ def understand(
         if len(colored) > MANY:
             raise DataError(
                 f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a '
-                'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that alone: '
-                "PIL.Image.open(MASK).getchannel('A').save(MASK)"
+                'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that '
+                "alone: PIL.Image.open(MASK).getchannel('A').save(MASK)"
             )
         raise DataError(
             f'the masks have colours ({_shown(values)}): name them in the order of the classes, '
