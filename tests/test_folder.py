@@ -271,6 +271,17 @@ def test_several_masks_of_a_picture_are_laid_over_one_another(tmp_path):
     np.testing.assert_array_equal(mask, LABELS > 0)
 
 
+def test_further_masks_beside_those_that_pair_are_hinted_at(tmp_path):
+    for name, label in (('a', 1), ('a_2', 2), ('b', 1)):
+        write(tmp_path, name, mask=(label == LABELS) * np.uint8(255))
+    (tmp_path / 'images' / 'a_2.png').unlink()
+    with pytest.raises(DataError, match=re.escape("--config.data.mask_name='{stem}*'")):
+        folder.load(tmp_path)
+    a, b = masks_of(folder.load(tmp_path, mask_name='{stem}*'))
+    np.testing.assert_array_equal(a, LABELS > 0)
+    np.testing.assert_array_equal(b, LABELS == 1)
+
+
 @pytest.mark.parametrize('group', ['', '(.)'])
 def test_grey_pictures_among_rgb_ones_have_three_equal_channels(tmp_path, rng, caplog, group):
     grey, colour = rng.integers(0, 255, (40, 48), np.uint8), rng.integers(0, 255, (40, 48, 3))

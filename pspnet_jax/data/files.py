@@ -120,8 +120,9 @@ class Picture(NamedTuple):
 def read(path: str | Path) -> Picture:
     """The picture or volume of a file, of a folder of slices or of a folder with a DICOM series.
 
-    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says);
-    a 4-dimensional NIfTI its last axis. Whole numbers from 0 to 65535 stay whole, others become
+    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says); TIFFs the
+    channels and bands that they name, a 4-dimensional NIfTI its last axis. Negatives (TIFF, DICOM)
+    come as viewers show them. Whole numbers from 0 to 65535 stay whole, others become
     float32 with the file's slope and intercept applied. Values that are no number become 0, which
     the log says. Arrays (.npy) are D H W C, H W C or H W. Raises DataError.
     """
@@ -133,9 +134,10 @@ def read(path: str | Path) -> Picture:
 def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
     """D H W integers, or D H W 3 of an RGB mask: the values as they are stored.
 
-    Palette pictures give their indices, 1-bit ones 0 and 1. Volumes are turned as `read` turns
-    them; with `like`, the image that the mask belongs to, size and place in space must agree.
-    Arrays (.npy) are D H W or H W. Raises DataError, for values that are not whole too.
+    Palette pictures give their indices (`read_palette` the colours), 1-bit ones 0 and 1, those of
+    one colour their alpha. Volumes are turned as `read` turns them; with `like`, the image that the
+    mask belongs to, size and place in space must agree. Arrays (.npy) are D H W or H W. Raises
+    DataError, for values that are not whole too.
     """
     path = Path(path).expanduser()
     mask = _load(path, labels=True)

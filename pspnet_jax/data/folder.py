@@ -157,7 +157,8 @@ def _find_masks(
         ]  # fmt: skip
     if not together and images.resolve().is_relative_to(masks.resolve()):
         found = {way: path for way, path in found.items() if path not in pictures.values()}
-    pairs = pairing.match([ways[name] for name in pictures], list(found), rule)
+    called = [ways[name] for name in pictures]
+    pairs = pairing.match(called, list(found), rule, together=together)
     used = {way for own in pairs.values() for way in own}
     if together:
         files_used = {found[way] for way in used}
@@ -169,19 +170,28 @@ def _find_masks(
             mask_of[name], more_of[name] = found[own[0]], tuple(found[way] for way in own[1:])
     lost = [name for name in sorted(pictures) if name not in mask_of]
     idle = [] if together else sorted(found.keys() - used)
+    several = f'{pairing.STEM}*'
+    further = {way for own in pairing.match(called, idle, several).values() for way in own}
+    if idle and not lost and further.issuperset(idle):
+        faults.append(
+            f'{found[idle[0]]} has no image of its own, nor have {len(idle) - 1} more: if they are '
+            f"further masks of others' pictures, --config.data.mask_name='{several}'; else remove "
+            'them'
+        )
+        return mask_of, more_of, faults
     hint = lost and idle and pairing.suggest(place, [ways[name] for name in lost], idle)
     if hint and not mask_of:
-        called = [', '.join(some[:3]) for some in (lost, idle)]
+        some = [', '.join(names[:3]) for names in (lost, idle)]
         faults.append(
-            f'no picture of {images} has a mask in {masks}: pictures are called {called[0]}, '
-            f'masks {called[1]}: {hint}'
+            f'no picture of {images} has a mask in {masks}: pictures are called {some[0]}, '
+            f'masks {some[1]}: {hint}'
         )
         return mask_of, more_of, faults
     if hint:
         faults.append(f'names differ: {hint} of those below')
     for name in lost:
-        called = rule.replace(pairing.STEM, pairing.last(name))
-        faults.append(f'{pictures[name]} has no mask: add {masks / called}.png or remove it')
+        mask = rule.replace(pairing.STEM, pairing.last(name))
+        faults.append(f'{pictures[name]} has no mask: add {masks / mask}.png or remove it')
     faults += [f'{found[way]} has no image: add it or remove the mask' for way in idle]
     return mask_of, more_of, faults
 
