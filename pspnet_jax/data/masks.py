@@ -18,6 +18,7 @@ from pspnet_jax.errors import DataError
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 COLORED = 1 << 24  # marks a number that is a colour
+WHITE = (1, 255, 65535)  # of masks that hold two values, by the bits of a pixel
 MANY = 20  # values, from which they are no classes that someone chose
 COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
 
@@ -165,11 +166,12 @@ def understand(
         return _binary(found)
     if mask_format == 'index':
         return _as_they_are(found, ignore_label)
-    if num_classes == 2 and set(values) <= {0, 1, 255} and 255 in values:
-        if not (both := _files_with(found, {1, 255})):
+    both = _files_with(found, {1, 255})
+    if num_classes == 2 and set(values) <= {0, *WHITE} and max(values, default=0) > 1:
+        if _one_of_each(found):
             return _binary(found)
         alone = [path for path in _files_with(found, {255}) if path not in both]
-        if alone and ignore_label == 255:
+        if both and alone and ignore_label == 255:
             raise DataError(
                 f'255 stands beside class 1 in {_some(both)}, where it is ignored, and without it '
                 f'in {_some(alone)}, where it may be class 1: --config.data.mask_format="index" '
@@ -374,6 +376,12 @@ def _no_classes(
             f'as PNG; --config.data.mask_format="binary" makes what is above {values[-1] / 2:g} '
             'class 1'
         )
+    if num_classes == 2 and len(found) > 1 and len(values) > 2 and _one_of_each(found):
+        return DataError(
+            f'{told}, and no file has two of them beside 0: if each is the same structure, '
+            f'--config.data.mask_format="binary"; else --config.model.num_classes={len(values)} '
+            f'--config.data.label_map="{ {value: rank for rank, value in enumerate(values)} }"'
+        )
     # Among levels of grey 255 is one of them, among class numbers it is to be ignored.
     numbers = [value for value in values if value >= 0 and value != ignore_label]
     kept = numbers if numbers[-1] <= MANY else [value for value in values if value >= 0]
@@ -395,6 +403,11 @@ def _no_classes(
         flags = f'--config.model.num_classes={len(kept)} {flags} makes classes of them'
         return DataError(f'{told}: {flags}; {one_class}')
     return DataError(f'{told}: {flags} makes classes of them')
+
+
+def _one_of_each(found: Mapping[Path, Found]) -> bool:
+    """Whether every file holds one value beside 0."""
+    return all(np.count_nonzero(file.values) <= 1 for file in found.values())
 
 
 def _files_with(found: Mapping[Path, Found], values: set[int]) -> list[Path]:
