@@ -199,6 +199,14 @@ def test_masks_whose_palettes_are_in_another_order_are_the_same(tmp_path, rng, e
     assert (masks.read_classes(other, files.read(other), by_index) == 1 - mask).all()
 
 
+def test_black_is_background_where_all_palettes_begin_with_the_object(tmp_path, rng):
+    mask = rng.integers(0, 2, (6, 7)).astype(np.uint8)
+    path = save_indexed(tmp_path / 'a.png', 1 - mask, [REDS, BLACK])
+    code = masks.understand({path: masks.look(path)})
+    assert 'black is 1' in code.meaning
+    np.testing.assert_array_equal(masks.read_classes(path, files.read(path), code), mask[None])
+
+
 def test_three_colours_out_of_order_are_refused_and_named(tmp_path, labels):
     one = save_indexed(tmp_path / 'a.png', labels, [BLACK, REDS, GREEN])
     swapped = np.array([0, 2, 1], np.uint8)[labels]

@@ -455,6 +455,8 @@ def _by_tifffile(path: Path, why: str, labels: bool) -> np.ndarray:
         raise DataError(f'{path} {why}: to read it, pip install {pip}') from error
     with tifffile.TiffFile(path, _multifile=False) as file:  # others that it names are not opened
         first, *others = file.series
+        if file.is_ome and first.kind != 'ome':
+            raise DataError(f'{path} has planes in other files: export it as one')
         if any(not series.keyframe.is_reduced for series in others):
             raise DataError(f'{path} holds {1 + len(others)} images: save each as a file')
         _check_size(path, first.shape, first.dtype)
