@@ -120,7 +120,7 @@ def test_an_ome_file_does_not_lead_into_other_files(tmp_path, volume, tifffile):
     tifffile.imwrite(path, volume[1, 0], description=note, metadata=None)
     with tifffile.TiffFile(path) as file:
         assert len(file.series[0].pages) == 2  # tifffile alone goes there
-    with pytest.raises(DataError, match=r'a\.ome\.tif has planes in other files'):
+    with pytest.raises(DataError, match=r'a\.ome\.tif has OME planes in other files'):
         files.read(path)
 
 

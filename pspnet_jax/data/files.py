@@ -456,7 +456,7 @@ def _by_tifffile(path: Path, why: str, labels: bool) -> np.ndarray:
     with tifffile.TiffFile(path, _multifile=False) as file:  # others that it names are not opened
         first, *others = file.series
         if file.is_ome and first.kind != 'ome':
-            raise DataError(f'{path} has planes in other files: export it as one')
+            raise DataError(f'{path} has OME planes in other files, or damaged: export it as one')
         if any(not series.keyframe.is_reduced for series in others):
             raise DataError(f'{path} holds {1 + len(others)} images: save each as a file')
         _check_size(path, first.shape, first.dtype)
