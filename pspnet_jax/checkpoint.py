@@ -225,6 +225,7 @@ def _allowed(key: str, value: Any) -> bool:
 
 
 def _is_nested(value: Any) -> bool:
+    value = list(value.values()) if isinstance(value, dict) else value  # as data.label_map is
     inside = value if isinstance(value, list) else [value]
     return any(isinstance(x, list | dict) for x in inside)
 

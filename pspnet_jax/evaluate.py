@@ -594,7 +594,8 @@ def tell_overlap(
 
 def _is_folder(config, data: str) -> bool:
     """Whether --data holds the config's folder of images, and is not in Kaggle's layout."""
-    return bool(data) and pairing.split(Path(data).expanduser() / config.data.images[0])[0].is_dir()
+    place = Path(data).expanduser() / sources.elsewhere(config, data)['images'][0]
+    return bool(data) and pairing.split(place)[0].is_dir()
 
 
 def _volume_source(
@@ -604,8 +605,8 @@ def _volume_source(
     time, or those of these, with the network's channels.
     """
     if _is_folder(config, data):
-        grouping = sources.grouping(config, group)
-        slices = sources.read_folder(config, source=data, group=grouping, mixed_sizes=True)
+        where = sources.elsewhere(config, data) | {'group': sources.grouping(config, group)}
+        slices = sources.read_folder(config, **where, mixed_sizes=True)
         parts = {split: list(slices.intensity)}
     elif data:
         from pspnet_jax.data import lgg  # which needs tensorflow-datasets

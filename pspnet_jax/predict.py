@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from pspnet_jax import calibration, checkpoint, cli, hosts, infer, postprocess, visualize
 from pspnet_jax.config import to_dict, with_prediction
-from pspnet_jax.data import files, folder, sources, video
+from pspnet_jax.data import files, folder, pairing, sources, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import (
     check_kind,
@@ -321,6 +321,23 @@ def _passed_lines(passed: Mapping[str, Sequence[Path]]) -> list[str]:
     return lines
 
 
+def stack_channels(found: Sequence[Path], images: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
+    """{file: its channels} as a run reads them whose `data.images` has a rule for each channel; all
+    but the first are no files of their own. Other runs have one file a picture.
+    """
+    rules = [pairing.split(Path(place))[1] for place in images]
+    stacks, others = {path: (path,) for path in found}, set()
+    if len(rules) < 2 or pairing.STEM in rules:
+        return stacks
+    for path in found:
+        ending = path.name[len(files.stem(path)) :]
+        for name in pairing.named({files.stem(path): path}, rules[0]):
+            parts = [path.with_name(rule.replace(pairing.STEM, name) + ending) for rule in rules]
+            stacks[path] = tuple(part for part in parts if part.exists())
+            others.update(parts[1:])
+    return {path: parts for path, parts in stacks.items() if path not in others}
+
+
 def _stem(path: Path) -> str:
     return path.stem if _is_video(path) else path.name if path.is_dir() else files.stem(path)
 
@@ -373,16 +390,17 @@ class Group(NamedTuple):
 
 
 def group_files(
-    paths: Sequence[Path], how: str = '', beside: Sequence[Path] = ()
+    paths: Sequence[Path], how: str = '', beside: Sequence[Path] = (), rule: str = pairing.STEM
 ) -> tuple[list[Group], str]:
     """The groups of `paths`, and in words which way it was.
 
     `how` is `data.group`, as `sources.grouping` has it: '' makes each file one of its own, but for
     slices in Kaggle's layout of LGG, which are a volume by that. `beside` are other files of the
-    same folders. Files are called as in training: by their paths below where all are, where
-    their names alone would be the same.
+    same folders. Files are called as in training: by what `rule` leaves of their names, and by
+    their paths below where all are, where names alone would be the same.
     """
     where = {path: _stem(path) for path in (*paths, *beside)}
+    where = {p: next(iter(pairing.named({stem: p}, rule)), stem) for p, stem in where.items()}
     if len(set(where.values())) < len(where):
         top = os.path.commonpath([path.parent for path in where])
         where = {p: (p.parent.relative_to(top) / stem).as_posix() for p, stem in where.items()}
@@ -407,6 +425,24 @@ def group_files(
             others = [path for path in some if path not in asked]
             groups.append(Group(own, others, {p: numbers[p] for p in some if p in numbers}))
     return groups, _say_groups(groups, how, named)
+
+
+def _group_inputs(
+    config: ConfigDict, paths: Sequence[Path], beside: Sequence[Path], group: str | None
+) -> list[Group]:
+    """The groups of what a run is to predict; the log says which way it was."""
+    how = sources.grouping(config, group)
+    if group is None and how.endswith('.csv') and not os.path.isfile(how):
+        logger.warning(
+            '%s, by which the pictures of the run were grouped, is not here, so each file is by '
+            'itself: give --group=TABLE.csv for those of these files', how,
+        )  # fmt: skip
+        how = ''
+    rule = pairing.split(Path(config.data.images[0]))[1]
+    groups, told = group_files(paths, how, beside, rule)
+    if told:
+        logger.info('%s', told)
+    return groups
 
 
 def _is_kaggle(path: Path) -> bool:
@@ -443,12 +479,16 @@ def _say_groups(groups: Sequence[Group], how: str, named: Iterable[Path]) -> str
 
 
 def read_cases(
-    group: Group, *, predictor: Predictor, stems: Mapping[Path, Path]
+    group: Group,
+    *,
+    predictor: Predictor,
+    stems: Mapping[Path, Path],
+    channels: Mapping[Path, Sequence[Path]] = MappingProxyType({}),
 ) -> tuple[int, list[Case], list[str]]:
     """(number of files, cases, faults). Raises nothing for a file that is bad.
 
-    Files of a group share an intensity scale, where the run has none for all. A case is a file, or
-    the slices of one size whose numbers follow one another.
+    `channels` are `stack_channels`'s. Files of a group share an intensity scale, where the run has
+    none for all. A case is a file, or the slices of one size whose numbers follow one another.
     """
     several = len(group.paths) + len(group.beside) > 1
     if several and predictor.intensity is None and (fault := _too_large(group)):
@@ -457,7 +497,7 @@ def read_cases(
     for path in (*group.paths, *group.beside):
         try:
             if path not in beside or predictor.intensity is None:
-                picture = files.read(path)
+                picture = files.stack([files.read(part) for part in channels.get(path, [path])])
                 _check_memory(picture, predictor.config.model.num_classes)
                 image = as_taken(predictor, picture.image, path)
                 found.append((path, picture, image))
@@ -545,29 +585,24 @@ def predict_files(
     network runs. Raises DataError, CheckpointError or ConfigError before anything is written, and
     DataError, which stops it all, where results can not be written.
     """
-    root, found, passed = take_stock(source, output)
+    root, there, passed = take_stock(source, output)
     output = Path(output).expanduser()
     predictor = load(workdirs, which, changes)
+    channels = stack_channels(there, predictor.config.data.images)
+    found = list(channels)
     stems, faults = name_results(root, found)
     done = set()
     if not overwrite:
         done = find_finished(stems, output, save, predictor.config.model.num_classes)
     targets = {path: output / stem for path, stem in stems.items()}
     pictures = [path for path in stems if not _is_video(path)]
-    how = sources.grouping(predictor.config, group)
-    if group is None and how.endswith('.csv') and not os.path.isfile(how):
-        logger.warning(
-            '%s, by which the pictures of the run were grouped, is not here, so each file is by '
-            'itself: give --group=TABLE.csv for those of these files', how,
-        )  # fmt: skip
-        how = ''
-    groups, told = group_files(
-        pictures,
-        how,
-        [] if Path(source).expanduser().is_dir() else _beside(pictures),
-    )
-    if told:
-        logger.info('%s', told)
+    beside = {}
+    if not Path(source).expanduser().is_dir():
+        read_already = {part for parts in channels.values() for part in parts}
+        others = [path for path in _beside(pictures) if path not in read_already]
+        beside = stack_channels(others, predictor.config.data.images)
+    groups = _group_inputs(predictor.config, pictures, list(beside), group)
+    channels |= beside
     groups = [some for some in groups if not done.issuperset(some.paths)]
     done = done.difference(*(some.paths for some in groups))  # of these all are done again
     if done:
@@ -581,7 +616,7 @@ def predict_files(
         for some in groups
     )
     threads = predictor.config.data.threads if flat else 1
-    read = functools.partial(read_cases, predictor=predictor, stems=targets)
+    read = functools.partial(read_cases, predictor=predictor, stems=targets, channels=channels)
     write = functools.partial(write_results, predictor=predictor, save=save)
     predicted = _predict_chunks(
         predictor, in_threads(read, groups, threads), probabilities='probability' in save
@@ -599,7 +634,8 @@ def predict_files(
     if hosts.is_first():
         faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
         print(f'{", ".join(save)} are in {output}')
-        print(summary(source, found, done, len(faults), passed))
+        further = set(there) - set(found)
+        print(summary(source, found, done, len(faults), passed, further))
     return faults
 
 
@@ -609,10 +645,12 @@ def summary(
     done: Sequence[Path],
     failed: int,
     passed: Mapping[str, Sequence[Path]],
+    further: Iterable[Path] = (),
 ) -> str:
     """What became of every file: a line of numbers that add up, and one for each reason to pass
-    files over.
+    files over. `further` are those that hold a further channel of others.
     """
+    further = len(set(further))
     failed -= len(passed.get(UNLISTED, ()))
     over = sum(map(len, passed.values()))
     series = [path for path in found if path.is_dir()]
@@ -621,15 +659,17 @@ def summary(
     slices = sum(map(files.is_dicom, inside))
     kinds = f' ({len(series)} of them folders of {slices} DICOM slices)' if series else ''
     folders = series or any(map(os.path.isdir, over_paths))
-    things = 'files and folders' if folders else 'file' if len(found) + over == 1 else 'files'
+    total = len(found) + further + over
+    things = 'files and folders' if folders else 'file' if total == 1 else 'files'
     counts = {
         'predicted': len(found) - len(done) - failed,
         'finished before': len(done),
         'failed': failed,
+        'further channels of these': further,
         'passed over': over,
     }
     parts = ', '.join(f'{n} {what}' for what, n in counts.items() if n or what == 'predicted')
-    head = f'{len(found) + over} {things} in {source}{kinds}: {parts}'
+    head = f'{total} {things} in {source}{kinds}: {parts}'
     return '\n  '.join([head, *_passed_lines(passed)])
 
 

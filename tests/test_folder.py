@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from ast import literal_eval
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,7 +252,7 @@ def test_channels_in_one_folder_by_their_names(tmp_path, rng):
         folder.load(tmp_path)
     (fault,) = caught.value.faults
     given = re.search(r"--config\.data\.images='(.+?)' pairs 2 of 2", fault)[1]
-    slices = folder.load('', images=literal_eval(given), masks=str(tmp_path / 'masks'))
+    slices = folder.load(tmp_path, images=literal_eval(given))
     assert slices.patient.tolist() == ['liver_1', 'liver_2']
     both = np.dstack([images['liver_2_0000'], images['liver_2_0001']])
     np.testing.assert_array_equal(slices.read(1)[0], both)
@@ -268,6 +269,17 @@ def test_several_masks_of_a_picture_are_laid_over_one_another(tmp_path):
         folder.load(tmp_path)
     (mask,) = masks_of(folder.load(tmp_path, mask_name='{stem}_*'))
     np.testing.assert_array_equal(mask, LABELS > 0)
+
+
+def test_further_masks_beside_those_that_pair_are_hinted_at(tmp_path):
+    for name, label in (('a', 1), ('a_2', 2), ('b', 1)):
+        write(tmp_path, name, mask=(label == LABELS) * np.uint8(255))
+    (tmp_path / 'images' / 'a_2.png').unlink()
+    with pytest.raises(DataError, match=re.escape("--config.data.mask_name='{stem}*'")):
+        folder.load(tmp_path)
+    a, b = masks_of(folder.load(tmp_path, mask_name='{stem}*'))
+    np.testing.assert_array_equal(a, LABELS > 0)
+    np.testing.assert_array_equal(b, LABELS == 1)
 
 
 @pytest.mark.parametrize('group', ['', '(.)'])
@@ -497,6 +509,24 @@ def test_labels_keep_their_values_when_slices_are_resized(tmp_path):
 def config_of(root, **changes):
     small = {'data.name': 'folder', 'data.source': str(root), 'data.test_fraction': 0.25}
     return tiny_config(**{**small, **changes})
+
+
+def test_other_data_of_a_run_is_not_the_data_that_it_was_trained_on(tmp_path):
+    """The Python interface gives whole paths, which must not lead back from --data=FOLDER."""
+    for place, label in (('own', 1), ('other', 2)):
+        write(tmp_path / place, f'{place}_0000', mask=(label == LABELS) * np.uint8(255))
+        mask = tmp_path / place / 'masks' / f'{place}_0000.png'
+        mask.rename(mask.with_name(f'{place}.png'))
+    for place in (tmp_path / 'own', Path()):
+        config = config_of(
+            tmp_path / 'own',
+            **{'data.images': (str(place / 'images' / '{stem}_0000'),)},
+            **{'data.masks': str(place / 'masks')},
+        )
+        where = check.sources.elsewhere(config, str(tmp_path / 'other'))
+        slices = check.sources.read_folder(config, **where)
+        assert slices.patient.tolist() == ['other']
+        np.testing.assert_array_equal(masks_of(slices)[0], LABELS == 2)
 
 
 def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):

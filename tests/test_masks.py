@@ -37,6 +37,24 @@ def test_0_1_and_0_255_mean_the_same_file_by_file(mask_format):
     assert '0.5 in 2 files, 127.5 in 2 files' in code.meaning
 
 
+def test_white_of_16_bits_is_class_1_too():
+    code = masks.understand(found(a=[0, 1], b=[0, 65535], c=[0, 255]))
+    assert {max(table) for table in code.tables.values()} == {1, 255, 65535}
+    assert all(table[max(table)] == 1 for table in code.tables.values())
+
+
+def test_other_values_in_other_files_are_one_structure_or_several():
+    with pytest.raises(
+        DataError, match=r'no file has two of them beside 0.*="binary"; else'
+    ) as told:
+        masks.understand(found(a=[0, 1], b=[0, 128], c=[0]))
+    code = masks.understand(found(a=[0, 1], b=[0, 128], c=[0]), 'binary')
+    assert tables(code) == {'a': {0: 0, 1: 1}, 'b': {0: 0, 128: 1}, 'c': {0: 0}}
+    given = literal_eval(re.search(r'label_map="(.+?)"', str(told.value))[1])
+    code = masks.understand(found(a=[0, 1], b=[0, 128], c=[0]), label_map=given, num_classes=3)
+    assert tables(code) == {'a': {0: 0, 1: 1}, 'b': {0: 0, 128: 2}, 'c': {0: 0}}
+
+
 def test_255_beside_class_1_is_ignored_unless_another_file_makes_it_doubtful():
     both = found(a=[0, 1, 255], b=[0, 1], c=[0])
     code = masks.understand(both)
@@ -85,7 +103,6 @@ REMEDIES = [  # values, classes of the model, changes that are proposed first, o
     ([1, 2], 2, {'label_map': {1: 0, 2: 1}}, {1: 0, 2: 1}),
     ([-1, 0, 1], 2, {'label_map': {-1: 255}}, {-1: 255, 0: 0, 1: 1}),
     ([0, 10, 20], 2, {'num_classes': 3, 'label_map': {10: 1, 20: 2}}, {0: 0, 10: 1, 20: 2}),
-    ([0, 65535], 2, {'label_map': {65535: 1}}, {0: 0, 65535: 1}),
 ]  # fmt: skip
 
 
@@ -182,6 +199,14 @@ def test_masks_whose_palettes_are_in_another_order_are_the_same(tmp_path, rng, e
     assert (masks.read_classes(other, files.read(other), by_index) == 1 - mask).all()
 
 
+def test_black_is_background_where_all_palettes_begin_with_the_object(tmp_path, rng):
+    mask = rng.integers(0, 2, (6, 7)).astype(np.uint8)
+    path = save_indexed(tmp_path / 'a.png', 1 - mask, [REDS, BLACK])
+    code = masks.understand({path: masks.look(path)})
+    assert 'black is 1' in code.meaning
+    np.testing.assert_array_equal(masks.read_classes(path, files.read(path), code), mask[None])
+
+
 def test_three_colours_out_of_order_are_refused_and_named(tmp_path, labels):
     one = save_indexed(tmp_path / 'a.png', labels, [BLACK, REDS, GREEN])
     swapped = np.array([0, 2, 1], np.uint8)[labels]
@@ -249,6 +274,14 @@ def test_grey_levels_of_16_bits_are_those_of_8_where_they_are_multiples(tmp_path
     np.testing.assert_array_equal(got, [[[0, 1, 2]]])
     with pytest.raises(DataError, match='has the value 1000, a colour has 8 bits'):
         masks.understand(found(a=[0, 1000]), colors=colors)
+
+
+def test_a_picture_with_its_mask_as_alpha_is_no_list_of_colours(tmp_path, rng):
+    values = rng.integers(0, 255, (9, 9, 4), np.uint8)
+    Image.fromarray(values).save(tmp_path / 'a.png')
+    there = {tmp_path / 'a.png': masks.look(tmp_path / 'a.png')}
+    with pytest.raises(DataError, match=r"a picture.*alpha channel.*getchannel\('A'\)"):
+        masks.understand(there)
 
 
 # Several masks of one picture.

@@ -30,11 +30,17 @@ def test_of_one_name_in_several_folders_the_folder_decides():
         ('{stem}_mask*', ['a_mask', 'a_mask_1', 'b_mask_x'],
          {'a': ['a_mask', 'a_mask_1'], 'b': ['b_mask_x']}),
         ('{stem}/*', ['a/1', 'a/2', 'b/1'], {'a': ['a/1', 'a/2'], 'b': ['b/1']}),
-        ('{stem}*', ['a', 'a_1', 'bx'], {'a': ['a_1'], 'b': ['bx']}),  # not of itself
+        ('{stem}*', ['a', 'a_1', 'bx'], {'a': ['a', 'a_1'], 'b': ['bx']}),
     ],
 )  # fmt: skip
 def test_a_rule_says_what_masks_are_called(rule, masks, expected):
     assert pairing.match(['a', 'b'], masks, rule) == expected
+
+
+def test_in_one_folder_nothing_is_a_mask_of_itself():
+    ways = ['a', 'a_1', 'seg']
+    assert pairing.match(ways, ways, '{stem}*', together=True) == {'a': ['a_1']}
+    assert pairing.match(ways, ways, 'seg', together=True) == {'a': ['seg'], 'a_1': ['seg']}
 
 
 def test_the_longer_name_has_the_mask_and_numbers_are_whole():

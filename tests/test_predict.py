@@ -513,6 +513,73 @@ def test_a_folder_of_dicom_files_is_one_volume_and_keeps_its_name(tmp_path):
     assert predict.name_results(root, found) == ({tmp_path / 'p1': Path('p1')}, [])
 
 
+def test_channels_are_stacked_as_the_run_reads_them(predictor, tmp_path, rng):
+    """nnU-Net's names: what trains can be predicted, a picture a case."""
+    channels = rng.integers(0, 255, (2, 2, 40, 48), np.uint8)
+    for case, several in zip('ab', channels, strict=True):
+        for n, pixels in enumerate(several):
+            Image.fromarray(pixels).save(tmp_path / f'{case}_{n:04}.png')
+    images = ('in/{stem}_0000', 'in/{stem}_0001')
+    found = sorted(tmp_path.iterdir())
+    stacks = predict.stack_channels(found, images)
+    first = [tmp_path / 'a_0000.png', tmp_path / 'b_0000.png']
+    assert list(stacks) == first
+    assert predict.stack_channels(first[:1], images) == {first[0]: (first[0], found[1])}
+    assert list(predict.stack_channels(found, ('in',))) == found
+    two = predictor._replace(channels=2)
+    _, cases, faults = predict.read_cases(
+        predict.Group(first[1:]),
+        predictor=two,
+        stems={path: path for path in first},
+        channels=stacks,
+    )
+    assert not faults
+    np.testing.assert_array_equal(cases[0].image[0], np.moveaxis(channels[1], 0, -1))
+    (tmp_path / 'b_0001.png').unlink()
+    stacks = predict.stack_channels(first[1:], images)
+    _, _, (fault,) = predict.read_cases(
+        predict.Group(first[1:]),
+        predictor=two,
+        stems={path: path for path in first},
+        channels=stacks,
+    )
+    assert 'has 1 channels, the network takes 2' in fault
+
+
+def test_channels_by_name_are_grouped_by_the_cases_name_and_counted(bright_run, tmp_path, capsys):
+    """p1_3_0000 is slice 3 of p1 in training, and no slice 0 of p1_3."""
+    names = ('{stem}_0000', '{stem}_0001', '{stem}_0002')
+    for n, (stem, gain) in enumerate(zip(('p1_1', 'p1_2', 'p2_1'), (1.0, 0.3, 1.0), strict=True)):
+        image, mask = scene(n, gain)
+        for name in names:
+            path = tmp_path / 'imagesTr' / f'{name.replace("{stem}", stem)}.png'
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        (tmp_path / 'labelsTr').mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / 'labelsTr' / f'{stem}.png')
+    images = tuple(f'imagesTr/{name}' for name in names)
+    workdir = bright_run(
+        **{'data.name': 'folder', 'data.images': images, 'data.masks': 'labelsTr',
+           'data.group': NUMBERED}
+    )  # fmt: skip
+    changes = {'largest_component': True}
+    result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path), changes=changes)
+    capsys.readouterr()
+    faults = predict.predict_files(
+        workdir, tmp_path / 'imagesTr', tmp_path / 'out', save=['mask'], changes=changes
+    )
+    assert faults == []
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith('imagesTr: 3 predicted, 6 further channels of these')
+    sums = collections.defaultdict(lambda: np.zeros(3))
+    for stem in ('p1_1', 'p1_2', 'p2_1'):
+        ours = np.array(Image.open(tmp_path / 'out' / f'{stem}_0000_mask.png')) > 0
+        truth = np.array(Image.open(tmp_path / 'labelsTr' / f'{stem}.png')) > 0
+        sums[stem[:2]] += [(ours & truth).sum(), ours.sum(), truth.sum()]
+    rows = {row['patient']: row['dice'] for row in result['patients']}
+    assert rows == pytest.approx({name: 2 * a / (b + c) for name, (a, b, c) in sums.items()})
+
+
 def test_two_inputs_of_one_name_do_not_overwrite_each_other(trained, tmp_path):
     for name in ('a.png', 'a.jpg'):
         noise(tmp_path / 'in' / name, (32, 32))

@@ -102,6 +102,28 @@ def test_an_ome_file_that_lacks_pages_is_refused(tmp_path, volume, tifffile):
         files.read(path)
 
 
+def test_an_ome_file_does_not_lead_into_other_files(tmp_path, volume, tifffile):
+    """Its metadata may name the files that hold its other planes: they may be anyone's."""
+    tifffile.imwrite(tmp_path / 'secret.tif', volume[0, 0], description='', metadata=None)
+    planes = ''.join(
+        f'<TiffData FirstC="{c}" IFD="0" PlaneCount="1"><UUID FileName="{name}">'
+        f'urn:uuid:{c}</UUID></TiffData>'
+        for c, name in enumerate(('a.ome.tif', 'secret.tif'))
+    )
+    note = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+        'UUID="urn:uuid:0"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" '
+        f'Type="uint16" SizeX="{W}" SizeY="{H}" SizeC="2" SizeZ="1" SizeT="1">{planes}</Pixels>'
+        '</Image></OME>'
+    )
+    path = tmp_path / 'a.ome.tif'
+    tifffile.imwrite(path, volume[1, 0], description=note, metadata=None)
+    with tifffile.TiffFile(path) as file:
+        assert len(file.series[0].pages) == 2  # tifffile alone goes there
+    with pytest.raises(DataError, match=r'a\.ome\.tif has OME planes in other files'):
+        files.read(path)
+
+
 def test_an_imagej_stack_with_one_directory_is_whole(tmp_path, volume, tifffile):
     """Beyond 4 GB ImageJ writes one directory, and the slices behind one another."""
     path = tmp_path / 'a.tif'

@@ -120,8 +120,9 @@ class Picture(NamedTuple):
 def read(path: str | Path) -> Picture:
     """The picture or volume of a file, of a folder of slices or of a folder with a DICOM series.
 
-    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says);
-    a 4-dimensional NIfTI its last axis. Whole numbers from 0 to 65535 stay whole, others become
+    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says); TIFFs the
+    channels and bands that they name, a 4-dimensional NIfTI its last axis. Negatives (TIFF, DICOM)
+    come as viewers show them. Whole numbers from 0 to 65535 stay whole, others become
     float32 with the file's slope and intercept applied. Values that are no number become 0, which
     the log says. Arrays (.npy) are D H W C, H W C or H W. Raises DataError.
     """
@@ -133,9 +134,10 @@ def read(path: str | Path) -> Picture:
 def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
     """D H W integers, or D H W 3 of an RGB mask: the values as they are stored.
 
-    Palette pictures give their indices, 1-bit ones 0 and 1. Volumes are turned as `read` turns
-    them; with `like`, the image that the mask belongs to, size and place in space must agree.
-    Arrays (.npy) are D H W or H W. Raises DataError, for values that are not whole too.
+    Palette pictures give their indices (`read_palette` the colours), 1-bit ones 0 and 1, those of
+    one colour their alpha. Volumes are turned as `read` turns them; with `like`, the image that the
+    mask belongs to, size and place in space must agree. Arrays (.npy) are D H W or H W. Raises
+    DataError, for values that are not whole too.
     """
     path = Path(path).expanduser()
     mask = _load(path, labels=True)
@@ -180,6 +182,8 @@ def stack(pictures: Sequence[Picture]) -> Picture:
     Raises DataError where size, spacing or place in space differ.
     """
     first = pictures[0]
+    if len(pictures) == 1:
+        return first
     for other in pictures[1:]:
         _check_same_grid(other, first)
     size = sum(picture.image.size for picture in pictures)
@@ -451,6 +455,8 @@ def _by_tifffile(path: Path, why: str, labels: bool) -> np.ndarray:
         raise DataError(f'{path} {why}: to read it, pip install {pip}') from error
     with tifffile.TiffFile(path, _multifile=False) as file:  # others that it names are not opened
         first, *others = file.series
+        if file.is_ome and first.kind != 'ome':
+            raise DataError(f'{path} has OME planes in other files, or damaged: export it as one')
         if any(not series.keyframe.is_reduced for series in others):
             raise DataError(f'{path} holds {1 + len(others)} images: save each as a file')
         _check_size(path, first.shape, first.dtype)

@@ -71,16 +71,18 @@ def scan(
     classes: Mapping[str, int] | None = None,
     attribute: str = '',
     mask_name: str = pairing.STEM,
+    root: Path | None = None,
 ) -> tuple[list[Case], list[str], list[str]]:
     """The cases below the folders, their faults, and what annotations were understood as.
 
     `images` are folders, or FOLDER/RULE, and `mask_name` is the rule of the masks, both as
-    `pairing` has them. Where two pictures share a name, the folders above it are part of it.
-    `masks` is a folder of masks, a file of annotations (`via.read_annotations`, which is given
-    `classes` and `attribute`) or a folder of labelme's. `group` is a regular expression whose
-    first group, searched in the stem, is the patient; or a .csv with the columns stem and
-    patient; '' makes each picture a patient of its own. A group (?P<slice>[0-9]+) or a column slice
-    makes a patient's pictures the slices of a volume; without it each picture is by itself.
+    `pairing` has them; a rule that is proposed is below `root`. Where two pictures share a name,
+    the folders above it are part of it. `masks` is a folder of masks, a file of annotations
+    (`via.read_annotations`, which is given `classes` and `attribute`) or a folder of labelme's.
+    `group` is a regular expression whose first group, searched in the stem, is the patient; or a
+    .csv with the columns stem and patient; '' makes each picture a patient of its own. A group
+    (?P<slice>[0-9]+) or a column slice makes a patient's pictures the slices of a volume; without
+    it each picture is by itself.
     """
     rules = [pairing.split(place)[1] for place in images]
     images = [pairing.split(place)[0] for place in images]
@@ -96,7 +98,7 @@ def scan(
         faults, notes = faults + wrong, [*annotations.notes, *more]
         mask_of, more_of = {stem: shapes.get(path, ()) for stem, path in first.items()}, {}
     else:
-        mask_of, more_of, wrong = _find_masks(images[0], first, ways, masks, mask_name)
+        mask_of, more_of, wrong = _find_masks(images[0], first, ways, masks, mask_name, root)
         faults += wrong
     whole = [s for s in sorted(first) if s in mask_of and all(s in stack for stack in stacks)]
     patients, wrong = group_stems(whole, group)
@@ -142,7 +144,12 @@ def _find_pictures(
 
 
 def _find_masks(
-    images: Path, pictures: dict[str, Path], ways: Mapping[str, str], masks: Path, rule: str
+    images: Path,
+    pictures: dict[str, Path],
+    ways: Mapping[str, str],
+    masks: Path,
+    rule: str,
+    root: Path | None,
 ) -> tuple[dict[str, Path], dict[str, tuple[Path, ...]], list[str]]:
     """({picture's name: its mask}, {picture's name: further ones}, faults).
 
@@ -150,15 +157,17 @@ def _find_masks(
     """
     found, rule = files.find(masks), files.stem(rule)  # some write the ending too
     together = masks.resolve() == images.resolve()
+    place = images.relative_to(root) if root and images.is_relative_to(root) else images
     if together and rule == pairing.STEM:
-        hint = pairing.suggest(images, list(found), list(found))
+        hint = pairing.suggest(place, list(found), list(found))
         return {}, {}, [
             f'{masks} holds pictures and masks: say how masks are called, for instance '
             f'--config.data.mask_name={{stem}}_mask{hint and f" ({hint})"}'
         ]  # fmt: skip
     if not together and images.resolve().is_relative_to(masks.resolve()):
         found = {way: path for way, path in found.items() if path not in pictures.values()}
-    pairs = pairing.match([ways[name] for name in pictures], list(found), rule)
+    called = [ways[name] for name in pictures]
+    pairs = pairing.match(called, list(found), rule, together=together)
     used = {way for own in pairs.values() for way in own}
     if together:
         files_used = {found[way] for way in used}
@@ -170,31 +179,41 @@ def _find_masks(
             mask_of[name], more_of[name] = found[own[0]], tuple(found[way] for way in own[1:])
     lost = [name for name in sorted(pictures) if name not in mask_of]
     idle = [] if together else sorted(found.keys() - used)
-    hint = lost and idle and pairing.suggest(images, [ways[name] for name in lost], idle)
-    if hint and not mask_of:
-        called = [', '.join(some[:3]) for some in (lost, idle)]
+    several = f'{pairing.STEM}*'
+    further = {way for own in pairing.match(called, idle, several).values() for way in own}
+    if idle and not lost and further.issuperset(idle):
         faults.append(
-            f'no picture of {images} has a mask in {masks}: pictures are called {called[0]}, '
-            f'masks {called[1]}: {hint}'
+            f'{found[idle[0]]} has no image of its own, nor have {len(idle) - 1} more: if they are '
+            f"further masks of others' pictures, --config.data.mask_name='{several}'; else remove "
+            'them'
+        )
+        return mask_of, more_of, faults
+    hint = lost and idle and pairing.suggest(place, [ways[name] for name in lost], idle)
+    if hint and not mask_of:
+        some = [', '.join(names[:3]) for names in (lost, idle)]
+        faults.append(
+            f'no picture of {images} has a mask in {masks}: pictures are called {some[0]}, '
+            f'masks {some[1]}: {hint}'
         )
         return mask_of, more_of, faults
     if hint:
         faults.append(f'names differ: {hint} of those below')
     for name in lost:
-        called = rule.replace(pairing.STEM, pairing.last(name))
-        faults.append(f'{pictures[name]} has no mask: add {masks / called}.png or remove it')
+        mask = rule.replace(pairing.STEM, pairing.last(name))
+        faults.append(f'{pictures[name]} has no mask: add {masks / mask}.png or remove it')
     faults += [f'{found[way]} has no image: add it or remove the mask' for way in idle]
     return mask_of, more_of, faults
 
 
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
     """Stem -> patient, and the faults: stems that the expression or the table leaves out."""
+    faults = []
     if not group:
         table, remedy = {stem: stem.replace('/', '_') for stem in stems}, ''
         for name, times in collections.Counter(table.values()).items():
             if times > 1:
                 both = ' and '.join(stem for stem in stems if table[stem] == name)
-                raise DataError(f'{both} would both be the patient {name}: rename one')
+                faults.append(f'{both} would both be the patient {name}: rename one')
     elif group.endswith('.csv'):
         table = read_table(Path(group))
         remedy = f'add it to {group}'
@@ -214,7 +233,7 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
         )
         table = {stem: name.replace('/', '_') for stem, name in found}
         remedy = f'data.group {group!r} must find one in it'
-    faults = [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
+    faults += [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
     patients = {stem: table[stem] for stem in stems if table.get(stem)}
     for name in sorted(set(patients.values())):
         bad = re.search(r'[/\\]', name) or name.startswith('.') or not name.isprintable()
@@ -284,10 +303,12 @@ def load(
     Every file is read once here. Raises one DataError that lists every fault, several sizes
     among them unless `mixed_sizes`.
     """
-    folders, masks = _find_folders(Path(source).expanduser(), images, masks)
+    root = Path(source).expanduser()
+    folders, masks = _find_folders(root, images, masks)
     cases, faults, notes = scan(
-        folders, masks, group=group, classes=classes, attribute=attribute, mask_name=mask_name
-    )
+        folders, masks, group=group, classes=classes, attribute=attribute, mask_name=mask_name,
+        root=root,
+    )  # fmt: skip
     if not cases and not faults:
         raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
     for note in notes:
@@ -515,8 +536,7 @@ def _unclear_turn(case: Case) -> bool:
 
 def _read_case(case: Case, code: Code | None) -> tuple[files.Picture, np.ndarray]:
     """The picture D H W C and its labels D H W uint8, of one size; 0 where no code is known."""
-    parts = [files.read(path) for path in case.images]
-    picture = parts[0] if len(parts) == 1 else files.stack(parts)
+    picture = files.stack([files.read(path) for path in case.images])
     if not isinstance(case.mask, Path):
         size = picture.image.shape[1:3]
         faults, _ = via.check_shapes(case.mask, size)

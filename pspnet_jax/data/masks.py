@@ -18,6 +18,7 @@ from pspnet_jax.errors import DataError
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 COLORED = 1 << 24  # marks a number that is a colour
+WHITE = (1, 255, 65535)  # of masks that hold two values, by the bits of a pixel
 MANY = 20  # values, from which they are no classes that someone chose
 COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
 
@@ -65,22 +66,23 @@ def _look_up(table: Mapping[int, int], numbers: np.ndarray, path: Path) -> np.nd
     known = np.array(sorted(table), np.int64)
     labels = np.array([table[value] for value in known.tolist()], np.uint8)
     if known[0] >= 0 and known[-1] < 2**16 and 0 <= numbers.min() <= numbers.max() <= known[-1]:
-        places = np.full(known[-1] + 1, -1, np.int32)  # faster, and exact too
-        places[known] = np.arange(len(known))
-        at = places[numbers]
-        same = at >= 0
+        there, label_of = np.zeros((2, known[-1] + 1), np.uint8)  # faster than to search
+        there[known], label_of[known] = 1, labels
+        same, found = there[numbers], label_of[numbers]
     else:
         at = np.searchsorted(known, numbers).clip(max=len(known) - 1)
-        same = known[at] == numbers
+        same, found = known[at] == numbers, labels[at]
     if not same.all():
         raise DataError(f'{path} holds other values than when it was looked at: start again')
-    return labels[at]
+    return found
 
 
 def merged(labels: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
     """Several masks of one picture: what any of them marks. Raises DataError where two mark a pixel
     as different classes.
     """
+    if len(labels) == 1:
+        return labels[0]
     whole = labels[0].copy()
     for mask, path in zip(labels[1:], paths[1:], strict=True):
         both = (whole != 0) & (mask != 0) & (whole != mask)
@@ -147,7 +149,13 @@ def understand(
     if mask_format != 'index' and (doubt := _doubt_of_palettes(found)):
         return _by_palette(found, doubt, 0 if label_map else num_classes)
     values = sorted({value for file in found.values() for value in file.values.tolist()})
-    if any(value >= COLORED for value in values):
+    if colored := [value for value in values if value >= COLORED]:
+        if len(colored) > MANY:
+            raise DataError(
+                f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a '
+                'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that '
+                "alone: PIL.Image.open(MASK).getchannel('A').save(MASK)"
+            )
         raise DataError(
             f'the masks have colours ({_shown(values)}): name them in the order of the classes, '
             'data.mask_colors=("#000000", "#ff0000", ...)'
@@ -158,11 +166,12 @@ def understand(
         return _binary(found)
     if mask_format == 'index':
         return _as_they_are(found, ignore_label)
-    if num_classes == 2 and set(values) <= {0, 1, 255} and 255 in values:
-        if not (both := _files_with(found, {1, 255})):
+    both = _files_with(found, {1, 255})
+    if num_classes == 2 and set(values) <= {0, *WHITE} and max(values, default=0) > 1:
+        if _one_of_each(found):
             return _binary(found)
         alone = [path for path in _files_with(found, {255}) if path not in both]
-        if alone and ignore_label == 255:
+        if both and alone and ignore_label == 255:
             raise DataError(
                 f'255 stands beside class 1 in {_some(both)}, where it is ignored, and without it '
                 f'in {_some(alone)}, where it may be class 1: --config.data.mask_format="index" '
@@ -367,6 +376,12 @@ def _no_classes(
             f'as PNG; --config.data.mask_format="binary" makes what is above {values[-1] / 2:g} '
             'class 1'
         )
+    if num_classes == 2 and len(found) > 1 and len(values) > 2 and _one_of_each(found):
+        return DataError(
+            f'{told}, and no file has two of them beside 0: if each is the same structure, '
+            f'--config.data.mask_format="binary"; else --config.model.num_classes={len(values)} '
+            f'--config.data.label_map="{ {value: rank for rank, value in enumerate(values)} }"'
+        )
     # Among levels of grey 255 is one of them, among class numbers it is to be ignored.
     numbers = [value for value in values if value >= 0 and value != ignore_label]
     kept = numbers if numbers[-1] <= MANY else [value for value in values if value >= 0]
@@ -388,6 +403,11 @@ def _no_classes(
         flags = f'--config.model.num_classes={len(kept)} {flags} makes classes of them'
         return DataError(f'{told}: {flags}; {one_class}')
     return DataError(f'{told}: {flags} makes classes of them')
+
+
+def _one_of_each(found: Mapping[Path, Found]) -> bool:
+    """Whether every file holds one value beside 0."""
+    return all(np.count_nonzero(file.values) <= 1 for file in found.values())
 
 
 def _files_with(found: Mapping[Path, Found], values: set[int]) -> list[Path]:

@@ -59,38 +59,45 @@ def are_unique(ways: Iterable[str]) -> bool:
     return len(set(lasts)) == len(lasts)
 
 
-def match(pictures: Sequence[str], masks: Sequence[str], rule: str = STEM) -> dict[str, list[str]]:
+def match(
+    pictures: Sequence[str], masks: Sequence[str], rule: str = STEM, *, together: bool = False
+) -> dict[str, list[str]]:
     """{picture: its masks}, of ways below their folders; without those that have none.
 
     By name alone where no two share it, else the folders above it must agree too. A mask that
-    could be of two pictures is the longer name's, and nothing is a mask of itself.
+    could be of two pictures is the longer name's. `together`: in one folder, where nothing is a
+    mask of itself.
     """
     if STEM in rule and '/' not in rule and are_unique(pictures) and are_unique(masks):
         whole = {last(way): way for way in masks}
-        short = _match({last(way): way for way in pictures}, list(whole), rule)
+        short = _match({last(way): way for way in pictures}, list(whole), rule, together)
         return {way: [whole[mask] for mask in found] for way, found in short.items()}
-    return _match({way: way for way in pictures}, masks, rule)
+    return _match({way: way for way in pictures}, masks, rule, together)
 
 
-def _match(pictures: Mapping[str, str], masks: Sequence[str], rule: str) -> dict[str, list[str]]:
+def _match(
+    pictures: Mapping[str, str], masks: Sequence[str], rule: str, together: bool
+) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     if '*' not in rule:
         there = set(masks)
         for name, way in pictures.items():
             folder, slash, stem = name.rpartition('/')
             mask = folder + slash + rule.replace(STEM, stem)
-            if mask in there and (mask != name or rule == STEM):
+            if mask in there and not (together and mask == name):
                 found[way] = [mask]
         return found
     before, after = rule.split(STEM)
     pattern = re.compile(re.escape(after).replace(r'\*', '[^/]*'))
     for mask in masks:
-        if way := _owner(mask, pictures, before, pattern):
+        if way := _owner(mask, pictures, before, pattern, together):
             found.setdefault(way, []).append(mask)
     return found
 
 
-def _owner(mask: str, pictures: Mapping[str, str], before: str, after: re.Pattern) -> str:
+def _owner(
+    mask: str, pictures: Mapping[str, str], before: str, after: re.Pattern, together: bool
+) -> str:
     """The picture with the longest name that the rule makes this mask of; '' for none."""
     starts = [0, *(i + 1 for i, letter in enumerate(mask) if letter == '/')]
     for end in range(len(mask), 0, -1):
@@ -102,7 +109,7 @@ def _owner(mask: str, pictures: Mapping[str, str], before: str, after: re.Patter
         for start in starts:
             if mask.startswith(before, start):
                 name = mask[:start] + mask[start + len(before) : end]
-                if name in pictures and name != mask:
+                if name in pictures and not (together and name == mask):
                     return pictures[name]
     return ''
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pspnet_jax.data import splits
+from pspnet_jax.data import pairing, splits
 from pspnet_jax.data.volumes import Slices
 
 # Kaggle's names of LGG's slices: CASE_7.tif.
@@ -46,6 +46,20 @@ def read_folder(config, **where: Any) -> Slices:
         'threads': data.threads,
     }
     return folder.load(**options | where)
+
+
+def elsewhere(config, source: str) -> dict[str, Any]:
+    """`folder.load`'s arguments for another folder that is laid out as the run's own: where a whole
+    path was given for it, its last name counts.
+    """
+
+    def named(place: str) -> str:
+        folder, rule = pairing.split(Path(place))
+        name = folder.name if folder.is_absolute() else folder
+        return str(name if rule == pairing.STEM else Path(name, rule))
+
+    images = tuple(map(named, config.data.images))
+    return {'source': source, 'images': images, 'masks': named(config.data.masks)}
 
 
 def read_phantom(config) -> Slices:
