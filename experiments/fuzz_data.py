@@ -73,6 +73,18 @@ def _pictures(kind: str, folder: Path) -> list[Path]:
     return paths
 
 
+def _microscopy(folder: Path) -> list[Path]:
+    """TIFFs that are tifffile's."""
+    import tifffile
+
+    stack = np.arange(2 * 3 * 8 * 9, dtype=np.uint16).reshape(2, 3, 8, 9)
+    tifffile.imwrite(folder / 'a.tif', stack, imagej=True, metadata={'axes': 'ZCYX'})
+    tifffile.imwrite(folder / 'b.tif', stack, ome=True, metadata={'axes': 'ZCYX'})
+    tifffile.imwrite(folder / 'c.tif', stack[0], photometric='minisblack', planarconfig='separate')
+    tifffile.imwrite(folder / 'd.tif', stack[0, 0].astype(np.float64))
+    return sorted(folder.glob('*.tif'))
+
+
 def _arrays(folder: Path) -> list[Path]:
     arrays = {
         'grey': GREY, 'volume': np.zeros((2, 3, 4, 1), np.int16), 'real': GREY.astype(np.float64),
@@ -348,7 +360,8 @@ def read_input(path: Path) -> None:
     root, found = predict.find_files(path, path.parent / 'out')
     stems, faults = predict.name_results(root, found)
     pictures = [path for path in stems if not predict._is_video(path)]
-    for group in predict.split_albums(predict.group_slices(pictures)):
+    groups, _ = predict.group_files(pictures, '(.+)_(?P<slice>[0-9]+)')
+    for group in groups:
         _, _, more = predict.read_cases(group, predictor=predictor, stems=stems)
         faults += more
     if faults:
@@ -373,6 +386,7 @@ READERS = {
     'bmp': (_kind('.bmp'), read_file),
     'webp': (_kind('.webp'), read_file),
     'tiff': (_kind('.tif'), read_file),
+    'microscopy': (_microscopy, read_file),
     'npy': (_arrays, read_file),
     'nifti': (_nifti, read_file),
     'dicom': (functools.partial(_dicom, series=False), read_file),

@@ -172,7 +172,8 @@ def save(
 
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
     `progress` is what the loop needs to go on that is not in the state; `inputs` what the
-    network takes: 'channels', and 'normalization' (None where each volume brings its own).
+    network takes: 'channels', 'normalization' (None where each volume brings its own), and with
+    one 'range', where the images are not of 8 bits: (2, channels), which stand for 0 and 255.
     Raises CheckpointError where this or the save before could not be written.
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
@@ -263,6 +264,7 @@ def _allowed(key: str, value: Any) -> bool:
 
 
 def _is_nested(value: Any) -> bool:
+    value = list(value.values()) if isinstance(value, dict) else value  # as data.label_map is
     inside = value if isinstance(value, list) else [value]
     return any(isinstance(x, list | dict) for x in inside)
 
@@ -282,7 +284,12 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
             sound &= len(how['mean']) == len(how['std']) == 3 and min(how['std']) > 0
             sound &= all(_is_number(x, -1e6, 1e6) for x in numbers)
             sound &= how['trained_order'] in ('RGB', 'BGR')
-    except (KeyError, TypeError, AttributeError):
+        if 'range' in inputs:
+            low, high = inputs['range']
+            sound &= how is not None and len(low) == len(high) == channels
+            sound &= all(_is_number(x, -1e30, 1e30) for x in (*low, *high))
+            sound &= all(a < b for a, b in zip(low, high, strict=True))
+    except (KeyError, TypeError, AttributeError, ValueError):
         sound = False
     if not sound:
         raise CheckpointError(

@@ -20,6 +20,9 @@ from pspnet_jax.errors import ConfigError, DataError, PspnetError, StoppedError,
 
 logger = logging.getLogger(__name__)
 
+GROUP = (
+    "the patient in a file's name, as data.group; '': each file is by itself; without: as the run"
+)
 # The packages whose INFO is printed: ours, and a command's own module.
 OURS = ('pspnet_jax', 'experiments', '__main__')
 # Of all others it is WARNING and above, but for these. Orbax, tfds and Grain log their inner

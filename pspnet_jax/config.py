@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
+from pspnet_jax.data import masks, pairing
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
 
@@ -59,6 +60,15 @@ def _number(low: float, high: float = FURTHEST) -> Rule:
 
 def _range(low: float, high: float) -> str:
     return f'of at least {low}' if high in (LARGEST, FURTHEST) else f'from {low} to {high}'
+
+
+def _is_label_map(x) -> bool:
+    if not isinstance(x, Mapping) or not 0 < len(x) <= 1024:
+        return False
+    try:
+        return bool(masks.parse_map(x))
+    except ValueError:
+        return False
 
 
 def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255) -> Rule:
@@ -130,6 +140,14 @@ RULES: dict[str, Rule] = {
     'data.attribute': _TEXT,
     'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
     'data.mask_colors': _all(_TEXT),
+    'data.label_map': (
+        lambda x: x is None or _is_label_map(x),
+        "None or values of the masks with the class of each, {4: 3} or {'>0': 1}",
+    ),
+    'data.mask_name': (
+        lambda x: _TEXT[0](x) and pairing.is_rule(x),
+        "a text with {stem} once or not at all and, behind it, one * at most: '{stem}_mask*'",
+    ),
     'data.group': _TEXT,
     'data.size': (
         lambda x: isinstance(x, tuple) and (x == () or (len(x) == 2 and all(map(_is_size, x)))),
@@ -268,6 +286,11 @@ def _contradictions(config: ConfigDict):
             f'model.class_names has {len(model.class_names)} values: '
             f'it must have one for each of {model.num_classes} classes, background first'
         )
+    if model.num_classes == 2 and loss.ignore_label == 1:
+        yield (
+            'loss.ignore_label is 1, the only structure of 2 classes: set loss.ignore_label=255, '
+            'or model.num_classes=3 where 2 is a structure too'
+        )
     if config.predict.window and config.data.size:
         yield (
             'predict.window takes tiles of images at their own size, data.size resizes them: '
@@ -277,6 +300,11 @@ def _contradictions(config: ConfigDict):
         yield (
             f'predict.threshold is for two classes, the model has {model.num_classes}: '
             'leave it as None, the likeliest class is taken'
+        )
+    if config.data.label_map and (config.data.mask_colors or config.data.mask_format == 'binary'):
+        yield (
+            'data.label_map gives each value its class, data.mask_colors and data.mask_format '
+            "'binary' give them too: set one"
         )
     if config.data.fold >= config.data.folds:
         yield f'data.fold is {config.data.fold}: it must be below data.folds, {config.data.folds}'

@@ -71,7 +71,8 @@ COMPILED = (
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `ema_params` is None where no average is kept.
+    """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
+    evaluated with the live `batch_stats`, of which there is no average.
 
     And the teacher's variables, which it gives back as they are: here they are arguments of
     the program and not constants in it. Checkpoints leave them out.
@@ -116,12 +117,12 @@ def segmentation_loss(
 ) -> jax.Array:
     """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
 
-    Logits at 1/s of the labels' size meet every s-th label: labels are never resized.
+    Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
+    puts them when it enlarges them: labels are never interpolated.
     """
 
     def one_head(logits_BhwK):
-        (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
-        labels_Bhw = labels_BHW[:, :: H // h, :: W // w]
+        labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
         options = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
         if cross_entropy:
@@ -136,6 +137,12 @@ def segmentation_loss(
     if aux:
         total += aux * sum(one_head(x) for name, x in out.items() if name != 'logits')
     return total
+
+
+def labels_at(labels_BHW: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """B h w: the labels at the centres of h x w cells, as `volumes.resize_labels` has them."""
+    rows, columns = map(volumes.centres, size, labels_BHW.shape[1:])
+    return labels_BHW[:, rows][:, :, columns]
 
 
 def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: bool, **options):
@@ -181,11 +188,11 @@ def teacher_losses(
     """
     parts = {}
     if weight:
-        (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
+        size = logits_BhwK.shape[1:3]
         parts['distillation'] = weight * losses.distillation(
             logits_BhwK,
-            resize(teacher_logits, (h, w)),
-            labels_BHW[:, :: H // h, :: W // w],
+            resize(teacher_logits, size, align_corners=False),
+            labels_at(labels_BHW, size),
             loss=loss,
             temperature=temperature,
             ignore_label=ignore_label,
@@ -238,7 +245,9 @@ def train_step(
     keys_B = jax.vmap(lambda i: jax.random.fold_in(augment_key, i))(index_B)
 
     def change(key, image_HWC, mask_HW):
-        image_HWC, mask_HW = augment(key, image_HWC, mask_HW, **augment_options)
+        image_HWC, mask_HW = augment(
+            key, image_HWC, mask_HW, ignore_label=loss_options['ignore_label'], **augment_options
+        )
         if augment_fn is not None:
             own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
             image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)
@@ -522,7 +531,7 @@ def normalize_as_there(
         return theirs
     ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
     if ours != theirs:
-        there, here = (transfer.words(x and x._asdict()) for x in (theirs, ours))
+        there, here = (transfer.words({'normalization': x and x._asdict()}) for x in (theirs, ours))
         logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
@@ -533,10 +542,19 @@ def normalize_as_there(
     return ours
 
 
-def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
+def start_or_resume(
+    config: ConfigDict,
+    model,
+    tx,
+    channels: int,
+    workdir: str,
+    measure: Callable[[], np.ndarray | None] = lambda: None,
+):
     """(state, progress, inputs, config): from the newest sound checkpoint, else new, pretrained or
     from another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s; the
     config is the checkpoint's, None of a new run.
+
+    `measure` is `volumes.joint_range` of the training images, asked for where one scale is for all.
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
@@ -572,9 +590,10 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
     state = state.replace(
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
-    normalization = normalization and normalization._asdict()
-    logger.info('images are normalised %s', transfer.words(normalization))
-    inputs = {'channels': channels, 'normalization': normalization}
+    inputs = {'channels': channels, 'normalization': normalization and normalization._asdict()}
+    if normalization and (scale := measure()) is not None:
+        inputs['range'] = scale.tolist()
+    logger.info('images are normalised %s', transfer.words(inputs))
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs, None
 
 
@@ -785,7 +804,14 @@ def run_steps(
     # Model, optimiser, state: restored, or new with pretrained weights.
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(steps=total, **config.optim)
-    state, progress, inputs, before = start_or_resume(config, model, tx, channels, workdir)
+    state, progress, inputs, before = start_or_resume(
+        config,
+        model,
+        tx,
+        channels,
+        workdir,
+        lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
+    )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
     intensity = published.fixed_intensity(inputs)
     teacher, distill = None, config.distill.to_dict()

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pspnet_jax import checkpoint
 from pspnet_jax.errors import CheckpointError, ConfigError, one_line
 from pspnet_jax.models.pretrained import adapt_stem
-from pspnet_jax.models.published import Normalization
+from pspnet_jax.models.published import Normalization, fixed_intensity
 from pspnet_jax.runs import open_run
 
 
@@ -145,10 +145,11 @@ def load_teacher(
             f'{name} takes {theirs["channels"]} channels, the images here have '
             f'{inputs["channels"]}: use a teacher that was trained on such images'
         )
-    if not _same_normalization(theirs['normalization'], inputs['normalization']):
+    if not np.array_equal(fixed_intensity(theirs), fixed_intensity(inputs)):
         raise ConfigError(
-            f'{name} was trained on images normalised {words(theirs["normalization"])}, this run '
-            f'normalises them {words(inputs["normalization"])}: see data.normalize'
+            f'{name} was trained on images normalised {words(theirs)}, this run '
+            f'normalises them {words(inputs)}: see data.normalize; the range is that of the '
+            'training patients, so take the same (data.split_file)'
         )
     for side, module in (('the teacher', teacher), ('this network', student)):
         if features and not hasattr(module, 'backbone'):
@@ -159,15 +160,14 @@ def load_teacher(
     return teacher, run.variables
 
 
-def _same_normalization(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return all(np.array_equal(one[key], other[key]) for key in ('mean', 'std'))
-
-
-def words(normalization: Mapping[str, Any] | None) -> str:
-    """'volume by volume', or 'by mean (...) and deviation (...)'."""
+def words(inputs: Mapping[str, Any]) -> str:
+    """'volume by volume', or 'by mean (...) and deviation (...)', of a checkpoint's 'inputs'."""
+    normalization = inputs['normalization']
     if normalization is None:
         return 'volume by volume'
     mean, std = (tuple(normalization[key]) for key in ('mean', 'std'))
-    return f'by mean {mean} and deviation {std}'
+    by = f'by mean {mean} and deviation {std}'
+    if 'range' not in inputs:
+        return by
+    low, high = (', '.join(f'{x:.4g}' for x in dict.fromkeys(row)) for row in inputs['range'])
+    return f'{by}, after {low} to {high}, measured over the training images, became 0 to 255'

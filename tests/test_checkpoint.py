@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import checkpoint, models, optim, train
-from pspnet_jax.config import to_dict
+from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.errors import CheckpointError
 from pspnet_jax.runs import open_run
 from tests.conftest import tiny_config
@@ -215,6 +215,24 @@ def test_a_folder_without_checkpoints_says_what_was_expected(tmp_path, which):
 def test_an_unknown_step_lists_those_there(trained):
     with pytest.raises(CheckpointError, match=r"'7' is not one of 'best', 'last', \[.*4\]"):
         checkpoint.candidates(trained[0], '7')
+
+
+def test_the_config_of_a_run_with_a_label_map_is_read_back(tmp_path):
+    """The one knob that is a mapping; deeper ones are no config of ours."""
+    config = tiny_config(**{'data.label_map': {4: 1, '>5': 255}})
+    facts = {
+        'config': to_dict(config),
+        'progress': {},
+        'inputs': {'channels': 3, 'normalization': None},
+    }
+    for depth, saved in enumerate(({'4': 1, '>5': 255}, {'4': {'4': 1}}), 1):
+        facts['config']['data']['label_map'] = saved
+        with contextlib.closing(checkpoint.Writer(tmp_path / str(depth))) as writer:
+            checkpoint.save(writer, 1, new_state(config), **facts, dice=None)
+    restored = from_dict(checkpoint.metadata(tmp_path / '1', 1)['config'])
+    assert restored.data.to_dict()['label_map'] == {'4': 1, '>5': 255}
+    with pytest.raises(CheckpointError, match='is not a checkpoint of ours: config is'):
+        checkpoint.metadata(tmp_path / '2', 1)
 
 
 def test_saves_leave_no_thread_or_open_file_behind(tmp_path):

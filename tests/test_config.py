@@ -77,6 +77,39 @@ def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
         rules.validate(config)
 
 
+@pytest.mark.parametrize('value', [{4: 3}, {'>0': 1}, {'4': 3, '<=-1': 255}])
+def test_a_label_map_is_a_knob_of_the_command_line_and_survives_json(monkeypatch, value):
+    line = ['', f'--config={ROOT}/configs/folder.py', f'--config.data.label_map={value}']
+    monkeypatch.setattr('sys.argv', line)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values)
+    values(line)
+    rules.validate(values.config)
+    back = rules.from_dict(rules.to_dict(values.config))
+    assert back.data.to_dict()['label_map'] == {str(key): label for key, label in value.items()}
+    assert rules.to_dict(back) == rules.to_dict(values.config)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'data.label_map': {'a': 1}}, "data.label_map is {'a': 1}: it must be None or values of"),
+        ({'data.label_map': '{4: 3'}, "data.label_map is '{4: 3': it must be None or values of"),
+        ({'data.label_map': {4: 300}}, 'it must be None or values of the masks'),
+        ({'data.label_map': {}}, 'it must be None or values of the masks'),
+        ({'data.mask_name': '*'}, 'data.mask_name is'),
+        (
+            {'data.label_map': {4: 3}, 'data.mask_colors': ('#000000', '#ffffff')},
+            'data.label_map gives each value its class',
+        ),
+    ],
+)
+def test_label_maps_and_rules_that_are_none(changes, words):
+    config = tiny_config(**changes)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        rules.validate(config)
+
+
 def test_a_threshold_is_for_two_classes():
     config = tiny_config(**{'predict.threshold': 0.4})
     rules.validate(config)
@@ -159,3 +192,12 @@ def test_a_recipe_can_be_changed_knob_by_knob(monkeypatch):
     augment = values.config.augment
     assert (augment.rotate, augment.elastic) == (5.0, augmentations.RECIPES['strong']['elastic'])
     assert values.config.model.name == 'unet'
+
+
+def test_the_only_structure_cannot_be_ignored():
+    config = base.get_config().copy_and_resolve_references()
+    config.loss.ignore_label = 1
+    with pytest.raises(ConfigError, match='ignore_label is 1, the only structure of 2 classes'):
+        rules.validate(config)
+    config.model.num_classes = 3
+    rules.validate(config)

@@ -21,7 +21,7 @@ from pspnet_jax import checkpoint, export, infer, models, onnx_graph
 from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
+from pspnet_jax.errors import CheckpointError, ConfigError, DataError, ExportError
 from pspnet_jax.models import layers
 from pspnet_jax.models.published import IMAGENET
 from pspnet_jax.runs import open_run
@@ -190,12 +190,15 @@ def test_a_volume_measured_by_onnx_is_that_of_numpy():
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
     """A workdir whose checkpoint has a fixed normalisation, as converted weights have."""
-    workdir = tmp_path_factory.mktemp('published')
-    config = tiny_config(**{'model.num_classes': 4})
+    return save_published(tmp_path_factory.mktemp('published'))
+
+
+def save_published(workdir, **more):
+    config = tiny_config(**{'model.num_classes': 4, 'model.width': 4})
     variables = random_variables(models.create(**config.model))
     state = types.SimpleNamespace(**variables, ema_params=None, opt_state=None)
     writer = checkpoint.Writer(workdir)
-    inputs = {'channels': 3, 'normalization': IMAGENET._asdict()}
+    inputs = {'channels': 3, 'normalization': IMAGENET._asdict(), **more}
     progress = {'best_dice': None, 'stale': 0}
     checkpoint.save(
         writer, 7, state, config=to_dict(config), progress=progress, inputs=inputs, dice=None
@@ -261,6 +264,27 @@ def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt
     assert metadata['normalization']['kind'] == 'fixed'
     np.testing.assert_allclose(metadata['normalization']['mean'], IMAGENET.mean, rtol=1e-6)
     assert metadata['step'] == 7
+
+
+@pytest.mark.parametrize('fmt', export.FILES)
+def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fmt):
+    if fmt == 'onnx':
+        pytest.importorskip('onnx', reason='onnx writes the file')
+        pytest.importorskip('onnxruntime', reason='onnxruntime reads it again')
+    workdir = save_published(tmp_path, range=[[-1000.0] * 3, [3080.0] * 3])
+    export.export_checkpoint(workdir, fmt, size=(32, 48))
+    predict, metadata = export.read(workdir / export.FILES[fmt])
+    assert metadata['input']['dtype'] == 'float32'
+    eight = images(2, 32, 48, 3)
+    deep = (-1000 + 16 * eight.astype(np.float32)).astype(np.float32)
+    expected = expected_of(workdir, deep)
+    np.testing.assert_allclose(predict(deep), expected, atol=1e-5)
+    # What the network sees is what one on 8 bits sees of the picture with 8.
+    save_published(tmp_path / 'eight')
+    np.testing.assert_allclose(expected_of(tmp_path / 'eight', eight), expected, atol=1e-4)
+    if fmt == 'savedparams':
+        with pytest.raises(DataError, match='the image has 8 bits, the run was trained on'):
+            predict(eight)
 
 
 ONLY_JAX = """

@@ -3,12 +3,26 @@
 A source is imported when it is asked for: LGG's alone needs tensorflow-datasets.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
-from pspnet_jax.data import splits
+from pspnet_jax.data import pairing, splits
 from pspnet_jax.data.volumes import Slices
 from pspnet_jax.errors import DataError
+
+# Kaggle's names of LGG's slices: CASE_7.tif.
+SLICE = re.compile(r'(?P<patient>.+)_(?P<slice>[0-9]{1,9})')
+SLICES = r'^(?P<patient>.+?)(?:_(?P<slice>[0-9]{1,9}))?$'
+
+
+def grouping(config, group: str | None = None) -> str:
+    """What says whose slices files are, as `data.group`: `group`, which a command was given, else
+    what the run was trained with. For LGG, whose slices are files of a volume, that is their names.
+    """
+    if group is not None:
+        return group
+    return SLICES if config.data.name == 'lgg' else config.data.group
 
 
 def read_folder(config, **where: Any) -> Slices:
@@ -25,6 +39,8 @@ def read_folder(config, **where: Any) -> Slices:
         'attribute': data.attribute,
         'mask_format': data.mask_format,
         'mask_colors': data.mask_colors,
+        'mask_name': data.mask_name,
+        'label_map': data.to_dict()['label_map'],
         'num_classes': model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'mixed_sizes': bool(data.size),
@@ -45,6 +61,20 @@ def check_class_names(slices: Slices, config) -> None:
             'number each had in training: write the masks with these numbers and evaluate on them, '
             f'python -m pspnet_jax.data.via --classes={told}'
         )
+
+
+def elsewhere(config, source: str) -> dict[str, Any]:
+    """`folder.load`'s arguments for another folder that is laid out as the run's own: where a whole
+    path was given for it, its last name counts.
+    """
+
+    def named(place: str) -> str:
+        folder, rule = pairing.split(Path(place))
+        name = folder.name if folder.is_absolute() else folder
+        return str(name if rule == pairing.STEM else Path(name, rule))
+
+    images = tuple(map(named, config.data.images))
+    return {'source': source, 'images': images, 'masks': named(config.data.masks)}
 
 
 def read_phantom(config) -> Slices:

@@ -3,19 +3,23 @@
 Neighbouring slices of one head are nearly the same picture, so a split by slice
 tests on what it trained on (Yagis et al. 2021 measured 29-55 points of that).
 
-A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint'};
-`read` refuses one that was made of other data.
+A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint', 'pixels'};
+`read` refuses one that was made of other data, and `overlap` finds its pictures among others.
 """
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pspnet_jax import text
 from pspnet_jax.data.files import writing
-from pspnet_jax.data.volumes import Slices
+from pspnet_jax.data.volumes import Slices, picture_digest
 from pspnet_jax.errors import DataError
 
 KEPT = 'splits.json'  # in a run's workdir
@@ -136,19 +140,53 @@ def fingerprint(slices: Slices) -> str:
 def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`parts` of `slices` as JSON, written aside and renamed."""
     with writing(Path(path)) as aside:
-        found = {**parts, 'fingerprint': fingerprint(slices)}
+        found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels(slices)}
         aside.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`write`, or where the file is there, see that it says the same. Raises DataError."""
-    if not Path(path).exists():
-        write(path, parts, slices)
-    elif read(path, slices) != parts:
+    if Path(path).exists() and read(path, slices) != parts:
         raise DataError(
             f'{path} has other patients in its parts than this config: go on with its own '
             'data.split, or use another workdir'
         )
+    if not Path(path).exists() or 'pixels' not in text.read_json(path):  # the first had none
+        write(path, parts, slices)
+
+
+def pixels(slices: Slices) -> dict[str, list[str]]:
+    """{patient: `volumes.picture_digest` of each slice}."""
+    digest = slices.digest
+    if digest is None:
+        with ThreadPoolExecutor(4) as pool:
+            read = pool.map(lambda key: picture_digest(slices.read(int(key))[0]), slices.key)
+            digest = np.array(list(read))
+    return {name: digest[slices.patient == name].tolist() for name in slices.intensity}
+
+
+def overlap(path: str | Path, digests: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:
+    """{'train', 'validation': of patients, given with the digests of their slices, those of whom
+    one is a slice of that part of the split at `path`, 'same_name': others who only have the name
+    of a patient of these}. None where no split can be read, or one without digests.
+    """
+    try:
+        kept: Any = text.read_json(path)
+    except DataError:
+        return None
+    if not isinstance(kept, dict) or not isinstance(kept.get('pixels'), dict):
+        return None
+    found, seen = {}, set()
+    for part in ('train', 'validation'):
+        names = kept.get(part)
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        theirs = [kept['pixels'].get(name) for name in names]
+        known = {str(x) for some in theirs if isinstance(some, list) for x in some} - {''}
+        found[part] = [name for name, ours in digests.items() if known.intersection(ours)]
+        seen |= set(names)
+    known = {*found['train'], *found['validation']}
+    found['same_name'] = [name for name in digests if name in seen and name not in known]
+    return found
 
 
 def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
