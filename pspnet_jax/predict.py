@@ -17,12 +17,17 @@ its number, gives videos: .mp4, masks and probabilities exact in .mkv.
 
 Each file is by itself, whatever its name, unless the run was trained on slices that files hold
 (data.group, LGG) or --group says so: then those of a patient share an intensity scale, and those
-with a number in (?P<slice>...) are slices of one volume. What is finished is skipped when started
-again, and a summary at the end accounts for every file.
+with a number in (?P<slice>...) are slices of one volume.
+
+The output folder keeps pspnet_predictions.jsonl, which says what each result was made from, and by
+which run, step and options. The same command started again skips what is finished; a file there
+that another command or person made is not replaced without --overwrite. A summary at the end
+accounts for every file.
 """
 
 import collections
 import contextlib
+import errno
 import functools
 import glob
 import itertools
@@ -33,7 +38,7 @@ import re
 import time
 import unicodedata
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -46,7 +51,17 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from pspnet_jax import calibration, checkpoint, cli, hosts, infer, postprocess, visualize
+from pspnet_jax import (
+    calibration,
+    checkpoint,
+    cli,
+    hosts,
+    infer,
+    manifest,
+    paths,
+    postprocess,
+    visualize,
+)
 from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.data import files, folder, pairing, sources, video
 from pspnet_jax.data.files import Picture
@@ -75,6 +90,7 @@ WINDOW_PIXELS = 2**24  # of images whose tiles are blended at a time
 MOST_FRAMES = 64  # of a video that its intensity scale is measured on
 FRAME_PIXELS = 2**14  # of each of them
 SIZES = 8  # of images, after which the log recommends tiles
+MOST_LISTED = 20  # results that are in the way
 
 
 class Predictor(NamedTuple):
@@ -82,6 +98,7 @@ class Predictor(NamedTuple):
 
     `intensity` normalises every image alike; None: each volume has its own. `temperature` is
     that which was fitted for the checkpoint, of probabilities alone: labels are those without.
+    `runs` say which they are: workdir, step, digest and what was passed over.
     """
 
     config: ConfigDict
@@ -89,6 +106,7 @@ class Predictor(NamedTuple):
     intensity: np.ndarray | None
     channels: int
     temperature: float = 1.0
+    runs: Sequence[Mapping[str, Any]] = ()
 
 
 class Case(NamedTuple):
@@ -139,7 +157,16 @@ def load(
     program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(variables))
     temperature = 1.0 if ensemble else calibration.load(workdirs[0], first.step, views(config))
-    return Predictor(config, predict_fn, first.intensity, first.channels, temperature)
+    about = [
+        {
+            'workdir': os.path.abspath(paths.local(workdir)),
+            'step': run.step,
+            'passed_over': {str(step): reason for step, reason in run.passed_over.items()},
+            'digest': run.digest,
+        }
+        for workdir, run in zip(workdirs, runs, strict=True)
+    ]
+    return Predictor(config, predict_fn, first.intensity, first.channels, temperature, about)
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -317,10 +344,10 @@ def _beside(pictures: Iterable[Path]) -> list[Path]:
 def _passed_lines(passed: Mapping[str, Sequence[Path]]) -> list[str]:
     """A line for each reason, with the number of entries and the names of the first."""
     lines = []
-    for why, paths in passed.items():
-        names = ', '.join(path.name for path in paths[:3])
-        more = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
-        lines.append(f'{len(paths)} passed over, {why}: {names}{more}')
+    for why, entries in passed.items():
+        names = ', '.join(path.name for path in entries[:3])
+        more = f' and {len(entries) - 3} more' if len(entries) > 3 else ''
+        lines.append(f'{len(entries)} passed over, {why}: {names}{more}')
     return lines
 
 
@@ -361,17 +388,54 @@ def name_results(root: Path, found: Sequence[Path]) -> tuple[dict[Path, Path], l
     return {path: stem for stem, path in stems.items()}, faults
 
 
-def find_finished(
-    stems: Mapping[Path, Path], output: Path, save: Sequence[str], num_classes: int
-) -> set[Path]:
-    """The files of which every result is there, with whatever ending; each appears whole."""
-    there = {path.relative_to(output).parent / _stem(path) for path in output.rglob('*')}
-    names = [name for kind in save for name in _names(kind, num_classes).values()]
-    return {
-        path
-        for path, stem in stems.items()
-        if all(stem.with_name(f'{stem.name}_{name}') in there for name in names)
+def check_apart(output: Path, root: Path, found: Iterable[Path]) -> None:
+    """Raise ConfigError for results among the inputs, where nobody could tell them apart."""
+    if output.resolve() in {path.resolve() for path in (root, *(path.parent for path in found))}:
+        raise ConfigError(
+            f'--output={output} holds the inputs: give results a folder of their own, as '
+            f'--output={output / "predictions"}'
+        )
+
+
+def open_manifest(predictor: Predictor, output: Path, group: str | None) -> manifest.Manifest:
+    """The folder's manifest, for what this network writes there with its options."""
+    config = predictor.config
+    options = {
+        'digests': [run['digest'] for run in predictor.runs],
+        'predict': to_dict(config)['predict'],
+        'temperature': predictor.temperature,
+        'group': sources.grouping(config, group),
     }
+    return manifest.read(output, options, jax.process_index())
+
+
+def begin_manifest(predictor: Predictor, book: manifest.Manifest, group: str | None) -> None:
+    """Write which runs and options the results are of. Raises DataError."""
+    config = predictor.config
+    writer = ' and '.join(f'{run["workdir"]}, step {run["step"]}' for run in predictor.runs)
+    options = to_dict(config)['predict'] | {'group': sources.grouping(config, group)}
+    told = ', '.join(f'{key}={value}' for key, value in options.items() if value)
+    about = {'runs': predictor.runs, 'options': options, 'temperature': predictor.temperature}
+    manifest.begin(book, f'{writer} ({told})' if told else writer, about)
+
+
+def find_finished(
+    inputs: Mapping[Path, tuple[Path, str]], book: manifest.Manifest, kinds: Collection[str]
+) -> tuple[set[Path], list[str]]:
+    """(the files whose every result is there, what keeps others from being written).
+
+    `inputs` are {file: (its results' name without ending, its mark)}. Each result appears whole.
+    """
+    output = book.path.parent
+    there = {path.relative_to(output).parent / _stem(path) for path in output.rglob('*')}
+    done, faults = set(), []
+    for path, (stem, mark) in inputs.items():
+        some = [kind for kind in kinds if stem.with_name(f'{stem.name}_{kind}') in there]
+        source = Path(os.path.abspath(path))
+        whole, fault = manifest.sort_out(book, stem.as_posix(), source, mark, kinds, some)
+        done |= {path} if whole else set()
+        faults += [fault] if fault else []
+    return done, faults
 
 
 def _names(kind: str, num_classes: int) -> dict[int, str]:
@@ -588,16 +652,32 @@ def predict_files(
     network runs. Raises DataError, CheckpointError or ConfigError before anything is written, and
     DataError, which stops it all, where results can not be written.
     """
+    output = paths.local(output)
     root, there, passed = take_stock(source, output)
-    output = Path(output).expanduser()
+    check_apart(output, root, there)
     predictor = load(workdirs, which, changes)
     channels = stack_channels(there, predictor.config.data.images)
     found = list(channels)
     stems, faults = name_results(root, found)
-    done = set()
-    if not overwrite:
-        done = find_finished(stems, output, save, predictor.config.model.num_classes)
+    classes = predictor.config.model.num_classes
+    kinds = [name for kind in save for name in _names(kind, classes).values()]
+    book = open_manifest(predictor, output, group)
+    inputs = {path: (stem, manifest.mark_of(channels[path])) for path, stem in stems.items()}
+    done, taken = (set(), []) if overwrite else find_finished(inputs, book, kinds)
+    hosts.wait_for_all()  # from here on each writes
+    if taken:
+        raise DataError(
+            f'{len(taken)} result(s) in {output} are not of this command: give another --output, '
+            'or --overwrite to replace them:', taken[:MOST_LISTED],
+        )  # fmt: skip
     targets = {path: output / stem for path, stem in stems.items()}
+    note_of = {
+        output / stem: functools.partial(
+            manifest.add, book, result=stem.as_posix(), source=os.path.abspath(path), mark=mark,
+            kinds=kinds,
+        )
+        for path, (stem, mark) in inputs.items()
+    }  # fmt: skip
     pictures = [path for path in stems if not _is_video(path)]
     beside = {}
     if not Path(source).expanduser().is_dir():
@@ -620,7 +700,9 @@ def predict_files(
     )
     threads = predictor.config.data.threads if flat else 1
     read = functools.partial(read_cases, predictor=predictor, stems=targets, channels=channels)
-    write = functools.partial(write_results, predictor=predictor, save=save)
+    files.sweep(output)
+    begin_manifest(predictor, book, group)
+    write = functools.partial(write_results, predictor=predictor, save=save, note_of=note_of)
     predicted = _predict_chunks(
         predictor, in_threads(read, groups, threads), probabilities='probability' in save
     )
@@ -629,8 +711,11 @@ def predict_files(
             faults += found_faults
             bar.update(count)
     for path in videos:
+        note = note_of[targets[path]]
         try:
+            note('begun')
             print(predict_video(predictor, path, targets[path], save=save))
+            note('done')
         except DataError as error:
             faults.append(str(error))
     faults = hosts.gather(faults)
@@ -704,8 +789,15 @@ def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool
         waiting, slices, size = [], 0, 0
 
 
-def write_results(item, *, predictor: Predictor, save: Sequence[str]) -> tuple[int, list[str]]:
-    """Write the results of an item of `_predict_chunks`. Raises DataError."""
+def write_results(
+    item, *, predictor: Predictor, save: Sequence[str], note_of: Mapping[Path, Callable]
+) -> tuple[int, list[str]]:
+    """Write the results of an item of `_predict_chunks`; returns the number of its files and their
+    faults.
+
+    `note_of[stem]` is told when its results are 'begun' and 'done'. Raises DataError, except for a
+    name that the file system finds too long, which is a fault of one file.
+    """
     count, predicted, faults = item
     config = predictor.config
     for case, labels_DHW, prob_DHWK in predicted:
@@ -716,8 +808,19 @@ def write_results(item, *, predictor: Predictor, save: Sequence[str]) -> tuple[i
             part = slice(first, first + len(picture.image))
             first = part.stop
             prob = None if prob_DHWK is None else prob_DHWK[part]
-            _write(stem, picture, case.image[part], shown, labels_DHW[part], prob,
-                   save=save, config=config)  # fmt: skip
+            note_of[stem]('begun')
+            try:
+                _write(stem, picture, case.image[part], shown, labels_DHW[part], prob,
+                       save=save, config=config)  # fmt: skip
+            except DataError as error:
+                if getattr(error.__cause__, 'errno', 0) != errno.ENAMETOOLONG:
+                    raise
+                faults.append(
+                    f'{picture.source}: with _{save[0]} behind it the name is too long for this '
+                    'disk: give it a shorter one'
+                )
+            else:
+                note_of[stem]('done')
     return count, faults
 
 

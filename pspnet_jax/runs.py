@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ class Run:
     """`variables` are params (their average where one was kept) and batch_stats, as numpy arrays.
 
     `inputs` are what the network takes, as `checkpoint.save` has them. `passed_over` gives the
-    reason for each damaged step that would have been taken before `step`.
+    reason for each damaged step that would have been taken before `step`. `digest` is that of all
+    arrays of the checkpoint, by which the same weights are known in whatever folder.
     """
 
     config: ConfigDict
@@ -34,6 +37,7 @@ class Run:
     inputs: dict[str, Any]
     step: int
     passed_over: dict[int, str]
+    digest: str
 
     @property
     def channels(self) -> int:
@@ -70,7 +74,8 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
     )
     for reason in passed_over.values():
         logger.warning('%s: taking step %d', reason, step)
-    return Run(config, model, variables, meta['inputs'], step, passed_over)
+    digest = hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest()[:16]
+    return Run(config, model, variables, meta['inputs'], step, passed_over, digest)
 
 
 def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:

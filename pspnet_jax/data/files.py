@@ -22,6 +22,8 @@ import logging
 import math
 import os
 import re
+import secrets
+import socket
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,6 +60,8 @@ SMALL = 2**26  # bytes that are not worth a question
 
 # Pillow's own limit is half a slide; `_check_picture` has ours, and looks at the free memory.
 Image.MAX_IMAGE_PIXELS = MAX_VALUES
+
+_HOST = re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())[:40]  # in the names of `writing`
 
 PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')  # others of PIL's start programs
 PIP = {
@@ -1083,11 +1087,14 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place at the end; after an error nothing is left."""
-    aside = path.with_name(f'.{path.name}.tmp')
+    """A file beside `path` that takes its place at the end; after an error nothing is left.
+
+    It has a name of its own, so that two processes may write the same `path`; `sweep` removes those
+    of processes that were killed.
+    """
+    aside = path.with_name(f'.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
         yield aside
         os.replace(aside, path)
     except OSError as error:
@@ -1097,6 +1104,18 @@ def writing(path: Path) -> Iterator[Path]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `writing` left below a folder when its process was killed on this machine."""
+    for path in folder.rglob(f'.{_HOST}.*.*.tmp'):
+        try:
+            os.kill(int(path.name.split('.')[2]), 0)
+        except (ProcessLookupError, ValueError, OverflowError):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        except OSError:  # another user's
+            pass
 
 
 def _write(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
