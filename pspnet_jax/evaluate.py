@@ -446,19 +446,23 @@ def fit_temperature(
 def evaluate_checkpoint(
     workdir: str | Path,
     *,
-    split: str = 'test',
+    split: str = '',
     data: str = '',
     which: str = '',
     fit: bool = False,
     changes: Mapping[str, Any] = MappingProxyType({}),
     group: str | None = None,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """Evaluate; write WORKDIR/evaluation.json, report.html and pictures; print the table.
 
     `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
-    without it, the patients of `split` in the data set that the run was trained on. `group` says
-    whose pictures of such a folder belong together, in place of the run's `data.group`. `changes`
-    are to the config's `predict` section; evaluation.json has the config as it was used. With `fit`
+    without it, the data set that the run was trained on, if this user did so on this machine or
+    says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
+    patients as WORKDIR/splits.json has them: '' takes those of 'test', and of `data` all. `group`
+    says whose pictures of such a folder belong together, in place of the run's `data.group`.
+    `changes` are to the config's `predict` section; evaluation.json has the config as used. With
+    `fit`
     the temperature is fitted on the validation patients first and kept in
     WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
     probabilities of that checkpoint. Returns what evaluation.json holds.
@@ -471,6 +475,10 @@ def evaluate_checkpoint(
     workdir, data = paths.local(workdir), data and str(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
+    if not data:
+        split = split or 'test'
+        if not trusted:
+            _check_known(config, split)
     if group is not None and not _is_folder(config, data):
         raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
     names, open_volumes = _volume_source(config, workdir, split, data, run.channels, group)
@@ -508,7 +516,7 @@ def evaluate_checkpoint(
         each=save_picture,
         order=names,
     )
-    result['data'] |= {'source': data or config.data.name, 'split': '' if data else split}
+    result['data'] |= {'source': data or config.data.name, 'split': split}
     if data:
         result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
     result['checkpoint'] = {
@@ -573,20 +581,37 @@ def _is_folder(config, data: str) -> bool:
     return bool(data) and pairing.split(place)[0].is_dir()
 
 
+def _check_known(config, split: str) -> None:
+    """Raise DataError for a run that names data which this user has not trained on here."""
+    places = sources.places(config)
+    if places and not paths.are_known(places):
+        raise DataError(
+            f'the run was trained on {", ".join(places)}, and no training of yours on this machine '
+            f'has read that: look whether it is what you expect, and give --data={places[0]} '
+            f'--split={split}'
+        )
+
+
 def _volume_source(
     config, workdir, split: str, data: str, channels: int, group: str | None
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
     time, or those of these, with the network's channels.
     """
+    kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
         where = sources.elsewhere(config, data) | {'group': sources.grouping(config, group)}
         slices = sources.read_folder(config, **where, mixed_sizes=True)
-        parts = {split: list(slices.intensity)}
+        parts = splits.read(kept, slices) if split else {split: list(slices.intensity)}
     elif data:
         from pspnet_jax.data import lgg  # which needs tensorflow-datasets
 
         found = lgg.check(data, size=None)
+        if split:
+            wanted = set(splits.listed(kept)[0][split])
+            found = [case for case in found if case.patient in wanted]
+            if lost := sorted(wanted - {case.patient for case in found}):
+                raise DataError(f'{data} lacks {lost[:8]}, of the split {split!r} in {kept}')
 
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
@@ -595,7 +620,6 @@ def _volume_source(
 
         return [case.patient for case in found], open_folder
     else:
-        kept = Path(workdir) / splits.KEPT
         slices, parts = sources.load(config, kept if kept.exists() else '')
     sources.check_class_names(slices, config)
     if not parts[split]:
@@ -703,8 +727,11 @@ def main() -> None:
 
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'folder of a training run', required=True)
-    flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'whose patients')
-    flags.DEFINE_string('data', '', 'instead: a folder with images/ and masks/, or kaggle_3m')
+    flags.DEFINE_enum(
+        'split', '', ['', 'train', 'validation', 'test'],
+        "whose patients; '': those of test, and of --data all",
+    )  # fmt: skip
+    flags.DEFINE_string('data', '', 'a folder with images/ and masks/, or kaggle_3m')
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
     flags.DEFINE_string('group', None, f'of --data: {cli.GROUP}')
     flags.DEFINE_bool(

@@ -725,6 +725,7 @@ def train_and_evaluate(
     # classes is kept with the run, so that their numbers stay the same in every other file.
     config = name_classes(config, stored_class_names(workdir))
     slices, parts = sources.load(config)
+    paths.remember(sources.places(config))
     config = name_classes(config, slices.class_names)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     if config.data.size:  # validation and test stay at their own size
@@ -749,7 +750,8 @@ def train_and_evaluate(
         if not parts['test'] and not parts['validation']:
             logger.info('there is no test or validation case: nothing is evaluated')
             return {}
-        return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')
+        part = 'test' if parts['test'] else 'validation'
+        return evaluate_checkpoint(workdir, split=part, trusted=True)
 
 
 def check_crop(crop: int, slices: volumes.Slices) -> None:

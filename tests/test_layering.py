@@ -81,10 +81,11 @@ ALLOWED = {
     'report': {'chart', 'data.files', 'data.volumes', 'log', 'metrics', 'visualize'},
     'checkpoint': {'errors', 'hosts', 'paths'},
     'config': {'data.masks', 'data.pairing', 'errors', 'models', 'models.backbones'},
+    'manifest': {'errors'},
     'paths': {'errors'},
     'runs': {'checkpoint', 'config', 'errors', 'paths', 'models', 'models.published'},
     'transfer': {'checkpoint', 'errors', 'models.pretrained', 'models.published', 'runs'},
-    'compilation': set(),
+    'compilation': {'paths'},
     'devices': {'errors'},
     'cli': {'compilation', 'config', 'devices', 'errors', 'hosts'},
 }

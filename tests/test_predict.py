@@ -14,9 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import checkpoint, evaluate, infer, manifest, models, predict, train, visualize
+from pspnet_jax import (
+    checkpoint,
+    evaluate,
+    infer,
+    manifest,
+    models,
+    paths,
+    predict,
+    train,
+    visualize,
+)
 from pspnet_jax.config import to_dict
-from pspnet_jax.data import files, folder
+from pspnet_jax.data import files, folder, sources, splits
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
 from pspnet_jax.models.published import IMAGENET
 from pspnet_jax.runs import open_run
@@ -254,6 +264,33 @@ def evaluated_and_predicted(workdir, data, images, masks, patient_of, group=None
     rows = {row['patient']: row['dice'] for row in result['patients']}
     assert rows == pytest.approx(expected)
     return rows
+
+
+def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
+    root = save_scenes(tmp_path / 'data', 'abcd', [1.0] * 4)
+    workdir = bright_run(**{'data.name': 'folder', 'data.source': str(root)})
+    parts = {'train': ['a'], 'validation': ['b'], 'test': ['c', 'd']}
+    config = open_run(workdir).config
+    splits.write(workdir / splits.KEPT, parts, sources.read(config))
+    moved = root.rename(tmp_path / 'moved')
+
+    def patients(**how):
+        result = evaluate.evaluate_checkpoint(workdir, **how)
+        return [row['patient'] for row in result['patients']], result['data']['split']
+
+    with pytest.raises(DataError, match=rf'and give --data={root} --split=test'):
+        patients()
+    with pytest.raises(DataError, match=rf'give --data={root} --split=validation'):
+        patients(split='validation')
+    assert patients(data=str(moved)) == (list('abcd'), '')
+    assert patients(data=str(moved), split='test') == (['c', 'd'], 'test')
+    moved.rename(root)
+    assert patients(trusted=True) == (['c', 'd'], 'test')
+    paths.remember(sources.places(config))  # as training does
+    assert patients() == (['c', 'd'], 'test')
+    paths.remember([str(n) for n in range(paths.MOST_KNOWN)])
+    with pytest.raises(DataError, match='no training of yours on this machine has read that'):
+        patients()
 
 
 def as_deep(image):

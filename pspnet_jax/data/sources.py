@@ -3,6 +3,7 @@
 A source is imported when it is asked for: LGG's alone needs tensorflow-datasets.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,17 @@ def elsewhere(config, source: str) -> dict[str, Any]:
 
     images = tuple(map(named, config.data.images))
     return {'source': source, 'images': images, 'masks': named(config.data.masks)}
+
+
+def places(config) -> list[str]:
+    """The files and folders that `read` reads as this config says, in full."""
+    data = config.data
+    named = {
+        'folder': (data.source, *data.images, data.masks) if not data.source else (data.source,),
+        'lgg': (data.source, data.root),
+    }.get(data.name, ())
+    tables = [data.group] if data.name == 'folder' and data.group.endswith('.csv') else []
+    return [os.path.abspath(Path(place).expanduser()) for place in (*named, *tables) if place]
 
 
 def read_phantom(config) -> Slices:

@@ -191,6 +191,19 @@ def overlap(path: str | Path, digests: Mapping[str, Sequence[str]]) -> dict[str,
 
 def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
     """The parts that `write` wrote. Raises DataError for another file, and for other data."""
+    parts, made_of = listed(path)
+    unknown = sorted({name for part in parts.values() for name in part} - slices.intensity.keys())
+    if unknown or made_of != fingerprint(slices):
+        what = f'{unknown[:8]} are not there' if unknown else 'slices or pixels differ'
+        raise DataError(
+            f'{path} was made of other data ({what}): use the data it was made of, or split '
+            'anew without data.split_file and in a new workdir'
+        )
+    return parts
+
+
+def listed(path: str | Path) -> tuple[dict[str, list[str]], Any]:
+    """(the parts, the fingerprint of the data) of a split file. Raises DataError for another."""
     names = ('train', 'validation', 'test')
     has = f'it has the lists {", ".join(names)} and a fingerprint'
     try:
@@ -201,19 +214,12 @@ def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
     parts, made_of = {name: found.get(name) for name in names}, found.get('fingerprint')
     if not all(isinstance(part, list) for part in parts.values()):
         raise DataError(f'{path} is not a split: {has}')
-    listed = [patient for part in parts.values() for patient in part]
-    if not all(isinstance(patient, str) for patient in listed):
+    patients = [patient for part in parts.values() for patient in part]
+    if not all(isinstance(patient, str) for patient in patients):
         raise DataError(f'{path} is not a split: {has} of names')
-    if len(set(listed)) < len(listed):
+    if len(set(patients)) < len(patients):
         raise DataError(f'{path} has a patient in two places: every patient is in one part')
-    unknown = sorted(set(listed) - slices.intensity.keys())
-    if unknown or made_of != fingerprint(slices):
-        what = f'{unknown[:8]} are not there' if unknown else 'slices or pixels differ'
-        raise DataError(
-            f'{path} was made of other data ({what}): use the data it was made of, or split '
-            'anew without data.split_file and in a new workdir'
-        )
-    return parts
+    return parts, made_of
 
 
 def stratified_draw(
