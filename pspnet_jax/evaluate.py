@@ -36,7 +36,7 @@ from pspnet_jax import (
 from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.errors import ConfigError, DataError, one_line, say
 from pspnet_jax.runs import open_run
 
 logger = logging.getLogger(__name__)
@@ -539,7 +539,7 @@ def evaluate_checkpoint(
         cases[volume.patient] = report.make_case(shown, pred, foreground)
     page = report.write(workdir, result, [(role, cases[name]) for name, role in roles.items()])
     print(table(result))
-    print(f'written to {path} and {page}; pictures in {folder}')
+    say(f'written to {path} and {page}; pictures in {folder}')
     return result
 
 
@@ -649,15 +649,16 @@ def table(result: dict[str, Any]) -> str:
 
     columns = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined')
     patients, summary = result['patients'], result['summary']
-    wide = max(len('patient'), *(len(p['patient']) for p in patients))
+    names = [one_line(p['patient']) for p in patients]
+    wide = max(len('patient'), *map(len, names))
     head = f'{"patient":{wide}} ' + ' '.join(f'{c:>12}' for c in columns)
     head += f' {"missed":>8} {"invented":>8} {"voxels":>9}'
     lines = [head, '-' * len(head)]
-    for p in patients:
+    for p, name in zip(patients, names, strict=True):
         cells = ' '.join(f'{cell(p[c]):>12}' for c in columns)
         missed = f'{p["missed"]} of {p["present"]}'
         lines.append(
-            f'{p["patient"]:{wide}} {cells} {missed:>8} {p["invented"]:>8} {p["lesion_voxels"]:>9,}'
+            f'{name:{wide}} {cells} {missed:>8} {p["invented"]:>8} {p["lesion_voxels"]:>9,}'
         )
     lines.append('-' * len(head))
     for statistic in ('mean', 'median', 'sd'):

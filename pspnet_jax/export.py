@@ -32,7 +32,14 @@ import pspnet_jax
 from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, paths, stablehlo
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError, first_line
+from pspnet_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    PspnetError,
+    first_line,
+    say,
+)
 from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity
 from pspnet_jax.runs import abstract_variables, open_run
@@ -265,7 +272,7 @@ def export_checkpoint(
                 folder.rmdir()
         raise
     if metadata['left_out']:
-        print(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')
+        say(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')
     return target
 
 
@@ -463,7 +470,7 @@ def main() -> None:
         size=(height, width),
         crf=options.crf,
     )
-    print(f'written to {path}')
+    say(f'written to {path}')
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ Arrays in, arrays out, on the host. What a number is a mean over (volume, slice,
 pooled pixels) is decided, and named, by whoever adds the counts up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,23 @@ def ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest connected component (corners connect) of a boolean array, any rank."""
-    labels, n = ndimage.label(mask, ndimage.generate_binary_structure(mask.ndim, mask.ndim))
-    if n <= 1:
+    return components(mask, lambda sizes: np.arange(len(sizes)) == sizes.argmax())
+
+
+def components(mask: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The connected components (corners connect) of a boolean array, any rank, that `keep` says
+    of their sizes.
+    """
+    boxes = ndimage.find_objects(mask.astype(np.uint8))
+    if not boxes:
         return mask
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return labels == sizes.argmax()
+    (box,) = boxes  # all that there is: often a small part
+    corners = ndimage.generate_binary_structure(mask.ndim, mask.ndim)
+    parts, _ = ndimage.label(mask[box], corners)
+    sizes = sum(np.bincount(rows.ravel(), minlength=parts.max() + 1) for rows in parts)
+    kept = np.zeros_like(mask)
+    kept[box] = np.concatenate([[False], keep(sizes[1:])])[parts]
+    return kept
 
 
 def pooled_iou(counts: np.ndarray, ignore_label: int = 255) -> dict[str, Any]:

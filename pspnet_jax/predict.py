@@ -72,7 +72,7 @@ from pspnet_jax.data.volumes import (
     measure_intensity,
     normalize,
 )
-from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
+from pspnet_jax.errors import CheckpointError, ConfigError, DataError, NoRoomError, one_line, say
 from pspnet_jax.evaluate import label_options, program_options, views
 from pspnet_jax.runs import open_run
 
@@ -193,7 +193,8 @@ def segment(
     batch_size, options = config.eval.batch_size, label_options(config)
     threshold = options.pop('threshold')
     labels = [np.empty(case.image.shape[:3], np.uint8) for case in cases]
-    probs: list[list[np.ndarray]] = [[None] * len(case.image) for case in cases]
+    shapes = [(*case.image.shape[:3], config.model.num_classes) for case in cases]
+    probs = [np.empty(shape, np.float32) if probabilities else None for shape in shapes]
     by_size = defaultdict(list)
     for c, case in enumerate(cases):
         by_size[case.image.shape[1:]] += [(c, d) for d in range(len(case.image))]
@@ -213,7 +214,7 @@ def segment(
                 if probabilities:
                     probs[c][d] = calibration.temper(prob_HWK, predictor.temperature)
     return [
-        (postprocess.clean(labels_DHW, **options), np.stack(prob) if probabilities else None)
+        (postprocess.clean(labels_DHW, **options), prob)
         for labels_DHW, prob in zip(labels, probs, strict=True)
     ]
 
@@ -345,7 +346,7 @@ def _passed_lines(passed: Mapping[str, Sequence[Path]]) -> list[str]:
     """A line for each reason, with the number of entries and the names of the first."""
     lines = []
     for why, entries in passed.items():
-        names = ', '.join(path.name for path in entries[:3])
+        names = one_line(', '.join(path.name for path in entries[:3]))
         more = f' and {len(entries) - 3} more' if len(entries) > 3 else ''
         lines.append(f'{len(entries)} passed over, {why}: {names}{more}')
     return lines
@@ -551,9 +552,12 @@ def read_cases(
     predictor: Predictor,
     stems: Mapping[Path, Path],
     channels: Mapping[Path, Sequence[Path]] = MappingProxyType({}),
+    save: Sequence[str] = USUAL,
+    later: list[Group] | None = None,
 ) -> tuple[int, list[Case], list[str]]:
     """(number of files, cases, faults). Raises nothing for a file that is bad.
 
+    What there is no room for goes to `later`, where that is given, as others are being worked on.
     `channels` are `stack_channels`'s. Files of a group share an intensity scale, where the run has
     none for all. A case is a file, or the slices of one size whose numbers follow one another.
     """
@@ -565,10 +569,13 @@ def read_cases(
         try:
             if path not in beside or predictor.intensity is None:
                 picture = files.stack([files.read(part) for part in channels.get(path, [path])])
-                _check_memory(picture, predictor.config.model.num_classes)
+                files.check_room(path, _needed(picture, predictor, save))
                 image = as_taken(predictor, picture.image, path)
                 found.append((path, picture, image))
         except DataError as error:
+            if isinstance(error, NoRoomError) and later is not None:
+                later.append(group)
+                return 0, [], []
             faults += [] if path in beside else [str(error)]
     context = None
     if len(found) > 1 and predictor.intensity is None:
@@ -578,7 +585,8 @@ def read_cases(
     for some in _scans([item for item in found if item[0] not in beside], group.numbers):
         paths, pictures, images = zip(*some, strict=True)
         names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
-        cases.append(_case(predictor, np.concatenate(images), context, **names))
+        image = images[0] if len(images) == 1 else np.concatenate(images)
+        cases.append(_case(predictor, image, context, **names))
     return len(group.paths), cases, faults
 
 
@@ -620,15 +628,19 @@ def _decoded_bytes(path: Path) -> int:
         return 0
 
 
-def _check_memory(picture: Picture, num_classes: int) -> None:
-    """One slice at a time is predicted: as float32, with its sums and its probabilities."""
-    _, H, W, C = picture.image.shape
-    needed = 4 * H * W * (C + 3 * num_classes)
-    if needed > files.SMALL and needed > (free := free_memory()):
-        raise DataError(
-            f'{picture.source} of {H} x {W} needs {needed / 2**20:.0f} MB for {num_classes} '
-            f'classes and {free / 2**20:.0f} MB are free: close other programs or cut it up'
-        )
+def _needed(picture: Picture, predictor: Predictor, save: Sequence[str]) -> int:
+    """Bytes beside the picture that predicting it takes, about.
+
+    Of all slices a byte of labels, one of what is written, and where they are asked for the
+    probabilities, the components, and a copy to measure intensities; of one slice at a time images
+    and probabilities.
+    """
+    D, H, W, C = picture.image.shape
+    options = predictor.config.predict
+    each = 2 + 4 * (predictor.intensity is None)
+    each += 4 * (predictor.config.model.num_classes + 1) * ('probability' in save)
+    each += 8 * (options.largest_component or options.min_size > 1)
+    return H * W * (D * each + 4 * (C + 3 * predictor.config.model.num_classes))
 
 
 # From files to files.
@@ -699,29 +711,39 @@ def predict_files(
         for some in groups
     )
     threads = predictor.config.data.threads if flat else 1
-    read = functools.partial(read_cases, predictor=predictor, stems=targets, channels=channels)
+    later = []
+    read = functools.partial(
+        read_cases, predictor=predictor, stems=targets, channels=channels, save=save
+    )
     files.sweep(output)
     begin_manifest(predictor, book, group)
     write = functools.partial(write_results, predictor=predictor, save=save, note_of=note_of)
+    probabilities = 'probability' in save
+    pipelined = functools.partial(read, later=later)
     predicted = _predict_chunks(
-        predictor, in_threads(read, groups, threads), probabilities='probability' in save
+        predictor, in_threads(pipelined, groups, threads), probabilities=probabilities
     )
     with tqdm(total=sum(len(g.paths) for g in groups), unit='file', disable=None) as bar:
         for count, found_faults in in_threads(write, predicted, threads):
             faults += found_faults
             bar.update(count)
+        for some in later:  # by itself, when nothing else takes memory
+            for item in _predict_chunks(predictor, [read(some)], probabilities=probabilities):
+                count, found_faults = write(item)
+                faults += found_faults
+                bar.update(count)
     for path in videos:
         note = note_of[targets[path]]
         try:
             note('begun')
-            print(predict_video(predictor, path, targets[path], save=save))
+            say(str(predict_video(predictor, path, targets[path], save=save)))
             note('done')
         except DataError as error:
             faults.append(str(error))
     faults = hosts.gather(faults)
     if hosts.is_first():
         faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
-        print(f'{", ".join(save)} are in {output}')
+        say(f'{", ".join(save)} are in {output}')
         further = set(there) - set(found)
         print(summary(source, found, done, len(faults), passed, further))
     return faults
@@ -757,7 +779,7 @@ def summary(
         'passed over': over,
     }
     parts = ', '.join(f'{n} {what}' for what, n in counts.items() if n or what == 'predicted')
-    head = f'{total} {things} in {source}{kinds}: {parts}'
+    head = one_line(f'{total} {things} in {source}{kinds}: {parts}')
     return '\n  '.join([head, *_passed_lines(passed)])
 
 
@@ -1047,9 +1069,10 @@ def main() -> None:
             raise ConfigError(f'{output / name}_* is there: give another --output, or --overwrite')
         predictor = load(workdirs, options.checkpoint, changes)
         camera = int(options.input)
-        print(
-            predict_video(predictor, camera, output / name, save=options.save, limit=options.frames)
+        done = predict_video(
+            predictor, camera, output / name, save=options.save, limit=options.frames
         )
+        say(str(done))
         return
     faults = predict_files(
         workdirs,

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import resource
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -790,7 +791,7 @@ def test_pictures_of_one_patient_that_do_not_fit_the_memory_are_refused(
     root = save_scenes(tmp_path, ['a_1', 'a_2', 'b_1'], [1.0, 1.0, 1.0])
     monkeypatch.setattr(files, 'SMALL', 0)
     monkeypatch.setattr(predict, 'free_memory', lambda: 4 * 48 * 48 - 1)
-    monkeypatch.setattr(predict, '_check_memory', lambda *_: None)
+    monkeypatch.setattr(files, 'free_memory', lambda: 2**30)
     faults = predict.predict_files(
         bright_run(), root / 'images', tmp_path / 'out', save=['mask'], group=NUMBERED
     )
@@ -856,3 +857,75 @@ def test_a_run_on_12_bits_by_weights_keeps_their_range_and_takes_no_others(tmp_p
         noise(root / 'images' / f'p{n}.png', (48, 48))
     with pytest.raises(DataError, match=r'3 of 8 patients have images of 8 bits \(p'):
         train.train_and_evaluate(config, str(tmp_path / 'mixed'))
+
+
+def a_ct(path, shape=(96, 96, 40), kind=np.int16):
+    nibabel = pytest.importorskip('nibabel', reason='NIfTI is read by nibabel')
+    values = np.random.default_rng(0).integers(-1000, 1500, shape).astype(kind)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    return path
+
+
+def blind(images):
+    """As quick as `bright`, and nothing for a component to be found in but noise."""
+    share = (images.mean(-1) > 0.9).astype(np.float32)
+    return np.stack([1 - share, share], axis=-1)
+
+
+@pytest.mark.parametrize('kind', [np.int16, np.float32, np.uint8])
+@pytest.mark.parametrize(
+    ('changes', 'save', 'most'),
+    [({}, ['mask', 'overlay'], 11), ({'predict.largest_component': True}, ['mask'], 18),
+     ({'predict.min_size': 3}, ['mask'], 18), ({}, ['mask', 'probability'], 22)],
+    ids=['mask', 'largest', 'smallest', 'probability'],
+)  # fmt: skip
+def test_a_volume_takes_no_more_memory_than_is_asked_for(
+    tmp_path, monkeypatch, kind, changes, save, most
+):
+    """A CT of 512 x 512 x 300 in 0.7 GB, where it was 5 GB: 9 bytes a voxel for its mask."""
+    path = a_ct(tmp_path / 'ct.nii.gz', kind=kind)
+    predictor = predict.Predictor(tiny_config(**{'eval.batch_size': 1, **changes}), blind, None, 3)
+    asked, voxels, how = [], 96 * 96 * 40, {'predictor': predictor, 'save': save}
+    monkeypatch.setattr(files, 'check_room', lambda _, needed: asked.append(needed))
+    stems = {path: tmp_path / 'out' / 'ct'}
+    Image.init()
+    tracemalloc.start()
+    try:
+        _, cases, faults = predict.read_cases(predict.Group([path]), stems=stems, **how)
+        assert not faults
+        reading = tracemalloc.get_traced_memory()[1]
+        held = cases[0].pictures[0].image.nbytes
+        tracemalloc.reset_peak()
+        results = predict.segment(predictor, cases, probabilities='probability' in save)
+        predicted = [(case, *result) for case, result in zip(cases, results, strict=True)]
+        note_of = {stem: lambda state: None for stem in stems.values()}
+        predict.write_results((1, predicted, []), note_of=note_of, **how)
+        working = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    little = 2**20  # of tables, of one slice, of what encoders hold
+    assert reading < max(asked[0], held + asked[1]) + little
+    assert working < held + asked[1] + little
+    assert max(reading, working) < most * voxels + little
+
+
+def test_what_does_not_fit_is_refused_before_it_is_read(bright_run, tmp_path, monkeypatch):
+    noise(tmp_path / 'in' / 'a.png', (48, 48))
+    a_ct(tmp_path / 'in' / 'ct.nii.gz')
+    monkeypatch.setattr(files, 'SMALL', 2**18)
+    monkeypatch.setattr(files, 'free_memory', lambda: 2**20)
+    (fault,) = predict.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
+    assert 'ct.nii.gz needs 3 MB and 1 MB are free: close other programs or cut it up' in fault
+    assert written(tmp_path / 'out') == {'a_mask.png'}
+
+
+def test_what_does_not_fit_beside_others_is_done_by_itself(bright_run, tmp_path, monkeypatch):
+    (tmp_path / 'in').mkdir()
+    for name in 'abc':
+        a_ct(tmp_path / 'in' / f'{name}.nii.gz', (16, 16, 4))
+    free = iter([0, 2**30, 0])  # of a, b and c while others are in work; then there is room
+    monkeypatch.setattr(files, 'SMALL', 0)
+    monkeypatch.setattr(files, 'free_memory', lambda: next(free, 2**30))
+    workdir, out = bright_run(), tmp_path / 'out'
+    assert predict.predict_files(workdir, tmp_path / 'in', out, save=['mask']) == []
+    assert written(out) == {f'{name}_mask.nii.gz' for name in 'abc'}

@@ -287,3 +287,32 @@ def test_pixels_of_lesion_are_none_of_background_and_none_of_the_ignored():
     mask = np.array([[0, 1, 2, 2, 255]])
     assert volumes.lesion_pixels(mask) == 3
     assert volumes.lesion_pixels(mask, 2) == 2
+
+
+def by_sorting(image):
+    """`measure_intensity` as its words have it, channel by channel in float64."""
+    values = image.reshape(-1, image.shape[-1]).astype(np.float64)
+    low, high = np.percentile(values, (10, 99), axis=0)
+    clipped = np.clip(values, low, high)
+    std = clipped.std(axis=0)
+    return np.stack([low, high, clipped.mean(axis=0), np.where(std > 1e-6, std, 1.0)])
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize('shape', [(5, 33, 47, 3), (1, 1, 1, 1), (1, 1, 7, 2), (3, 700, 600, 1)])
+def test_intensity_is_the_same_whether_values_are_counted_or_sorted(rng, kind, shape):
+    image = rng.gamma(2, 40, shape) * (rng.random(shape) < 0.7)
+    image = (image if kind == np.uint8 else 90 * image - 700 * (kind == np.float32)).astype(kind)
+    image[..., -1:] = image[..., -1:] if shape[-1] < 2 else 7  # a constant channel
+    measured = volumes.measure_intensity(image)
+    assert measured.dtype == np.float32
+    np.testing.assert_allclose(measured, by_sorting(image), rtol=2e-6, atol=1e-6)
+
+
+def test_grey_as_three_channels_takes_no_more_memory(rng):
+    grey = rng.integers(0, 4000, (4, 30, 30, 1)).astype(np.uint16)
+    image = volumes.fit_channels(grey, 3, 'x')
+    assert np.shares_memory(image, grey)
+    np.testing.assert_array_equal(
+        volumes.measure_intensity(image), volumes.measure_intensity(np.repeat(grey, 3, axis=-1))
+    )

@@ -21,7 +21,7 @@ from pspnet_jax import cli, visualize
 from pspnet_jax.config import validate
 from pspnet_jax.data import files, sources, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.errors import ConfigError, DataError, say
 
 THUMB = 16  # pixels a side of what is compared
 ALIKE = 0.999  # correlation of two thumbnails from which they are the same picture
@@ -149,7 +149,7 @@ def check(config, out: str | Path) -> None:
     sheet = contact_sheet(train, config.augment.to_dict(), config.seed, config.loss.ignore_label)
     with files.writing(path) as aside:
         Image.fromarray(sheet).save(aside, 'png')
-    print(f'written to {path}')
+    say(f'written to {path}')
 
     faults = _missing(pixels, config.model.num_classes)
     if normalize_by_weights(config):

@@ -35,7 +35,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pspnet_jax.data import tiff
 from pspnet_jax.data.volumes import free_memory
-from pspnet_jax.errors import DataError, first_line, not_written
+from pspnet_jax.errors import DataError, NoRoomError, first_line, not_written
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def stack(pictures: Sequence[Picture]) -> Picture:
         _check_same_grid(other, first)
     size = sum(picture.image.size for picture in pictures)
     dtype = np.result_type(*(picture.image.dtype for picture in pictures))
-    _check_size(first.source, (size,), dtype)
+    _check_size(first.source, (size,), dtype.itemsize)
     image = np.concatenate([picture.image for picture in pictures], axis=-1, dtype=dtype)
     return first._replace(image=image)
 
@@ -463,7 +463,7 @@ def _by_tifffile(path: Path, why: str, labels: bool) -> np.ndarray:
             raise DataError(f'{path} has OME planes in other files, or damaged: export it as one')
         if any(not series.keyframe.is_reduced for series in others):
             raise DataError(f'{path} holds {1 + len(others)} images: save each as a file')
-        _check_size(path, first.shape, first.dtype)
+        _check_size(path, first.shape, first.dtype.itemsize)
         size = math.prod(first.shape)
         if size > max(SMALL, PICTURE_RATIO * path.stat().st_size):
             words = ' x '.join(map(str, first.shape))
@@ -489,7 +489,7 @@ def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int)
     bytes that hold them, before they are decoded.
     """
     size = (pictures, *picture.size[::-1], len(picture.getbands()))
-    _check_size(path, size, _dtype_of(picture))
+    _check_size(path, size, _dtype_of(picture).itemsize)
     if max(picture.size) > MAX_SIDE:
         words = ' x '.join(map(str, picture.size[::-1]))
         raise DataError(f'{path} is {words}, the limit is {MAX_SIDE} pixels a side: cut it up')
@@ -678,7 +678,7 @@ def _load_array(path: Path, labels: bool) -> Picture:
     with _reading(path, 'array'):
         # Mapped, so that a shape that the file is too short for is refused and not allocated.
         mapped = np.lib.format.open_memmap(path, mode='r')
-        _check_size(path, mapped.shape, mapped.dtype)
+        _check_size(path, mapped.shape, mapped.dtype.itemsize)
         values = np.array(mapped)
     if values.ndim == 2:
         values = values[None, ..., None]
@@ -701,7 +701,7 @@ def _load_nifti(path: Path, labels: bool) -> Picture:
             raise DataError(
                 f'{path} has the dimensions {shape}: 3, or 4 with the channels last, are read'
             )
-        _check_size(path, shape, dtype if dtype.itemsize < 4 else np.dtype(np.float32))
+        _check_size(path, shape, 2 * dtype.itemsize + 4)  # as stored, turned, and as a number
         stored = path.stat().st_size * (GZIP_RATIO if _starts_gzip(path) else 1)
         if stored < int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise DataError(f'{path} is shorter than its dimensions {shape} say: copy it again')
@@ -766,10 +766,10 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
     for d, i in enumerate(order):
         path, header = slices[i]
         with _reading(path, 'DICOM file'):
-            size = (len(slices), header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
-            _check_size(path, size, np.dtype(np.float32))
-            if math.prod(size[1:]) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
-                raise DataError(f'{path} is too short for its {size[1:]} values: copy it again')
+            size = (header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
+            _check_size(path, (len(slices) if image is None else 1, *size), 8)  # stored, turned
+            if math.prod(size) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
+                raise DataError(f'{path} is too short for its {size} values: copy it again')
             pixels = _dicom_pixels(path, pydicom, labels)
             if image is None:
                 image = np.empty((len(slices), *pixels.shape), pixels.dtype)
@@ -1049,8 +1049,8 @@ def _check_not_empty(values: np.ndarray, path: str | Path) -> None:
         raise DataError(f'{path} has no pixel (its shape is {values.shape}): make it again')
 
 
-def _check_size(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
-    """Raise DataError for what is too much to hold, before it is allocated."""
+def _check_size(path: Path, shape: Sequence[int], each: int) -> None:
+    """Raise DataError for what is too much to hold, at `each` bytes a value, before it is read."""
     words = ' x '.join(map(str, shape))
     if any(int(n) < 1 for n in shape):
         raise DataError(f'{path} says its size is {words}, which is no size: copy it again')
@@ -1059,10 +1059,14 @@ def _check_size(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
         raise DataError(
             f'{path} says its size is {words}, the limit is {MAX_VALUES} values: cut it up'
         )
-    size = values * dtype.itemsize
-    if size > SMALL and size > (free := free_memory()):
-        raise DataError(
-            f'{path} needs {size / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: '
+    check_room(path, values * each)
+
+
+def check_room(path: object, needed: int) -> None:
+    """Raise NoRoomError for what needs more bytes than are free."""
+    if needed > SMALL and needed > (free := free_memory()):
+        raise NoRoomError(
+            f'{path} needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: '
             'close other programs or cut it up'
         )
 
@@ -1077,6 +1081,8 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except MemoryError as error:
+        raise NoRoomError(f'{path} needs more memory than is free: cut it up') from error
     except Exception as error:
         remedy = 'copy it again'
         if isinstance(error, UnidentifiedImageError) and os.path.getsize(path):

@@ -36,7 +36,7 @@ from pspnet_jax.data.annotations import (
     some,
 )
 from pspnet_jax.data.outlines import MAX_PIXELS, MAX_SIDE, Shape, check_shapes, rasterize
-from pspnet_jax.errors import ConfigError, DataError, first_line
+from pspnet_jax.errors import ConfigError, DataError, first_line, say
 
 __all__ = [
     'Annotations',
@@ -281,8 +281,9 @@ def main() -> None:
         attribute=options.attribute,
         line_width=options.line_width,
     )
-    print('\n'.join(notes))
-    print(f'masks are in {options.out}')
+    for note in notes:
+        say(note)
+    say(f'masks are in {options.out}')
 
 
 if __name__ == '__main__':
