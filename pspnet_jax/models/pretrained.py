@@ -12,10 +12,7 @@ here; any difference is an error that lists both sides.
 """
 
 import collections
-import io
 import math
-import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -26,6 +23,7 @@ import flax
 import numpy as np
 
 from pspnet_jax.errors import PretrainedError, first_line
+from pspnet_jax.models import torch_file
 from pspnet_jax.models.published import (
     IMAGENET,
     NETWORKS,
@@ -137,45 +135,7 @@ def _read_npz(path: Path) -> Arrays:
 
 
 def _read_torch(path: Path) -> Arrays:
-    """A state dict, or one under 'state_dict' or 'model', of PyTorch's own format."""
-    import torch
-
-    if zipfile.is_zipfile(path):
-        check_archive(path)
-        file = path
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith('.pkl'):
-                    _check_pickles(io.BytesIO(archive.read(name)), 1)
-    else:  # the format before 2020; in memory a read gives what is there, not what is claimed
-        file = io.BytesIO(path.read_bytes())
-        _check_pickles(file, 5)
-        file.seek(0)
-    try:
-        tree = torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:  # whose words say how to run it all the same
-        raise PretrainedError(
-            f'{path} is not a readable weight file: it is damaged, or holds more than arrays, '
-            'which is never run: save model.state_dict()'
-        ) from error
-    for key in ('state_dict', 'model'):
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            tree = tree[key]
-    if not isinstance(tree, Mapping) or not all(map(torch.is_tensor, tree.values())):
-        raise PretrainedError(f'{path} holds no state dict: save model.state_dict()')
-    # One number in the file can stand for any shape, by strides of 0.
-    check_size(path, sum(4 * tensor.numel() for tensor in tree.values()))
-    return {name: tensor.float().numpy() for name, tensor in tree.items()}
-
-
-def _check_pickles(file: io.BytesIO, count: int) -> None:
-    """ValueError for a long name of code, which is looked at and not run: PyTorch would refuse it
-    too, but by an expression that takes hours for it.
-    """
-    for _ in range(count):
-        for code, argument, _ in pickletools.genops(file):
-            if code.name in ('GLOBAL', 'INST') and len(argument) > 200:
-                raise ValueError('it names code: save model.state_dict()')
+    return torch_file.read(path, check_size)
 
 
 def _read_h5(path: Path) -> Arrays:
