@@ -617,6 +617,8 @@ def to_torch(variables: Mapping[str, Any], source: Source) -> Arrays:
         array = np.asarray(array)
         if kind == 'kernel':
             array = array.transpose(3, 2, 0, 1)
+        elif kind == 'var':
+            array = array - np.float32(source.epsilon - 1e-5)
         # safetensors writes memory as it lies, whatever the strides.
         arrays[f'{theirs[module]}.{kinds.get(kind, kind)}'] = np.ascontiguousarray(array)
     return arrays
