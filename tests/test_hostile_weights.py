@@ -197,7 +197,7 @@ def test_these_opcodes_are_a_state_dict(tmp_path, write):
 
 
 HUGE = 2**40
-TIED = b'})q\x00' + b'h\x00h\x00\x86q\x00' * 200  # ((... (), ()), (... (), ())): 2**200 leaves
+TIED = b'}q\x01)q\x00' + b'h\x00h\x00\x86q\x00' * 200 + b'h\x01h\x00'  # 2**200 empty tuples in one
 PICKLES = {
     'shell': (program(named('os', 'system') + group(text('touch x')) + b'R'), "names 'os.system'"),
     'shell by its stack': (
