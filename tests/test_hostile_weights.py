@@ -225,29 +225,29 @@ PICKLES = {
     'text in it': (program(text('x')), 'holds no state dict'),
     'a storage alone': (program(storage()), 'holds no state dict'),
     'itself': (b'\x80\x02}q\x00' + text('model') + b'h\x00s.', 'holds no state dict'),
-    'offset': (program(tensor_of(storage(), 1)), 'outside of its storage'),
-    'stride': (program(tensor_of(storage(), 0, (2, 3), (4, 1))), 'outside of its storage'),
-    'negative offset': (program(tensor_of(storage(), -1)), 'a size that can not be'),
-    'negative stride': (program(tensor_of(storage(), 5, (2, 3), (-3, 1))), 'a size that can not'),
-    'negative shape': (program(tensor_of(storage(), 0, (-2, -3))), 'a size that can not be'),
+    'offset': (program(tensor_of(storage(), 1)), 'outside its storage'),
+    'stride': (program(tensor_of(storage(), 0, (2, 3), (4, 1))), 'outside its storage'),
+    'negative offset': (program(tensor_of(storage(), -1)), 'an impossible size'),
+    'negative stride': (program(tensor_of(storage(), 5, (2, 3), (-3, 1))), 'an impossible size'),
+    'negative shape': (program(tensor_of(storage(), 0, (-2, -3))), 'an impossible size'),
     'shape of text': (
         program(named('torch._utils', '_rebuild_tensor_v2') + group(
             storage(), number(0), group(text('2')), group(number(1))) + b'R'),
-        'a size that can not be',
+        'an impossible size',
     ),
-    'no stride': (program(tensor_of(storage(), 0, (2, 3), (3,))), 'a shape that can not be'),
-    'axes': (program(tensor_of(storage(), 0, (1,) * 60, (1,) * 60)), 'a shape that can not be'),
-    'overflow': (program(tensor_of(storage(), 0, (2**63, 2), (1, 1))), 'a size that can not be'),
+    'no stride': (program(tensor_of(storage(), 0, (2, 3), (3,))), 'an impossible shape'),
+    'axes': (program(tensor_of(storage(), 0, (1,) * 60, (1,) * 60)), 'an impossible shape'),
+    'overflow': (program(tensor_of(storage(), 0, (2**63, 2), (1, 1))), 'an impossible size'),
     'one number for many': (
         program(tensor_of(storage(), 0, (HUGE, HUGE), (0, 0))), 'claims to hold',
     ),
     'many of one number': (
         program(*[tensor_of(storage(), 0, (2**29,), (0,))] * 2), 'claims to hold',
     ),
-    'a long storage': (program(tensor_of(storage(numel=7))), 'not the length'),
-    'a short storage': (program(tensor_of(storage(numel=5), 0, (5,), (1,))), 'not the length'),
-    'a huge storage': (program(tensor_of(storage(numel=HUGE))), 'not the length'),
-    'another type': (program(tensor_of(storage(kind='DoubleStorage'))), 'not the length'),
+    'a long storage': (program(tensor_of(storage(numel=7))), 'longer or shorter'),
+    'a short storage': (program(tensor_of(storage(numel=5), 0, (5,), (1,))), 'longer or shorter'),
+    'a huge storage': (program(tensor_of(storage(numel=HUGE))), 'longer or shorter'),
+    'another type': (program(tensor_of(storage(kind='DoubleStorage'))), 'longer or shorter'),
     'a complex type': (program(tensor_of(storage(kind='ComplexFloatStorage'))), 'never run'),
     'a view of a storage': (program(tensor_of(storage('0', 6, 'FloatStorage', group()))), 'again'),
     'a place outside': (
@@ -278,8 +278,8 @@ STREAMS = {
     'another number': ({'magic': 7}, 'PyTorch did not write it'),
     'big-endian': ({'order': False}, 'a big-endian machine'),
     'no order': ({'order': None}, 'a big-endian machine'),
-    'negative length': ({'count': -1}, 'not the length'),
-    'too long': ({'count': 2**62}, 'not the length'),
+    'negative length': ({'count': -1}, 'longer or shorter'),
+    'too long': ({'count': 2**62}, 'longer or shorter'),
 }
 
 

@@ -292,9 +292,11 @@ def weights_folder() -> Path:
 
 
 def fetch_public(backbone: str, public: Public) -> Path:
-    """The file of a backbone's ImageNet weights: from `weights_folder`, from the package that has
-    it, or from Hugging Face, where it is kept in the cache of huggingface_hub. Its sha256 is that
-    of the table. Raises PretrainedError that says what to install, or which file to put where.
+    """The file with a backbone's ImageNet weights, whose sha256 is the table's.
+
+    It comes from `weights_folder`, from the installed package that has it, or from Hugging Face
+    (kept in the cache of huggingface_hub). Raises PretrainedError that says what to install, or
+    which file to put where.
     """
     place, what = weights_folder() / public.name, f'the ImageNet weights of {backbone}'
     random = "or start from random weights with --config.model.pretrained=''"
@@ -317,7 +319,7 @@ def fetch_public(backbone: str, public: Public) -> Path:
         path = _from_hub(what, public.where, place, random)
     if public.sha256 and (digest := sha256(path)) != public.sha256:
         raise PretrainedError(
-            f'{path} has not {what} as published (sha256 {digest[:8]}..., not '
+            f'{path} does not hold {what} as published (its sha256 is {digest[:8]}..., not '
             f'{public.sha256[:8]}...): {again.format(path.resolve())}'
         )
     return path

@@ -87,7 +87,7 @@ def read(path: Path, check_size: Callable[[Path, int], None]) -> dict[str, np.nd
         else:
             tensors, data = _read_stream(io.BytesIO(path.read_bytes()))
     except (KeyError, IndexError, TypeError) as error:  # of a pickle that does not add up
-        raise ValueError('it is damaged: fetch it again') from error
+        raise ValueError('it is damaged: download it again') from error
     # One number in the file can stand for any shape, by strides of 0.
     check_size(path, sum(4 * math.prod(tensor.shape) for tensor in tensors.values()))
     arrays = {name: tensor.of(data[tensor.storage.key]) for name, tensor in tensors.items()}
@@ -128,12 +128,12 @@ def _read_stream(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, bytes]]:
 
 def _check_order(little: bool) -> None:
     if not little:
-        raise ValueError('it is from a big-endian machine: save it on another one')
+        raise ValueError('it was saved on a big-endian machine: save it on a little-endian one')
 
 
 def _check_length(storage: Storage, data: Mapping[str, bytes]) -> None:
     if len(data[storage.key]) != storage.dtype.itemsize * storage.numel:
-        raise ValueError('a storage has not the length that the file states: fetch it again')
+        raise ValueError('a tensor is longer or shorter than the file states: download it again')
 
 
 def _state_dict(tree: Any) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def _state_dict(tree: Any) -> dict[str, Tensor]:
 
 
 def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
-    """The value of the pickle at the file's position, which is left behind its end.
+    """The value of the pickle at the file's position, and the position moves to its end.
 
     `storages` gets all that it names, by their keys. Raises ValueError, and KeyError, IndexError
     or TypeError where its parts do not fit together.
@@ -239,25 +239,25 @@ def _name(name: str) -> Name:
 
 def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None = None) -> Storage:
     if kind != 'storage' or view is not None:
-        raise ValueError('it keeps a storage in a way that is not known: save it again')
+        raise ValueError('it stores numbers in an unknown way: save model.state_dict() again')
     return Storage(_of(str, key), np.dtype(STORAGES[of.name]), _size(numel))
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Tensor:
     """Raises ValueError for a view that would leave the storage."""
     if len(_of(tuple, shape)) != len(_of(tuple, strides)) or len(shape) > MOST_AXES:
-        raise ValueError('a tensor has a shape that can not be')
+        raise ValueError('a tensor has an impossible shape')
     last = _size(offset)
     for length, stride in zip(shape, strides, strict=True):
         last += (_size(length) - 1) * _size(stride)
     if math.prod(shape) and last >= _of(Storage, storage).numel:
-        raise ValueError('a tensor lies outside of its storage')
+        raise ValueError('a tensor lies outside its storage')
     return Tensor(storage, offset if math.prod(shape) else 0, shape, strides)
 
 
 def _size(number: int) -> int:
     if type(number) is not int or not 0 <= number < 2**48:
-        raise ValueError('a tensor has a size that can not be')
+        raise ValueError('a tensor has an impossible size')
     return number
 
 
