@@ -20,10 +20,12 @@ def get_config(arg: str = '') -> ConfigDict:
     model.class_names = ()  # of all classes, background first; (): as annotations name them
     model.width = 64  # base channels; the networks' own is 64
     model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
-    model.pretrained = ''  # weights of the backbone: a file, or hf:REPO[/FILE]
+    # Weights of the backbone: 'imagenet', a file, or hf:REPO[@REVISION][/FILE]; '': random ones.
+    model.pretrained = ''
     model.stem = 'cycle'  # pretrained RGB filters for other channels: 'cycle' or 'mean'
     # None: what the network's paper has (pspnet_jax/models/__init__.py).
-    model.backbone = placeholder(str)  # vgg16, vgg16_bn, resnet18 .. 152, mobilenet_v2
+    # vgg16, vgg16_bn, resnet18 .. 152, mobilenet_v2, efficientnet_lite0 .. 4
+    model.backbone = placeholder(str)
     model.output_stride = placeholder(int)  # 8, 16, 32, where the network leaves a choice
     model.dropout = placeholder(float)  # before the classifiers
     model.rates = placeholder(tuple)  # dilations of the ASPP
@@ -55,7 +57,7 @@ def get_config(arg: str = '') -> ConfigDict:
     data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient;
     # of slices of a volume "(.+)_(?P<slice>[0-9]+)", or a column slice: else each is by itself
     data.size = ()  # height, width that slices are resized to; (): their own, all the same
-    data.normalize = placeholder(str)  # None: 'weights' with pretrained ones, else 'volume'; by
+    data.normalize = placeholder(str)  # None: 'weights' with a file of them, else 'volume'; by
     # weights, images that are not of 8 bits have their measured range as 0 to 255
     data.split = 'holdout'  # or 'kfold', 'site': the patients of one fold or site are tested
     data.folds = 5  # of 'kfold'; python -m experiments.crossval runs them all

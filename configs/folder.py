@@ -4,7 +4,8 @@
   python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\
       --config.data.group='(.+)_[0-9]+' --config.model.num_classes=3
 
-The argument is a network's name and a recipe of augmentation, as in configs/lgg.py. `python -m
+The argument is a network's name and a recipe of augmentation, as in configs/lgg.py; backbones start
+from ImageNet weights, as there, with --config.model.pretrained='' from random ones. `python -m
 pspnet_jax.data.check` with the same flags says what is wrong with the data before training.
 """
 

@@ -4,6 +4,9 @@
   python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/vgg \\
       --config.data.source=FOLDER --config.model.pretrained=vgg16_imagenet.safetensors
 
+Backbones start from public ImageNet weights (docs/models.md), which are fetched once: without
+network an error names the file and its place. --config.model.pretrained='' is for random weights.
+
 | argument         | network                                                       |
 |------------------|---------------------------------------------------------------|
 | pspnet_resnet50  | the default; also _resnet18, _resnet34, _resnet101, _resnet152 |
@@ -17,7 +20,7 @@ from configs import augmentations, base
 
 
 def choose_network(config, arg: str) -> None:
-    """Set the network and the augmentation that 'NETWORK,RECIPE' names."""
+    """Set the network, its first weights and the augmentation that 'NETWORK,RECIPE' names."""
     name, recipe = augmentations.split_recipe(arg)
     config.augment.update(recipe)
     name = name or 'pspnet_resnet50'
@@ -25,6 +28,7 @@ def choose_network(config, arg: str) -> None:
         config.model.name, config.model.backbone = name.split('_')
     else:
         config.model.name = name
+    config.model.pretrained = 'imagenet'
 
 
 def get_config(arg: str = ''):

@@ -34,7 +34,7 @@ def overrides(argv: list[str]) -> dict[str, str]:
     pairs = (re.fullmatch(r'--?config\.([\w.]+)=(.*)', argument) for argument in argv)
     found = {pair[1]: pair[2] for pair in pairs if pair}
     return {
-        key: f'.../{Path(value).name}' if key in LOCAL_PATHS else value
+        key: f'.../{Path(value).name}' if key in LOCAL_PATHS and '/' in value else value
         for key, value in found.items()
     }
 

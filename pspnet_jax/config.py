@@ -274,7 +274,7 @@ def _contradictions(config: ConfigDict):
         yield 'loss.cross_entropy and loss.dice are both 0: give one a weight'
     if distill.teacher and not taught:
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
-    if train.init_from and model.pretrained:
+    if train.init_from and model.pretrained not in ('', 'imagenet'):
         yield 'train.init_from and model.pretrained both give the first weights: set one'
     if loss.class_weights and len(loss.class_weights) != model.num_classes:
         yield (

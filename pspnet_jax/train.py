@@ -514,9 +514,34 @@ def read_metrics(
     return loss, skipped
 
 
+def pretrained_file(config: ConfigDict) -> Path | None:
+    """The file that `model.pretrained` stands for, fetched if it is not on this machine yet.
+
+    None: the weights are random, or train.init_from's. Raises PretrainedError.
+    """
+    where = config.model.pretrained
+    if not where or config.train.init_from:
+        return None
+    if where != 'imagenet':
+        return pretrained.fetch(where)
+    _, backbone, options = models.resolve(**config.model)
+    if backbone is None:
+        return None  # the network has an encoder of its own
+    public = published.public(backbone, **options)
+    if public is None:
+        logger.warning(
+            'no ImageNet weights are known for %s with model.width=%d and its other options: '
+            'it starts from random ones',
+            backbone,
+            config.model.width,
+        )
+        return None
+    return pretrained.fetch_public(backbone, public)
+
+
 def normalize_by_weights(config: ConfigDict) -> bool:
     """Whether images are normalised as the pretrained weights were fed, not by volume."""
-    own_choice = 'weights' if config.model.pretrained else 'volume'
+    own_choice = 'volume' if config.model.pretrained in ('', 'imagenet') else 'weights'
     return (config.data.normalize or own_choice) == 'weights'
 
 
@@ -574,10 +599,10 @@ def start_or_resume(
         normalization = normalize_as_there(config, theirs)
         for line in f'weights {report}'.splitlines():
             logger.info('%s', line)
-    elif config.model.pretrained:
+    elif path := pretrained_file(config):
         variables, theirs, report = pretrained.load_backbone(
             variables,
-            config.model.pretrained,
+            str(path),
             stem=config.model.stem,
             unit_deviation=normalization is None,
             options=config.model,
@@ -720,6 +745,12 @@ def train_and_evaluate(
             f'{batch_size // jax.device_count()} slices that each device gets of '
             f"train.batch_size={batch_size} under parallel='pmap': change one"
         )
+
+    # A new run needs its first weights: fetched before the data is read, which can take minutes.
+    # Data that is not there is reported first: below.
+    source = config.data.source
+    if not checkpoint.steps(workdir) and (not source or Path(source).expanduser().exists()):
+        pretrained_file(config)
 
     # Data: which patients, and how many of their slices hold a lesion. What annotations call the
     # classes is kept with the run, so that their numbers stay the same in every other file.

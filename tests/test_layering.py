@@ -25,7 +25,8 @@ ALLOWED = {
     'models.dilated': {'models.layers', 'models.backbones', 'models.fcn'},
     'models.deeplab': {'models.layers', 'models.backbones', 'models.fcn'},
     'models.published': set(),
-    'models.pretrained': {'errors', 'models.published'},
+    'models.torch_file': set(),
+    'models.pretrained': {'errors', 'models.published', 'models.torch_file'},
     'models.__init__': {
         'models.backbones',
         'models.deeplab',

@@ -41,6 +41,11 @@ BACKBONE_COUNTS = {  # pyramid, heads and auxiliary of pspnet beside each backbo
     'resnet101': (67_935_300, 67_949_930),
     'resnet152': (83_578_948, 83_593_578),
     'mobilenet_v2': (15_885_572, 15_900_202),
+    'efficientnet_lite0': (17_069_572, 17_084_202),
+    'efficientnet_lite1': (17_834_244, 17_848_874),
+    'efficientnet_lite2': (18_528_068, 18_542_698),
+    'efficientnet_lite3': (20_669_956, 20_684_586),
+    'efficientnet_lite4': (25_534_724, 25_549_354),
 }
 
 
@@ -120,8 +125,9 @@ def test_the_blogs_network_has_the_published_size_and_geometry():
     assert out['logits'].shape == (1, 96, 96, 2)
 
 
-def test_backbone_sizes_are_torchvisions():
-    # torchvision's networks have a classifier of 1000 classes behind the same layers.
+def test_backbone_sizes_are_the_published_ones():
+    # torchvision's networks, and timm's EfficientNets, have a classifier of 1000 classes after the
+    # same layers.
     published = {
         'vgg16': 138_357_544 - 123_642_856,
         'vgg16_bn': 138_365_992 - 123_642_856,
@@ -131,6 +137,11 @@ def test_backbone_sizes_are_torchvisions():
         'resnet101': 44_549_160 - 2_049_000,
         'resnet152': 60_192_808 - 2_049_000,
         'mobilenet_v2': 3_504_872 - 1_281_000,
+        'efficientnet_lite0': 4_652_008 - 1_281_000,
+        'efficientnet_lite1': 5_416_680 - 1_281_000,
+        'efficientnet_lite2': 6_092_072 - 1_281_000,
+        'efficientnet_lite3': 8_197_096 - 1_281_000,
+        'efficientnet_lite4': 13_006_568 - 1_281_000,
     }
     assert set(published) == set(backbones.BACKBONES)
     for name, expected in published.items():
@@ -149,7 +160,7 @@ class Backbone(nn.Module):
         return backbones.create(self.name_of, width=8, **self.options)(x)
 
 
-@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'mobilenet_v2'])
+@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'mobilenet_v2', 'efficientnet_lite0'])
 @pytest.mark.parametrize('stride', [8, 16])
 def test_dilated_equals_strided_on_the_sub_grid(backbone, stride):
     """A dilated network computes at each of its cells what the strided one computes at its own."""
@@ -265,7 +276,7 @@ def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2'])
+@pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2', 'efficientnet_lite0'])
 def test_every_kind_of_backbone_under_every_decoder(backbone):
     image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
     for name in models.MODELS:
