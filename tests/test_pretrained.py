@@ -459,7 +459,7 @@ def test_training_starts_from_the_file_that_imagenet_stands_for(
     config = lgg.get_config('vgg_pspnet')
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    state, _, inputs, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path))
     kernel = state.params['backbone']['conv3_2']['kernel']
     expected = arrays['features.12.weight'].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(kernel, expected)
