@@ -86,8 +86,17 @@ def get_config(arg: str = '') -> ConfigDict:
     config.loss = loss = ConfigDict()
     loss.cross_entropy = 1.0  # weight in the sum
     loss.dice = 1.0  # weight in the sum
+    loss.focal = 0.0  # weight in the sum; as of those below, 0: not computed
+    loss.focal_gamma = 2.0  # how little sure pixels count; Lin 2017 found 2 best
+    loss.tversky = 0.0  # weight in the sum, in place of dice
+    loss.tversky_alpha = 0.3  # cost of false positives
+    loss.tversky_beta = 0.7  # of false negatives; both 0.5: dice. Salehi 2017 found these best
+    loss.lovasz = 0.0  # weight in the sum; Berman 2018 fine-tunes with it
+    loss.top_k = 0.0  # weight in the sum: cross-entropy of the hardest pixels
+    loss.top_k_share = 0.1  # of the batch's pixels that are the hardest; nnU-Net's 10 %
+    loss.boundary = 0.0  # weight in the sum, beside dice: Kervadec 2019 starts at 0.01
     loss.aux = 0.4  # weight of the auxiliary head's loss (paper, section 3.3)
-    loss.class_weights = ()  # of the cross-entropy; (): all 1
+    loss.class_weights = ()  # of cross_entropy, focal and top_k; (): all 1
     loss.ignore_label = 255
 
     config.optim = optim = ConfigDict()

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pspnet_jax import models
+from pspnet_jax import losses, models
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
 
@@ -88,6 +88,7 @@ _NAME: Rule = (
     (lambda x: isinstance(x, str) and len(x) <= 200 and x.isprintable()),
     'a text of at most 200 characters, in one line',
 )
+_SHARE: Rule = (lambda x: _is_number(x) and 0 < x <= 1), 'a number above 0, at most 1'
 _POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
 _SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 
@@ -162,6 +163,15 @@ RULES: dict[str, Rule] = {
     'augment.noise': _number(0),
     'loss.cross_entropy': _number(0),
     'loss.dice': _number(0),
+    'loss.focal': _number(0),
+    'loss.focal_gamma': _number(0),
+    'loss.tversky': _number(0),
+    'loss.tversky_alpha': _POSITIVE,
+    'loss.tversky_beta': _POSITIVE,
+    'loss.lovasz': _number(0),
+    'loss.top_k': _number(0),
+    'loss.top_k_share': _SHARE,
+    'loss.boundary': _number(0),
     'loss.aux': _number(0),
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
@@ -249,8 +259,9 @@ def _contradictions(config: ConfigDict):
     """Values that are each allowed but not together."""
     model, loss, train, distill = config.model, config.loss, config.train, config.distill
     taught = bool(distill.teacher and (distill.weight or distill.pairwise))
-    if not loss.cross_entropy and not loss.dice and not taught:
-        yield 'loss.cross_entropy and loss.dice are both 0: give one a weight'
+    if not any(loss[name] for name in losses.TERMS) and not taught:
+        weights = ', '.join(f'loss.{name}' for name in losses.TERMS)
+        yield f'{weights} are all 0: give one a weight, such as --config.loss.dice=1'
     if distill.teacher and not taught:
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
     if train.init_from and model.pretrained:

@@ -99,29 +99,27 @@ def segmentation_loss(
     out: dict[str, jax.Array],
     labels_BHW: jax.Array,
     *,
-    cross_entropy: float,
-    dice: float,
     aux: float,
-    class_weights: tuple[float, ...],
     ignore_label: int,
     axis_name: str | None,
+    **knobs: Any,
 ) -> jax.Array:
-    """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
+    """The sum of `losses.TERMS`, and `aux` times the same for every other output.
 
+    `knobs` are the rest of the config's section `loss`: each term's weight, at 0 of which it is
+    not computed, and what the terms read.
     Logits at 1/s of the labels' size meet every s-th label: labels are never resized.
     """
 
     def one_head(logits_BhwK):
         (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
         labels_Bhw = labels_BHW[:, :: H // h, :: W // w]
-        options = {'ignore_label': ignore_label, 'axis_name': axis_name}
+        shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
-        if cross_entropy:
-            total += cross_entropy * losses.cross_entropy(
-                logits_BhwK, labels_Bhw, class_weights=class_weights, **options
-            )
-        if dice:
-            total += dice * losses.soft_dice(logits_BhwK, labels_Bhw, **options)
+        for name, (loss, own) in losses.TERMS.items():
+            if knobs[name]:
+                options = {argument: knobs[knob] for argument, knob in own.items()}
+                total += knobs[name] * loss(logits_BhwK, labels_Bhw, **options, **shared)
         return total
 
     total = one_head(out['logits'])

@@ -61,7 +61,7 @@ ALLOWED = {
     'calibration': {'data.files', 'errors'},
     'report': {'chart', 'data.files', 'data.volumes', 'log', 'visualize'},
     'checkpoint': {'errors', 'hosts'},
-    'config': {'errors', 'models', 'models.backbones'},
+    'config': {'errors', 'losses', 'models', 'models.backbones'},
     'transfer': {'checkpoint', 'errors', 'evaluate', 'models.pretrained', 'models.published'},
     'compilation': set(),
     'devices': {'errors'},
