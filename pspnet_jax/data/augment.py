@@ -7,6 +7,8 @@ image's own minimum and, in the mask, the ignore label. Blur, lower resolution a
 intensities come after it, and are the image's alone.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
@@ -106,18 +108,23 @@ def augment(
     return image_HWC, mask_HW
 
 
-def blurred(image_HWC: jax.Array, sigma: jax.Array) -> jax.Array:
-    """By a Gaussian of `sigma` pixels; beyond the border there is nothing, so that near it the
-    weights of what is there are raised to sum to 1.
-    """
+def along_both(image_HWC: jax.Array, matrix: Callable[[int], jax.Array]) -> jax.Array:
+    """`matrix(n)`, n x n, times the columns and then the rows."""
     for axis, n in enumerate(image_HWC.shape[:2]):
+        image_HWC = jnp.tensordot(matrix(n), image_HWC, axes=(1, axis), precision='highest')
+        image_HWC = jnp.moveaxis(image_HWC, 0, axis)
+    return image_HWC
+
+
+def blurred(image_HWC: jax.Array, sigma: jax.Array) -> jax.Array:
+    """By a Gaussian of `sigma` pixels; near the border its weights of what is there sum to 1."""
+
+    def matrix(n):
         apart = jnp.arange(n)[:, None] - jnp.arange(n)[None]
         weights = jnp.exp(-0.5 * (apart / jnp.maximum(sigma, 1e-3)) ** 2)
-        weights = weights / weights.sum(axis=1, keepdims=True)
-        image_HWC = jnp.moveaxis(
-            jnp.tensordot(weights, image_HWC, axes=(1, axis), precision='highest'), 0, axis
-        )
-    return image_HWC
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    return along_both(image_HWC, matrix)
 
 
 def coarse(image_HWC: jax.Array, zoom: jax.Array) -> jax.Array:
@@ -127,17 +134,22 @@ def coarse(image_HWC: jax.Array, zoom: jax.Array) -> jax.Array:
     nnU-Net's SimulateLowResolutionTransform (PyTorch's 'nearest-exact', then 'bilinear').
     Deviation: all channels alike, where it draws a zoom for each of half of them.
     """
-    for axis, n in enumerate(image_HWC.shape[:2]):
+
+    def matrix(n):
         cells = jnp.maximum(jnp.round(zoom * n), 1.0)
         position = jnp.clip((jnp.arange(n) + 0.5) * cells / n - 0.5, 0.0, cells - 1.0)
         low = jnp.floor(position)
+        share = (position - low)[:, None]
 
-        def seen(cell, x=image_HWC, axis=axis, n=n, cells=cells):
-            return jnp.take(x, jnp.floor((cell + 0.5) * n / cells).astype(jnp.int32), axis)
+        def seen(cell):
+            pixel = jnp.floor((cell + 0.5) * n / cells)
+            return pixel[:, None] == jnp.arange(n)[None]
 
-        share = (position - low).reshape((n, 1, 1) if axis == 0 else (1, n, 1))
-        image_HWC = (1.0 - share) * seen(low) + share * seen(jnp.minimum(low + 1.0, cells - 1.0))
-    return image_HWC
+        return jnp.where(seen(low), 1.0 - share, 0.0) + jnp.where(
+            seen(jnp.minimum(low + 1.0, cells - 1.0)), share, 0.0
+        )
+
+    return along_both(image_HWC, matrix)
 
 
 def power(image_HWC: jax.Array, exponent_11C: jax.Array) -> jax.Array:
