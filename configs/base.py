@@ -35,6 +35,7 @@ def get_config(arg: str = '') -> ConfigDict:
     model.same_padding = placeholder(bool)  # of mobilenet_v2: Keras' weights
     model.bins = (1, 2, 3, 6)  # pyramid levels of pspnet
     model.aux_head = True  # of pspnet, fcn, deeplab_v3: second head, training only
+    model.deep_supervision = False  # of unet: heads at strides 2, 4, 8 too, training only
     model.context = 'basic'  # module of dilated: 'basic', 'large', 'none'
     model.scales = (0.5, 0.75, 1.0)  # at which deeplab_v2 reads the image
     model.batch_norm = True  # of unet; the paper has none
@@ -101,7 +102,7 @@ def get_config(arg: str = '') -> ConfigDict:
     loss.top_k = 0.0  # weight in the sum: cross-entropy of the hardest pixels
     loss.top_k_share = 0.1  # of the batch's pixels that are the hardest; nnU-Net's 10 %
     loss.boundary = 0.0  # weight in the sum, beside dice: Kervadec 2019 starts at 0.01
-    loss.aux = 0.4  # weight of the auxiliary head's loss (paper, section 3.3)
+    loss.aux = 0.4  # weight of each auxiliary head's loss (paper, section 3.3)
     loss.class_weights = ()  # of cross_entropy, focal and top_k; (): all 1
     loss.ignore_label = 255
 

@@ -116,6 +116,7 @@ RULES: dict[str, Rule] = {
     'model.same_padding': _or_none(_BOOL),
     'model.bins': _all(_integer(1), least=1, most=16),
     'model.aux_head': _BOOL,
+    'model.deep_supervision': _BOOL,
     'model.fc_features': _or_none(_integer(0)),
     'model.context': _one_of('basic', 'large', 'none'),
     'model.scales': _SCALES,
