@@ -154,10 +154,9 @@ def lovasz_softmax(
     counted_N1 = (labels_N != ignore_label)[:, None]
     true_KN = ((jax.nn.one_hot(labels_N, prob_NK.shape[-1]) > 0) & counted_N1).T
     error_KN = jnp.where(true_KN, 1.0 - prob_NK.T, prob_NK.T)
-    # What is ignored comes last, even after pixels without error.
-    negative_KN = jnp.where(counted_N1.T, -error_KN, 1.0)
+    error_KN = jnp.where(counted_N1.T, error_KN, 0.0)  # ignored: last, where it changes nothing
     negative_KN, true_KN = jax.lax.sort(
-        (negative_KN, true_KN.astype(jnp.int32)), dimension=1, num_keys=1
+        (-error_KN, true_KN.astype(jnp.int32)), dimension=1, num_keys=1
     )
     size_K1, hits_KN = true_KN.sum(1, keepdims=True), jnp.cumsum(true_KN, axis=1)
     union_KN = size_K1 + jnp.cumsum(1 - true_KN, axis=1)
@@ -165,7 +164,7 @@ def lovasz_softmax(
     union_KN, left_KN = union_KN.astype(jnp.float32), (size_K1 - hits_KN).astype(jnp.float32)
     before_KN = jnp.maximum(union_KN - 1.0, 1.0)
     weight_KN = jnp.where(true_KN > 0, 1.0, left_KN / before_KN) / jnp.maximum(union_KN, 1.0)
-    loss_K = (weight_KN * jnp.where(negative_KN > 0, 0.0, -negative_KN)).sum(1)
+    loss_K = -(weight_KN * negative_KN).sum(1)
     present_K = (size_K1[:, 0] > 0).astype(jnp.float32)
     return (present_K * loss_K).sum() / jnp.maximum(present_K.sum(), 1.0)
 

@@ -155,9 +155,8 @@ def lesions(
     where = np.argwhere(pred | true)
     if not len(where):
         return np.zeros(0), np.zeros(0, bool), 0
-    # Only the box around both masks matters, with the room that the dilation takes.
-    low, high = where.min(0) - dilation, where.max(0) + dilation + 1
-    box = tuple(slice(max(a, 0), b) for a, b in zip(low, high, strict=True))
+    # Only the box around both masks matters: dilations that meet outside it meet at its border.
+    box = tuple(slice(a, b + 1) for a, b in zip(where.min(0), where.max(0), strict=True))
     pred, true = pred[box], true[box]
     wide = true
     if dilation:  # SciPy takes 0 for as often as anything changes

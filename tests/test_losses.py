@@ -207,11 +207,31 @@ def test_no_term_sees_ignored_pixels(rng, name):
 
 
 @pytest.mark.parametrize('name', TERMS)
-def test_a_term_of_nothing_is_finite(name):
+def test_a_term_of_nothing_is_0(name):
     labels = jnp.full((1, 3, 3), IGNORE)
     value, grad = jax.value_and_grad(TERMS[name])(jnp.ones((1, 3, 3, 2)), labels)
-    assert jnp.isfinite(value)
+    assert value == 0
     assert (grad == 0).all()
+
+
+def test_each_term_has_its_own_knobs(rng):
+    logits, labels = (jnp.asarray(x) for x in example(rng))
+    knobs = {**KNOBS, 'class_weights': (0.2, 1.0, 3.0)}
+    weights = {'class_weights': (0.2, 1.0, 3.0)}
+    expected = {
+        'cross_entropy': losses.cross_entropy(logits, labels, **weights),
+        'dice': losses.soft_dice(logits, labels),
+        'focal': losses.focal(logits, labels, gamma=2.0, **weights),
+        'tversky': losses.tversky(logits, labels, alpha=0.3, beta=0.7),
+        'lovasz': losses.lovasz_softmax(logits, labels),
+        'top_k': losses.top_k_cross_entropy(logits, labels, share=0.25, **weights),
+        'boundary': losses.boundary(logits, labels),
+    }
+    found = {
+        name: loss(logits, labels, **{argument: knobs[knob] for argument, knob in own.items()})
+        for name, (loss, own) in losses.TERMS.items()
+    }
+    assert found == expected
 
 
 @pytest.mark.parametrize('name', TERMS)
