@@ -216,7 +216,7 @@ def _squared_distance(goal_BHWC: jax.Array) -> jax.Array:
     The two passes of Felzenszwalb and Huttenlocher 2012. Deviation: a minimum is over all
     offsets, H W (H + W) steps without a branch, in place of their lower envelope.
     """
-    far = 4.0 * max(goal_BHWC.shape[1:3]) ** 2  # than any two pixels are apart
+    far = 4.0 * max(goal_BHWC.shape[1:3]) ** 2  # further than any two pixels are apart
     x = jnp.where(goal_BHWC, 0.0, far)
     for axis in (1, 2):
         n = x.shape[axis]
