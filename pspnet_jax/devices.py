@@ -1,4 +1,4 @@
-"""What JAX computes on, and why not on the GPU that the machine has."""
+"""The devices that JAX uses, and why it does not use the GPU."""
 
 import importlib.util
 import os
@@ -30,20 +30,22 @@ def describe() -> str:
 
 
 def idle_gpu(nodes: Sequence[str] = NVIDIA) -> str | None:
-    """What to do about an NVIDIA GPU, whose files are `nodes`, that JAX does not use.
+    """What to do about an NVIDIA GPU that JAX does not use; its device files are `nodes`.
 
-    None where there is no such GPU, or the CPU was asked for.
+    None where there is no such GPU or the user asked for the CPU.
     """
     asked = jax.config.jax_platforms or os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
     if asked or jax.default_backend() != 'cpu' or not any(map(os.path.exists, nodes)):
         return None
     if plugin := next(filter(importlib.util.find_spec, PLUGINS), None):
-        reason = f'{plugin} is installed, but {_refusal()}. See by nvidia-smi whether another '
-        reason += 'program uses the GPU and whether the driver is too old'
+        remedy = (
+            f'{plugin} is installed, but JAX says: {_refusal()}. nvidia-smi shows whether another '
+            'program uses the GPU or the driver is too old'
+        )
     else:
-        reason = f'install what it needs by pip install "jax[cuda13]=={jax.__version__}"'
+        remedy = f'pip install "jax[cuda13]=={jax.__version__}"'
     return (
-        f'this machine has an NVIDIA GPU, and JAX runs on the CPU: {reason}. If you want the CPU, '
+        f'this machine has an NVIDIA GPU but JAX runs on the CPU: {remedy}. If you want the CPU, '
         'set JAX_PLATFORMS=cpu'
     )
 
@@ -54,7 +56,7 @@ def _refusal() -> str:
         jax.devices('cuda')
     except RuntimeError as error:
         return first_line(error).rstrip('.')
-    return 'JAX prefers the CPU'
+    return 'the CPU is preferred'
 
 
 def _processor() -> str:

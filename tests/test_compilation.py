@@ -10,6 +10,7 @@ import pytest
 from pspnet_jax import compilation
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.newest
 SCHEDULE, FUSIONS = 'xla_cpu_scheduler_type', 'xla_cpu_experimental_ynn_fusion_type'
 
 

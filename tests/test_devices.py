@@ -14,6 +14,7 @@ from pspnet_jax import cli, devices
 from pspnet_jax.errors import ConfigError
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.newest
 LINE = r'\d+ devices?: \w+, .+, jax ' + re.escape(jax.__version__)
 
 
@@ -68,7 +69,9 @@ def test_a_gpu_that_its_plugin_cannot_use_is_idle_for_jaxs_reason(monkeypatch, o
     plugin(monkeypatch, 'jax_cuda12_plugin')
     monkeypatch.setattr(jax, 'devices', fail)
     advice = devices.idle_gpu(gpu)
-    assert 'jax_cuda12_plugin is installed, but cuda: no supported devices found. ' in advice
+    assert (
+        'jax_cuda12_plugin is installed, but JAX says: cuda: no supported devices found. ' in advice
+    )
     assert 'pip install' not in advice
 
 
@@ -115,7 +118,7 @@ def test_a_command_on_a_machine_whose_gpu_jax_cannot_use(gpu):
     assert done.returncode == 0, done.stderr
     first, second, *rest = done.stderr.splitlines()
     assert re.fullmatch(rf'I.*\] {LINE}', first)
-    assert re.search(r'^W.*\] this machine has an NVIDIA GPU, and JAX runs on the CPU: ', second)
+    assert re.search(r'^W.*\] this machine has an NVIDIA GPU but JAX runs on the CPU: ', second)
     assert [line.split('] ')[1] for line in rest] == ['what JAX warns of', 'what it warns of']
 
 

@@ -119,6 +119,7 @@ def at_sizes(function, sizes):
     return [np.asarray(exported.call(np.zeros(size, np.float32))) for size in sizes]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('align_corners', [True, False])
 def test_a_resize_matrix_of_symbols_is_that_of_numbers(align_corners):
     sizes = [(1, 4), (5, 1), (3, 17), (9, 4), (60, 473), (473, 60), (128, 2048)]
@@ -127,6 +128,7 @@ def test_a_resize_matrix_of_symbols_is_that_of_numbers(align_corners):
         np.testing.assert_allclose(matrix, resize_matrix(*size), atol=1e-6)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('bins', [1, 3, 6])
 def test_a_pooling_matrix_of_symbols_is_that_of_numbers(bins):
     sizes = [(1, 1), (5, 1), (17, 1), (60, 1)]
@@ -135,6 +137,7 @@ def test_a_pooling_matrix_of_symbols_is_that_of_numbers(bins):
         np.testing.assert_array_equal(matrix, layers.adaptive_pool_matrix(size, bins))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('scale', [0.5, 0.75, 1.25])
 def test_a_scaled_symbol_is_rounded_as_a_number(scale):
     sizes = [(size, 1) for size in range(1, 13)]
@@ -225,6 +228,7 @@ def expected_of(workdir, image):
     return predict(variables, volumes.normalize(image, intensity))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_a_file_read_here_is_the_model(exported, trained, fmt):
     predict, metadata = export.read(exported(fmt))
@@ -271,6 +275,7 @@ np.savez(sys.argv[3], **{name: exported.call(images[name]) for name in images.fi
 """
 
 
+@pytest.mark.newest
 def test_stablehlo_needs_nothing_but_jax(exported, trained, tmp_path):
     shapes = [(1, 40, 48, 3), (3, 65, 33, 3)]
     np.savez(tmp_path / 'in.npz', **{str(i): images(*shape) for i, shape in enumerate(shapes)})

@@ -243,6 +243,7 @@ def test_every_parameter_reaches_the_output(name):
         assert jnp.abs(grad).max() > 0, f'{jax.tree_util.keystr(path)} changes nothing'
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize('name', sorted(set(models.MODELS) - {'vgg_pspnet_blog'}))
 def test_logits_have_the_images_size_in_bfloat16_too(name):
     model = small(name, num_classes=4, dtype='bfloat16')
@@ -255,6 +256,7 @@ def test_logits_have_the_images_size_in_bfloat16_too(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.newest
 def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
     model = small('vgg_pspnet_blog', num_classes=4, dtype='bfloat16')
     image = jax.random.normal(key(), (1, 75, 97, 5))

@@ -111,6 +111,7 @@ def on_eight_devices(script, flags=''):
     return done.stdout
 
 
+@pytest.mark.newest
 def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
     """With a teacher, whose losses are then of the whole batch too."""
     flags = [flag for flag in os.environ['XLA_FLAGS'].split() if 'emitters' not in flag]
