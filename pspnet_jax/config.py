@@ -232,6 +232,8 @@ RULES: dict[str, Rule] = {
     'eval.batch_size': _integer(1, 4096),
     'eval.spacing': _all(_POSITIVE, length=3),
     'eval.surface_tolerance': _number(0),
+    'eval.lesion_dilation': _integer(0, 100),
+    'eval.lesion_smallest': _number(0),
     'eval.calibration_bins': _integer(2, 1000),
     'eval.bootstrap': _integer(1, 10**6),
     'eval.checkpoint': (_NAME[0], "'best', 'last' or a step"),

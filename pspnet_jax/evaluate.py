@@ -109,6 +109,10 @@ def evaluate_options(config) -> dict[str, Any]:
         'ignore_label': config.loss.ignore_label,
         'spacing': config.eval.spacing,
         'surface_tolerance': config.eval.surface_tolerance,
+        'lesion_options': {
+            'dilation': config.eval.lesion_dilation,
+            'smallest': config.eval.lesion_smallest,
+        },
         'calibration_bins': config.eval.calibration_bins,
         'bootstrap': config.eval.bootstrap,
     }
@@ -124,6 +128,7 @@ def evaluate_volumes(
     ignore_label: int,
     spacing: tuple[float, float, float],
     surface_tolerance: float,
+    lesion_options: Mapping[str, Any],
     calibration_bins: int,
     bootstrap: int,
     temperature: float = 1.0,
@@ -137,7 +142,8 @@ def evaluate_volumes(
     1..K-1. Distances are in mm where a volume has its spacing, else in `spacing`'s unit.
     Undefined figures are None, and `n` says over how many patients a mean is.
     Calibration is of the probability of any class but 0, over all counted voxels.
-    `label_options` are further ones of `predict_foreground`.
+    `label_options` are further ones of `predict_foreground`, `lesion_options` those of
+    `metrics.lesions`.
     `each(volume, labels_DHW)` is called with every prediction. On several hosts `data` are
     this one's volumes and `order` the patients of all, and the figures are of all. Raises
     DataError for labels outside 0..K-1, and when there is no volume.
@@ -172,6 +178,7 @@ def evaluate_volumes(
             ignore_label,
             volume.spacing or spacing,
             surface_tolerance,
+            lesion_options,
         )
         in_mm = volume.spacing is not None
         rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist(), in_mm])
@@ -187,7 +194,8 @@ def evaluate_volumes(
     if not calibrated.any():
         raise DataError(f'every voxel is labelled {ignore_label}, to be ignored: nothing to score')
     names = (
-        'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'assd', 'surface_dice'
+        'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'assd', 'surface_dice',
+        'lesion_dice', 'lesion_f1',
     )  # fmt: skip
     pooled, empty = np.sum(per_slice, axis=0), np.sum(per_slice_empty, axis=0)
     steps = f'steps of (slice, row, column) = {tuple(spacing)}'
@@ -197,6 +205,10 @@ def evaluate_volumes(
         'summary': {name: _over_patients(patients, name, bootstrap) for name in names}
         | {
             'per_slice_dice_empty_is_1': _slice_dice(per_slice),
+            'lesions': {
+                what: sum(p[f'lesions_{what}'] for p in patients)
+                for what in ('found', 'missed', 'false')
+            },
             'pooled': _structures(metrics.ratios(pooled)),
             'pooled_pixel_accuracy': _accuracy(pooled),
             **metrics.pooled_iou(pooled),
@@ -223,6 +235,7 @@ def evaluate_volumes(
             'hd95_unit': 'mm' if all(in_mm) else steps,
             'spacing': list(spacing),
             'surface_tolerance': surface_tolerance,
+            'lesion_options': dict(lesion_options),
         },
     }
 
@@ -248,24 +261,30 @@ def _check_labels(volume: Volume, num_classes: int, ignore_label: int) -> None:
 
 
 def _patient_row(
-    pred, volume, num_classes, ignore_label, spacing, surface_tolerance
+    pred, volume, num_classes, ignore_label, spacing, surface_tolerance, lesion_options
 ) -> dict[str, Any]:
     """One patient's figures, means over the structures."""
-    largest, surfaces = np.zeros_like(pred), []
+    largest, surfaces, lesions = np.zeros_like(pred), [], []
     counted = volume.mask != ignore_label
     for label in range(1, num_classes):
         largest[metrics.largest_component(pred == label)] = label
-        distances = metrics.surface_distances(
-            (pred == label) & counted, volume.mask == label, spacing
-        )
+        masks = (pred == label) & counted, volume.mask == label
+        lesions.append(metrics.lesions(*masks, spacing, **lesion_options))
+        distances = metrics.surface_distances(*masks, spacing)
         surfaces.append(metrics.surface_ratios(distances, surface_tolerance))
     count = metrics.counts(pred, volume.mask, num_classes, ignore_label)
     largest_count = metrics.counts(largest, volume.mask, num_classes, ignore_label)
+    by_lesion = [metrics.lesion_ratios(counted) for counted in lesions]
+    hits = [int(found.sum()) for _, found, _ in lesions]
     return {
         'patient': volume.patient,
         **_structures(metrics.ratios(count)),
         'dice_largest': _structures(metrics.ratios(largest_count))['dice'],
         **{name: _mean([ratios[name] for ratios in surfaces]) for name in surfaces[0]},
+        **{name: _mean([ratios[name] for ratios in by_lesion]) for name in by_lesion[0]},
+        'lesions_found': sum(hits),
+        'lesions_missed': sum(len(found) for _, found, _ in lesions) - sum(hits),
+        'lesions_false': sum(false for _, _, false in lesions),
         'slices': len(pred),
         'lesion_voxels': int(count[1:, [0, 2]].sum()),
         'predicted_voxels': int(count[1:, [0, 1]].sum()),
@@ -538,6 +557,9 @@ def table(result: dict[str, Any]) -> str:
         f'ASSD {cell(summary["assd"]["mean"])} over {summary["assd"]["n"]}; surface Dice within '
         f'{result["data"]["surface_tolerance"]:g} {cell(summary["surface_dice"]["mean"])} over '
         f'{summary["surface_dice"]["n"]}',
+        f'lesion-wise as in BraTS 2023: Dice {cell(summary["lesion_dice"]["mean"])}, detection F1 '
+        f'{cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; '
+        f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}',
         f'pooled: frequency_weighted_IU {cell(summary["frequency_weighted_IU"])}, mean_IU '
         f'{cell(summary["mean_IU"])}, class_wise_IU '
         f'{" ".join(cell(value) for value in summary["class_wise_IU"])}',

@@ -230,7 +230,7 @@ def _squared_distance(goal_BHWC: jax.Array) -> jax.Array:
             )
             return jnp.minimum(best, jnp.minimum(left, right) + jnp.float32(offset) ** 2)
 
-        x = jax.lax.fori_loop(1, n, nearer, x)
+        x = jax.lax.fori_loop(1, n, nearer, x, unroll=4)  # 4 offsets in a kernel
     return x
 
 

@@ -139,8 +139,8 @@ def lesions(
     true: np.ndarray,
     spacing: Sequence[float],
     *,
-    dilation: int = 3,
-    smallest: float = 50.0,
+    dilation: int,
+    smallest: float,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """(Dice of each lesion of `true`, whether it was found, how many of `pred` meet none).
 
@@ -149,8 +149,9 @@ def lesions(
     Lesions of `true` that meet so after `dilation` steps, each to the 18 neighbours by faces and
     edges, are one. One is found if its dilation meets a predicted lesion, and its Dice is with
     all that do, whole: a predicted lesion may serve several. Lesions of at most `smallest`, in
-    cubes of spacing's unit, are left out, and what meets them too. The defaults are those of
-    gliomas, at 1 mm; metastases have 1 and 2.
+    cubes of spacing's unit, are left out, and a predicted lesion that meets only these is not
+    false. The challenge has `dilation` 3 and `smallest` 50 for gliomas, 1 and 50 for meningiomas,
+    1 and 2 for metastases.
     """
     where = np.argwhere(pred | true)
     if not len(where):
@@ -183,16 +184,16 @@ def lesion_ratios(counted: tuple[np.ndarray, np.ndarray, int]) -> dict[str, floa
     """`lesions` -> lesion_dice, lesion_f1; NaN without a lesion in either mask.
 
     lesion_dice is the mean over the lesions of the truth, where one that is missed has 0, and over
-    the predicted ones that meet none, which have 0 too. lesion_f1 counts found, missed and
-    invented lesions. Deviation: BraTS has 1 where there are none.
+    the predicted ones that meet none, which have 0 too. lesion_f1 is 2 TP / (2 TP + FN + FP) of
+    found, missed and false lesions. Deviation: BraTS has 1 where there are none.
     """
-    dice, found, invented = counted
-    if not len(dice) + invented:
+    dice, found, false_lesions = counted
+    if not len(dice) + false_lesions:
         return {'lesion_dice': float('nan'), 'lesion_f1': float('nan')}
     hits = int(found.sum())
     return {
-        'lesion_dice': float(dice.sum() / (len(dice) + invented)),
-        'lesion_f1': 2 * hits / (hits + len(found) + invented),
+        'lesion_dice': float(dice.sum() / (len(dice) + false_lesions)),
+        'lesion_f1': 2 * hits / (hits + len(found) + false_lesions),
     }
 
 

@@ -33,6 +33,8 @@ FIGURES = {
     'sensitivity': 'Sensitivity',
     'precision': 'Precision',
     'surface_dice': 'Surface Dice',
+    'lesion_dice': 'Lesion Dice',
+    'lesion_f1': 'Lesion F1',
     'hd95': 'HD95',
     'assd': 'ASSD',
 }
@@ -323,6 +325,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _summary(result) -> list[str]:
     summary, baseline, data = result['summary'], result['baseline'], result['data']
+    lesion_options = data['lesion_options']
     rows = []
     for name, words in FIGURES.items():
         digits, figures = _digits(name), summary[name]
@@ -360,6 +363,10 @@ def _summary(result) -> list[str]:
         _table('Means over patients', head, rows),
         f'<p>HD95 and ASSD in {html.escape(data["hd95_unit"])}; surface Dice within '
         f'{data["surface_tolerance"]:g} of that unit.</p>',
+        '<p>Lesion Dice and detection F1 as in BraTS 2023: true lesions that meet after '
+        f'{lesion_options["dilation"]} steps of dilation count as one, and those of at most '
+        f'{lesion_options["smallest"]:g} cubic units are left out. Of all lesions '
+        f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}.</p>',
         _table(
             'Against calling everything background',
             ['Figure', 'this run', 'all background'],
