@@ -269,6 +269,7 @@ def test_evaluation_json_has_what_is_promised(trained):
     ):  # fmt: skip
         assert set(written['summary'][name]) == {'mean', 'median', 'sd', 'ci95', 'n'}
         assert name in written['patients'][0]
+    assert written['data']['lesion_options'] == {'dilation': 3, 'smallest': 50.0}
     assert written['checkpoint']['config']['model']['name'] == 'unet_mini'
     names = {path.stem for path in (workdir / 'pictures').iterdir()}
     assert names == {row['patient'] for row in written['patients']}
