@@ -558,7 +558,7 @@ def table(result: dict[str, Any]) -> str:
         f'{result["data"]["surface_tolerance"]:g} {cell(summary["surface_dice"]["mean"])} over '
         f'{summary["surface_dice"]["n"]}',
         f'lesion-wise as in BraTS 2023: Dice {cell(summary["lesion_dice"]["mean"])}, detection F1 '
-        f'{cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; '
+        f'{cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; lesions: '
         f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}',
         f'pooled: frequency_weighted_IU {cell(summary["frequency_weighted_IU"])}, mean_IU '
         f'{cell(summary["mean_IU"])}, class_wise_IU '

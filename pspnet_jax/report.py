@@ -365,7 +365,7 @@ def _summary(result) -> list[str]:
         f'{data["surface_tolerance"]:g} of that unit.</p>',
         '<p>Lesion Dice and detection F1 as in BraTS 2023: true lesions that meet after '
         f'{lesion_options["dilation"]} steps of dilation count as one, and those of at most '
-        f'{lesion_options["smallest"]:g} cubic units are left out. Of all lesions '
+        f'{lesion_options["smallest"]:g} cubic units are left out. Lesions: '
         f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}.</p>',
         _table(
             'Against calling everything background',

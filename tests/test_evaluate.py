@@ -162,7 +162,7 @@ def test_lesions_are_counted_one_by_one_and_by_class():
     assert result['summary']['lesions'] == {'found': 2, 'missed': 1, 'false': 1}
     assert result['summary']['lesion_f1']['n'] == 1
     assert result['data']['lesion_options'] == OPTIONS['lesion_options']
-    words = 'Dice 0.583, detection F1 0.750 over 1; 2 found, 1 missed, 1 false'
+    words = 'Dice 0.583, detection F1 0.750 over 1; lesions: 2 found, 1 missed, 1 false'
     assert words in evaluate.table(result)
     grown = OPTIONS | {'num_classes': 3, 'lesion_options': {'dilation': 4, 'smallest': 2.0}}
     (row, _) = evaluate.evaluate_volumes(hesitant, data, **grown)['patients']
