@@ -1,5 +1,7 @@
 """The calls for scripts: what the commands give, without the commands."""
 
+import dataclasses
+import json
 import re
 import shutil
 
@@ -81,6 +83,32 @@ def test_evaluation_of_folders_is_a_row_a_picture(own, model):
     truth = np.array(Image.open(own / 'masks' / 'p3.png')) > 0
     both, total = (mask.astype(bool) & truth).sum(), mask.sum(dtype=int) + truth.sum()
     assert figures['patients'][3]['dice'] == pytest.approx(2 * both / total)
+
+
+def test_evaluation_tells_which_pictures_it_was_trained_on_and_groups_them(own, model):
+    parts = json.loads((model.workdir / 'splits.json').read_text())
+    figures = model.evaluate(own / 'images', own / 'masks')
+    assert figures['data']['overlap'] == {
+        'train': sorted(parts['train']), 'validation': sorted(parts['validation']), 'same_name': []
+    }  # fmt: skip
+    figures = model.evaluate(own / 'images', own / 'masks', group='(p)')
+    names = [row['patient'] for row in figures['patients']]
+    assert {name.split()[0] for name in names} == {'p'}
+    assert figures['data']['overlap']['train'] == names
+
+
+def test_a_temperature_is_in_the_figures_as_in_the_probabilities(own, model):
+    hot = dataclasses.replace(model, predictor=model.predictor._replace(temperature=3.0))
+    plain, tempered = (m.evaluate(own / 'images', own / 'masks') for m in (model, hot))
+    assert tempered['calibration']['temperature'] == 3.0
+    assert tempered['summary'] == plain['summary']
+    prob = np.concatenate(
+        [hot.predict_probabilities(own / 'images' / f'p{n}.png')[..., 1].ravel() for n in range(10)]
+    )
+    bins = np.minimum((prob.astype(np.float64) * 15).astype(int), 14)
+    found = [b['voxels'] for b in tempered['calibration']['bins']]
+    assert np.abs(np.bincount(bins, minlength=15) - found).sum() < 0.01 * len(prob)
+    assert [b['voxels'] for b in plain['calibration']['bins']] != found
 
 
 def test_a_run_is_loaded_with_other_options_of_prediction(model, own):

@@ -1,6 +1,7 @@
 """What reaches a run from outside: it loses nothing, and says what happened."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -53,6 +54,62 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit(
     train.train_and_evaluate(tiny_config(), str(tmp_path))
     assert state_of(tmp_path) == state_of(trained[0])
     assert records(tmp_path) == records(trained[0])
+
+
+def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch, caplog):
+    """As Lustre and some NFS are; that another run holds the lock is another error."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    with faults.alone(tmp_path):
+        pass
+    assert 'can not be locked (No locks available)' in caplog.text
+
+
+def test_a_resumed_run_says_what_changed_and_keeps_the_config_before(trained, tmp_path, caplog):
+    workdir = shutil.copytree(trained[0], tmp_path / 'run')
+    before = json.loads((workdir / 'config.json').read_text())
+    changes = {'train.steps': 6, 'optim.learning_rate': 5e-4, 'model.stem': 'mean'}
+    train.train_and_evaluate(tiny_config(**changes), str(workdir))
+    assert 'the config was changed, from step 4 on: ' in caplog.text
+    assert 'optim.learning_rate from 0.001 to 0.0005' in caplog.text
+    assert 'model.stem changed, which has no effect on a run that is resumed' in caplog.text
+    assert {'step': 4, 'config_changes': 3} in log.read(workdir)
+    assert json.loads((workdir / 'config_until_step_4.json').read_text()) == before
+    assert json.loads((workdir / 'config.json').read_text())['train']['steps'] == 6
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'there'),
+    [
+        ('optim.name', 'sgd', "'adamw' there, 'sgd' here"),
+        ('optim.clip_norm', 0.0, '1.0 there, 0.0 here'),
+        ('train.ema_decay', 0.0, '0.9 there, 0.0 here'),
+        ('model.width', 8, '16 there, 8 here'),
+    ],
+)
+def test_a_change_that_the_arrays_do_not_fit_is_refused_by_its_name(trained, key, value, there):
+    with pytest.raises(CheckpointError, match='can not resume') as told:
+        train.train_and_evaluate(tiny_config(**{key: value}), str(trained[0]))
+    assert f'{key} is {there}' in str(told.value)
+    assert f'--config.train.init_from={trained[0]}' in str(told.value)
+
+
+def test_training_on_all_data_ends_without_an_evaluation(tmp_path):
+    config = tiny_config(**{'data.test_fraction': 0.0, 'data.validation_fraction': 0.0})
+    assert train.train_and_evaluate(config, str(tmp_path)) == {}
+    assert checkpoint.steps(tmp_path)[-1] == 4
+
+
+def test_damaged_lines_of_the_log_are_counted_and_named(trained, tmp_path, caplog):
+    path = tmp_path / 'metrics.jsonl'
+    lines = (trained[0] / 'metrics.jsonl').read_text().splitlines()
+    path.write_text('\n'.join([lines[0], lines[1][:-9], *lines[2:], 'x']) + '\n')
+    assert len(log.read(tmp_path)) == len(lines) - 1
+    assert f'{path}: 2 line(s) are damaged and left out, the first is line 2' in caplog.text
 
 
 def test_two_runs_on_one_folder(tmp_path):

@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 from tests.test_files import GREY, has, nifti_bytes, save_dicom
 
 NEEDS = {'nifti': 'nibabel', 'mask': 'nibabel', 'dicom': 'pydicom', 'dicom_series': 'pydicom'}
-NEEDS |= {'video': 'av'}
+NEEDS |= {'video': 'av', 'microscopy': 'tifffile'}
 needs_av = pytest.mark.skipif(not has('av'), reason='av is not installed')
 
 
@@ -67,7 +67,8 @@ def refusal(function, *arguments, **options) -> str:
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', fuzz_data.READERS)
 def test_a_reader_refuses_or_reads_whatever_the_bytes(tmp_path, monkeypatch, name):
-    if name in NEEDS and not (has(NEEDS[name]) and (name == 'video' or has('nibabel'))):
+    alone = ('video', 'microscopy')
+    if name in NEEDS and not (has(NEEDS[name]) and (name in alone or has('nibabel'))):
         pytest.skip(f'{NEEDS[name]} is not installed')
     for place in fuzz.FOLDERS:
         (tmp_path / place).mkdir()

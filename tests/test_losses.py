@@ -509,3 +509,18 @@ def test_boundary_costs_more_the_further_a_blob_is_from_its_place():
     ]
     assert cost == sorted(cost)
     assert cost[0] < 0 < cost[-1]
+
+
+def test_a_class_that_is_ignored_is_in_no_mean_of_dice(rng):
+    """With class 2 ignored of four: as with classes 1 and 3 alone, over the other pixels."""
+    logits = rng.standard_normal((2, 5, 6, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, (2, 5, 6))
+    counted = labels != 2
+    prob = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    dice = [
+        (2 * (prob[..., k] * (labels == k))[counted].sum() + 1)
+        / ((prob[..., k] + (labels == k))[counted].sum() + 1)
+        for k in (1, 3)
+    ]
+    found = losses.soft_dice(jnp.asarray(logits), jnp.asarray(labels), ignore_label=2)
+    assert float(found) == pytest.approx(1 - np.mean(dice), rel=1e-5)

@@ -104,7 +104,8 @@ def write_pictures(root):
         'VIA 1': ['via_1.json', via],
         'VIA 2': ['via_2.json', via],
         'VIA CSV': ['via.csv', via],
-        'COCO': ['coco.json'],
+        # Its categories are two, of which one is drawn.
+        'COCO': ['coco.json', "--config.model.class_names=('background', 'tumor')"],
         'labelme': ['labelme'],
     }
 
@@ -304,9 +305,9 @@ def shape(**changes):
     [
         ('p1.png', shape(all_points_x=[400, 500, 500, 400]), 'outside'),
         ('p1.png', shape(all_points_x=[4, 4, 4, 4]), 'no area'),
-        ('../p1.png', shape(), 'leads elsewhere'),
-        ('/etc/passwd', shape(), 'leads elsewhere'),
-        ('C:\\p1.png', shape(), 'leads elsewhere'),
+        ('../q1.png', shape(), 'lacks 1 picture'),
+        ('/etc/passwd', shape(), 'lacks 1 picture'),
+        ('C:\\q1.png', shape(), 'lacks 1 picture'),
     ],
 )
 def test_a_bad_drawing_is_one_line_and_no_mask(pictures, tmp_path, name, regions, words):
