@@ -11,9 +11,13 @@
 | geometric | flips, zoom, rotation, elastic deformation          | aug_geometric            |
 | intensity | gain and shift of each channel, noise               | aug_non_geometric        |
 | light     | the default: left-right, zoom, rotation, intensity  |                          |
-| strong    | geometric and intensity together                    | aug_all, aug_all2        |
+| strong    | geometric, intensity, blur, low resolution, gamma   | aug_all, aug_all2        |
+| nnunet    | what nnU-Net v2 does to 2-D patches; see below      |                          |
 
 A recipe says all knobs but the crop. Upside-down is for pictures without an upper side.
+`nnunet` has the ranges of nnU-Net (Isensee et al. 2021), its mirroring of both axes, and its
+probabilities of blur, low resolution and gamma. Zoom, rotation, gain and noise change every view
+here, where nnU-Net changes 10 to 20 %; noise is a third of its largest for that reason.
 Your own function is an argument of `train.train_and_evaluate`: README.
 """
 
@@ -23,11 +27,19 @@ NONE = {
     'scale': 0.0,
     'rotate': 0.0,
     'elastic': 0.0,
+    'blur': 0.0,
+    'blur_probability': 0.2,
+    'low_resolution': 0.0,
+    'low_resolution_probability': 0.25,
+    'gamma': 0.0,
+    'gamma_probability': 0.3,
     'gain': 0.0,
     'bias': 0.0,
     'noise': 0.0,
 }
 GEOMETRIC = {'flip': 0.5, 'flip_vertical': 0.2, 'scale': 0.25, 'rotate': 45.0, 'elastic': 2.0}
+SHARPNESS = {'blur': 1.0, 'low_resolution': 0.5}
+GAMMA = {'gamma': 0.5}
 INTENSITY = {'gain': 0.25, 'bias': 0.25, 'noise': 0.1}
 
 RECIPES = {
@@ -36,7 +48,18 @@ RECIPES = {
     'geometric': {**NONE, **GEOMETRIC},
     'intensity': {**NONE, **INTENSITY},
     'light': {**NONE, 'flip': 0.5, 'scale': 0.1, 'rotate': 15.0, 'gain': 0.1, 'bias': 0.1},
-    'strong': {**NONE, **GEOMETRIC, **INTENSITY},
+    'strong': {**NONE, **GEOMETRIC, **INTENSITY, **SHARPNESS, **GAMMA},
+    'nnunet': {
+        **NONE,
+        'flip': 0.5,
+        'flip_vertical': 0.5,
+        'scale': 0.4,
+        'rotate': 180.0,
+        'gain': 0.25,
+        'noise': 0.1,
+        **SHARPNESS,
+        **GAMMA,
+    },
 }
 
 

@@ -53,8 +53,8 @@ def over_patients(lines: list[dict[str, Any]], bootstrap: int = 10_000) -> dict[
     if len(set(names)) < len(names):
         raise ValueError(f'a patient was tested twice: {sorted(names)}')
     summary = {}
-    for name in ('dice', 'dice_largest', 'iou', 'hd95', 'hd95_joined'):
-        found = [p.get(name) for p in patients]  # lines of before have no hd95_joined
+    for name in ('dice', 'dice_largest', 'iou', 'hd95', 'hd95_joined', 'lesion_dice', 'lesion_f1'):
+        found = [p.get(name) for p in patients]  # lines of before lack the last three
         values = np.array([value for value in found if value is not None], np.float64)
         summary[name] = {
             'mean': float(values.mean()) if len(values) else None,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pspnet_jax import models
+from pspnet_jax import losses, models
 from pspnet_jax.data import masks, pairing
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
@@ -100,6 +100,7 @@ _NAME: Rule = (
     (lambda x: isinstance(x, str) and len(x) <= 200 and x.isprintable()),
     'a text of at most 200 characters, in one line',
 )
+_SHARE: Rule = (lambda x: _is_number(x) and 0 < x <= 1), 'a number above 0, at most 1'
 _POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
 _SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 
@@ -127,6 +128,7 @@ RULES: dict[str, Rule] = {
     'model.same_padding': _or_none(_BOOL),
     'model.bins': _all(_integer(1), least=1, most=16),
     'model.aux_head': _BOOL,
+    'model.deep_supervision': _BOOL,
     'model.fc_features': _or_none(_integer(0)),
     'model.context': _one_of('basic', 'large', 'none'),
     'model.scales': _SCALES,
@@ -177,11 +179,26 @@ RULES: dict[str, Rule] = {
     'augment.scale': _number(0),
     'augment.rotate': _number(0, 180),
     'augment.elastic': _number(0),
+    'augment.blur': _number(0),
+    'augment.blur_probability': _number(0, 1),
+    'augment.low_resolution': _number(0, 0.95),
+    'augment.low_resolution_probability': _number(0, 1),
+    'augment.gamma': _number(0),
+    'augment.gamma_probability': _number(0, 1),
     'augment.gain': _number(0, 1),
     'augment.bias': _number(0),
     'augment.noise': _number(0),
     'loss.cross_entropy': _number(0),
     'loss.dice': _number(0),
+    'loss.focal': _number(0),
+    'loss.focal_gamma': _number(0),
+    'loss.tversky': _number(0),
+    'loss.tversky_alpha': _POSITIVE,
+    'loss.tversky_beta': _POSITIVE,
+    'loss.lovasz': _number(0),
+    'loss.top_k': _number(0),
+    'loss.top_k_share': _SHARE,
+    'loss.boundary': _number(0),
     'loss.aux': _number(0),
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
@@ -236,6 +253,8 @@ RULES: dict[str, Rule] = {
     'eval.batch_size': _integer(1, 4096),
     'eval.spacing': _all(_POSITIVE, length=3),
     'eval.surface_tolerance': _number(0),
+    'eval.lesion_dilation': _integer(0, 100),
+    'eval.lesion_smallest': _number(0),
     'eval.calibration_bins': _integer(2, 1000),
     'eval.bootstrap': _integer(1, 10**6),
     'eval.checkpoint': (_NAME[0], "'best', 'last' or a step"),
@@ -270,8 +289,9 @@ def _contradictions(config: ConfigDict):
     """Values that are each allowed but not together."""
     model, loss, train, distill = config.model, config.loss, config.train, config.distill
     taught = bool(distill.teacher and (distill.weight or distill.pairwise))
-    if not loss.cross_entropy and not loss.dice and not taught:
-        yield 'loss.cross_entropy and loss.dice are both 0: give one a weight'
+    if not any(loss[name] for name in losses.TERMS) and not taught:
+        weights = ', '.join(f'loss.{name}' for name in losses.TERMS)
+        yield f'{weights} are all 0: give one a weight, such as --config.loss.dice=1'
     if distill.teacher and not taught:
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
     if train.init_from and model.pretrained not in ('', 'imagenet'):

@@ -44,7 +44,11 @@ logger = logging.getLogger(__name__)
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
 FIT_VOXELS = 50_000  # of each validation patient that the temperature is fitted on
 DISTANCES = ('hd95', 'hd95_joined', 'assd', 'surface_dice')  # of `metrics.surface_ratios`
-FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES)
+LESIONS = ('lesion_dice', 'lesion_f1')  # of `metrics.lesion_ratios`
+FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES, *LESIONS)
+COUNTS = (
+    'present', 'missed', 'invented', 'lesions_found', 'lesions_missed', 'lesions_false'
+)  # fmt: skip
 
 
 def predict_slices(
@@ -128,6 +132,10 @@ def evaluate_options(config) -> dict[str, Any]:
         'ignore_label': config.loss.ignore_label,
         'spacing': config.eval.spacing,
         'surface_tolerance': config.eval.surface_tolerance,
+        'lesion_options': {
+            'dilation': config.eval.lesion_dilation,
+            'smallest': config.eval.lesion_smallest,
+        },
         'calibration_bins': config.eval.calibration_bins,
         'bootstrap': config.eval.bootstrap,
     }
@@ -143,6 +151,7 @@ def evaluate_volumes(
     ignore_label: int,
     spacing: tuple[float, float, float],
     surface_tolerance: float,
+    lesion_options: Mapping[str, Any],
     calibration_bins: int,
     bootstrap: int,
     temperature: float = 1.0,
@@ -158,7 +167,8 @@ def evaluate_volumes(
     spacing, else in `spacing`'s unit. Undefined figures are None, and `n` says over how many
     patients a mean is; `structures` says how many are missed or invented, which no distance
     shows. Calibration is of the probability of any class but 0, over all counted voxels.
-    `label_options` are further ones of `predict_foreground`.
+    `label_options` are further ones of `predict_foreground`, `lesion_options` those of
+    `metrics.lesions`.
     `each(volume, labels_DHW)` is called with every prediction, the volume's ignored voxels as
     IGNORE_LABEL. On several hosts `data` are this one's volumes and `order` the patients of all,
     and the figures are of all. Raises DataError for labels outside 0..K-1, and when there is no
@@ -194,6 +204,7 @@ def evaluate_volumes(
             ignore_label,
             volume.spacing or spacing,
             surface_tolerance,
+            lesion_options,
         )
         rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist()])
     rows = in_order(hosts.gather(rows), order)
@@ -219,6 +230,10 @@ def evaluate_volumes(
         'summary': {name: _over_patients(patients, name, bootstrap) for name in FIGURES}
         | {
             'structures': _over_structures(patients, structures),
+            'lesions': {
+                what: sum(p[f'lesions_{what}'] for p in patients)
+                for what in ('found', 'missed', 'false')
+            },
             'per_slice_dice_empty_is_1': _slice_dice(per_slice, structures),
             'pooled': {
                 name: _mean(values[structures]) for name, values in metrics.ratios(pooled).items()
@@ -250,6 +265,7 @@ def evaluate_volumes(
             'hd95_unit': 'mm' if all(in_mm) else steps,
             'spacing': list(spacing),
             'surface_tolerance': surface_tolerance,
+            'lesion_options': dict(lesion_options),
         },
     }
 
@@ -285,7 +301,7 @@ def _structures(num_classes: int, ignore_label: int) -> list[int]:
 
 
 def _patient_row(
-    pred, volume, num_classes, ignore_label, spacing, surface_tolerance
+    pred, volume, num_classes, ignore_label, spacing, surface_tolerance, lesion_options
 ) -> dict[str, Any]:
     """One patient's figures, means over the structures; `structures` has those of each."""
     scans = volumes.scans(volume.scan, len(pred))
@@ -303,6 +319,11 @@ def _patient_row(
             )
             for scan in scans
         ]
+        dice, hits, false = zip(
+            *(metrics.lesions(ours[scan], theirs[scan], spacing, **lesion_options)
+              for scan in scans), strict=True,
+        )  # fmt: skip
+        dice, hits, false = np.concatenate(dice), np.concatenate(hits), sum(false)
         predicted, there = (
             np.array([mask[scan].any() for scan in scans]) for mask in (ours, theirs)
         )
@@ -310,9 +331,16 @@ def _patient_row(
             {
                 'label': label,
                 **{name: _mean([ratios[name] for ratios in found]) for name in DISTANCES},
+                **{
+                    name: _mean([value])
+                    for name, value in metrics.lesion_ratios((dice, hits, false)).items()
+                },
                 'present': int(there.sum()),
                 'missed': int((there & ~predicted).sum()),
                 'invented': int((predicted & ~there).sum()),
+                'lesions_found': int(hits.sum()),
+                'lesions_missed': int((~hits).sum()),
+                'lesions_false': false,
             }
         )
     count = metrics.counts(pred, volume.mask, num_classes, ignore_label)
@@ -324,8 +352,8 @@ def _patient_row(
         'patient': volume.patient,
         **{name: _mean(values[structures]) for name, values in ratios.items()},
         'dice_largest': _mean_dice(largest_count, structures),
-        **{name: _mean([row[name] for row in rows]) for name in DISTANCES},
-        **{name: sum(row[name] for row in rows) for name in ('present', 'missed', 'invented')},
+        **{name: _mean([row[name] for row in rows]) for name in (*DISTANCES, *LESIONS)},
+        **{name: sum(row[name] for row in rows) for name in COUNTS},
         'scans': len(scans),
         'slices': len(pred),
         'lesion_voxels': int(count[structures][:, [0, 2]].sum()),
@@ -343,12 +371,10 @@ def _over_structures(patients, structures: Sequence[int]) -> list[dict[str, Any]
         rows = [patient['structures'][place] for patient in patients]
         figures = {
             name: {'mean': _mean(values), 'n': sum(value is not None for value in values)}
-            for name in ('dice', *DISTANCES)
+            for name in ('dice', *DISTANCES, *LESIONS)
             for values in [[row[name] for row in rows]]
         }
-        numbers = {
-            name: sum(row[name] for row in rows) for name in ('present', 'missed', 'invented')
-        }
+        numbers = {name: sum(row[name] for row in rows) for name in COUNTS}
         found.append({'label': label, **figures, **numbers})
     return found
 
@@ -695,6 +721,9 @@ def table(result: dict[str, Any]) -> str:
         f'ASSD {cell(summary["assd"]["mean"])} over {summary["assd"]["n"]}; surface Dice within '
         f'{result["data"]["surface_tolerance"]:g} {cell(summary["surface_dice"]["mean"])} over '
         f'{summary["surface_dice"]["n"]}',
+        f'lesion-wise as in BraTS 2023: Dice {cell(summary["lesion_dice"]["mean"])}, detection F1 '
+        f'{cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; lesions: '
+        f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}',
         f'pooled: frequency_weighted_IU {cell(summary["frequency_weighted_IU"])}, mean_IU '
         f'{cell(summary["mean_IU"])}, class_wise_IU '
         f'{" ".join(cell(value) for value in summary["class_wise_IU"])}',

@@ -33,6 +33,8 @@ FIGURES = {
     'sensitivity': 'Sensitivity',
     'precision': 'Precision',
     'surface_dice': 'Surface Dice',
+    'lesion_dice': 'Lesion Dice',
+    'lesion_f1': 'Lesion F1',
     'hd95': 'HD95, larger of two',
     'hd95_joined': 'HD95, joined',
     'assd': 'ASSD',
@@ -366,6 +368,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _summary(result) -> list[str]:
     summary, baseline, data = result['summary'], result['baseline'], result['data']
+    lesion_options = data['lesion_options']
     rows = []
     for name, words in FIGURES.items():
         digits, figures = _digits(name), summary[name]
@@ -403,6 +406,10 @@ def _summary(result) -> list[str]:
         f'<p>HD95 and ASSD in {html.escape(data["hd95_unit"])}; surface Dice within '
         f'{data["surface_tolerance"]:g} of that unit.</p>',
         *(f'<p class="note">{html.escape(words)}</p>' for words in DEFINITIONS),
+        '<p class="note">Lesion Dice and F1 are as in BraTS 2023: true lesions that meet after '
+        f'{lesion_options["dilation"]} steps of dilation count as one, and those of at most '
+        f'{lesion_options["smallest"]:g} cubic units are left out. Lesions: '
+        f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}.</p>',
         _structures(summary['structures']),
         _table(
             'Against calling everything background',

@@ -108,29 +108,27 @@ def segmentation_loss(
     out: dict[str, jax.Array],
     labels_BHW: jax.Array,
     *,
-    cross_entropy: float,
-    dice: float,
     aux: float,
-    class_weights: tuple[float, ...],
     ignore_label: int,
     axis_name: str | None,
+    **knobs: Any,
 ) -> jax.Array:
-    """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
+    """The sum of `losses.TERMS`, and `aux` times the same for every other output.
 
+    `knobs` are the rest of the config's section `loss`: each term's weight, at 0 of which it is
+    not computed, and what the terms read.
     Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
     puts them when it enlarges them: labels are never interpolated.
     """
 
     def one_head(logits_BhwK):
         labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
-        options = {'ignore_label': ignore_label, 'axis_name': axis_name}
+        shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
-        if cross_entropy:
-            total += cross_entropy * losses.cross_entropy(
-                logits_BhwK, labels_Bhw, class_weights=class_weights, **options
-            )
-        if dice:
-            total += dice * losses.soft_dice(logits_BhwK, labels_Bhw, **options)
+        for name, (loss, own) in losses.TERMS.items():
+            if knobs[name]:
+                options = {argument: knobs[knob] for argument, knob in own.items()}
+                total += knobs[name] * loss(logits_BhwK, labels_Bhw, **options, **shared)
         return total
 
     total = one_head(out['logits'])

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 from configs import augmentations, base, lgg, phantom
 from pspnet_jax import config as rules
-from pspnet_jax import models
+from pspnet_jax import losses, models
 from pspnet_jax.data.sources import SOURCES
 from pspnet_jax.errors import ConfigError
 from tests.conftest import PSPNET, ROOT, tiny_config
@@ -66,6 +66,12 @@ def test_a_config_from_before_a_knob_has_its_default():
             2.0,
             'model.dropout is 2.0: it must be None (configs/base.py says what that is) or a',
         ),
+        (
+            'loss.top_k_share',
+            0.0,
+            'loss.top_k_share is 0.0: it must be a number above 0, at most 1',
+        ),
+        ('model.deep_supervision', True, 'deep_supervision is of U-Nets, not of pspnet: leave it'),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
         ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and goes before it'),
     ],
@@ -116,6 +122,17 @@ def test_a_threshold_is_for_two_classes():
     config.model.num_classes = 3
     with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, the model has 3'):
         rules.validate(config)
+
+
+def test_one_loss_has_a_weight():
+    config = tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0})
+    words = r'loss.cross_entropy, loss.dice, loss.focal, .* are all 0: .*--config.loss.dice=1'
+    with pytest.raises(ConfigError, match=words):
+        rules.validate(config)
+    for name in losses.TERMS:
+        rules.validate(
+            tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0, f'loss.{name}': 0.1})
+        )
 
 
 def test_every_fault_is_listed_at_once():

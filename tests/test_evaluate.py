@@ -22,6 +22,7 @@ OPTIONS = {
     'ignore_label': 255,
     'spacing': (1.0, 1.0, 1.0),
     'surface_tolerance': 1.0,
+    'lesion_options': {'dilation': 1, 'smallest': 2.0},
     'calibration_bins': 10,
     'bootstrap': 100,
 }
@@ -279,6 +280,64 @@ def hesitant(image):
     return np.where(said, sure[:, None], (1 - sure[:, None]) / 2).astype(np.float32)
 
 
+def test_lesions_are_counted_one_by_one_and_by_class():
+    """Of class 1 one is found by half and one missed, and one is false; of class 2 one is found."""
+    mask = np.zeros((3, 12, 12), int)
+    mask[0, 0:2, 0:2] = mask[0, 0:2, 9:11] = 1
+    mask[2, 9:11, 0:2] = 2
+    mask[2, 0, 0] = 2  # too small to count
+    seen = volume('a', mask)
+    seen.image[0, 0:2, 1:3] = seen.image[0, 0:2, 0:2]
+    seen.image[0, 0:2, 0] = seen.image[0, 0:2, 9:11] = 0
+    seen.image[0, 9:11, 9:11] = 1
+    data = [seen, volume('b', 0 * mask)]
+    result = evaluate.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
+    row, empty = result['patients']
+    assert row['lesion_dice'] == pytest.approx(np.mean([0.5 / 3, 1]))
+    assert row['lesion_f1'] == pytest.approx(np.mean([2 / (2 + 1 + 1), 1]))
+    assert (row['lesions_found'], row['lesions_missed'], row['lesions_false']) == (2, 1, 1)
+    assert (empty['lesion_dice'], empty['lesion_f1']) == (None, None)
+    assert result['summary']['lesions'] == {'found': 2, 'missed': 1, 'false': 1}
+    assert result['summary']['lesion_f1']['n'] == 1
+    assert result['data']['lesion_options'] == OPTIONS['lesion_options']
+    words = 'Dice 0.583, detection F1 0.750 over 1; lesions: 2 found, 1 missed, 1 false'
+    assert words in evaluate.table(result)
+    grown = OPTIONS | {'num_classes': 3, 'lesion_options': {'dilation': 4, 'smallest': 2.0}}
+    (row, _) = evaluate.evaluate_volumes(hesitant, data, **grown)['patients']
+    assert (row['lesions_found'], row['lesions_missed'], row['lesions_false']) == (2, 0, 1)
+
+
+def test_lesions_of_two_pictures_of_a_patient_are_two():
+    mask = np.zeros((2, 6, 6), int)
+    mask[:, 1:4, 1:4] = 1
+    (apart,), (joined,) = (
+        evaluate.evaluate_volumes(oracle, [item], **OPTIONS)['patients']
+        for item in (volume('a', mask)._replace(scan=np.array([0, 1])), volume('a', mask))
+    )
+    assert (apart['lesions_found'], joined['lesions_found']) == (2, 1)
+
+
+def test_ignored_voxels_are_of_no_lesion():
+    mask = MASK.copy()
+    seen = volume('a', mask)
+    seen.image[:, 5, 5], mask[:, 5, 5] = 1, 255  # said to be a lesion, and ignored
+    seen = seen._replace(mask=mask.astype(np.uint8))
+    (row,) = evaluate.evaluate_volumes(oracle, [seen], **OPTIONS)['patients']
+    assert (row['lesion_dice'], row['lesions_false']) == (1, 0)
+
+
+def test_a_lesions_size_is_in_the_unit_of_the_spacing():
+    tall = volume('a', MASK)  # of 9 voxels
+    options = OPTIONS | {'lesion_options': {'dilation': 1, 'smallest': 10.0}}
+
+    def found(volume, spacing=(1.0, 1.0, 1.0)):
+        figures = evaluate.evaluate_volumes(oracle, [volume], **options | {'spacing': spacing})
+        return figures['summary']['lesions']['found']
+
+    assert found(tall) == 0
+    assert found(tall, (2.0, 1.0, 1.0)) == found(tall._replace(spacing=(2.0, 1.0, 1.0))) == 1
+
+
 def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
     first, second = MASK.copy(), 2 * MASK
     first[0, 0, :3] = 255  # 3 voxels that count nowhere; the images say class 0 there
@@ -354,10 +413,11 @@ def test_evaluation_json_has_what_is_promised(trained):
     assert {'frequency_weighted_IU', 'mean_IU', 'class_wise_IU'} <= set(written['summary'])
     for name in (
         'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined', 'assd',
-        'surface_dice',
+        'surface_dice', 'lesion_dice', 'lesion_f1',
     ):  # fmt: skip
         assert set(written['summary'][name]) == {'mean', 'median', 'sd', 'ci95', 'n'}
         assert name in written['patients'][0]
+    assert written['data']['lesion_options'] == {'dilation': 3, 'smallest': 50.0}
     assert written['checkpoint']['config']['model']['name'] == 'unet_mini'
     names = {path.stem for path in (workdir / 'pictures').iterdir()}
     assert names == {row['patient'] for row in written['patients']}

@@ -81,7 +81,7 @@ ALLOWED = {
     'calibration': {'data.files', 'errors'},
     'report': {'chart', 'data.files', 'data.volumes', 'log', 'metrics', 'visualize'},
     'checkpoint': {'errors', 'hosts', 'paths'},
-    'config': {'data.masks', 'data.pairing', 'errors', 'models', 'models.backbones'},
+    'config': {'data.masks', 'data.pairing', 'errors', 'losses', 'models', 'models.backbones'},
     'manifest': {'errors'},
     'paths': {'errors'},
     'runs': {'checkpoint', 'config', 'errors', 'paths', 'models', 'models.published'},

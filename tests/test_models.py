@@ -236,9 +236,10 @@ def small(name, **options):
     return models.create(name, **{'width': 8, 'dropout': 0.0, **SMALL.get(name, {}), **options})
 
 
-@pytest.mark.parametrize('name', models.MODELS)
+@pytest.mark.parametrize('name', [*models.MODELS, 'unet with deep supervision'])
 def test_every_parameter_reaches_the_output(name):
-    model = small(name, num_classes=3)
+    name, deep, _ = name.partition(' with')
+    model = small(name, num_classes=3, deep_supervision=bool(deep))
     image = jax.random.normal(key(), (2, 64, 64, 3))
     values = random_variables(model)
 
@@ -445,6 +446,56 @@ def test_the_deep_stem_is_semsegs():
         (3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 64, 128)
     ]  # fmt: skip
     assert backbone['layer1_0']['conv1']['kernel'].shape == (1, 1, 128, 64)
+
+
+DEEP = {  # options, and the channels of the decoder at strides 2, 4, 8
+    'unet': ({'name': 'unet'}, (16, 32, 64)),
+    'unet_mini': ({'name': 'unet_mini'}, (8,)),
+    'on resnet18': ({'name': 'unet', 'backbone': 'resnet18'}, (4, 8, 16)),
+}
+
+
+@pytest.mark.parametrize('name', DEEP)
+def test_deep_supervision_adds_heads_of_the_images_size_in_training_alone(name):
+    options, channels = DEEP[name]
+    plain, deep = (
+        models.create(num_classes=3, width=8, deep_supervision=on, **options)
+        for on in (False, True)
+    )
+    image = jax.ShapeDtypeStruct((2, 75, 49, 3), jnp.float32)
+    without, values = (
+        jax.eval_shape(functools.partial(net.init, train=False), key(), image)
+        for net in (plain, deep)
+    )
+    added = count(values['params']) - count(without['params'])
+    assert added == sum(3 * c + 3 for c in channels)
+    out, _ = jax.eval_shape(
+        functools.partial(deep.apply, train=True, mutable=['batch_stats'], rngs={'dropout': key()}),
+        values, image,
+    )  # fmt: skip
+    heads = {f'deep{2**i}' for i in range(1, len(channels) + 1)}
+    assert set(out) == {'logits', *heads}
+    assert {value.shape for value in out.values()} == {(2, 75, 49, 3)}
+    assert set(jax.eval_shape(functools.partial(deep.apply, train=False), values, image)) == {
+        'logits'
+    }
+
+
+def test_the_coarser_heads_see_the_image_where_it_is():
+    """The middle of what a bright pixel lights, on the mean of its places within a cell."""
+    net = models.create('unet_mini', num_classes=2, width=4, batch_norm=False, dropout=0.0,
+                        deep_supervision=True)  # fmt: skip
+    image = jnp.zeros((4, 96, 96, 1))
+    places = np.arange(20, 24)  # far from the middle, where any way of enlarging fits
+    image = image.at[np.arange(4), places, places].set(1.0)
+    shapes = jax.eval_shape(functools.partial(net.init, train=False), key(), image)
+    values = jax.tree.map(lambda x: jnp.full(x.shape, float(x.ndim > 1)), shapes)
+    out = jit(functools.partial(net.apply, train=True))(values, image)
+    for name in ('logits', 'deep2'):
+        lit = np.asarray(out[name][..., 0], np.float64)
+        for axis in (1, 2):
+            share = lit.sum(3 - axis) / lit.sum((1, 2))[:, None]
+            assert (share @ np.arange(96) - places).mean() == pytest.approx(0, abs=0.02), name
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,17 @@ SCRIPT = """
 import functools, os, re
 flags = os.environ['XLA_FLAGS']
 import jax, jax.numpy as jnp, numpy as np
-from pspnet_jax import compilation, models, optim, train
+from pspnet_jax import compilation, losses, models, optim, train
 from pspnet_jax.models.convolution import Window, conv3x3, depthwise
 from tests.conftest import PSPNET, tiny_config
 
 os.environ['XLA_FLAGS'] = flags  # without the older emitters, which tests.conftest asks for
 assert jax.device_count() == 8
 noisy = {'augment.noise': 0.1, 'augment.elastic': 1.0, 'model.dropout': 0.3, 'model.width': 4}
-config = tiny_config(**PSPNET, **noisy)
-rng = np.random.default_rng(1)  # of 0 and 2, a ReLU's input is 0 but for rounding in some jax
+noisy |= {'augment.blur': 1.0, 'augment.low_resolution': 0.5, 'augment.gamma': 0.5}
+terms = {f'loss.{name}': 0.01 if name == 'boundary' else 0.5 for name in losses.TERMS}
+config = tiny_config(**PSPNET, **noisy, **terms)
+rng = np.random.default_rng(3)  # of 0, 1, 2 an input of a ReLU is 0 but for rounding in some jax
 mask = rng.integers(0, 2, (16, 33, 33)).astype(np.int32)
 mask[3, :20] = 255  # an uneven share of ignored pixels
 batch = {'image': rng.standard_normal((16, 33, 33, 3)).astype(np.float32), 'mask': mask}

@@ -179,7 +179,7 @@ def test_structures_are_in_a_table_with_what_is_missed(evaluated):
     assert {'class 1', 'Missed in', 'Invented in'} <= set(heads)
     cells = [text for a, text in page.of('td') if 'data-value' not in a]
     place = cells.index(f'{found["dice"]["mean"]:.3f} ({found["dice"]["n"]})')
-    assert cells[place + 5 : place + 8] == [
+    assert cells[place + 7 : place + 10] == [
         str(found[name]) for name in ('present', 'missed', 'invented')
     ]
 
@@ -375,7 +375,7 @@ def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
     sorts = run(
         '[...document.querySelectorAll("#patient-table th[aria-sort]")].map(h => h.ariaSort)'
     )
-    assert sorts == ['ascending', *['none'] * 15]
+    assert sorts == ['ascending', *['none'] * 17]
 
     # The slider: starts where most lesion is, an arrow key shows the next slice in all panels.
     images = '[...document.querySelectorAll(".case img")]'
