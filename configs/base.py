@@ -35,7 +35,7 @@ def get_config(arg: str = '') -> ConfigDict:
     model.deep_stem = placeholder(bool)  # semseg's three 3x3s in place of ResNet's 7x7
     model.stride_in_1x1 = placeholder(bool)  # of ResNet's bottlenecks: Caffe's and Keras' weights
     model.same_padding = placeholder(bool)  # of mobilenet_v2: Keras' weights
-    model.bins = (1, 2, 3, 6)  # pyramid levels of pspnet
+    model.bins = (1, 2, 3, 6)  # pyramid levels of pspnet; (): no pyramid
     model.aux_head = True  # of pspnet, fcn, deeplab_v3: second head, training only
     model.deep_supervision = False  # of unet: heads at strides 2, 4, 8 too, training only
     model.context = 'basic'  # module of dilated: 'basic', 'large', 'none'
@@ -68,6 +68,9 @@ def get_config(arg: str = '') -> ConfigDict:
     data.test_fraction = 0.15  # of patients, where the data has no public hold-out
     data.validation_fraction = 0.1  # of the other patients, site by site
     data.split_seed = 0
+    # Of 'lgg', the ten patients that Buda's code held out: tested by 'holdout', and in no part of
+    # the others; False: patients like all
+    data.public_holdout = True
     data.sampling = 'lesion'  # 'lesion': by area of lesion (Buda 2019), or 'uniform'
     data.lesion_floor = 0.1  # share of draws that ignore the lesion (1/11 in Buda's code)
     data.threads = 4  # that decode ahead of the step

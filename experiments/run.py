@@ -39,18 +39,17 @@ def overrides(argv: list[str]) -> dict[str, str]:
     }
 
 
-def add_line(
-    config: Any, workdir: str | Path, results: str | Path, changes: dict[str, str], **hooks: Any
-) -> None:
-    """Train and evaluate; `changes` are overrides that the command line does not show."""
-    name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
+def make_line(
+    config: Any, workdir: str | Path, name: str, changes: dict[str, str], **hooks: Any
+) -> dict[str, Any]:
+    """Train and evaluate; `name` and `changes` say which config this is."""
     start, made_by = time.time(), commit()
     first_step = max(checkpoint.steps(workdir), default=0)  # above 0: a run that was resumed
     result = train_and_evaluate(config, str(workdir), **hooks)
-    line = {
+    return {
         'experiment': Path(workdir).name,
         'config': name,
-        'overrides': overrides(sys.argv) | changes,
+        'overrides': changes,
         'commit': made_by,
         'seed': config.seed,
         'device': device(),
@@ -63,6 +62,14 @@ def add_line(
         'baseline': result['baseline'],
         'patients': result['patients'],
     }
+
+
+def add_line(
+    config: Any, workdir: str | Path, results: str | Path, changes: dict[str, str], **hooks: Any
+) -> None:
+    """Run what the command line says; `changes` are overrides that it does not show."""
+    name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
+    line = make_line(config, workdir, name, overrides(sys.argv) | changes, **hooks)
     with open(results, 'a') as file:
         file.write(json.dumps(line) + '\n')
 

@@ -56,7 +56,11 @@ def test_a_config_from_before_a_knob_has_its_default():
         ('train.batch_size', 0, 'train.batch_size is 0: it must be a whole number of at least 1'),
         ('augment.flip', 1.5, 'augment.flip is 1.5: it must be a number from 0 to 1'),
         ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),
-        ('model.bins', (), 'model.bins is (): it must be a tuple of at least 1 values'),
+        (
+            'model.bins',
+            (0,),
+            'model.bins is (0,): it must be a tuple of values, each a whole number',
+        ),
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
         ('model.class_names', ('lesion',), 'it must have one for each of 2 classes, background'),
         ('predict.overlap', 0.95, 'predict.overlap is 0.95: it must be a number from 0 to 0.9'),

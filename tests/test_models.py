@@ -516,3 +516,19 @@ def test_the_coarser_heads_see_the_image_where_it_is():
 def test_create_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         models.create(**options)
+
+
+def test_pspnet_without_bins_has_no_pyramid(rng):
+    """Its head sees the features, and nothing else is there: the ablation of the paper."""
+    image = rng.normal(size=(1, 33, 33, 3)).astype(np.float32)
+    shapes = {}
+    for bins in ((), (1, 2)):
+        model = models.create('pspnet', num_classes=2, width=8, backbone='resnet18', bins=bins)
+        variables = jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), x), image)
+        shapes[bins] = variables['params']
+        assert ('pyramid' in shapes[bins]) == bool(bins)
+    sizes = {
+        bins: sum(x.size for x in jax.tree.leaves(found['head'])) for bins, found in shapes.items()
+    }
+    features = 8 * 8  # channels of a ResNet-18's layer4 of this width
+    assert sizes[(1, 2)] - sizes[()] == 3 * 3 * features * (8 * 8)  # what it sees of the pyramid
