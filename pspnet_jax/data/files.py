@@ -769,9 +769,11 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
         path, header = slices[i]
         with _reading(path, 'DICOM file'):
             size = (header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
-            _check_size(path, (len(slices) if image is None else 1, *size), 8)  # stored, turned
+            _check_size(path, (len(slices), *size), 0)
             if math.prod(size) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
                 raise DataError(f'{path} is too short for its {size} values: copy it again')
+            if image is None:  # as it is stored, and turned
+                check_room(source, 8 * len(slices) * math.prod(size))
             pixels = _dicom_pixels(path, pydicom, labels)
             if image is None:
                 image = np.empty((len(slices), *pixels.shape), pixels.dtype)
