@@ -277,7 +277,10 @@ def main(_: Sequence[str]) -> None:
         whole, killed = folder / 'whole', folder / 'killed'
         readers = [
             subprocess.Popen(
-                [sys.executable, '-c', READER, whole, '20'], stdout=subprocess.PIPE, text=True
+                [sys.executable, '-c', READER, whole, '20'],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
             )
             for _ in range(2)
         ]
