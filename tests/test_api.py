@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -150,3 +152,24 @@ def test_the_module_train_is_also_the_call():
     assert callable(pspnet_jax.train)
     assert pspnet_jax.train.train_step is train_step
     assert pspnet_jax.load.__module__ == 'pspnet_jax.api'
+
+
+@pytest.mark.parametrize(
+    ('before', 'told'),
+    [
+        ('', {'out': 0, 'error': 0}),  # a library says nothing by itself
+        ("sys.modules['ipykernel'] = sys", {'out': 1, 'error': 0}),
+        ("sys.modules['ipykernel'] = sys; logging.basicConfig()", {'out': 0, 'error': 1}),
+    ],
+    ids=['script', 'notebook', 'notebook with logging'],
+)
+def test_what_is_logged_appears_in_a_notebook(before, told):
+    code = f'import sys, logging; {before}\nimport pspnet_jax\n'
+    code += "logging.getLogger('pspnet_jax.train').info('train: 50 patients')\n"
+    code += "logging.getLogger('another').info('its inner workings')"
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count('train: 50 patients') == told['out']
+    assert done.stderr.count('train: 50 patients') == told['error']
+    assert 'inner workings' not in done.stdout + done.stderr

@@ -6,8 +6,9 @@ import random
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from pspnet_jax.data import phantom, splits, volumes
+from pspnet_jax.data import folder, phantom, splits, volumes
 from pspnet_jax.errors import DataError
 
 SITES = {'DU': 45, 'HT': 34, 'CS': 16, 'FG': 14, 'EZ': 1}
@@ -170,3 +171,25 @@ def test_where_no_digests_are_kept_nothing_is_known(tmp_path, text):
     (tmp_path / 'splits.json').write_text(json.dumps(strange))
     found = splits.overlap(tmp_path / 'splits.json', {'a': ['1']})
     assert found == {'train': [], 'validation': [], 'same_name': ['a']}
+
+
+def test_pictures_turned_upside_down_are_other_data(tmp_path, rng):
+    """They have the same intensities, and their masks the same area."""
+    for name in 'abcd':
+        image, mask = rng.integers(0, 255, (20, 24), np.uint8), np.zeros((20, 24), np.uint8)
+        mask[2:9, 4:9] = 255
+        for kind, pixels in (('images', image), ('masks', mask)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / kind / f'{name}.png')
+    before = folder.load(tmp_path)
+    parts = {'train': ['a', 'b'], 'validation': ['c'], 'test': ['d']}
+    splits.write(tmp_path / 'splits.json', parts, before)
+    assert splits.read(tmp_path / 'splits.json', folder.load(tmp_path)) == parts
+    for kind in ('images', 'masks'):
+        with Image.open(tmp_path / kind / 'b.png') as picture:
+            turned = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        turned.save(tmp_path / kind / 'b.png')
+    after = folder.load(tmp_path)
+    assert splits.fingerprint(after) == splits.fingerprint(before)
+    with pytest.raises(DataError, match=r"the pictures of \['b'\] have other pixels"):
+        splits.read(tmp_path / 'splits.json', after)

@@ -191,10 +191,16 @@ def overlap(path: str | Path, digests: Mapping[str, Sequence[str]]) -> dict[str,
 
 def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
     """The parts that `write` wrote. Raises DataError for another file, and for other data."""
-    parts, made_of = listed(path)
+    parts, found = listed(path)
     unknown = sorted({name for part in parts.values() for name in part} - slices.intensity.keys())
-    if unknown or made_of != fingerprint(slices):
-        what = f'{unknown[:8]} are not there' if unknown else 'slices or pixels differ'
+    what = f'{unknown[:8]} are not there' if unknown else ''
+    if not unknown and found.get('fingerprint') != fingerprint(slices):
+        what = 'slices or pixels differ'
+    if not what and slices.digest is not None and isinstance(kept := found.get('pixels'), dict):
+        ours = pixels(slices)  # turned upside down, a picture has the same intensities
+        other = [name for name in ours if name in kept and kept[name] != ours[name]]
+        what = f'the pictures of {other[:8]} have other pixels' if other else ''
+    if what:
         raise DataError(
             f'{path} was made of other data ({what}): use the data it was made of, or split '
             'anew without data.split_file and in a new workdir'
@@ -202,8 +208,8 @@ def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
     return parts
 
 
-def listed(path: str | Path) -> tuple[dict[str, list[str]], Any]:
-    """(the parts, the fingerprint of the data) of a split file. Raises DataError for another."""
+def listed(path: str | Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """(the parts, all) of a split file. Raises DataError for another file."""
     names = ('train', 'validation', 'test')
     has = f'it has the lists {", ".join(names)} and a fingerprint'
     try:
@@ -211,7 +217,7 @@ def listed(path: str | Path) -> tuple[dict[str, list[str]], Any]:
     except DataError as error:
         raise DataError(f'{path} is not a split ({error}): {has}') from error
     found = found if isinstance(found, dict) else {}
-    parts, made_of = {name: found.get(name) for name in names}, found.get('fingerprint')
+    parts = {name: found.get(name) for name in names}
     if not all(isinstance(part, list) for part in parts.values()):
         raise DataError(f'{path} is not a split: {has}')
     patients = [patient for part in parts.values() for patient in part]
@@ -219,7 +225,7 @@ def listed(path: str | Path) -> tuple[dict[str, list[str]], Any]:
         raise DataError(f'{path} is not a split: {has} of names')
     if len(set(patients)) < len(patients):
         raise DataError(f'{path} has a patient in two places: every patient is in one part')
-    return parts, made_of
+    return parts, found
 
 
 def stratified_draw(
