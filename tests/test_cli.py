@@ -133,6 +133,15 @@ def test_names_that_are_too_long_are_an_error_of_one_line(module, tmp_path):
     assert 'Traceback' not in done.stderr
 
 
+def test_an_interrupt_is_one_line_and_status_130():
+    code = 'import os, signal\nfrom pspnet_jax import cli\n'
+    code += 'cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == 'interrupted: the same command resumes'
+    assert 'Traceback' not in done.stderr
+
+
 def test_config_files_of_one_folder_import_each_other(monkeypatch, tmp_path):
     (tmp_path / 'common_part.py').write_text(
         'from configs import phantom\nget = phantom.get_config'
