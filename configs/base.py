@@ -17,7 +17,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.model = model = ConfigDict()
     model.name = 'pspnet'  # README: every network and alias
     model.num_classes = 2  # background included
-    model.class_names = ()  # of all classes, for legends; (): 'class 1' ...
+    model.class_names = ()  # of all classes, background first; (): as annotations name them
     model.width = 64  # base channels; the networks' own is 64
     model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
     model.pretrained = ''  # weights of the backbone: a file, or hf:REPO[/FILE]
@@ -44,14 +44,19 @@ def get_config(arg: str = '') -> ConfigDict:
     data.name = 'phantom'  # folder, lgg, phantom
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
-    data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths
+    data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths;
+    # 'imagesTr/{stem}_0000': of a folder those of such names
     data.masks = 'masks'  # of 'folder': its masks, or a file of annotations (VIA, COCO, labelme)
     data.attribute = ''  # of annotations: the one that names the class, where there are several
     data.mask_format = 'auto'  # 'index', 'binary', 'color'; 'auto': found out and said
     data.mask_colors = ()  # of the classes in turn, '#rrggbb', background first
-    data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient
+    data.label_map = placeholder(object)  # of values that are no class numbers: {4: 3}, {'>0': 1}
+    data.mask_name = '{stem}'  # its picture is STEM.png; '{stem}_mask'; several: '{stem}_mask*'
+    data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient;
+    # of slices of a volume "(.+)_(?P<slice>[0-9]+)", or a column slice: else each is by itself
     data.size = ()  # height, width that slices are resized to; (): their own, all the same
-    data.normalize = placeholder(str)  # None: 'weights' with pretrained ones, else 'volume'
+    data.normalize = placeholder(str)  # None: 'weights' with pretrained ones, else 'volume'; by
+    # weights, images that are not of 8 bits have their measured range as 0 to 255
     data.split = 'holdout'  # or 'kfold', 'site': the patients of one fold or site are tested
     data.folds = 5  # of 'kfold'; python -m experiments.crossval runs them all
     data.fold = 0  # which one is tested
@@ -61,7 +66,7 @@ def get_config(arg: str = '') -> ConfigDict:
     data.validation_fraction = 0.1  # of the other patients, site by site
     data.split_seed = 0
     data.sampling = 'lesion'  # 'lesion': by area of lesion (Buda 2019), or 'uniform'
-    data.lesion_floor = 0.1  # share of draws that ignore the lesion
+    data.lesion_floor = 0.1  # share of draws that ignore the lesion (1/11 in Buda's code)
     data.threads = 4  # that decode ahead of the step
     data.bad_slices = 'stop'  # one that can't be read while training; 'skip': another, and a list
     data.cache = 'memory'  # decoded slices: 'none', 'memory' where they fit, 'device' (jit only)
@@ -88,7 +93,7 @@ def get_config(arg: str = '') -> ConfigDict:
     loss.dice = 1.0  # weight in the sum
     loss.aux = 0.4  # weight of the auxiliary head's loss (paper, section 3.3)
     loss.class_weights = ()  # of the cross-entropy; (): all 1
-    loss.ignore_label = 255
+    loss.ignore_label = 255  # of pixels that count in no loss and no figure
 
     config.optim = optim = ConfigDict()
     optim.name = 'adamw'  # adamw, adam, adamax, sgd, rmsprop, adagrad, adadelta (rate near 1)
@@ -96,6 +101,7 @@ def get_config(arg: str = '') -> ConfigDict:
     optim.new_layer_factor = 10.0  # pyramid and heads learn faster (semseg)
     optim.schedule = 'poly'  # poly, cosine, constant
     optim.power = 0.9  # of poly
+    optim.warmup = 0.1  # share of the run in which the rate rises; at most warmup_steps
     optim.warmup_steps = 50
     optim.momentum = 0.9  # of sgd, and Adam's b1
     optim.beta2 = 0.999  # of the Adams

@@ -1,4 +1,4 @@
-"""Your own pictures and masks: FOLDER/images and FOLDER/masks, paired by stem.
+"""Your own pictures and masks: FOLDER/images and FOLDER/masks, paired by name.
 
   python -m pspnet_jax.main --config=configs/folder.py --config.data.source=FOLDER
   python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from experiments import run
 from pspnet_jax import cli, metrics
 from pspnet_jax.errors import ConfigError
+from pspnet_jax.evaluate import interval
 
 
 class TooSlowError(Exception):
@@ -52,12 +53,13 @@ def over_patients(lines: list[dict[str, Any]], bootstrap: int = 10_000) -> dict[
     if len(set(names)) < len(names):
         raise ValueError(f'a patient was tested twice: {sorted(names)}')
     summary = {}
-    for name in ('dice', 'dice_largest', 'iou', 'hd95'):
-        values = np.array([p[name] for p in patients if p[name] is not None], np.float64)
+    for name in ('dice', 'dice_largest', 'iou', 'hd95', 'hd95_joined'):
+        found = [p.get(name) for p in patients]  # lines of before have no hd95_joined
+        values = np.array([value for value in found if value is not None], np.float64)
         summary[name] = {
             'mean': float(values.mean()) if len(values) else None,
             'median': float(np.median(values)) if len(values) else None,
-            'ci95': metrics.bootstrap_ci(values, resamples=bootstrap) if len(values) else None,
+            'ci95': metrics.bootstrap_ci(values, resamples=bootstrap),
             'n': len(values),
         }
     same = ('config', 'overrides', 'commit', 'seed', 'device', 'versions')
@@ -105,8 +107,8 @@ def main() -> None:
     dice = total['summary']['dice']
     print(
         f'{len(total["patients"])} patients in {len(lines)} folds: Dice mean {dice["mean"]:.3f}, '
-        f'median {dice["median"]:.3f}, 95 % interval {dice["ci95"][0]:.3f} to '
-        f'{dice["ci95"][1]:.3f}; by fold {", ".join(f"{x:.3f}" for x in total["fold_dice"])}'
+        f'median {dice["median"]:.3f}, {interval(dice)}; '
+        f'by fold {", ".join(f"{x:.3f}" for x in total["fold_dice"])}'
     )
     if FLAGS.results:
         with open(FLAGS.results, 'a') as file:

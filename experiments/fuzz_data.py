@@ -1,5 +1,6 @@
 """Readers of data for experiments.fuzz, with small valid files of every kind that they take."""
 
+import base64
 import functools
 import io
 import itertools
@@ -70,6 +71,18 @@ def _pictures(kind: str, folder: Path) -> list[Path]:
             options = {} if name == 'raw' else {'compression': name}
             first.save(paths[-1], save_all=True, append_images=[first] * 2, **options)
     return paths
+
+
+def _microscopy(folder: Path) -> list[Path]:
+    """TIFFs that are tifffile's."""
+    import tifffile
+
+    stack = np.arange(2 * 3 * 8 * 9, dtype=np.uint16).reshape(2, 3, 8, 9)
+    tifffile.imwrite(folder / 'a.tif', stack, imagej=True, metadata={'axes': 'ZCYX'})
+    tifffile.imwrite(folder / 'b.tif', stack, ome=True, metadata={'axes': 'ZCYX'})
+    tifffile.imwrite(folder / 'c.tif', stack[0], photometric='minisblack', planarconfig='separate')
+    tifffile.imwrite(folder / 'd.tif', stack[0, 0].astype(np.float64))
+    return sorted(folder.glob('*.tif'))
 
 
 def _arrays(folder: Path) -> list[Path]:
@@ -211,7 +224,12 @@ def _coco(folder: Path) -> list[Path]:
     ]
     parts = [[2, 2, 9, 2, 9, 8], [1, 1, 3, 1, 3, 3]]
     item = {'id': 1, 'image_id': 1, 'category_id': 1, 'segmentation': parts, 'bbox': [1, 1, 8, 7]}
-    tree = {'images': images, 'annotations': [item], 'categories': [{'id': 1, 'name': 'tumor'}]}
+    runs = [
+        {**item, 'image_id': 2, 'segmentation': {'counts': counts, 'size': [12, 16]}}
+        for counts in ([20, 10, 162], 'd0:R5')  # the same, the second compressed
+    ]
+    categories = [{'id': 1, 'name': 'tumor'}]
+    tree = {'images': images, 'annotations': [item, *runs], 'categories': categories}
     (folder / 'coco.json').write_text(json.dumps(tree))
     return [folder / 'coco.json']
 
@@ -224,6 +242,9 @@ def _labelme(folder: Path) -> list[Path]:
     shapes = [
         {'label': 'tumor', 'points': points, 'shape_type': kind} for kind, points in kinds.items()
     ]
+    mask = base64.b64encode(_png(np.eye(5, dtype=np.uint8))).decode()
+    corners = {'points': [[2, 3], [6, 7]], 'shape_type': 'mask', 'mask': mask}
+    shapes.append({'label': 'tumor', **corners})
     (folder / 'files').mkdir()
     for name in ('a', 'b'):
         tree = {'version': '5', 'shapes': shapes, 'imagePath': f'../{name}.png', 'imageData': None,
@@ -339,7 +360,8 @@ def read_input(path: Path) -> None:
     root, found = predict.find_files(path, path.parent / 'out')
     stems, faults = predict.name_results(root, found)
     pictures = [path for path in stems if not predict._is_video(path)]
-    for group in predict.split_albums(predict.group_slices(pictures)):
+    groups, _ = predict.group_files(pictures, '(.+)_(?P<slice>[0-9]+)')
+    for group in groups:
         _, _, more = predict.read_cases(group, predictor=predictor, stems=stems)
         faults += more
     if faults:
@@ -364,6 +386,7 @@ READERS = {
     'bmp': (_kind('.bmp'), read_file),
     'webp': (_kind('.webp'), read_file),
     'tiff': (_kind('.tif'), read_file),
+    'microscopy': (_microscopy, read_file),
     'npy': (_arrays, read_file),
     'nifti': (_nifti, read_file),
     'dicom': (functools.partial(_dicom, series=False), read_file),

@@ -26,8 +26,8 @@ def _network():
     import jax
 
     from pspnet_jax import models
-    from pspnet_jax.evaluate import abstract_variables
     from pspnet_jax.models import pretrained
+    from pspnet_jax.runs import abstract_variables
 
     model = models.create('unet', num_classes=2, backbone='vgg16', width=4)
     shapes = abstract_variables(model, CHANNELS)
@@ -59,8 +59,8 @@ def _whole():
     import jax
 
     from pspnet_jax import models
-    from pspnet_jax.evaluate import abstract_variables
     from pspnet_jax.models import pretrained
+    from pspnet_jax.runs import abstract_variables
 
     model = models.create('unet', num_classes=2, backbone='resnet18', width=4)
     shapes = abstract_variables(model, CHANNELS)
@@ -151,7 +151,7 @@ def _configs(folder: Path) -> list[Path]:
 
 def read_config(path: Path) -> None:
     """A config as it stands in a checkpoint, and the network that it asks for."""
-    from pspnet_jax import evaluate, models
+    from pspnet_jax import models, runs
     from pspnet_jax.config import from_dict
     from pspnet_jax.errors import ConfigError
 
@@ -161,20 +161,20 @@ def read_config(path: Path) -> None:
         raise ConfigError('no JSON') from None
     with _traced_once():
         config = from_dict(tree)
-        evaluate.abstract_variables(models.create(**config.model), CHANNELS)
+        runs.abstract_variables(models.create(**config.model), CHANNELS)
 
 
 @contextlib.contextmanager
 def _traced_once():
     """One network is traced once, not for every input."""
-    from pspnet_jax import evaluate, export
+    from pspnet_jax import export, runs
 
-    before = evaluate.abstract_variables
-    evaluate.abstract_variables = export.abstract_variables = _shapes(before)
+    before = runs.abstract_variables
+    runs.abstract_variables = export.abstract_variables = _shapes(before)
     try:
         yield
     finally:
-        evaluate.abstract_variables = export.abstract_variables = before
+        runs.abstract_variables = export.abstract_variables = before
 
 
 @functools.cache
@@ -213,12 +213,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> None:
-    """As `evaluate.restore_model` does."""
+    """As `runs.open_run` does."""
     from pspnet_jax import checkpoint
     from pspnet_jax.config import from_dict
     from pspnet_jax.models.published import fixed_intensity
 
-    step = checkpoint.choose(path, 'last')
+    step = checkpoint.candidates(path, 'last')[0]
     meta = checkpoint.metadata(path, step)
     from_dict(meta['config'])
     fixed_intensity(meta['inputs'])
@@ -264,7 +264,7 @@ def _savedparams(folder: Path) -> list[Path]:
 
     from pspnet_jax import export, models
     from pspnet_jax.config import from_dict
-    from pspnet_jax.evaluate import abstract_variables
+    from pspnet_jax.runs import abstract_variables
 
     config = _config()
     shapes = abstract_variables(models.create(**from_dict(config).model), CHANNELS)

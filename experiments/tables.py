@@ -32,10 +32,10 @@ def lgg() -> str:
     notes = []
     for line in read_lines('lgg'):
         dice, hd95 = line['summary']['dice'], line['summary']['hd95']
-        low, high = dice['ci95']
+        ends = ' to '.join(f'{end:.3f}' for end in dice['ci95'] or ()) or 'none'
         rows.append(
             f'| {line["config"].removeprefix("configs/")} | {dice["mean"]:.3f} | '
-            f'{dice["median"]:.3f} | {low:.3f} to {high:.3f} | '
+            f'{dice["median"]:.3f} | {ends} | '
             f'{line["summary"]["dice_largest"]["mean"]:.3f} | {hd95["mean"]:.1f} |'
         )
         flags = [

@@ -20,8 +20,18 @@ No file imports configs, experiments or tests; two functions look up a default i
 """
 
 import importlib
+import logging
+import sys
 
 __version__ = '0.1.0'  # as pyproject.toml has it
+
+if 'ipykernel' in sys.modules:  # in a notebook, where Python prints warnings alone
+    _logger = logging.getLogger(__name__)
+    if _logger.level == logging.NOTSET:
+        _logger.setLevel(logging.INFO)
+        _handler = logging.StreamHandler(sys.stdout)
+        _handler.addFilter(lambda record: not logging.getLogger().handlers)  # these print it
+        _logger.addHandler(_handler)
 
 
 def __getattr__(name):

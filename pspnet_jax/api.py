@@ -18,9 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import predict
-from pspnet_jax.data import files, sources, volumes
+from pspnet_jax.data import files, pairing, sources, volumes
 from pspnet_jax.errors import ConfigError
-from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options
+from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options, tell_overlap
 from pspnet_jax.train import train_and_evaluate
 
 
@@ -55,23 +55,43 @@ class Model:
         image = files.read(volume).image if isinstance(volume, str | Path) else volume
         return predict.predict_array(self.predictor, image)[0]
 
-    def evaluate(self, images: str | Path, masks: str | Path) -> dict[str, Any]:
-        """`evaluate.evaluate_volumes`'s figures over a folder of images and one of masks."""
+    def evaluate(
+        self, images: str | Path, masks: str | Path, *, group: str | None = None
+    ) -> dict[str, Any]:
+        """`evaluate.evaluate_volumes`'s figures over a folder of images and one of masks.
+
+        `group` says whose pictures belong together, in place of the run's `data.group`. The log,
+        and 'overlap' of the figures' 'data', say which the run was trained on.
+        """
         config = self.config
+        rules = [pairing.split(Path(place))[1] for place in config.data.images]
+        folder = Path(images).absolute()
+        named = tuple(str(folder / rule) for rule in rules if rule != pairing.STEM)
         slices = sources.read_folder(
             config,
             source='',
-            images=(str(Path(images).absolute()),),
+            images=named or (str(folder),),
             masks=str(Path(masks).absolute()),
+            group=sources.grouping(config, group),
             mixed_sizes=True,
         )
-        return evaluate_volumes(
+        sources.check_class_names(slices, config)
+        workdirs = [self.workdir] if isinstance(self.workdir, str | Path) else self.workdir
+        digests = {}
+        found = volumes.iterate_volumes(slices)
+        result = evaluate_volumes(
             self.predictor.predict_fn,
-            volumes.iterate_volumes(slices),
+            (volumes.with_channels(volume, self.predictor.channels) for volume in found),
             intensity=self.predictor.intensity,
+            temperature=self.predictor.temperature,
             **evaluate_options(config),
             label_options=label_options(config),
+            each=lambda volume, _: digests.update(
+                {volume.patient: [*map(volumes.picture_digest, volume.image)]}
+            ),
         )
+        result['data'] |= tell_overlap(workdirs, digests)
+        return result
 
     def _labels_and_probabilities(self, image):
         if isinstance(image, str | Path):

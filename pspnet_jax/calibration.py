@@ -1,5 +1,7 @@
 """One temperature for all probabilities, fitted on validation patients and kept with the run.
 
+It is of one checkpoint and of the views that are averaged: scales, mirror images, tiles, CRF.
+
 Guo et al. 2017 (arXiv:1706.04599, section 4.2). Which class is the most probable never
 changes, so neither do labels, Dice and distances.
 """
@@ -8,8 +10,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -72,36 +75,49 @@ def fit(prob: np.ndarray, labels: np.ndarray) -> float:
 
 
 def save(workdir: str | Path, facts: dict[str, Any]) -> None:
-    """Write WORKDIR/temperature.json: 'step', 'temperature', and whatever tells where from."""
+    """Write WORKDIR/temperature.json: 'step', 'views', 'temperature', and what tells where from."""
     path = Path(workdir) / KEPT
     with writing(path) as aside:
         aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
 
 
-def load(workdir: str | Path, step: int) -> float:
-    """The temperature that was fitted for the checkpoint of `step`; 1 where none was.
+def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxyType({})) -> float:
+    """The temperature that was fitted for the checkpoint of `step`, seen as `views` says; 1 where
+    none was, which the log says if there is another.
 
     Raises DataError for a file that is not ours.
     """
     path = Path(workdir) / KEPT
     if not os.path.lexists(path):
         return 1.0
+    again = (
+        f'python -m pspnet_jax.evaluate --workdir={workdir} --split=validation --fit_temperature'
+    )
     try:
         if not path.is_file():
             raise ValueError('it is no file')
         with path.open(encoding='utf-8') as file:
             kept = json.loads(file.read(100_000))
-        fitted, temperature = kept['step'], kept['temperature']
+        fitted, temperature, seen = kept['step'], kept['temperature'], kept.get('views', {})
         if type(fitted) is not int or type(temperature) not in (int, float):
             raise TypeError('they are no numbers')
         if not BOUNDS[0] * 0.99 <= temperature <= BOUNDS[1] * 1.01:
             raise ValueError(temperature)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        if not isinstance(seen, dict):
+            raise TypeError('views')
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it '
-            'again by python -m pspnet_jax.evaluate --split=validation --fit_temperature'
+            f'again by {again}'
         ) from error
     if fitted != step:
         logger.warning('%s is of step %.20s, this is step %d: not applied', path, fitted, step)
+        return 1.0
+    differ = sorted(key for key in seen.keys() | views if seen.get(key) != views.get(key))
+    if differ:
+        what = (
+            f'was fitted with other views ({", ".join(differ):.200})' if seen else 'names no views'
+        )
+        logger.warning('%s %s: not applied; %s with the same flags fits it', path, what, again)
         return 1.0
     return temperature

@@ -18,9 +18,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pspnet_jax import hosts
 from pspnet_jax.errors import CheckpointError, first_line, not_written
+from pspnet_jax.paths import local
 
 logger = logging.getLogger(__name__)
 
@@ -44,44 +45,41 @@ MOST_BYTES = 2**36  # of a state
 MOST_TIMES = 100  # the size of its folder: parameters are noise, their averages begin as zeros
 MOST_TEXT = 2**22  # bytes of a file that is no array's; 1,000 arrays need 150 kB
 CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax writes with
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-NO_PART = ('pretrained', 'class_names')  # of the config's model section: not of the network
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+)  # fmt: skip
+NO_PART = ('pretrained', 'class_names', 'stem')  # of the config's model section: not of the network
 
 
 class Writer:
     """Writes to WORKDIR/checkpoints, and keeps the last step and the best by `dice`.
 
     Orbax's checkpointer, and the save that it is still busy with, whose faults come to light in the
-    next `save` or in `close`: full and read-only disks as CheckpointError.
+    next `save` or in `close`: full and read-only disks as CheckpointError. Which step is the best
+    is by the sealed metadata: Orbax's own file of metrics has no digest.
     """
 
     def __init__(self, workdir: str | Path):
-        policies = ocp.training.preservation_policies
         self._folder, self._pending = Path(workdir).absolute() / FOLDER, None
+        self._dice = _ranked(workdir)
         with _writing(self._folder):
+            _replace_metrics(self._folder, self._dice)
             self._checkpointer = ocp.training.Checkpointer(
                 self._folder,
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(1),
-                        policies.BestN(
-                            n=1,
-                            get_metric_fn=lambda metrics: metrics['dice'],
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
+                preservation_policy=_LastAndBest(self._dice),
                 cleanup_tmp_directories=True,
             )
 
-    def start(self, step: int, parts: dict[str, Any], **facts: Any) -> None:
-        """Save `parts` once the save before is through."""
+    def start(self, step: int, parts: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Save `parts` and sealed metadata once the save before is through."""
         self.wait()
+        self._dice[step] = meta['dice']
+        sealed = {**meta, SEAL: seal(meta)}
         with _writing(self._folder / str(step)):
             self._pending = (
                 step,
-                self._checkpointer.save_checkpointables_async(step, parts, **facts),
+                self._checkpointer.save_checkpointables_async(step, parts, custom_metadata=sealed),
             )
 
     def wait(self) -> None:
@@ -97,6 +95,52 @@ class Writer:
         finally:
             with _writing(self._folder):
                 self._checkpointer.close()
+
+
+class _LastAndBest(NamedTuple):
+    """Which steps Orbax preserves: the last one, and the newest of those with the highest Dice."""
+
+    dice: dict[int, float | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        ranked = {step: self.dice[step] for step in steps if self.dice.get(step) is not None}
+        kept = {max(steps, default=0), best(ranked)}
+        return [step in kept for step in steps]
+
+
+def best(dice: Mapping[int, float | None]) -> int | None:
+    """The step with the highest Dice, of equal ones the newest; None where none was measured."""
+    ranked = [(value, step) for step, value in dice.items() if value is not None]
+    return max(ranked)[1] if ranked else None
+
+
+def _ranked(workdir: str | Path) -> dict[int, float | None]:
+    """{step: Dice} of the steps whose metadata is sound, ascending."""
+    dice = {}
+    for step in steps(workdir):
+        with contextlib.suppress(CheckpointError):
+            dice[step] = metadata(workdir, step)['dice']
+    return dice
+
+
+def _replace_metrics(folder: Path, dice: Mapping[int, float | None]) -> None:
+    """Write Orbax's own file of metrics anew where it is not what the sealed metadata says.
+
+    Earlier versions had it written. Orbax reads it at every start, and ends where it can't.
+    """
+    for step, value in dice.items():
+        path = folder / str(step) / 'metrics' / 'metrics'
+        if not os.path.lexists(path):
+            continue
+        try:
+            same = json.loads(path.read_bytes()) == {'dice': value}
+        except (ValueError, RecursionError):
+            same = False
+        if not same:
+            logger.warning('%s is damaged, it is written anew', path)
+            path.unlink()
+            path.write_text(json.dumps({'dice': value}))
 
 
 @contextlib.contextmanager
@@ -128,7 +172,8 @@ def save(
 
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
     `progress` is what the loop needs to go on that is not in the state; `inputs` what the
-    network takes: 'channels', and 'normalization' (None where each volume brings its own).
+    network takes: 'channels', 'normalization' (None where each volume brings its own), and with
+    one 'range', where the images are not of 8 bits: (2, channels), which stand for 0 and 255.
     Raises CheckpointError where this or the save before could not be written.
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
@@ -140,12 +185,7 @@ def save(
         'dice': dice,
         'sha256': {name: digest(tree) for name, tree in parts.items()},
     }
-    writer.start(
-        step,
-        parts,
-        metrics=None if dice is None else {'dice': dice},
-        custom_metadata={**meta, SEAL: seal(meta)},
-    )
+    writer.start(step, parts, meta)
 
 
 def _parts(state: Any) -> dict[str, Any]:
@@ -224,6 +264,7 @@ def _allowed(key: str, value: Any) -> bool:
 
 
 def _is_nested(value: Any) -> bool:
+    value = list(value.values()) if isinstance(value, dict) else value  # as data.label_map is
     inside = value if isinstance(value, list) else [value]
     return any(isinstance(x, list | dict) for x in inside)
 
@@ -243,7 +284,12 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
             sound &= len(how['mean']) == len(how['std']) == 3 and min(how['std']) > 0
             sound &= all(_is_number(x, -1e6, 1e6) for x in numbers)
             sound &= how['trained_order'] in ('RGB', 'BGR')
-    except (KeyError, TypeError, AttributeError):
+        if 'range' in inputs:
+            low, high = inputs['range']
+            sound &= how is not None and len(low) == len(high) == channels
+            sound &= all(_is_number(x, -1e30, 1e30) for x in (*low, *high))
+            sound &= all(a < b for a, b in zip(low, high, strict=True))
+    except (KeyError, TypeError, AttributeError, ValueError):
         sound = False
     if not sound:
         raise CheckpointError(
@@ -307,46 +353,58 @@ def restore(
 ) -> tuple[Any, dict[str, Any]] | None:
     """`state` with every array from the newest sound checkpoint, and its metadata.
 
-    None where there is no checkpoint at all. Unsound ones are warned of and passed
-    over; raises CheckpointError when none is left, or for another model than config's.
+    None where there is no checkpoint at all. Damaged ones are passed over with a warning; raises
+    CheckpointError when none is left, or for another model than config's.
     """
     abstract = _parts(jax.eval_shape(lambda: state))
-    found = steps(workdir)
-    for step in reversed(found):
-        try:
-            meta = metadata(workdir, step)
-        except CheckpointError as error:
-            logger.warning('checkpoint %d is passed over: %s', step, error)
-            continue
-        _check_same_model(workdir, meta['config'], config)
-        try:
-            parts = _load(workdir, step, abstract, meta)
-        except CheckpointError as error:
-            logger.warning('checkpoint %d is passed over: %s', step, error)
-            continue
-        return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta
-    if found:
+
+    def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        meta = metadata(workdir, step)
+        if _refused(config_changes(meta['config'], config)):
+            return {}, meta
+        return _load(workdir, step, abstract, meta), meta
+
+    if not steps(workdir):
+        return None
+    step, (parts, meta), passed_over = first_sound(workdir, 'last', read)
+    if refused := _refused(config_changes(meta['config'], config)):
         raise CheckpointError(
-            f'none of the checkpoints {found} in {Path(workdir) / FOLDER} is sound: '
-            'see the warnings above; use another workdir to start anew'
+            f'{workdir} holds checkpoints that this config can not resume ({"; ".join(refused)}): '
+            'use another --workdir, to start from these weights with '
+            f'--config.train.init_from={workdir}, or the config that the run was trained with'
         )
-    return None
+    for reason in passed_over.values():
+        logger.warning('%s: resuming from step %d', reason, step)
+    return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta
 
 
-def set_aside(workdir: str | Path, step: int) -> None:
-    """Move checkpoints newer than `step`, which are damaged, to WORKDIR/damaged: a run that goes
-    on from `step` saves those steps again.
+def find_damaged(workdir: str | Path, state: Any) -> list[int]:
+    """Steps whose metadata or arrays are not what was saved; `state` gives the arrays' shapes.
+
+    On several hosts all call it.
     """
-    for newer in steps(workdir):
-        if newer > step:
-            source, target = Path(workdir) / FOLDER / str(newer), Path(workdir) / ASIDE
-            with _writing(target):
+    abstract, found = _parts(jax.eval_shape(lambda: state)), []
+    for step in steps(workdir):
+        try:
+            _load(workdir, step, abstract, metadata(workdir, step))
+        except CheckpointError:
+            found.append(step)
+    return found
+
+
+def set_aside(workdir: str | Path, damaged: Sequence[int]) -> None:
+    """Move these steps to WORKDIR/damaged: a resumed run may save them again, and a damaged best
+    one must not be kept in a sound one's place.
+    """
+    for step in damaged:
+        source, target = Path(workdir) / FOLDER / str(step), Path(workdir) / ASIDE
+        with _writing(target):
+            target.mkdir(exist_ok=True)
+            while (target / source.name).exists():
+                target = target / 'before'
                 target.mkdir(exist_ok=True)
-                while (target / source.name).exists():
-                    target = target / 'before'
-                    target.mkdir(exist_ok=True)
-                os.rename(source, target / source.name)
-            logger.warning('%s is damaged, it is now in %s', source, target)
+            os.rename(source, target / source.name)
+        logger.warning('%s is damaged, it is now in %s', source, target)
 
 
 def restore_variables(workdir: str | Path, step: int, variables: dict[str, Any]) -> dict[str, Any]:
@@ -365,8 +423,11 @@ def restore_variables(workdir: str | Path, step: int, variables: dict[str, Any])
     return parts
 
 
-def choose(workdir: str | Path, which: str = 'best') -> int:
-    """The step called 'best' (by validation Dice), 'last', or by its number."""
+def candidates(workdir: str | Path, which: str = 'best') -> list[int]:
+    """Steps in the order in which they are tried for 'best' (by validation Dice), 'last' or a step.
+
+    A step is meant alone. Raises CheckpointError where there is none.
+    """
     found = steps(workdir)
     if not found:
         raise CheckpointError(
@@ -374,26 +435,58 @@ def choose(workdir: str | Path, which: str = 'best') -> int:
             'give the --workdir of a training run'
         )
     if which == 'last':
-        return found[-1]
+        return found[::-1]
     if which == 'best':
-        dice = {}
-        for step in found:
-            try:
-                dice[step] = metadata(workdir, step)['dice']
-            except CheckpointError as error:
-                logger.warning('checkpoint %d is passed over: %s', step, error)
-        found = list(dice) or found
-        ranked = {step: value for step, value in dice.items() if value is not None}
-        return max(ranked, key=ranked.__getitem__) if ranked else found[-1]
+        dice = _ranked(workdir)
+
+        def rank(step: int) -> tuple[float, int]:
+            if step not in dice:  # its metadata is damaged: it may be the best, and is told of
+                return 2.0, step
+            return -1.0 if dice[step] is None else dice[step], step
+
+        return sorted(found, key=rank, reverse=True)
     if which not in map(str, found):
         raise CheckpointError(f"checkpoint {which!r} is not one of 'best', 'last', {found}")
-    return int(which)
+    return [int(which)]
+
+
+def first_sound(
+    workdir: str | Path, which: str, read: Callable[[int], Any]
+) -> tuple[int, Any, dict[int, str]]:
+    """(step, `read(step)`, {step: why} passed over) of the first candidate that `read` can read.
+
+    `read` raises CheckpointError for a step that is damaged. A run that is still training replaces
+    its steps, and deletes a folder file by file: what can't be read is damaged only where a second
+    look finds the same steps and the same faults. Raises CheckpointError.
+    """
+    before = None
+    for _ in range(100):
+        found, passed_over, taken = steps(workdir), {}, None
+        for step in candidates(workdir, which):
+            try:
+                taken = step, read(step), passed_over
+                break
+            except CheckpointError as error:
+                passed_over[step] = str(error)
+        looked = found, set(passed_over)
+        if not passed_over or (looked == before and steps(workdir) == found):
+            break
+        before = looked
+    if taken:
+        return taken
+    if which not in ('best', 'last'):
+        raise CheckpointError(*passed_over.values())
+    raise CheckpointError(
+        f'none of the checkpoints {found} in {Path(workdir) / FOLDER} is sound: copy them anew, or '
+        'train into another --workdir',
+        list(passed_over.values()),
+    )
 
 
 def locate(where: str) -> tuple[str, str]:
-    """(workdir, which) for `choose` of 'WORKDIR', 'WORKDIR@last', 'WORKDIR@260'; 'best' without."""
+    """(workdir, which) of 'WORKDIR@last', 'WORKDIR@260' or, for 'best', 'WORKDIR'."""
     workdir, which = re.fullmatch(r'(.+?)(?:@(best|last|\d+))?', where, re.DOTALL).groups()
-    return workdir, which or 'best'
+    return str(local(workdir)), which or 'best'
 
 
 def _load(workdir, step, abstract, meta) -> dict[str, Any]:
@@ -419,18 +512,30 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """'model.width is 32 there, 64 here' ... of two configs, for what the network is made of."""
-    old, new = there['model'], here['model']
+    only = [{'model': tree['model']} for tree in (there, here)]
+    return _refused(config_changes(*only))
+
+
+def config_changes(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (value there, value here)} of the knobs in which two configs differ.
+
+    A knob that is newer than a config is left out: it has its default, which changes nothing.
+    """
+    old, new = _flat(there), _flat(here)
+    return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {k: v if isinstance(v, dict) else {'': v} for k, v in tree.items()}
+    return {f'{k}.{knob}'.rstrip('.'): x for k, v in sections.items() for knob, x in v.items()}
+
+
+def _refused(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """'model.width is 32 there, 64 here' ... of changes that arrays do not fit."""
     return [
-        f'model.{key} is {old.get(key)!r:.200} there, {new.get(key)!r:.200} here'
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in NO_PART
+        f'{key} is {before!r:.200} there, {now!r:.200} here'
+        for key, (before, now) in changes.items()
+        if (key.startswith('model.') and key.removeprefix('model.') not in NO_PART)
+        or key == 'optim.name'
+        or (key in ('train.ema_decay', 'optim.clip_norm') and bool(before) != bool(now))
     ]
-
-
-def _check_same_model(workdir, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise CheckpointError naming each `model` key in which two configs differ."""
-    if differing := model_differences(there, here):
-        raise CheckpointError(
-            f'{workdir} holds checkpoints of another model ({"; ".join(differing)}): '
-            'use another workdir, or the config that it was trained with'
-        )

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from pspnet_jax import paths
+
 
 def options() -> dict[str, str]:
     """XLA's options for this platform; what the user set in XLA_FLAGS is left to the user.
@@ -46,8 +48,10 @@ def use_cache() -> None:
     up stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-        jax.config.update('jax_compilation_cache_dir', str(home / 'pspnet_jax' / 'xla'))
+        place = paths.cache()
+        if place is None:
+            return
+        jax.config.update('jax_compilation_cache_dir', str(place / 'xla'))
     _forget_the_damaged(Path(jax.config.jax_compilation_cache_dir))
 
 

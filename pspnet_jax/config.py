@@ -8,11 +8,13 @@ import difflib
 import json
 import reprlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
+from pspnet_jax.data import masks, pairing
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
 
@@ -20,6 +22,7 @@ Rule = tuple[Callable[[Any], bool], str]  # is it allowed, and in words what is
 
 
 LARGEST = 2**31 - 1  # whole number
+EPOCHS = 50.0  # configs/base.py's, which stands where nobody has set another
 FURTHEST = 1e30  # other number: infinity is none
 LONGEST = 4096  # characters
 SHORT = reprlib.Repr()  # of values in errors, which may be of any length and depth
@@ -57,6 +60,15 @@ def _number(low: float, high: float = FURTHEST) -> Rule:
 
 def _range(low: float, high: float) -> str:
     return f'of at least {low}' if high in (LARGEST, FURTHEST) else f'from {low} to {high}'
+
+
+def _is_label_map(x) -> bool:
+    if not isinstance(x, Mapping) or not 0 < len(x) <= 1024:
+        return False
+    try:
+        return bool(masks.parse_map(x))
+    except ValueError:
+        return False
 
 
 def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255) -> Rule:
@@ -128,6 +140,14 @@ RULES: dict[str, Rule] = {
     'data.attribute': _TEXT,
     'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
     'data.mask_colors': _all(_TEXT),
+    'data.label_map': (
+        lambda x: x is None or _is_label_map(x),
+        "None or values of the masks with the class of each, {4: 3} or {'>0': 1}",
+    ),
+    'data.mask_name': (
+        lambda x: _TEXT[0](x) and pairing.is_rule(x),
+        "a text with {stem} once or not at all and, behind it, one * at most: '{stem}_mask*'",
+    ),
     'data.group': _TEXT,
     'data.size': (
         lambda x: isinstance(x, tuple) and (x == () or (len(x) == 2 and all(map(_is_size, x)))),
@@ -170,6 +190,7 @@ RULES: dict[str, Rule] = {
     'optim.new_layer_factor': _POSITIVE,
     'optim.schedule': _one_of('poly', 'cosine', 'constant'),
     'optim.power': _POSITIVE,
+    'optim.warmup': _number(0, 1),
     'optim.warmup_steps': _integer(0),
     'optim.momentum': _number(0, 1),
     'optim.beta2': _number(0, 1),
@@ -265,6 +286,11 @@ def _contradictions(config: ConfigDict):
             f'model.class_names has {len(model.class_names)} values: '
             f'it must have one for each of {model.num_classes} classes, background first'
         )
+    if model.num_classes == 2 and loss.ignore_label == 1:
+        yield (
+            'loss.ignore_label is 1, the only structure of 2 classes: set loss.ignore_label=255, '
+            'or model.num_classes=3 where 2 is a structure too'
+        )
     if config.predict.window and config.data.size:
         yield (
             'predict.window takes tiles of images at their own size, data.size resizes them: '
@@ -275,6 +301,11 @@ def _contradictions(config: ConfigDict):
             f'predict.threshold is for two classes, the model has {model.num_classes}: '
             'leave it as None, the likeliest class is taken'
         )
+    if config.data.label_map and (config.data.mask_colors or config.data.mask_format == 'binary'):
+        yield (
+            'data.label_map gives each value its class, data.mask_colors and data.mask_format '
+            "'binary' give them too: set one"
+        )
     if config.data.fold >= config.data.folds:
         yield f'data.fold is {config.data.fold}: it must be below data.folds, {config.data.folds}'
     if config.data.cache == 'device' and config.parallel == 'pmap':
@@ -283,6 +314,11 @@ def _contradictions(config: ConfigDict):
         models.create(**model)
     except ValueError as error:
         yield f'model: {error}'
+    if train.steps and train.epochs != EPOCHS:
+        yield (
+            f'train.epochs is {train.epochs:g}, but train.steps is {train.steps} and goes before '
+            'it: add --config.train.steps=0 to count epochs'
+        )
     if train.batch_size % train.accumulate:
         yield (
             f'train.batch_size {train.batch_size} is not a multiple of '
@@ -305,6 +341,35 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+PATHS = (  # knobs that name a file or folder, which is looked for from where the command was given
+    'data.source', 'data.root', 'data.split_file', 'data.group', 'model.pretrained',
+    'train.init_from', 'distill.teacher',
+)  # fmt: skip
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy whose files and folders are found from any folder: evaluation may start in another.
+
+    ~ is expanded. What is not there, such as an expression or hf:REPO, stays as it is.
+    """
+    config = config.copy_and_resolve_references()
+
+    def absolute(text: str) -> str:
+        name, at, step = text.rpartition('@')  # WORKDIR@260
+        for path, rest in ((text, ''), (name, at + step)):
+            if path and Path(path).expanduser().exists():
+                return str(Path(path).expanduser().absolute()) + rest
+        return text
+
+    flat = flatten(config.to_dict())
+    changes = {key: absolute(flat[key]) for key in PATHS if flat[key]}
+    if config.data.name == 'folder' and not config.data.source:
+        changes['data.images'] = tuple(map(absolute, config.data.images))
+        changes['data.masks'] = absolute(config.data.masks)
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

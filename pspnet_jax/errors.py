@@ -36,6 +36,11 @@ def one_line(text: str) -> str:
     return ''.join(escaped)
 
 
+def say(line: str) -> None:
+    """Print a line that quotes a name: it can neither add another nor steer the terminal."""
+    print(one_line(line))
+
+
 def first_line(error: Exception) -> str:
     """The reason a library gives, cut where it is long; the type of an error without words."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
@@ -51,6 +56,10 @@ class DataError(PspnetError):
 
 class CheckpointError(PspnetError):
     """No checkpoint, none that is sound, or one of another model."""
+
+
+class NoRoomError(DataError):
+    """A picture that needs more memory than is free now."""
 
 
 class PretrainedError(PspnetError):

@@ -6,42 +6,45 @@
 
 The figure to quote is Dice over the whole volume of a patient, its mean, median and
 deviation over patients. Per-slice and pooled figures stand under those names only,
-beside the baseline that calls everything background.
+beside the baseline that calls everything background. docs/metrics.md defines each figure.
 """
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image
 
 from pspnet_jax import (
     calibration,
-    checkpoint,
     cli,
     hosts,
     infer,
     metrics,
-    models,
+    paths,
     postprocess,
     report,
     visualize,
 )
-from pspnet_jax.config import from_dict, to_dict, with_prediction
-from pspnet_jax.data import files, pipeline, sources, splits, volumes
+from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
-from pspnet_jax.errors import ConfigError, DataError, first_line
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.errors import ConfigError, DataError, one_line, say
+from pspnet_jax.runs import open_run
+
+logger = logging.getLogger(__name__)
 
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
 FIT_VOXELS = 50_000  # of each validation patient that the temperature is fitted on
+DISTANCES = ('hd95', 'hd95_joined', 'assd', 'surface_dice')  # of `metrics.surface_ratios`
+FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES)
 
 
 def predict_slices(
@@ -66,15 +69,18 @@ def predict_foreground(
 ) -> tuple[np.ndarray, np.ndarray]:
     """D H W uint8 labels, and D H W float32: the probability of any class but 0.
 
-    `threshold` and `clean_options` as `postprocess` has them. The temperature is the
-    probability's alone: labels are those without.
+    `threshold` and `clean_options` as `postprocess` has them, of each scan by itself. The
+    temperature is the probability's alone: labels are those without.
     """
     labels, foreground = [], []
     parts = predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity)
     for prob in parts:
         labels.append(postprocess.to_labels(prob, threshold))
         foreground.append(calibration.temper(prob, temperature)[..., 1:].sum(-1))
-    return postprocess.clean(np.concatenate(labels), **clean_options), np.concatenate(foreground)
+    labels = np.concatenate(labels)
+    for rows in volumes.scans(volume.scan, len(labels)):
+        labels[rows] = postprocess.clean(labels[rows], **clean_options)
+    return labels, np.concatenate(foreground)
 
 
 def program_options(config) -> dict[str, Any]:
@@ -89,6 +95,19 @@ def program_options(config) -> dict[str, Any]:
         'flip': predict.flip,
         'crf_options': config.crf.to_dict(),
     }
+
+
+def views(config) -> dict[str, Any]:
+    """What decides the probabilities beside the checkpoint, as JSON has it: a temperature is
+    fitted for these. What has no effect is left out.
+    """
+    predict, crf = config.predict, config.crf.to_dict()
+    found = {'scales': list(predict.scales), 'flip': predict.flip, 'window': predict.window}
+    if predict.window:
+        found['overlap'] = predict.overlap
+    if crf['kernel'] == 'exact':
+        del crf['window']
+    return {**found, 'crf': crf if crf['kernel'] != 'none' else {'kernel': 'none'}}
 
 
 def label_options(config) -> dict[str, Any]:
@@ -133,14 +152,17 @@ def evaluate_volumes(
 ) -> dict[str, Any]:
     """{'summary', 'patients', 'baseline', 'calibration', 'data'} over volumes, one at a time.
 
-    With more than two classes a patient's figure is the mean over the structures
-    1..K-1. Distances are in mm where a volume has its spacing, else in `spacing`'s unit.
-    Undefined figures are None, and `n` says over how many patients a mean is.
-    Calibration is of the probability of any class but 0, over all counted voxels.
+    With more than two classes a patient's figure is the mean over the structures 1..K-1 without
+    `ignore_label`. Distances and components are of each scan, so of each picture where a patient
+    has several, and a distance is the mean over these; they are in mm where a volume has its
+    spacing, else in `spacing`'s unit. Undefined figures are None, and `n` says over how many
+    patients a mean is; `structures` says how many are missed or invented, which no distance
+    shows. Calibration is of the probability of any class but 0, over all counted voxels.
     `label_options` are further ones of `predict_foreground`.
-    `each(volume, labels_DHW)` is called with every prediction. On several hosts `data` are
-    this one's volumes and `order` the patients of all, and the figures are of all. Raises
-    DataError for labels outside 0..K-1, and when there is no volume.
+    `each(volume, labels_DHW)` is called with every prediction, the volume's ignored voxels as
+    IGNORE_LABEL. On several hosts `data` are this one's volumes and `order` the patients of all,
+    and the figures are of all. Raises DataError for labels outside 0..K-1, and when there is no
+    volume.
     """
     rows = []
     for volume in data:
@@ -153,7 +175,7 @@ def evaluate_volumes(
             temperature=temperature,
             **label_options,
         )
-        each(volume, pred)
+        each(_with_ignored(volume, ignore_label), pred)
         counted = volume.mask != ignore_label
         calibrated = metrics.calibration_counts(
             foreground[counted], volume.mask[counted] > 0, calibration_bins
@@ -173,42 +195,45 @@ def evaluate_volumes(
             volume.spacing or spacing,
             surface_tolerance,
         )
-        in_mm = volume.spacing is not None
-        rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist(), in_mm])
+        rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist()])
     rows = in_order(hosts.gather(rows), order)
     if not rows:
         raise DataError('there is no volume to evaluate: the split is empty')
-    patients, per_slice, per_slice_empty, calibrated, in_mm = zip(*rows, strict=True)
+    patients, per_slice, per_slice_empty, calibrated = zip(*rows, strict=True)
     patients, calibrated = list(patients), np.sum(calibrated, axis=0)
+    structures = _structures(num_classes, ignore_label)
+    ignored = [ignore_label] if ignore_label < num_classes else []
+    nothing = [_mean_dice(np.sum(counts, axis=0), structures) for counts in per_slice_empty]
     per_slice, per_slice_empty = (
         np.array([counts for counts_of_one in part for counts in counts_of_one])
         for part in (per_slice, per_slice_empty)
     )
     if not calibrated.any():
         raise DataError(f'every voxel is labelled {ignore_label}, to be ignored: nothing to score')
-    names = (
-        'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'assd', 'surface_dice'
-    )  # fmt: skip
     pooled, empty = np.sum(per_slice, axis=0), np.sum(per_slice_empty, axis=0)
+    in_mm = [row['in_mm'] for row in patients]
     steps = f'steps of (slice, row, column) = {tuple(spacing)}'
     if any(in_mm):
         steps = f'mm where the file says its spacing, else {steps}'
     return {
-        'summary': {name: _over_patients(patients, name, bootstrap) for name in names}
+        'summary': {name: _over_patients(patients, name, bootstrap) for name in FIGURES}
         | {
-            'per_slice_dice_empty_is_1': _slice_dice(per_slice),
-            'pooled': _structures(metrics.ratios(pooled)),
+            'structures': _over_structures(patients, structures),
+            'per_slice_dice_empty_is_1': _slice_dice(per_slice, structures),
+            'pooled': {
+                name: _mean(values[structures]) for name, values in metrics.ratios(pooled).items()
+            },
             'pooled_pixel_accuracy': _accuracy(pooled),
-            **metrics.pooled_iou(pooled),
+            **metrics.pooled_iou(pooled, ignore_label),
         },
         'patients': patients,
         'baseline': {
             'prediction': 'all background',
-            'dice': 0.0,
-            'per_slice_dice_empty_is_1': _slice_dice(per_slice_empty),
+            'dice': _mean(nothing),
+            'per_slice_dice_empty_is_1': _slice_dice(per_slice_empty, structures),
             'pooled_pixel_accuracy': _accuracy(empty),
-            'pooled_mean_iou': float(np.nanmean(metrics.ratios(empty)['iou'])),
-            **metrics.pooled_iou(empty),
+            'pooled_mean_iou': _mean(np.delete(metrics.ratios(empty)['iou'], ignored)),
+            **metrics.pooled_iou(empty, ignore_label),
         },
         'calibration': {
             'of': 'the probability of any class but 0, over all counted voxels',
@@ -218,8 +243,10 @@ def evaluate_volumes(
         },
         'data': {
             'patients': len(patients),
+            'scans': sum(row['scans'] for row in patients),
             'slices': len(per_slice),
             'lesion_slices': sum(bool(c[1:, [0, 2]].sum()) for c in per_slice),
+            'ignored_slices': int((~per_slice.any((1, 2))).sum()),
             'hd95_unit': 'mm' if all(in_mm) else steps,
             'spacing': list(spacing),
             'surface_tolerance': surface_tolerance,
@@ -247,34 +274,88 @@ def _check_labels(volume: Volume, num_classes: int, ignore_label: int) -> None:
         )
 
 
+def _with_ignored(volume: Volume, ignore_label: int) -> Volume:
+    """The volume for pictures, which know one ignored label."""
+    return volume._replace(mask=np.where(volume.mask == ignore_label, IGNORE_LABEL, volume.mask))
+
+
+def _structures(num_classes: int, ignore_label: int) -> list[int]:
+    """The classes that are scored one by one."""
+    return [label for label in range(1, num_classes) if label != ignore_label]
+
+
 def _patient_row(
     pred, volume, num_classes, ignore_label, spacing, surface_tolerance
 ) -> dict[str, Any]:
-    """One patient's figures, means over the structures."""
-    largest, surfaces = np.zeros_like(pred), []
-    counted = volume.mask != ignore_label
-    for label in range(1, num_classes):
-        largest[metrics.largest_component(pred == label)] = label
-        distances = metrics.surface_distances(
-            (pred == label) & counted, volume.mask == label, spacing
+    """One patient's figures, means over the structures; `structures` has those of each."""
+    scans = volumes.scans(volume.scan, len(pred))
+    structures = _structures(num_classes, ignore_label)
+    largest, counted = np.zeros_like(pred), volume.mask != ignore_label
+    rows = []
+    for label in structures:
+        ours, theirs = (pred == label) & counted, volume.mask == label
+        for scan in scans:
+            component = metrics.largest_component(pred[scan] == label)
+            largest[scan] = np.where(component, label, largest[scan])
+        found = [
+            metrics.surface_ratios(
+                metrics.surface_distances(ours[scan], theirs[scan], spacing), surface_tolerance
+            )
+            for scan in scans
+        ]
+        predicted, there = (
+            np.array([mask[scan].any() for scan in scans]) for mask in (ours, theirs)
         )
-        surfaces.append(metrics.surface_ratios(distances, surface_tolerance))
+        rows.append(
+            {
+                'label': label,
+                **{name: _mean([ratios[name] for ratios in found]) for name in DISTANCES},
+                'present': int(there.sum()),
+                'missed': int((there & ~predicted).sum()),
+                'invented': int((predicted & ~there).sum()),
+            }
+        )
     count = metrics.counts(pred, volume.mask, num_classes, ignore_label)
     largest_count = metrics.counts(largest, volume.mask, num_classes, ignore_label)
+    ratios = metrics.ratios(count)
+    for row in rows:
+        row['dice'] = _mean([ratios['dice'][row['label']]])
     return {
         'patient': volume.patient,
-        **_structures(metrics.ratios(count)),
-        'dice_largest': _structures(metrics.ratios(largest_count))['dice'],
-        **{name: _mean([ratios[name] for ratios in surfaces]) for name in surfaces[0]},
+        **{name: _mean(values[structures]) for name, values in ratios.items()},
+        'dice_largest': _mean_dice(largest_count, structures),
+        **{name: _mean([row[name] for row in rows]) for name in DISTANCES},
+        **{name: sum(row[name] for row in rows) for name in ('present', 'missed', 'invented')},
+        'scans': len(scans),
         'slices': len(pred),
-        'lesion_voxels': int(count[1:, [0, 2]].sum()),
-        'predicted_voxels': int(count[1:, [0, 1]].sum()),
+        'lesion_voxels': int(count[structures][:, [0, 2]].sum()),
+        'predicted_voxels': int(count[structures][:, [0, 1]].sum()),
+        'spacing': list(map(float, spacing)),
+        'in_mm': volume.spacing is not None,
+        'structures': rows,
     }
 
 
-def _structures(ratios: dict[str, np.ndarray]) -> dict[str, float | None]:
-    """(K,) ratios -> mean over the structures 1..K-1; None where all are undefined."""
-    return {name: _mean(values[1:]) for name, values in ratios.items()}
+def _over_structures(patients, structures: Sequence[int]) -> list[dict[str, Any]]:
+    """For each structure the means over patients and over how many, and how many are missed."""
+    found = []
+    for place, label in enumerate(structures):
+        rows = [patient['structures'][place] for patient in patients]
+        figures = {
+            name: {'mean': _mean(values), 'n': sum(value is not None for value in values)}
+            for name in ('dice', *DISTANCES)
+            for values in [[row[name] for row in rows]]
+        }
+        numbers = {
+            name: sum(row[name] for row in rows) for name in ('present', 'missed', 'invented')
+        }
+        found.append({'label': label, **figures, **numbers})
+    return found
+
+
+def _mean_dice(counts: np.ndarray, structures: Sequence[int]) -> float | None:
+    """(K, 3) counts -> mean Dice over the structures; None where all are undefined."""
+    return _mean(metrics.ratios(counts)['dice'][structures])
 
 
 def _mean(values) -> float | None:
@@ -302,9 +383,13 @@ def _calibration_bins(counts: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _slice_dice(counts: Sequence[np.ndarray]) -> float:
-    """Mean over slices, where an empty slice that is predicted empty counts 1."""
-    return float(np.nan_to_num(metrics.ratios(np.stack(counts))['dice'][:, 1:], nan=1.0).mean())
+def _slice_dice(counts: Sequence[np.ndarray], structures: Sequence[int]) -> float:
+    """Mean over slices, where an empty slice that is predicted empty counts 1, and one whose
+    every pixel is ignored does not count.
+    """
+    counts = np.stack(counts)
+    dice = metrics.ratios(counts[counts.any((1, 2))])['dice'][:, structures]
+    return float(np.nan_to_num(dice, nan=1.0).mean())
 
 
 def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
@@ -319,33 +404,6 @@ def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
         'ci95': metrics.bootstrap_ci(values, resamples=bootstrap),
         'n': len(values),
     }
-
-
-def restore_model(workdir: str | Path, which: str = ''):
-    """(config, module, variables, intensity, step) of a training run's checkpoint folder alone.
-
-    `which` is 'best', 'last' or a step; '' takes the config's `eval.checkpoint`.
-    """
-    step = checkpoint.choose(workdir, which or 'last')
-    meta = checkpoint.metadata(workdir, step)
-    config = from_dict(meta['config'])
-    if not which:
-        step = checkpoint.choose(workdir, config.eval.checkpoint)
-    model = models.create(**config.model)
-    shapes = abstract_variables(model, meta['inputs']['channels'])
-    variables = checkpoint.restore_variables(workdir, step, shapes)
-    return config, model, variables, fixed_intensity(meta['inputs']), step
-
-
-def abstract_variables(model, channels: int) -> dict[str, Any]:
-    """Shapes and types of all that a network has. Raises ConfigError where it can't be built."""
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    try:
-        return jax.eval_shape(init, jax.random.key(0), image)
-    except Exception as error:  # of each layer its own: the config may be a stranger's
-        reason = first_line(error)
-        raise ConfigError(f'there is no network of such a model section: {reason}') from error
 
 
 def fit_temperature(
@@ -388,39 +446,53 @@ def fit_temperature(
 def evaluate_checkpoint(
     workdir: str | Path,
     *,
-    split: str = 'test',
+    split: str = '',
     data: str = '',
     which: str = '',
     fit: bool = False,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    group: str | None = None,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """Evaluate; write WORKDIR/evaluation.json, report.html and pictures; print the table.
 
     `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
-    without it, the patients of `split` in the data set that the run was trained on. `changes` are
-    to the config's `predict` section; evaluation.json has the config as it was used. With `fit`
+    without it, the data set that the run was trained on, if this user did so on this machine or
+    says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
+    patients as WORKDIR/splits.json has them: '' takes those of 'test', and of `data` all. `group`
+    says whose pictures of such a folder belong together, in place of the run's `data.group`.
+    `changes` are to the config's `predict` section; evaluation.json has the config as used. With
+    `fit`
     the temperature is fitted on the validation patients first and kept in
-    WORKDIR/temperature.json; this and every later call applies it to the probabilities of that
-    checkpoint. Returns what evaluation.json holds.
+    WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
+    probabilities of that checkpoint. Returns what evaluation.json holds.
     """
     if fit and (data or split != 'validation'):
         raise ConfigError(
             '--fit_temperature is for the patients of --split=validation: what is fitted on '
             'others would be tested on them'
         )
-    config, model, variables, intensity, step = restore_model(workdir, which)
-    config = with_prediction(config, changes)
-    names, open_volumes = _volume_source(config, workdir, split, data)
-    folder = Path(workdir) / 'pictures'
+    workdir, data = paths.local(workdir), data and str(paths.local(data))
+    run = open_run(workdir, which)
+    config, step = with_prediction(run.config, changes), run.step
+    if not data:
+        split = split or 'test'
+        if not trusted:
+            _check_known(config, split)
+    if group is not None and not _is_folder(config, data):
+        raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
+    names, open_volumes = _volume_source(config, workdir, split, data, run.channels, group)
+    folder, digests = Path(workdir) / 'pictures', []
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
+        digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
         picture = visualize.volume_picture(volume, pred)
         with files.writing(folder / f'{volume.patient}.png') as aside:
             Image.fromarray(picture).save(aside, 'png')
 
-    program = infer.compile_predict(model, **program_options(config))
-    predict_fn = functools.partial(program, jax.device_put(variables))
-    how = {'batch_size': config.eval.batch_size, 'intensity': intensity}
+    program = infer.compile_predict(run.model, **program_options(config))
+    predict_fn = functools.partial(program, jax.device_put(run.variables))
+    how = {'batch_size': config.eval.batch_size, 'intensity': run.intensity}
     if fit:
         classes = {
             'num_classes': config.model.num_classes,
@@ -428,13 +500,14 @@ def evaluate_checkpoint(
         }
         facts = fit_temperature(predict_fn, open_volumes(), **classes, **how)
         if hosts.is_first():
-            calibration.save(workdir, {'step': step, 'split': split, **facts})
+            seen = {'step': step, 'views': views(config), 'split': split}
+            calibration.save(workdir, {**seen, **facts})
         hosts.wait_for_all()
         print(
             f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
             f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
         )
-    how['temperature'] = calibration.load(workdir, step)
+    how['temperature'] = calibration.load(workdir, step, views(config))
     result = evaluate_volumes(
         predict_fn,
         open_volumes(hosts.share(names)),
@@ -443,8 +516,14 @@ def evaluate_checkpoint(
         each=save_picture,
         order=names,
     )
-    result['data'] |= {'source': data or config.data.name, 'split': '' if data else split}
-    result['checkpoint'] = {'step': step, 'config': to_dict(config)}
+    result['data'] |= {'source': data or config.data.name, 'split': split}
+    if data:
+        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
+    result['checkpoint'] = {
+        'step': step,
+        'passed_over': {str(n): reason for n, reason in run.passed_over.items()},
+        'config': to_dict(config),
+    }
     if not hosts.is_first():
         return result
     path = Path(workdir) / 'evaluation.json'
@@ -455,37 +534,94 @@ def evaluate_checkpoint(
     roles = {row['patient']: role for role, row in report.extremes(result['patients'])}
     cases = {}
     for volume in open_volumes(list(roles)):
-        shown = np.where(volume.mask == config.loss.ignore_label, IGNORE_LABEL, volume.mask)
         pred, foreground = predict_foreground(predict_fn, volume, **how, **label_options(config))
-        cases[volume.patient] = report.make_case(volume._replace(mask=shown), pred, foreground)
+        shown = _with_ignored(volume, config.loss.ignore_label)
+        cases[volume.patient] = report.make_case(shown, pred, foreground)
     page = report.write(workdir, result, [(role, cases[name]) for name, role in roles.items()])
     print(table(result))
-    print(f'written to {path} and {page}; pictures in {folder}')
+    say(f'written to {path} and {page}; pictures in {folder}')
     return result
 
 
+def tell_overlap(
+    workdirs: Sequence[str | Path], digests: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, list[str]] | None]:
+    """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
+    log says; None where that is not known of all.
+    """
+    kept = [Path(workdir) / splits.KEPT for workdir in workdirs]
+    found = [splits.overlap(path, digests) for path in kept]
+    for path, one in zip(kept, found, strict=True):
+        if one is None and hosts.is_first():
+            logger.warning(
+                'whether the run was trained on these pictures is not known: %s is not there, '
+                'damaged, or older than the digests of pictures', path,
+            )  # fmt: skip
+    if None in found:
+        return {'overlap': None}
+    together = {
+        key: [name for name in digests if any(name in one[key] for one in found)]
+        for key in ('train', 'validation', 'same_name')
+    }
+    said = {
+        'train': 'have pictures that the run was trained on, so these figures are too good',
+        'validation': 'have pictures of its validation set, by which its checkpoint was chosen',
+        'same_name': 'have the name of one of these and other pictures',
+    }
+    for key, words in said.items():
+        if (names := together[key]) and hosts.is_first():
+            some = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if names[5:] else '')
+            logger.warning('%d of %d patients %s: %s', len(names), len(digests), words, some)
+    return {'overlap': together}
+
+
+def _is_folder(config, data: str) -> bool:
+    """Whether --data holds the config's folder of images, and is not in Kaggle's layout."""
+    place = Path(data).expanduser() / sources.elsewhere(config, data)['images'][0]
+    return bool(data) and pairing.split(place)[0].is_dir()
+
+
+def _check_known(config, split: str) -> None:
+    """Raise DataError for a run that names data which this user has not trained on here."""
+    places = sources.places(config)
+    if places and not paths.are_known(places):
+        raise DataError(
+            f'the run was trained on {", ".join(places)}, and no training of yours on this machine '
+            f'has read that: look whether it is what you expect, and give --data={places[0]} '
+            f'--split={split}'
+        )
+
+
 def _volume_source(
-    config, workdir, split: str, data: str
+    config, workdir, split: str, data: str, channels: int, group: str | None
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these.
+    time, or those of these, with the network's channels.
     """
-    if data and (Path(data).expanduser() / config.data.images[0]).is_dir():
-        slices = sources.read_folder(config, source=data, mixed_sizes=True)
-        parts = {split: list(slices.intensity)}
+    kept = Path(workdir) / splits.KEPT
+    if _is_folder(config, data):
+        where = sources.elsewhere(config, data) | {'group': sources.grouping(config, group)}
+        slices = sources.read_folder(config, **where, mixed_sizes=True)
+        parts = splits.read(kept, slices) if split else {split: list(slices.intensity)}
     elif data:
         from pspnet_jax.data import lgg  # which needs tensorflow-datasets
 
         found = lgg.check(data, size=None)
+        if split:
+            wanted = set(splits.listed(kept)[0][split])
+            found = [case for case in found if case.patient in wanted]
+            if lost := sorted(wanted - {case.patient for case in found}):
+                raise DataError(f'{data} lacks {lost[:8]}, of the split {split!r} in {kept}')
 
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
-            return (lgg.read_case(case, size=None) for case in chosen)
+            found_volumes = (lgg.read_case(case, size=None) for case in chosen)
+            return (volumes.with_channels(volume, channels) for volume in found_volumes)
 
         return [case.patient for case in found], open_folder
     else:
-        kept = Path(workdir) / splits.KEPT
         slices, parts = sources.load(config, kept if kept.exists() else '')
+    sources.check_class_names(slices, config)
     if not parts[split]:
         raise DataError(f'the split {split!r} has no patient in this data set')
 
@@ -500,7 +636,7 @@ def _volume_source(
         for volume in volumes.iterate_volumes(volumes.select(slices, chosen)):
             own = volume.patient
             if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
-                yield volume
+                yield volumes.with_channels(volume, channels)
 
     return sorted(parts[split]), open_split
 
@@ -511,24 +647,45 @@ def table(result: dict[str, Any]) -> str:
     def cell(value, digits=3):
         return '-' if value is None else f'{value:.{digits}f}'
 
-    columns = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95')
-    wide = max(len('patient'), *(len(p['patient']) for p in result['patients']))
-    head = f'{"patient":{wide}} ' + ' '.join(f'{c:>12}' for c in columns) + f' {"voxels":>9}'
+    columns = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined')
+    patients, summary = result['patients'], result['summary']
+    names = [one_line(p['patient']) for p in patients]
+    wide = max(len('patient'), *map(len, names))
+    head = f'{"patient":{wide}} ' + ' '.join(f'{c:>12}' for c in columns)
+    head += f' {"missed":>8} {"invented":>8} {"voxels":>9}'
     lines = [head, '-' * len(head)]
-    for p in result['patients']:
+    for p, name in zip(patients, names, strict=True):
         cells = ' '.join(f'{cell(p[c]):>12}' for c in columns)
-        lines.append(f'{p["patient"]:{wide}} {cells} {p["lesion_voxels"]:>9,}')
+        missed = f'{p["missed"]} of {p["present"]}'
+        lines.append(
+            f'{name:{wide}} {cells} {missed:>8} {p["invented"]:>8} {p["lesion_voxels"]:>9,}'
+        )
     lines.append('-' * len(head))
     for statistic in ('mean', 'median', 'sd'):
-        cells = ' '.join(f'{cell(result["summary"][c][statistic]):>12}' for c in columns)
+        cells = ' '.join(f'{cell(summary[c][statistic]):>12}' for c in columns)
         lines.append(f'{statistic:{wide}} {cells}')
-    summary, baseline, calibrated = result['summary'], result['baseline'], result['calibration']
+    baseline, calibrated = result['baseline'], result['calibration']
     dice, hd95 = summary['dice'], summary['hd95']
-    low, high = dice['ci95'] or (None, None)
+    found = {
+        name: sum(row[name] for row in summary['structures'])
+        for name in ('present', 'missed', 'invented')
+    }
     lines += [
-        f'per-volume Dice {cell(dice["mean"])}, 95 % interval {cell(low)} to {cell(high)} '
-        f'(bootstrap over {dice["n"]} of {len(result["patients"])} patients); '
-        f'HD95 over {hd95["n"]} of {len(result["patients"])}',
+        f'per-volume Dice {cell(dice["mean"])}, {interval(dice)} '
+        f'(bootstrap over {dice["n"]} of {len(patients)} patients)',
+        f'HD95, the larger of the two directed ones, {cell(hd95["mean"])}, of both surfaces joined '
+        f'{cell(summary["hd95_joined"]["mean"])}, over {hd95["n"]} of {len(patients)} patients',
+        f'{found["missed"]} of {found["present"]} structures are missed and {found["invented"]} '
+        'invented; these are in no distance',
+    ]
+    if len(summary['structures']) > 1:
+        lines += [
+            f'class {row["label"]}: Dice {cell(row["dice"]["mean"])} over {row["dice"]["n"]}, HD95 '
+            f'{cell(row["hd95"]["mean"])} over {row["hd95"]["n"]}; missed {row["missed"]} of '
+            f'{row["present"]}, invented {row["invented"]}'
+            for row in summary['structures']
+        ]
+    lines += [
         f'pooled Dice {cell(summary["pooled"]["dice"])}; per-slice Dice with empty = 1 '
         f'{cell(summary["per_slice_dice_empty_is_1"])}',
         f'all background: per-volume Dice {cell(baseline["dice"])}, per-slice with empty = 1 '
@@ -547,6 +704,15 @@ def table(result: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def interval(figures: dict[str, Any], digits: int = 3) -> str:
+    """The interval of one of the summary's figures in words, with what few patients do to it."""
+    if figures['ci95'] is None:
+        return f'no interval of {figures["n"]}'
+    low, high = figures['ci95']
+    few = f', too narrow for {figures["n"]}' if figures['n'] < metrics.FEW else ''
+    return f'95 % interval {low:.{digits}f} to {high:.{digits}f}{few}'
+
+
 def main() -> None:
     options = flags.FLAGS
     evaluate_checkpoint(
@@ -555,15 +721,20 @@ def main() -> None:
         data=options.data,
         which=options.checkpoint,
         fit=options.fit_temperature,
+        group=options.group,
         changes=cli.prediction_changes(),
     )
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'folder of a training run', required=True)
-    flags.DEFINE_enum('split', 'test', ['train', 'validation', 'test'], 'whose patients')
-    flags.DEFINE_string('data', '', 'instead: a folder with images/ and masks/, or kaggle_3m')
+    flags.DEFINE_enum(
+        'split', '', ['', 'train', 'validation', 'test'],
+        "whose patients; '': those of test, and of --data all",
+    )  # fmt: skip
+    flags.DEFINE_string('data', '', 'a folder with images/ and masks/, or kaggle_3m')
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
+    flags.DEFINE_string('group', None, f'of --data: {cli.GROUP}')
     flags.DEFINE_bool(
         'fit_temperature', False, 'fit it on --split=validation and keep it with the run'
     )

@@ -9,7 +9,8 @@
                 anyone with numpy
 
 The first two take uint8 RGB and give probabilities, the normalisation is inside: with a fixed
-one each image is alone, with each volume's own the batch is one volume. Metadata is JSON
+one each image is alone, with each volume's own the batch is one volume. A run with one scale for
+images that are not of 8 bits takes float32, in the images' own unit. Metadata is JSON
 under 'pspnet_jax'. Each file is read again and compared with the model before it is there.
 """
 
@@ -28,13 +29,20 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import pspnet_jax
-from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, stablehlo
+from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, paths, stablehlo
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, ExportError, PspnetError, first_line
-from pspnet_jax.evaluate import abstract_variables, restore_model
+from pspnet_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    PspnetError,
+    first_line,
+    say,
+)
 from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.runs import abstract_variables, open_run
 
 FILES = {
     'stablehlo': 'model.stablehlo.zip',
@@ -105,18 +113,25 @@ def reference(
     """The same as `evaluate` and `predict` have it: measured and normalised by numpy."""
     if intensity is None:
         intensity = volumes.measure_intensity(image_BHWC)
+    else:
+        volumes.check_kind(image_BHWC, intensity, 'the image')
     return predict_fn(variables, volumes.normalize(image_BHWC, intensity))
 
 
 # ---- writing ------------------------------------------------------------------------------
 
 
-def to_stablehlo(function: Callable, channels: int) -> jax.export.Exported:
-    """`function` of B H W C uint8 for all PLATFORMS, its batch, height and width symbols."""
+def input_type(inputs: dict[str, Any]) -> str:
+    """Of the images that a network with these 'inputs' of a checkpoint is exported for."""
+    return 'float32' if 'range' in inputs else 'uint8'
+
+
+def to_stablehlo(function: Callable, channels: int, dtype: str = 'uint8') -> jax.export.Exported:
+    """`function` of B H W C for all PLATFORMS, its batch, height and width symbols."""
     sizes = jax.export.symbolic_shape(
         'b, h, w', constraints=[f'h >= {SMALLEST}', f'w >= {SMALLEST}']
     )
-    image = jax.ShapeDtypeStruct((*sizes, channels), jnp.uint8)
+    image = jax.ShapeDtypeStruct((*sizes, channels), dtype)
     try:
         return jax.export.export(compilation.jit(function), platforms=PLATFORMS)(image)
     except jax.core.InconclusiveDimensionOperation as error:
@@ -126,12 +141,18 @@ def to_stablehlo(function: Callable, channels: int) -> jax.export.Exported:
         ) from error
 
 
-def to_onnx(function: Callable, channels: int, size: tuple[int, int], metadata: dict[str, Any]):
+def to_onnx(
+    function: Callable,
+    channels: int,
+    size: tuple[int, int],
+    metadata: dict[str, Any],
+    dtype: str = 'uint8',
+):
     """`onnx.ModelProto` of `function` for any batch of one height and width."""
     (batch,) = jax.export.symbolic_shape('b')
     return onnx_graph.convert(
         function,
-        jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8),
+        jax.ShapeDtypeStruct((batch, *size, channels), dtype),
         input_name='image',
         output_name='probabilities',
         metadata={KEY: json.dumps(metadata)},
@@ -172,7 +193,12 @@ def describe(
         'step': step,
         'model': config.model.name,
         'classes': config.model.num_classes,
-        'input': {'name': 'image', 'layout': 'B H W C', 'dtype': 'uint8', 'order': 'RGB'},
+        'input': {
+            'name': 'image',
+            'layout': 'B H W C',
+            'dtype': input_type(inputs),
+            'order': 'RGB',
+        },
         'output': {'name': 'probabilities', 'layout': 'B H W K', 'dtype': 'float32'},
         'sizes': {
             'batch': 'any',
@@ -205,27 +231,28 @@ def export_checkpoint(
     """
     if min(size) < SMALLEST:
         raise ConfigError(f'size {size[0]} x {size[1]} is too small: {SMALLEST} x {SMALLEST} is')
-    target = Path(output) if output else Path(workdir) / FILES[fmt]
-    config, model, variables, intensity, step = restore_model(workdir, which)
-    inputs = checkpoint.metadata(workdir, step)['inputs']
+    target = paths.local(output) if output else paths.local(workdir) / FILES[fmt]
+    run = open_run(workdir, which)
+    config, model, variables, inputs = run.config, run.model, run.variables, run.inputs
     crf_options = config.crf.to_dict() | ({} if crf else {'kernel': 'none'})
     check_crf(fmt, crf_options['kernel'])
     if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
-    metadata = describe(fmt, config, inputs, step, size, crf_options['kernel'])
+    metadata = describe(fmt, config, inputs, run.step, size, crf_options['kernel'])
     function = functools.partial(
-        serve, variables=variables, model=model, intensity=intensity, crf_options=crf_options
+        serve, variables=variables, model=model, intensity=run.intensity, crf_options=crf_options
     )
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         with files.writing(target) as aside:
             if fmt == 'stablehlo':
-                program = to_stablehlo(function, inputs['channels']).serialize()
+                exported = to_stablehlo(function, inputs['channels'], input_type(inputs))
+                program = exported.serialize()
                 with zipfile.ZipFile(aside, 'w') as archive:
                     archive.writestr(PROGRAM, program)
                     archive.writestr(METADATA, json.dumps(metadata, indent=1))
             elif fmt == 'onnx':
-                proto = to_onnx(function, inputs['channels'], size, metadata)
+                proto = to_onnx(function, inputs['channels'], size, metadata, input_type(inputs))
                 aside.write_bytes(proto.SerializeToString())
             else:
                 _write_params(aside, variables, metadata)
@@ -234,18 +261,18 @@ def export_checkpoint(
                 reference,
                 variables=variables,
                 predict_fn=infer.compile_predict(model, crf_options=crf_options),
-                intensity=intensity,
+                intensity=run.intensity,
             )
             other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
             limit = TOLERANCE[jnp.dtype(model.dtype).name]
-            print(compare(predict, expect, inputs['channels'], (size, other), limit))
+            print(compare(predict, expect, inputs, (size, other), limit))
     except BaseException:
         for folder in made:
             with contextlib.suppress(OSError):  # it could not be made
                 folder.rmdir()
         raise
     if metadata['left_out']:
-        print(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')
+        say(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')
     return target
 
 
@@ -276,14 +303,17 @@ def sample_images(channels: int, size: tuple[int, int], batch: int) -> np.ndarra
     return (blocks + rng.integers(0, 36, blocks.shape)).astype(np.uint8)
 
 
-def compare(predict: Predict, expect: Predict, channels: int, sizes, limit: float) -> str:
+def compare(predict: Predict, expect: Predict, inputs: dict[str, Any], sizes, limit: float) -> str:
     """A line with the largest difference over a batch of 2 and one of 1, of each size in turn.
 
     Raises ExportError where it is above the limit.
     """
     worst, differing, pixels, shapes = 0.0, 0, 0, []
     for batch, (H, W) in zip((2, 1), sizes, strict=True):
-        image = sample_images(channels, (H, W), batch)
+        image = sample_images(inputs['channels'], (H, W), batch)
+        if 'range' in inputs:
+            low, high = np.array(inputs['range'])
+            image = (low + (high - low) * image / 255).astype(np.float32)
         got, expected = predict(image), expect(image)
         if got.shape != expected.shape:
             raise ExportError(f'the file gives {got.shape} where the model gives {expected.shape}')
@@ -440,7 +470,7 @@ def main() -> None:
         size=(height, width),
         crf=options.crf,
     )
-    print(f'written to {path}')
+    say(f'written to {path}')
 
 
 if __name__ == '__main__':

@@ -53,10 +53,16 @@ def alone(workdir: str | Path) -> Iterator[None]:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise ConfigError(
                     f'{workdir} is in use{_owner(path)}: wait, stop it, or give another --workdir'
                 ) from error
+            except OSError as error:  # Lustre or NFS without locks
+                logger.warning(
+                    '%s can not be locked (%s): take care that no other run uses this workdir',
+                    path,
+                    error.strerror,
+                )
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue  # its owner has just removed it
             if before := _owner(path):

@@ -47,7 +47,8 @@ def probabilities(
 
     def network(variables, image_BhwC):
         logits_BijK = model.apply(variables, image_BhwC, train=False)['logits']
-        return jax.nn.softmax(resize(logits_BijK, image_BhwC.shape[1:3]))
+        size = image_BhwC.shape[1:3]  # of cells, whose labels in training are at their centres
+        return jax.nn.softmax(resize(logits_BijK, size, align_corners=False))
 
     def at_scale(variables, scale):
         image_BhwC = resize(image_BHWC, [max(scaled(size, scale), 1) for size in (H, W)])
@@ -223,7 +224,9 @@ def compile_predict(
     )
     if not window:
         program = on_devices(functools.partial(network, crf_options=behind), whole, split)
-        back = compilation.jit(resize, static_argnums=1)
+        back = compilation.jit(
+            functools.partial(resize, align_corners=False), static_argnums=1
+        )  # by half-pixel centres, as `volumes.resize_image` made it
 
         def predict_whole(variables, image_BHWC):
             own = image_BHWC.shape[1:3]

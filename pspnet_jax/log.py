@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from pspnet_jax.errors import LogError, not_written
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 100_000  # characters of a line
 FURTHEST = 1e39  # of a figure: float32 holds no more
@@ -130,14 +133,24 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, float | None]]]:
     """Lines that are records: a killed process may have left half a line at the end."""
     if not path.is_file():
         return
+    damaged = []
     with path.open(encoding='utf-8', errors='replace') as file:
-        for line in iter(lambda: file.readline(LONGEST), ''):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), ''), start=1):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                continue
+                record = None
             if _is_record(record):
                 yield line.strip(), record
+            else:
+                damaged.append(number)
+    if damaged:
+        logger.warning(
+            '%s: %d line(s) are damaged and left out, the first is line %d',
+            path,
+            len(damaged),
+            damaged[0],
+        )
 
 
 def _is_record(found: Any) -> bool:

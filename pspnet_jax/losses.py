@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def cross_entropy(
@@ -41,7 +42,7 @@ def soft_dice(
     smooth: float = 1.0,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """1 - Dice of the probabilities, mean over the classes 1..K-1 (background left out).
+    """1 - Dice of the probabilities, mean over the classes 1..K-1 but the one that is ignored.
 
     Milletari et al. 2016, with p rather than p^2 in the denominator, summed over the
     batch as one volume: a slice without tumour then pulls the probabilities down
@@ -54,7 +55,8 @@ def soft_dice(
     overlap_K = _sum((prob_BHWK * true_BHWK).sum((0, 1, 2)), axis_name)
     size_K = _sum((prob_BHWK + true_BHWK).sum((0, 1, 2)), axis_name)
     dice_K = (2.0 * overlap_K + smooth) / (size_K + smooth)
-    return 1.0 - dice_K[1:].mean()
+    structures = np.array([k for k in range(1, len(dice_K)) if k != ignore_label])
+    return 1.0 - dice_K[structures].mean()
 
 
 def distillation(

@@ -4,11 +4,13 @@ Arrays in, arrays out, on the host. What a number is a mean over (volume, slice,
 pooled pixels) is decided, and named, by whoever adds the counts up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
+
+FEW = 10  # patients below which `bootstrap_ci` is much too narrow
 
 
 def counts(pred: np.ndarray, true: np.ndarray, num_classes: int, ignore_label: int = 255):
@@ -39,29 +41,44 @@ def ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest connected component (corners connect) of a boolean array, any rank."""
-    labels, n = ndimage.label(mask, ndimage.generate_binary_structure(mask.ndim, mask.ndim))
-    if n <= 1:
+    return components(mask, lambda sizes: np.arange(len(sizes)) == sizes.argmax())
+
+
+def components(mask: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The connected components (corners connect) of a boolean array, any rank, that `keep` says
+    of their sizes.
+    """
+    boxes = ndimage.find_objects(mask.astype(np.uint8))
+    if not boxes:
         return mask
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return labels == sizes.argmax()
+    (box,) = boxes  # all that there is: often a small part
+    corners = ndimage.generate_binary_structure(mask.ndim, mask.ndim)
+    parts, _ = ndimage.label(mask[box], corners)
+    sizes = sum(np.bincount(rows.ravel(), minlength=parts.max() + 1) for rows in parts)
+    kept = np.zeros_like(mask)
+    kept[box] = np.concatenate([[False], keep(sizes[1:])])[parts]
+    return kept
 
 
-def pooled_iou(counts: np.ndarray) -> dict[str, Any]:
+def pooled_iou(counts: np.ndarray, ignore_label: int = 255) -> dict[str, Any]:
     """(K, 3) pooled counts -> frequency_weighted_IU, mean_IU, class_wise_IU.
 
     The figures that image-segmentation-keras' evaluate_segmentation gives under these names,
     here at the masks' full size: a class that is nowhere counts 0 in the mean, and weights
-    are the true pixels of each class. No pixel at all gives NaN weights.
+    are the true pixels of each class. No pixel at all gives NaN weights. The class that is
+    `ignore_label` is None and in no mean.
     """
     tp, fp, fn = np.asarray(counts, np.float64).T
     class_wise = tp / (tp + fp + fn + 1e-12)  # theirs, in place of 0/0
     with np.errstate(invalid='ignore'):
         weights = (tp + fn) / (tp + fn).sum()
+    scored = np.arange(len(class_wise)) != ignore_label
     return {
         'frequency_weighted_IU': float((weights * class_wise).sum()),
-        'mean_IU': float(class_wise.mean()),
-        'class_wise_IU': class_wise.tolist(),
+        'mean_IU': float(class_wise[scored].mean()),
+        'class_wise_IU': [
+            value if use else None for value, use in zip(class_wise.tolist(), scored, strict=True)
+        ],
     }
 
 
@@ -71,9 +88,13 @@ def surface_distances(
     """Distance of each surface voxel of `pred` to the surface of `true`, and of `true`'s to pred's.
 
     The surface of a boolean volume are its voxels with a face neighbour outside it, or outside
-    the array. Distances are between centres of voxels, in spacing's unit; infinite where the
+    the array. Axes of length 1 count as none: the surface of a picture is its outline.
+    Distances are between centres of voxels, in spacing's unit; infinite where the
     other mask is empty.
     """
+    long = [axis for axis, size in enumerate(pred.shape) if size > 1] or [0]
+    spacing = [spacing[axis] for axis in long]
+    pred, true = (mask.reshape([mask.shape[axis] for axis in long]) for mask in (pred, true))
     where = np.argwhere(pred | true)
     if not len(where):
         return np.zeros(0), np.zeros(0)
@@ -94,25 +115,33 @@ def surface_distances(
 def surface_ratios(
     distances: tuple[np.ndarray, np.ndarray], tolerance: float = 0.0
 ) -> dict[str, float]:
-    """`surface_distances` -> hd95, assd and surface_dice, as the functions of these names."""
+    """`surface_distances` -> hd95, hd95_joined, assd, surface_dice, as the functions so named."""
     both = np.concatenate(distances)
-    hd95 = assd = float('nan')
+    hd95 = joined = assd = float('nan')
     if all(map(len, distances)):
         hd95 = float(max(np.percentile(each, 95) for each in distances))
-        assd = float(both.mean())
+        joined, assd = float(np.percentile(both, 95)), float(both.mean())
     within = both <= tolerance * (1 + 1e-9)  # 3 steps of 0.1 are within 0.3
     surface_dice = float(within.mean()) if len(both) else float('nan')
-    return {'hd95': hd95, 'assd': assd, 'surface_dice': surface_dice}
+    return {'hd95': hd95, 'hd95_joined': joined, 'assd': assd, 'surface_dice': surface_dice}
 
 
 def hd95(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
     """95th percentile Hausdorff distance between two boolean volumes, in spacing's unit.
 
     The larger of the two directed 95th percentiles of the distance from one mask's
-    surface to the other's (`surface_distances`). NaN when a mask is empty: there is no
-    surface to measure to.
+    surface to the other's (`surface_distances`), as MONAI has it. NaN when a mask is empty:
+    there is no surface to measure to.
     """
     return surface_ratios(surface_distances(pred, true, spacing))['hd95']
+
+
+def hd95_joined(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
+    """`hd95` as MedPy has it: the 95th percentile of the distances of both surfaces together.
+
+    Up to 20 times smaller where most of the voxels are of the surface that is near.
+    """
+    return surface_ratios(surface_distances(pred, true, spacing))['hd95_joined']
 
 
 def assd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
@@ -156,11 +185,17 @@ def expected_calibration_error(counts: np.ndarray) -> float:
         return float(np.abs(prob - true).sum() / number.sum())
 
 
-def bootstrap_ci(values: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> list[float]:
-    """95 % percentile interval of the mean over resampled patients; NaNs are left out."""
+def bootstrap_ci(
+    values: np.ndarray, *, resamples: int = 10_000, seed: int = 0
+) -> list[float] | None:
+    """95 % percentile interval of the mean over resampled patients; NaNs are left out.
+
+    None of fewer than two. It is too narrow for few: of normal values it holds the mean in
+    76 % of trials with 3, 86 % with 6, 90 % with 10 of them (`FEW`).
+    """
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
-    if not len(values):
-        return [float('nan')] * 2
+    if len(values) < 2:
+        return None
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     return np.percentile(values[draws].mean(axis=1), (2.5, 97.5)).tolist()

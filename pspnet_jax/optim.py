@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import optax
 
 
+def warmup_length(steps: int, *, warmup: float, warmup_steps: int) -> int:
+    """Steps of a warm-up that is `warmup` of the run, but at most `warmup_steps`."""
+    return min(warmup_steps, round(warmup * steps))
+
+
 def learning_rate_schedule(
     name: str, *, learning_rate: float, steps: int, warmup_steps: int = 0, power: float = 0.9
 ) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up, times poly, cosine or constant decay.
+    """Step -> learning rate: linear warm-up to it, then poly, cosine or constant decay.
 
-    poly is (1 - step/steps)^power, of every iteration, as PSPNet's section 5.1 has it.
+    poly is (1 - progress)^power, of every iteration, as PSPNet's section 5.1 has it; progress
+    goes from 0 at the end of the warm-up to 1 at the end of the run.
     """
     decays = {
         'poly': lambda progress: (1.0 - progress) ** power,
@@ -24,7 +30,8 @@ def learning_rate_schedule(
     decay = decays[name]
 
     def rate(step):
-        progress = jnp.minimum(step / max(steps, 1), 1.0)
+        after = jnp.maximum(step - warmup_steps, 0)
+        progress = jnp.minimum(after / max(steps - warmup_steps, 1), 1.0)
         warmup = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
         return learning_rate * warmup * decay(progress)
 
@@ -37,6 +44,7 @@ def create(
     steps: int,
     learning_rate: float,
     schedule: str = 'poly',
+    warmup: float = 0.0,
     warmup_steps: int = 0,
     power: float = 0.9,
     momentum: float = 0.9,
@@ -60,7 +68,7 @@ def create(
         schedule,
         learning_rate=learning_rate,
         steps=steps,
-        warmup_steps=warmup_steps,
+        warmup_steps=warmup_length(steps, warmup=warmup, warmup_steps=warmup_steps),
         power=power,
     )
     decay = optax.add_decayed_weights(

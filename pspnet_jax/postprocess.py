@@ -1,7 +1,6 @@
 """From probabilities to the labels that are kept: arrays in, arrays out, on the host."""
 
 import numpy as np
-from scipy import ndimage
 
 from pspnet_jax import metrics
 
@@ -27,13 +26,11 @@ def clean(
     if not largest_component and min_size <= 1:
         return labels_DHW
     kept = np.zeros_like(labels_DHW)
-    for label in np.unique(labels_DHW[labels_DHW > 0]):
+    for label in np.flatnonzero(np.bincount(labels_DHW.ravel())[1:]) + 1:
         inside = labels_DHW == label
         if largest_component:
             inside = metrics.largest_component(inside)
         if min_size > 1:
-            corners = ndimage.generate_binary_structure(inside.ndim, inside.ndim)
-            parts, _ = ndimage.label(inside, corners)
-            inside &= np.bincount(parts.ravel())[parts] >= min_size
+            inside = metrics.components(inside, lambda sizes: sizes >= min_size)
         kept[inside] = label
     return kept

@@ -13,11 +13,21 @@ For each picture NAME what --save lists, at the picture's own size:
 
 A volume (NIfTI, DICOM, pages of a TIFF, array) gives a mask and probabilities in its own format,
 size, spacing and orientation, and pictures of the slice with most in it. A video, or a camera by
-its number, gives videos: .mp4, masks and probabilities exact in .mkv. Pictures NAME_1, NAME_2 ...
-of one folder are the slices of one volume. What is finished is skipped when started again.
+its number, gives videos: .mp4, masks and probabilities exact in .mkv.
+
+Each file is by itself, whatever its name, unless the run was trained on slices that files hold
+(data.group, LGG) or --group says so: then those of a patient share an intensity scale, and those
+with a number in (?P<slice>...) are slices of one volume.
+
+The output folder keeps pspnet_predictions.jsonl, which says what each result was made from, and by
+which run, step and options. The same command started again skips what is finished; a file there
+that another command or person made is not replaced without --overwrite. A summary at the end
+accounts for every file.
 """
 
+import collections
 import contextlib
+import errno
 import functools
 import glob
 import itertools
@@ -26,8 +36,9 @@ import math
 import os
 import re
 import time
+import unicodedata
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -40,23 +51,46 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from pspnet_jax import calibration, checkpoint, cli, hosts, infer, postprocess, visualize
-from pspnet_jax.config import to_dict, with_prediction
-from pspnet_jax.data import files, video
+from pspnet_jax import (
+    calibration,
+    checkpoint,
+    cli,
+    hosts,
+    infer,
+    manifest,
+    paths,
+    postprocess,
+    visualize,
+)
+from pspnet_jax.config import from_dict, to_dict, with_prediction
+from pspnet_jax.data import files, folder, pairing, sources, video
 from pspnet_jax.data.files import Picture
-from pspnet_jax.data.volumes import free_memory, measure_intensity, normalize
-from pspnet_jax.errors import CheckpointError, ConfigError, DataError, one_line
-from pspnet_jax.evaluate import label_options, program_options, restore_model
+from pspnet_jax.data.volumes import (
+    check_kind,
+    fit_channels,
+    free_memory,
+    measure_intensity,
+    normalize,
+)
+from pspnet_jax.errors import CheckpointError, ConfigError, DataError, NoRoomError, one_line, say
+from pspnet_jax.evaluate import label_options, program_options, views
+from pspnet_jax.runs import open_run
 
 logger = logging.getLogger(__name__)
 
 KINDS = ('mask', 'probability', 'overlay', 'outline', 'panels')
 USUAL = ('mask', 'overlay', 'panels')
+# Why files are passed over.
+NAMED = 'named like results or masks (give one as --input to predict it)'
+LINK = 'links to folders, which are not followed'
+UNLISTED = 'folders that can not be listed'
 RESULT = re.compile(r'.*_(mask|probability|probability_\d+|overlay|outline|panels)')
-VOLUME_BYTES = 2**31  # decoded; more pictures of one name are no volume but an album
 CHUNK_BYTES = 2**28  # of pictures that are sorted by size to be predicted together
 WINDOW_PIXELS = 2**24  # of images whose tiles are blended at a time
+MOST_FRAMES = 64  # of a video that its intensity scale is measured on
+FRAME_PIXELS = 2**14  # of each of them
 SIZES = 8  # of images, after which the log recommends tiles
+MOST_LISTED = 20  # results that are in the way
 
 
 class Predictor(NamedTuple):
@@ -64,6 +98,7 @@ class Predictor(NamedTuple):
 
     `intensity` normalises every image alike; None: each volume has its own. `temperature` is
     that which was fitted for the checkpoint, of probabilities alone: labels are those without.
+    `runs` say which they are: workdir, step, digest and what was passed over.
     """
 
     config: ConfigDict
@@ -71,6 +106,7 @@ class Predictor(NamedTuple):
     intensity: np.ndarray | None
     channels: int
     temperature: float = 1.0
+    runs: Sequence[Mapping[str, Any]] = ()
 
 
 class Case(NamedTuple):
@@ -100,13 +136,16 @@ def load(
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
-    runs = [restore_model(workdir, which) for workdir in workdirs]
-    config, model, variables, intensity, step = runs[0]
-    config = with_prediction(config, changes)
-    for workdir, (other, _, _, scale, _) in zip(workdirs[1:], runs[1:], strict=True):
-        faults = checkpoint.model_differences(to_dict(runs[0][0]), to_dict(other))
-        if not np.array_equal(intensity, scale):
+    runs = [open_run(workdir, which) for workdir in workdirs]
+    first, variables = runs[0], runs[0].variables
+    config = with_prediction(first.config, changes)
+    for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
+        faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
+        if not np.array_equal(first.intensity, other.intensity):
             faults.append('images are normalised in two ways: data.normalize')
+        ours, theirs = first.config.model.class_names, other.config.model.class_names
+        if ours and theirs and ours != theirs:
+            faults.append(f'model.class_names is {ours} there, {theirs} here')
         if faults:
             raise CheckpointError(
                 f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '
@@ -114,12 +153,20 @@ def load(
             )
     ensemble = len(runs) > 1
     if ensemble:
-        variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run[2] for run in runs))
-    program = infer.compile_predict(model, ensemble=ensemble, **program_options(config))
-    channels = checkpoint.metadata(workdirs[0], step)['inputs']['channels']
+        variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
+    program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(workdirs[0], step)
-    return Predictor(config, predict_fn, intensity, channels, temperature)
+    temperature = 1.0 if ensemble else calibration.load(workdirs[0], first.step, views(config))
+    about = [
+        {
+            'workdir': os.path.abspath(paths.local(workdir)),
+            'step': run.step,
+            'passed_over': {str(step): reason for step, reason in run.passed_over.items()},
+            'digest': run.digest,
+        }
+        for workdir, run in zip(workdirs, runs, strict=True)
+    ]
+    return Predictor(config, predict_fn, first.intensity, first.channels, temperature, about)
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +177,7 @@ def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, 
     image_DHWC = {2: image[None, ..., None], 3: image[None], 4: image}.get(image.ndim)
     if image_DHWC is None or not image.size:
         raise DataError(f'an array of shape {image.shape} is no image: give H W, H W C or D H W C')
-    image_DHWC = fit_channels(image_DHWC, predictor.channels, f'an array of shape {image.shape}')
+    image_DHWC = as_taken(predictor, image_DHWC, f'an array of shape {image.shape}')
     ((labels, prob),) = segment(predictor, [_case(predictor, image_DHWC)], probabilities=True)
     return (labels, prob) if image.ndim == 4 else (labels[0], prob[0])
 
@@ -146,7 +193,8 @@ def segment(
     batch_size, options = config.eval.batch_size, label_options(config)
     threshold = options.pop('threshold')
     labels = [np.empty(case.image.shape[:3], np.uint8) for case in cases]
-    probs: list[list[np.ndarray]] = [[None] * len(case.image) for case in cases]
+    shapes = [(*case.image.shape[:3], config.model.num_classes) for case in cases]
+    probs = [np.empty(shape, np.float32) if probabilities else None for shape in shapes]
     by_size = defaultdict(list)
     for c, case in enumerate(cases):
         by_size[case.image.shape[1:]] += [(c, d) for d in range(len(case.image))]
@@ -166,21 +214,16 @@ def segment(
                 if probabilities:
                     probs[c][d] = calibration.temper(prob_HWK, predictor.temperature)
     return [
-        (postprocess.clean(labels_DHW, **options), np.stack(prob) if probabilities else None)
+        (postprocess.clean(labels_DHW, **options), prob)
         for labels_DHW, prob in zip(labels, probs, strict=True)
     ]
 
 
-def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray:
-    """Grey as three equal channels where the network takes three, and the other way round."""
-    found = image_DHWC.shape[-1]
-    if found == channels:
-        return image_DHWC
-    if (found, channels) == (1, 3):
-        return np.repeat(image_DHWC, 3, axis=-1)
-    if (found, channels) == (3, 1) and (image_DHWC == image_DHWC[..., :1]).all():
-        return image_DHWC[..., :1]
-    raise DataError(f'{name} has {found} channels, the network takes {channels}: give it these')
+def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndarray:
+    """The image with the network's channels. Raises DataError for one that it can't take."""
+    if predictor.intensity is not None:
+        check_kind(image_DHWC, predictor.intensity, name)
+    return fit_channels(image_DHWC, predictor.channels, name)
 
 
 def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -> Case:
@@ -196,12 +239,50 @@ def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -
 def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[Path]]:
     """(folder that results are named after, files) of a file, a folder or a pattern.
 
-    A folder with DICOM files is one entry. Masks, results of ours, hidden files and what is
-    below `output` are left out. Raises DataError where nothing is left.
+    DICOM files go as `files.gather_dicom` says. Raises DataError where nothing is left.
+    """
+    return take_stock(source, output)[:2]
+
+
+def take_stock(
+    source: str | Path, output: str | Path = ''
+) -> tuple[Path, list[Path], dict[str, list[Path]]]:
+    """What `find_files` finds, and {why: files and folders} of all else that is there.
+
+    Masks, results of ours, hidden files and what is below `output` are passed over.
+    """
+    root, entries, ours = _list_entries(source, output)
+    if entries == {Path(source).expanduser()}:  # whatever its name
+        return root, list(entries), {}
+    passed, found, dicom = defaultdict(list), set(), []
+    for path in sorted(entries):
+        if why := _why_not(path, root, ours):
+            passed[why].append(path)
+        elif files.is_dicom(path):
+            dicom.append(path)
+        else:
+            found.add(path)
+    volumes, others = files.gather_dicom(dicom, root)
+    found.update(volumes)
+    for path, what in others.items():
+        passed[f'DICOM without a picture ({what})'].append(path)
+    if not found:
+        endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
+        raise DataError(
+            f'{source} holds no picture: the endings known are {endings}', _passed_lines(passed)
+        )
+    if root in found:  # a DICOM series itself
+        root = root.parent
+    return root, sorted(found), dict(passed)
+
+
+def _list_entries(source: str | Path, output: str | Path) -> tuple[Path, set[Path], Path | None]:
+    """(folder that all are below, every file, `output` where that is below it too); folders
+    that are not looked into are entries themselves.
     """
     source = Path(source).expanduser()
     if source.is_file():
-        return source.parent, [source]
+        return source.parent, {source}, None
     if source.is_dir():
         root, below = source, [source]
     elif glob.has_magic(str(source)):
@@ -215,21 +296,77 @@ def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[
     results = Path(output).expanduser().resolve()
     inside = output and root.resolve() in results.parents
     ours = root / results.relative_to(root.resolve()) if inside else None
-    found = set()
-    for path in itertools.chain.from_iterable(
-        place.rglob('*') if place.is_dir() else [place] for place in below
-    ):
-        known = path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES))
-        if not known or path.name.startswith('.') or RESULT.fullmatch(_stem(path)):
-            continue
-        if ours not in path.parents and path.is_file():
-            found.add(path.parent if path.name.lower().endswith(files.DICOM) else path)
-    if not found:
-        endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
-        raise DataError(f'{source} holds no picture: the endings known are {endings}')
-    if root in found:  # a DICOM series itself
-        return root.parent, sorted(found)
-    return root, sorted(found)
+    entries = set()
+    for place in below:
+        unlisted = [] if place.is_dir() else [place]
+        for here, folders, names in os.walk(
+            place, onerror=lambda error, unlisted=unlisted: unlisted.append(Path(error.filename))
+        ):
+            into = []
+            for path in map(Path(here).joinpath, folders):
+                entered = not (path.name.startswith('.') or path == ours or os.path.islink(path))
+                into += [path.name] if entered else []
+                entries |= set() if entered else {path}
+            folders[:] = into
+            entries |= {Path(here, name) for name in names}
+        entries |= set(unlisted)
+    return root, entries, ours
+
+
+def _why_not(path: Path, root: Path, ours: Path | None) -> str:
+    """Why an entry is no input; '' for one that is."""
+    if ours is not None and ours in (path, *path.parents):
+        return 'in --output'
+    if any(part.startswith('.') for part in path.relative_to(root).parts):
+        return 'hidden'
+    if os.path.isdir(path):
+        return LINK if os.path.islink(path) else UNLISTED
+    if not os.path.isfile(path):
+        return 'neither files nor folders (pipes, devices, broken links)'
+    known = path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES))
+    if not (known or files.is_dicom(path)):
+        return 'of endings that are not read'
+    return NAMED if RESULT.fullmatch(_stem(path)) else ''
+
+
+def _beside(pictures: Iterable[Path]) -> list[Path]:
+    """Other pictures and volumes in the folders of these."""
+    pictures = set(pictures)
+    return [
+        path
+        for parent in sorted({path.parent for path in pictures})
+        for path in sorted(parent.iterdir())
+        if path not in pictures
+        and path.name.lower().endswith((*files.PICTURES, *files.NIFTI, '.npy'))
+        and not _why_not(path, parent, None)
+    ]
+
+
+def _passed_lines(passed: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A line for each reason, with the number of entries and the names of the first."""
+    lines = []
+    for why, entries in passed.items():
+        names = one_line(', '.join(path.name for path in entries[:3]))
+        more = f' and {len(entries) - 3} more' if len(entries) > 3 else ''
+        lines.append(f'{len(entries)} passed over, {why}: {names}{more}')
+    return lines
+
+
+def stack_channels(found: Sequence[Path], images: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
+    """{file: its channels} as a run reads them whose `data.images` has a rule for each channel; all
+    but the first are no files of their own. Other runs have one file a picture.
+    """
+    rules = [pairing.split(Path(place))[1] for place in images]
+    stacks, others = {path: (path,) for path in found}, set()
+    if len(rules) < 2 or pairing.STEM in rules:
+        return stacks
+    for path in found:
+        ending = path.name[len(files.stem(path)) :]
+        for name in pairing.named({files.stem(path): path}, rules[0]):
+            parts = [path.with_name(rule.replace(pairing.STEM, name) + ending) for rule in rules]
+            stacks[path] = tuple(part for part in parts if part.exists())
+            others.update(parts[1:])
+    return {path: parts for path, parts in stacks.items() if path not in others}
 
 
 def _stem(path: Path) -> str:
@@ -252,17 +389,55 @@ def name_results(root: Path, found: Sequence[Path]) -> tuple[dict[Path, Path], l
     return {path: stem for stem, path in stems.items()}, faults
 
 
-def find_finished(
-    stems: Mapping[Path, Path], output: Path, save: Sequence[str], num_classes: int
-) -> set[Path]:
-    """The files of which every result is there, with whatever ending; each appears whole."""
-    there = {path.relative_to(output).parent / _stem(path) for path in output.rglob('*')}
-    names = [name for kind in save for name in _names(kind, num_classes).values()]
-    return {
-        path
-        for path, stem in stems.items()
-        if all(stem.with_name(f'{stem.name}_{name}') in there for name in names)
+def check_apart(output: Path, root: Path, found: Iterable[Path]) -> None:
+    """Raise ConfigError for results among the inputs, where nobody could tell them apart."""
+    if output.resolve() in {path.resolve() for path in (root, *(path.parent for path in found))}:
+        raise ConfigError(
+            f'--output={output} holds the inputs: give results a folder of their own, as '
+            f'--output={output / "predictions"}'
+        )
+
+
+def open_manifest(predictor: Predictor, output: Path, group: str | None) -> manifest.Manifest:
+    """The folder's manifest, for what this network writes there with its options."""
+    config = predictor.config
+    options = {
+        'digests': [run['digest'] for run in predictor.runs],
+        'predict': to_dict(config)['predict'],
+        'temperature': predictor.temperature,
+        'group': sources.grouping(config, group),
     }
+    return manifest.read(output, options, jax.process_index())
+
+
+def begin_manifest(predictor: Predictor, book: manifest.Manifest, group: str | None) -> None:
+    """Write which runs and options the results are of. Raises DataError."""
+    config = predictor.config
+    writer = ' and '.join(f'{run["workdir"]}, step {run["step"]}' for run in predictor.runs)
+    options = to_dict(config)['predict'] | {'group': sources.grouping(config, group)}
+    usual = to_dict(from_dict({}))['predict']
+    told = ', '.join(f'{key}={x}' for key, x in options.items() if x != usual.get(key, ''))
+    about = {'runs': predictor.runs, 'options': options, 'temperature': predictor.temperature}
+    manifest.begin(book, f'{writer} ({told})' if told else writer, about)
+
+
+def find_finished(
+    inputs: Mapping[Path, tuple[Path, str]], book: manifest.Manifest, kinds: Collection[str]
+) -> tuple[set[Path], list[str]]:
+    """(the files whose every result is there, what keeps others from being written).
+
+    `inputs` are {file: (its results' name without ending, its mark)}. Each result appears whole.
+    """
+    output = book.path.parent
+    there = {path.relative_to(output).parent / _stem(path) for path in output.rglob('*')}
+    done, faults = set(), []
+    for path, (stem, mark) in inputs.items():
+        some = [kind for kind in kinds if stem.with_name(f'{stem.name}_{kind}') in there]
+        source = Path(os.path.abspath(path))
+        whole, fault = manifest.sort_out(book, stem.as_posix(), source, mark, kinds, some)
+        done |= {path} if whole else set()
+        faults += [fault] if fault else []
+    return done, faults
 
 
 def _names(kind: str, num_classes: int) -> dict[int, str]:
@@ -272,33 +447,181 @@ def _names(kind: str, num_classes: int) -> dict[int, str]:
     return {1: kind}
 
 
-def group_slices(pictures: Sequence[Path]) -> list[list[Path]]:
-    """Pictures that make one volume: NAME_1.tif, NAME_2.tif ... in one folder, in order."""
-    groups = defaultdict(list)
-    for path in pictures:
-        match = re.fullmatch(r'(.+)_(\d+)', path.stem)
-        if match and path.name.lower().endswith(files.PICTURES):
-            groups[path.parent, match[1], path.suffix].append((int(match[2]), path))
-        else:
-            groups[path, '', ''].append((0, path))
-    return [[path for _, path in sorted(group)] for group in groups.values()]
+class Group(NamedTuple):
+    """Files that share an intensity scale, which those `beside` them only help to measure.
+
+    `numbers` are those of the slices of one volume; a file without is by itself.
+    """
+
+    paths: Sequence[Path]
+    beside: Sequence[Path] = ()
+    numbers: Mapping[Path, int] = MappingProxyType({})
 
 
-def split_albums(groups: Sequence[list[Path]]) -> list[list[Path]]:
-    """Groups too large for a volume, picture by picture: a camera's IMG_0001.jpg and on."""
-    parts = []
-    for group in groups:
-        if len(group) > 1 and len(group) * _decoded_bytes(group[0]) > VOLUME_BYTES:
-            more = len(group) - 1
-            logger.info('%s and %d more are taken as pictures, not slices', group[0], more)
-            parts += [[path] for path in group]
-        else:
-            parts.append(group)
-    return parts
+def group_files(
+    paths: Sequence[Path], how: str = '', beside: Sequence[Path] = (), rule: str = pairing.STEM
+) -> tuple[list[Group], str]:
+    """The groups of `paths`, and in words which way it was.
+
+    `how` is `data.group`, as `sources.grouping` has it: '' makes each file one of its own, but for
+    slices in Kaggle's layout of LGG, which are a volume by that. `beside` are other files of the
+    same folders. Files are called as in training: by what `rule` leaves of their names, and by
+    their paths below where all are, where names alone would be the same.
+    """
+    where = {path: _stem(path) for path in (*paths, *beside)}
+    where = {p: next(iter(pairing.named({stem: p}, rule)), stem) for p, stem in where.items()}
+    if len(set(where.values())) < len(where):
+        top = os.path.commonpath([path.parent for path in where])
+        where = {p: (p.parent.relative_to(top) / stem).as_posix() for p, stem in where.items()}
+    where = {path: unicodedata.normalize('NFC', stem) for path, stem in where.items()}
+    if how:
+        table, _ = folder.group_stems(sorted(set(where.values())), how)
+        told, _ = folder.slice_numbers(table, how)
+        named = {path: table[stem] for path, stem in where.items() if stem in table}
+        numbers = {path: told[where[path]] for path in named if where[path] in told}
+    else:
+        match = {path: sources.SLICE.fullmatch(path.stem) for path in where if _is_kaggle(path)}
+        named = {path: path.parent for path in match}
+        numbers = {path: int(found['slice']) for path, found in match.items()}
+    members = defaultdict(list)
+    for path in where:
+        members[path in named, named.get(path, path)].append(path)
+    asked, groups = set(paths), []
+    for some in members.values():
+        some = sorted(some, key=lambda path: (numbers.get(path, 0), path))
+        own = [path for path in some if path in asked]
+        if own:
+            others = [path for path in some if path not in asked]
+            groups.append(Group(own, others, {p: numbers[p] for p in some if p in numbers}))
+    return groups, _say_groups(groups, how, named)
+
+
+def _group_inputs(
+    config: ConfigDict, paths: Sequence[Path], beside: Sequence[Path], group: str | None
+) -> list[Group]:
+    """The groups of what a run is to predict; the log says which way it was."""
+    how = sources.grouping(config, group)
+    if group is None and how.endswith('.csv') and not os.path.isfile(how):
+        logger.warning(
+            '%s, by which the pictures of the run were grouped, is not here, so each file is by '
+            'itself: give --group=TABLE.csv for those of these files', how,
+        )  # fmt: skip
+        how = ''
+    rule = pairing.split(Path(config.data.images[0]))[1]
+    groups, told = group_files(paths, how, beside, rule)
+    if told:
+        logger.info('%s', told)
+    return groups
+
+
+def _is_kaggle(path: Path) -> bool:
+    """Whether it is CASE/CASE_7.tif, with its mask beside it."""
+    match = path.suffix == '.tif' and sources.SLICE.fullmatch(path.stem)
+    mask = path.with_name(f'{path.stem}_mask.tif')
+    return bool(match) and match['patient'] == path.parent.name and os.path.isfile(mask)
+
+
+def _say_groups(groups: Sequence[Group], how: str, named: Iterable[Path]) -> str:
+    """Which files belong together and by what; '' where there is one that does not."""
+    named = set(named)
+    together = [group for group in groups if not named.isdisjoint(group.paths)]
+    alone = [group.paths[0] for group in groups if named.isdisjoint(group.paths)]
+    volumes = sum(bool(group.numbers) for group in together)
+    count = sum(len(group.paths) for group in together)
+    by = f'the group {how!r}' if how else "Kaggle's layout"
+    said = []
+    if together or how:
+        said.append(
+            f'{count} files belong to {len(together)} patients by {by}: those of one share what is '
+            f'measured of intensities, and {volumes} are volumes of numbered slices'
+        )
+    if how:
+        said += [f'in {len(alone)} files it finds no patient: each is by itself'] if alone else []
+        said.append('--group= takes each file by itself')
+    elif len(alone) > 1:
+        said.append(f'each of {len(alone)} files is by itself, as evaluation takes it')
+        numbered = [sources.SLICE.fullmatch(path.stem) for path in alone]
+        names = collections.Counter(match['patient'] for match in numbered if match)
+        if max(names.values(), default=0) > 1:
+            said.append("if NAME_1, NAME_2 ... are slices: --group='(.+)_(?P<slice>[0-9]+)'")
+    return '; '.join(said)
+
+
+def read_cases(
+    group: Group,
+    *,
+    predictor: Predictor,
+    stems: Mapping[Path, Path],
+    channels: Mapping[Path, Sequence[Path]] = MappingProxyType({}),
+    save: Sequence[str] = USUAL,
+    later: list[Group] | None = None,
+) -> tuple[int, list[Case], list[str]]:
+    """(number of files, cases, faults). Raises nothing for a file that is bad.
+
+    What there is no room for goes to `later`, where that is given, as others are being worked on.
+    `channels` are `stack_channels`'s. Files of a group share an intensity scale, where the run has
+    none for all. A case is a file, or the slices of one size whose numbers follow one another.
+    """
+    several = len(group.paths) + len(group.beside) > 1
+    if several and predictor.intensity is None and (fault := _too_large(group)):
+        return len(group.paths), [], [f'{path}: {fault}' for path in group.paths]
+    found, faults, beside = [], [], set(group.beside)
+    for path in (*group.paths, *group.beside):
+        try:
+            if path not in beside or predictor.intensity is None:
+                picture = files.stack([files.read(part) for part in channels.get(path, [path])])
+                files.check_room(path, _needed(picture, predictor, save))
+                image = as_taken(predictor, picture.image, path)
+                found.append((path, picture, image))
+        except DataError as error:
+            if isinstance(error, NoRoomError) and later is not None:
+                later.append(group)
+                return 0, [], []
+            faults += [] if path in beside else [str(error)]
+    context = None
+    if len(found) > 1 and predictor.intensity is None:
+        pixels = [image.reshape(1, 1, -1, predictor.channels) for _, _, image in found]
+        context = np.concatenate(pixels, axis=2)
+    cases = []
+    for some in _scans([item for item in found if item[0] not in beside], group.numbers):
+        paths, pictures, images = zip(*some, strict=True)
+        names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
+        image = images[0] if len(images) == 1 else np.concatenate(images)
+        cases.append(_case(predictor, image, context, **names))
+    return len(group.paths), cases, faults
+
+
+def _scans(found: Sequence[tuple], numbers: Mapping[Path, int]) -> list[list[tuple]]:
+    """What `read_cases` read, as evaluation takes it apart (`folder.load`): each file is one, but
+    for pictures that are numbered as slices, whose every run without a gap is one of a size.
+    """
+    if not all(path in numbers and len(image) == 1 for path, _, image in found):
+        return [[item] for item in found]
+    scans, run, last = defaultdict(list), 0, None
+    for item in sorted(found, key=lambda item: numbers[item[0]]):
+        number = numbers[item[0]]
+        run += last is not None and number > last + 1
+        last = number
+        scans[run, item[2].shape].append(item)
+    return list(scans.values())
+
+
+def _too_large(group: Group) -> str:
+    """Why the files of a group can't be held together; '' where they can."""
+    needed = sum(map(_decoded_bytes, (*group.paths, *group.beside)))
+    if needed <= files.SMALL or needed <= (free := free_memory()) / 2:
+        return ''
+    return (
+        f'the {len(group.paths) + len(group.beside)} pictures of its patient, which share an '
+        f'intensity scale, need {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: close '
+        'other programs, or give --group= to take each by itself'
+    )
 
 
 def _decoded_bytes(path: Path) -> int:
-    """From the header alone; 0 where that can't be read, which reading then reports."""
+    """Of a flat picture, from the header alone; 0 where that can't be read, which reading then
+    reports.
+    """
     try:
         with Image.open(path, formats=files.PIL_FORMATS) as picture:
             return math.prod(picture.size) * len(picture.getbands())
@@ -306,69 +629,19 @@ def _decoded_bytes(path: Path) -> int:
         return 0
 
 
-def read_cases(
-    group: Sequence[Path], *, predictor: Predictor, stems: Mapping[Path, Path]
-) -> tuple[int, list[Case], list[str]]:
-    """(number of files, cases, faults). Raises nothing for a file that is bad.
+def _needed(picture: Picture, predictor: Predictor, save: Sequence[str]) -> int:
+    """Bytes beside the picture that predicting it takes, about.
 
-    Slices of one volume share its intensity scale. A single slice takes that of its
-    neighbours in the folder, where they are (the network was trained on whole volumes'
-    scales), else its own.
+    Of all slices a byte of labels, one of what is written, and where they are asked for the
+    probabilities, the components, and a copy to measure intensities; of one slice at a time images
+    and probabilities.
     """
-    slices, cases, faults = defaultdict(list), [], []
-    for path in group:
-        try:
-            picture = files.read(path)
-            _check_memory(picture, predictor.config.model.num_classes)
-            image_DHWC = fit_channels(picture.image, predictor.channels, path)
-            if len(image_DHWC) == 1 and picture.geometry is None:
-                slices[image_DHWC.shape].append((path, picture, image_DHWC))
-                continue
-            names = {'pictures': (picture,), 'stems': (stems[path],)}
-            cases.append(_case(predictor, image_DHWC, **names))
-        except DataError as error:
-            faults.append(str(error))
-    for same in slices.values():
-        paths, pictures, images = zip(*same, strict=True)
-        context = None
-        if len(group) == 1 and predictor.intensity is None:
-            context = _with_neighbours(paths[0], images[0])
-        image_DHWC = np.concatenate(images)
-        names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
-        cases.append(_case(predictor, image_DHWC, context, **names))
-    return len(group), cases, faults
-
-
-def _with_neighbours(path: Path, image_1HWC: np.ndarray) -> np.ndarray:
-    """The volume that `path` is a slice of, as far as its folder holds it; else the image."""
-    match = re.fullmatch(r'(.+)_(\d+)', path.stem)
-    if not match:
-        return image_1HWC
-    pattern = re.compile(rf'{re.escape(match[1])}_\d+{re.escape(path.suffix)}')
-    beside = [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]
-    if len(beside) * image_1HWC.nbytes > VOLUME_BYTES:
-        return image_1HWC
-    images = [image_1HWC]
-    for other in sorted(beside):
-        if other != path:
-            with contextlib.suppress(DataError):  # one that can't be read is no help
-                pixels = files.read(other).image
-                images.append(fit_channels(pixels, image_1HWC.shape[-1], other))
-    images = [pixels for pixels in images if pixels.shape == image_1HWC.shape]
-    if len(images) > 1:
-        logger.info('%s: intensity scale of the %d slices beside it', path.name, len(images) - 1)
-    return np.concatenate(images)
-
-
-def _check_memory(picture: Picture, num_classes: int) -> None:
-    """One slice at a time is predicted: as float32, with its sums and its probabilities."""
-    _, H, W, C = picture.image.shape
-    needed = 4 * H * W * (C + 3 * num_classes)
-    if needed > files.SMALL and needed > (free := free_memory()):
-        raise DataError(
-            f'{picture.source} of {H} x {W} needs {needed / 2**20:.0f} MB for {num_classes} '
-            f'classes and {free / 2**20:.0f} MB are free: close other programs or cut it up'
-        )
+    D, H, W, C = picture.image.shape
+    options = predictor.config.predict
+    each = 2 + 4 * (predictor.intensity is None)
+    each += 4 * (predictor.config.model.num_classes + 1) * ('probability' in save)
+    each += 8 * (options.largest_component or options.min_size > 1)
+    return H * W * (D * each + 4 * (C + 3 * predictor.config.model.num_classes))
 
 
 # From files to files.
@@ -383,45 +656,132 @@ def predict_files(
     save: Sequence[str] = USUAL,
     overwrite: bool = False,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    group: str | None = None,
 ) -> list[str]:
     """Write results below `output`; returns the faults of what was left out.
 
-    Files are read ahead and results written behind while the network runs. Raises DataError,
-    CheckpointError or ConfigError before anything is written, and DataError, which stops it
-    all, where results can not be written.
+    `group` says whose files belong together, in place of the run's `data.group`. What became of
+    every file is said at the end. Files are read ahead and results written behind while the
+    network runs. Raises DataError, CheckpointError or ConfigError before anything is written, and
+    DataError, which stops it all, where results can not be written.
     """
-    root, found = find_files(source, output)
-    output = Path(output).expanduser()
+    output = paths.local(output)
+    root, there, passed = take_stock(source, output)
+    check_apart(output, root, there)
     predictor = load(workdirs, which, changes)
+    channels = stack_channels(there, predictor.config.data.images)
+    found = list(channels)
     stems, faults = name_results(root, found)
-    done = set()
-    if not overwrite:
-        done = find_finished(stems, output, save, predictor.config.model.num_classes)
+    classes = predictor.config.model.num_classes
+    kinds = [name for kind in save for name in _names(kind, classes).values()]
+    book = open_manifest(predictor, output, group)
+    inputs = {path: (stem, manifest.mark_of(channels[path])) for path, stem in stems.items()}
+    done, taken = (set(), []) if overwrite else find_finished(inputs, book, kinds)
+    hosts.wait_for_all()  # from here on each writes
+    if taken:
+        raise DataError(
+            f'{len(taken)} result(s) in {output} are not of this command: give another --output, '
+            'or --overwrite to replace them:', taken[:MOST_LISTED],
+        )  # fmt: skip
+    targets = {path: output / stem for path, stem in stems.items()}
+    note_of = {
+        output / stem: functools.partial(
+            manifest.add, book, result=stem.as_posix(), source=os.path.abspath(path), mark=mark,
+            kinds=kinds,
+        )
+        for path, (stem, mark) in inputs.items()
+    }  # fmt: skip
+    pictures = [path for path in stems if not _is_video(path)]
+    beside = {}
+    if not Path(source).expanduser().is_dir():
+        read_already = {part for parts in channels.values() for part in parts}
+        others = [path for path in _beside(pictures) if path not in read_already]
+        beside = stack_channels(others, predictor.config.data.images)
+    groups = _group_inputs(predictor.config, pictures, list(beside), group)
+    channels |= beside
+    groups = [some for some in groups if not done.issuperset(some.paths)]
+    done = done.difference(*(some.paths for some in groups))  # of these all are done again
     if done:
         print(f'{len(done)} finished before are left as they are: --overwrite does them again')
-    targets = {path: output / stem for path, stem in stems.items()}
-    groups = split_albums(group_slices([path for path in stems if not _is_video(path)]))
-    groups = hosts.share([group for group in groups if not done.issuperset(group)])
+    groups = hosts.share(groups)
     videos = hosts.share([path for path in stems if _is_video(path) and path not in done])
     faults = faults if hosts.is_first() else []  # each has found the same so far
     # Volumes are large, and long at work on: one is read while another is.
-    flat = all(len(g) == 1 and g[0].name.lower().endswith(files.PICTURES) for g in groups)
-    threads = predictor.config.data.threads if flat else 1
-    read = functools.partial(read_cases, predictor=predictor, stems=targets)
-    write = functools.partial(write_results, predictor=predictor, save=save)
-    predicted = _predict_chunks(
-        predictor, in_threads(read, groups, threads), probabilities='probability' in save
+    flat = all(
+        len(some.paths) == 1 and some.paths[0].name.lower().endswith(files.PICTURES)
+        for some in groups
     )
-    with tqdm(total=sum(map(len, groups)), unit='file', disable=None) as bar:
+    threads = predictor.config.data.threads if flat else 1
+    later = []
+    read = functools.partial(
+        read_cases, predictor=predictor, stems=targets, channels=channels, save=save
+    )
+    files.sweep(output)
+    begin_manifest(predictor, book, group)
+    write = functools.partial(write_results, predictor=predictor, save=save, note_of=note_of)
+    probabilities = 'probability' in save
+    pipelined = functools.partial(read, later=later)
+    predicted = _predict_chunks(
+        predictor, in_threads(pipelined, groups, threads), probabilities=probabilities
+    )
+    with tqdm(total=sum(len(g.paths) for g in groups), unit='file', disable=None) as bar:
         for count, found_faults in in_threads(write, predicted, threads):
             faults += found_faults
             bar.update(count)
+        for some in later:  # by itself, when nothing else takes memory
+            for item in _predict_chunks(predictor, [read(some)], probabilities=probabilities):
+                count, found_faults = write(item)
+                faults += found_faults
+                bar.update(count)
     for path in videos:
+        note = note_of[targets[path]]
         try:
-            print(predict_video(predictor, path, targets[path], save=save))
+            note('begun')
+            say(str(predict_video(predictor, path, targets[path], save=save)))
+            note('done')
         except DataError as error:
             faults.append(str(error))
-    return hosts.gather(faults)
+    faults = hosts.gather(faults)
+    if hosts.is_first():
+        faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
+        say(f'{", ".join(save)} are in {output}')
+        further = set(there) - set(found)
+        print(summary(source, found, done, len(faults), passed, further))
+    return faults
+
+
+def summary(
+    source: str | Path,
+    found: Sequence[Path],
+    done: Sequence[Path],
+    failed: int,
+    passed: Mapping[str, Sequence[Path]],
+    further: Iterable[Path] = (),
+) -> str:
+    """What became of every file: a line of numbers that add up, and one for each reason to pass
+    files over. `further` are those that hold a further channel of others.
+    """
+    further = len(set(further))
+    failed -= len(passed.get(UNLISTED, ()))
+    over = sum(map(len, passed.values()))
+    series = [path for path in found if path.is_dir()]
+    over_paths = {path for paths in passed.values() for path in paths}
+    inside = {path for folder in series for path in folder.iterdir()} - over_paths
+    slices = sum(map(files.is_dicom, inside))
+    kinds = f' ({len(series)} of them folders of {slices} DICOM slices)' if series else ''
+    folders = series or any(map(os.path.isdir, over_paths))
+    total = len(found) + further + over
+    things = 'files and folders' if folders else 'file' if total == 1 else 'files'
+    counts = {
+        'predicted': len(found) - len(done) - failed,
+        'finished before': len(done),
+        'failed': failed,
+        'further channels of these': further,
+        'passed over': over,
+    }
+    parts = ', '.join(f'{n} {what}' for what, n in counts.items() if n or what == 'predicted')
+    head = one_line(f'{total} {things} in {source}{kinds}: {parts}')
+    return '\n  '.join([head, *_passed_lines(passed)])
 
 
 def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool) -> Iterator:
@@ -452,18 +812,38 @@ def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool
         waiting, slices, size = [], 0, 0
 
 
-def write_results(item, *, predictor: Predictor, save: Sequence[str]) -> tuple[int, list[str]]:
-    """Write the results of an item of `_predict_chunks`. Raises DataError."""
+def write_results(
+    item, *, predictor: Predictor, save: Sequence[str], note_of: Mapping[Path, Callable]
+) -> tuple[int, list[str]]:
+    """Write the results of an item of `_predict_chunks`; returns the number of its files and their
+    faults.
+
+    `note_of[stem]` is told when its results are 'begun' and 'done'. Raises DataError, except for a
+    name that the file system finds too long, which is a fault of one file.
+    """
     count, predicted, faults = item
     config = predictor.config
     for case, labels_DHW, prob_DHWK in predicted:
-        first = 0
+        first, shown = 0, case.intensity
+        if predictor.intensity is not None and case.image.dtype != np.uint8:
+            shown = measure_intensity(case.image)  # the run's own range is wider than is looked at
         for picture, stem in zip(case.pictures, case.stems, strict=True):
             part = slice(first, first + len(picture.image))
             first = part.stop
             prob = None if prob_DHWK is None else prob_DHWK[part]
-            _write(stem, picture, case.image[part], case.intensity, labels_DHW[part], prob,
-                   save=save, config=config)  # fmt: skip
+            note_of[stem]('begun')
+            try:
+                _write(stem, picture, case.image[part], shown, labels_DHW[part], prob,
+                       save=save, config=config)  # fmt: skip
+            except DataError as error:
+                if getattr(error.__cause__, 'errno', 0) != errno.ENAMETOOLONG:
+                    raise
+                faults.append(
+                    f'{picture.source}: with _{save[0]} behind it the name is too long for this '
+                    'disk: give it a shorter one'
+                )
+            else:
+                note_of[stem]('done')
     return count, faults
 
 
@@ -526,6 +906,26 @@ class Speed(NamedTuple):
         return f'{name}: {self.frames} frames of {self.rate:.4g} a second{reached}'
 
 
+class Spread:
+    """Frames evenly spread over the `count` that were added, at most MOST_FRAMES, made coarse."""
+
+    def __init__(self):
+        self.frames, self.count, self._every = [], 0, 1
+
+    def add(self, frame_HWC: np.ndarray) -> None:
+        if self.count % self._every == 0:
+            H, W = frame_HWC.shape[:2]
+            step = math.ceil(math.sqrt(H * W / FRAME_PIXELS))
+            self.frames.append(frame_HWC[::step, ::step].copy())
+        self.count += 1
+        if len(self.frames) > MOST_FRAMES:
+            self.frames, self._every = self.frames[::2], 2 * self._every
+
+    def fitted(self, predictor: Predictor, name: str) -> np.ndarray:
+        """D h w C, as the network takes them."""
+        return as_taken(predictor, np.stack(self.frames), name)
+
+
 def predict_video(
     predictor: Predictor,
     source: Path | int,
@@ -538,20 +938,39 @@ def predict_video(
 
     `source` is a file or the number of a camera, which is read to `limit` frames or until
     Ctrl-C. Decoding, the network and encoding run at once. Where each volume has its own
-    intensity scale, a video's is that of its first batch. Raises DataError.
+    intensity scale, that of a file is measured over frames from its start to its end, and that of
+    a camera again and again over those it has given so far. Raises DataError.
     """
     name = f'camera {source}' if isinstance(source, int) else str(source)
     batch_size, classes = predictor.config.eval.batch_size, predictor.config.model.num_classes
     results = [(kind, *item) for kind in save for item in _names(kind, classes).items()]
     exact = ('mask', 'probability')
-    intensity, frames, first, start = None, 0, 0, math.nan
+    intensity, seen, frames, first, start = predictor.intensity, Spread(), 0, 0, math.nan
+    if intensity is None and not isinstance(source, int):
+        with video.reading(source) as (_, _, pictures):
+            for frame in pictures:
+                seen.add(frame)
+        if seen.frames:
+            intensity = _case(predictor, seen.fitted(predictor, name)).intensity
+            logger.info(
+                '%s: one intensity scale, measured over %d of its %d frames',
+                name, len(seen.frames), seen.count,
+            )  # fmt: skip
+    running = intensity is None and isinstance(source, int)
+    if running:
+        logger.info(
+            '%s: its intensity scale is that of the frames so far, so the first masks have a '
+            'scale that changes', name,
+        )  # fmt: skip
 
     def predicted(batches: Iterable[list[np.ndarray]]) -> Iterator[list]:
         nonlocal intensity, first, start
         for batch in batches:
-            image_DHWC = fit_channels(np.stack(batch), predictor.channels, name)
-            if intensity is None:
-                intensity = _case(predictor, image_DHWC).intensity
+            image_DHWC = as_taken(predictor, np.stack(batch), name)
+            if running:
+                for frame in batch:
+                    seen.add(frame)
+                intensity = _case(predictor, seen.fitted(predictor, name)).intensity
             cases = [Case(image[None], intensity) for image in image_DHWC]
             labelled = segment(predictor, cases, probabilities='probability' in save)
             if not first:
@@ -644,16 +1063,17 @@ def main() -> None:
         workdirs += [text] if Path(text).exists() else text.split(',')
     if wrong := [kind for kind in options.save if kind not in KINDS]:
         raise ConfigError(f'--save={",".join(wrong)} is not known: give some of {",".join(KINDS)}')
-    changes = cli.prediction_changes()
+    changes, group = cli.prediction_changes(), options.group
     if options.input.isdigit() and not os.path.exists(options.input):
         output, name = Path(options.output).expanduser(), f'camera_{options.input}'
         if not options.overwrite and list(output.glob(f'{name}_*')):
             raise ConfigError(f'{output / name}_* is there: give another --output, or --overwrite')
         predictor = load(workdirs, options.checkpoint, changes)
         camera = int(options.input)
-        print(
-            predict_video(predictor, camera, output / name, save=options.save, limit=options.frames)
+        done = predict_video(
+            predictor, camera, output / name, save=options.save, limit=options.frames
         )
+        say(str(done))
         return
     faults = predict_files(
         workdirs,
@@ -663,8 +1083,8 @@ def main() -> None:
         save=options.save,
         overwrite=options.overwrite,
         changes=changes,
+        group=group,
     )
-    print(f'{", ".join(options.save)} are in {options.output}')
     if faults:
         raise DataError(f'{len(faults)} file(s) left out:', faults)
 
@@ -677,6 +1097,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('output', None, 'folder for the results', required=True)
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
     flags.DEFINE_list('save', ','.join(USUAL), f'which results: some of {",".join(KINDS)}')
+    flags.DEFINE_string('group', None, cli.GROUP)
     flags.DEFINE_bool('overwrite', False, 'do again what is finished')
     flags.DEFINE_integer('frames', 0, 'of a camera; 0: until Ctrl-C')
     cli.define_prediction_flags()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pspnet_jax import chart, log, visualize
+from pspnet_jax import chart, log, metrics, visualize
 from pspnet_jax.chart import Chart, Series
 from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
@@ -33,16 +33,41 @@ FIGURES = {
     'sensitivity': 'Sensitivity',
     'precision': 'Precision',
     'surface_dice': 'Surface Dice',
-    'hd95': 'HD95',
+    'hd95': 'HD95, larger of two',
+    'hd95_joined': 'HD95, joined',
     'assd': 'ASSD',
 }
-DISTANCES = ('hd95', 'assd')
+DISTANCES = ('hd95', 'hd95_joined', 'assd')
+COUNTS = {  # of structures, by patient
+    'present': 'Structures',
+    'missed': 'Missed',
+    'invented': 'Invented',
+}
+# What the figures are, where they stand; docs/metrics.md has the rest.
+DEFINITIONS = (
+    'Each figure is a mean over the structures (the classes but background), then over patients; '
+    'the deviation is that of a sample (n - 1).',
+    'Dice and IoU: a patient without lesion counts 0 if anything is predicted, and is left out '
+    'otherwise. Largest component: of each class, corners connect (26 neighbours, 8 in a picture).',
+    'HD95, ASSD and surface Dice are between centres of voxels of the two surfaces; a voxel at the '
+    "array's border is surface; a single picture's surface is its outline. HD95 is the larger of "
+    "the two directed 95th percentiles (MONAI's); joined, that of both surfaces together "
+    "(MedPy's), can be 20 times smaller.",
+    'A lesion that is missed is in no HD95, no ASSD and no precision, one that is invented in no '
+    'HD95, no ASSD and no sensitivity: the counts say how many are.',
+)
+TRAINED = (
+    'Soft Dice is over the batch as one volume, with 1 added above and below. The warm-up '
+    'multiplies the decay of the learning rate. An average of the parameters is evaluated with the '
+    'BatchNorm statistics of the step. HD95 is the larger of two, and leaves missed lesions out.'
+)
 
 STYLE = """
 body { margin: 0; background: #fff; color: #222; font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 16px 24px 64px; }
 h1 { font-size: 24px; margin: 16px 0 4px; }
 h2 { font-size: 19px; margin: 40px 0 8px; padding-top: 12px; border-top: 1px solid #ccc; }
+.note { font-size: 13px; color: #555; margin-bottom: 4px; }
 h3 { font-size: 16px; margin: 24px 0 4px; }
 p { margin: 4px 0 12px; max-width: 75ch; }
 .headline { font-size: 18px; }
@@ -288,16 +313,34 @@ def _title(result) -> str:
 def _heading(result) -> list[str]:
     data, dice = result['data'], result['summary']['dice']
     where = f'split {data["split"]} of {data["source"]}' if data['split'] else data['source']
-    low, high = dice['ci95'] or (None, None)
+    few = f' {_few(dice["n"])}' if dice['n'] < metrics.FEW else ''
+    seen = len((data.get('overlap') or {'train': ()})['train'])
     return [
         f'<h1>{_title(result)}</h1>',
         f'<p>{html.escape(where)}: {data["patients"]} patients, {data["slices"]:,} slices, '
         f'{data["lesion_slices"]:,} with lesion.</p>',
         f'<p class="headline">Dice per volume <strong>{_cell(dice["mean"])}</strong>, '
-        f'95 % interval {_cell(low)} to {_cell(high)}</p>',
+        f'95 % interval {_interval(dice, 3)}</p>',
         f'<p>Dice is over the whole volume of a patient; mean and bootstrap interval are over '
-        f'{dice["n"]} of {data["patients"]} patients.</p>',
-    ]
+        f'{dice["n"]} of {data["patients"]} patients.{few}</p>',
+        f'<p><strong>{seen} of {data["patients"]} patients have pictures that the run was trained '
+        'on: these figures are too good.</strong></p>' if seen else '',
+    ]  # fmt: skip
+
+
+def _interval(figures: dict[str, Any], digits: int) -> str:
+    if figures['ci95'] is None:
+        return 'none'
+    return ' to '.join(_cell(end, digits) for end in figures['ci95'])
+
+
+def _few(n: int) -> str:
+    if n < 2:
+        return 'There is no interval of fewer than two patients.'
+    return (
+        f'The interval of {n} is too narrow: it holds the true mean in 76 % of trials with 3 '
+        'patients, 86 % with 6, 90 % with 10.'
+    )
 
 
 def _cell(value: float | None, digits: int = 3) -> str:
@@ -326,12 +369,11 @@ def _summary(result) -> list[str]:
     rows = []
     for name, words in FIGURES.items():
         digits, figures = _digits(name), summary[name]
-        low, high = figures['ci95'] or (None, None)
         rows.append(
             [
                 words,
                 _cell(figures['mean'], digits),
-                f'{_cell(low, digits)} to {_cell(high, digits)}',
+                _interval(figures, digits),
                 _cell(figures['median'], digits),
                 _cell(figures['sd'], digits),
                 f'{figures["n"]} of {data["patients"]}',
@@ -360,6 +402,8 @@ def _summary(result) -> list[str]:
         _table('Means over patients', head, rows),
         f'<p>HD95 and ASSD in {html.escape(data["hd95_unit"])}; surface Dice within '
         f'{data["surface_tolerance"]:g} of that unit.</p>',
+        *(f'<p class="note">{html.escape(words)}</p>' for words in DEFINITIONS),
+        _structures(summary['structures']),
         _table(
             'Against calling everything background',
             ['Figure', 'this run', 'all background'],
@@ -369,9 +413,26 @@ def _summary(result) -> list[str]:
     ]
 
 
+def _structures(structures: Sequence[dict[str, Any]]) -> str:
+    """A row a class: its figures, over how many patients, and how often it is missed."""
+    figures = {name: words for name, words in FIGURES.items() if name in structures[0]}
+    rows = [
+        [
+            f'class {row["label"]}',
+            *(f'{_cell(row[name]["mean"], _digits(name))} ({row[name]["n"]})' for name in figures),
+            *(f'{row[name]:,}' for name in COUNTS),
+        ]
+        for row in structures
+    ]
+    head = ['Structure', *(f'{words} (n)' for words in figures.values()), 'Present in', 'Missed in',
+            'Invented in']  # fmt: skip
+    return _table('Structure by structure; counts are of volumes or pictures', head, rows)
+
+
 def _patients(result) -> list[str]:
     columns = {
         **{name: (words, _digits(name)) for name, words in FIGURES.items()},
+        **{name: (words, 0) for name, words in COUNTS.items()},
         'lesion_voxels': ('Lesion, voxels', 0),
         'predicted_voxels': ('Predicted, voxels', 0),
         'slices': ('Slices', 0),
@@ -397,12 +458,13 @@ def _patients(result) -> list[str]:
 
 
 def _volume(result) -> list[str]:
-    spacing = result['data']['spacing']
-    unit = 'voxels' if set(spacing) == {1.0} else "the spacing's unit, cubed"
     points = [p for p in result['patients'] if p['dice'] is not None and p['lesion_voxels']]
     if not points:
         return ['<p>No patient has a lesion.</p>']
-    volume = [math.prod(spacing) * p['lesion_voxels'] for p in points]
+    known = [p['in_mm'] for p in points]
+    steps = 'voxels' if set(result['data']['spacing']) == {1.0} else "the spacing's unit, cubed"
+    unit = 'mm³' if all(known) else f'mm³ where known, else {steps}' if any(known) else steps
+    volume = [math.prod(p['spacing']) * p['lesion_voxels'] for p in points]
     dots = Series(
         '',
         volume,
@@ -477,7 +539,7 @@ def _curves(curves: Sequence[Chart]) -> list[str]:
     if not curves:
         return ['<p>The workdir has no metrics.jsonl: there are no curves of the run.</p>']
     figures = ''.join(f'<figure>{chart.svg(each)}</figure>' for each in curves)
-    return [f'<div class="charts">{figures}</div>']
+    return [f'<p class="note">{html.escape(TRAINED)}</p>', f'<div class="charts">{figures}</div>']
 
 
 def _cases(cases: Sequence[tuple[str, Case]], rows: dict[str, Any]) -> list[str]:

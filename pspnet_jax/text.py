@@ -1,8 +1,12 @@
-"""Text and JSON that may be a stranger's: limited in size, and each fault one DataError."""
+"""Text and JSON that may be untrusted: limited in size and time, and each fault one DataError."""
 
+import contextlib
 import json
 import os
+import signal
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,32 @@ def read(path: str | Path, remedy: str = 'make it again') -> str:
     try:
         return data.decode('utf-8-sig')
     except UnicodeDecodeError as error:
-        raise DataError(f'{path} is not UTF-8 text: {remedy}') from error
+        raise DataError(
+            f'{path} is not UTF-8 text (byte {error.start}): save it as UTF-8 in an editor, or '
+            'convert it with iconv -f GBK -t UTF-8 (or UTF-16, SHIFT-JIS, CP1252: as it was saved)'
+        ) from error
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """Raise DataError where the block takes longer: an expression may try for ever to match.
+
+    By a timer, which only the main thread has; in others there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGALRM'):
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise DataError(f'{what} takes more than {seconds:g} seconds: write it in a simpler way')
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def parse_json(text: str, remedy: str = 'make it again') -> Any:

@@ -7,13 +7,14 @@ devices, `under_pmap` maps it; both give the same numbers (tests/test_parallel.p
 import collections
 import contextlib
 import functools
+import json
 import logging
 import math
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,14 +38,21 @@ from pspnet_jax import (
     losses,
     models,
     optim,
+    paths,
     report,
     transfer,
     visualize,
 )
-from pspnet_jax.config import to_dict, validate
-from pspnet_jax.data import pipeline, sources, splits, volumes
+from pspnet_jax.config import from_dict, to_dict, validate, with_absolute_paths
+from pspnet_jax.data import files, pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
-from pspnet_jax.errors import ConfigError, DataError, NonFiniteLossError, StoppedError
+from pspnet_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+    StoppedError,
+)
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
@@ -63,7 +71,8 @@ COMPILED = (
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `ema_params` is None where no average is kept.
+    """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
+    evaluated with the live `batch_stats`, of which there is no average.
 
     And the teacher's variables, which it gives back as they are: here they are arguments of
     the program and not constants in it. Checkpoints leave them out.
@@ -108,12 +117,12 @@ def segmentation_loss(
 ) -> jax.Array:
     """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
 
-    Logits at 1/s of the labels' size meet every s-th label: labels are never resized.
+    Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
+    puts them when it enlarges them: labels are never interpolated.
     """
 
     def one_head(logits_BhwK):
-        (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
-        labels_Bhw = labels_BHW[:, :: H // h, :: W // w]
+        labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
         options = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
         if cross_entropy:
@@ -128,6 +137,12 @@ def segmentation_loss(
     if aux:
         total += aux * sum(one_head(x) for name, x in out.items() if name != 'logits')
     return total
+
+
+def labels_at(labels_BHW: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """B h w: the labels at the centres of h x w cells, as `volumes.resize_labels` has them."""
+    rows, columns = map(volumes.centres, size, labels_BHW.shape[1:])
+    return labels_BHW[:, rows][:, :, columns]
 
 
 def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: bool, **options):
@@ -173,11 +188,11 @@ def teacher_losses(
     """
     parts = {}
     if weight:
-        (H, W), (h, w) = labels_BHW.shape[1:], logits_BhwK.shape[1:3]
+        size = logits_BhwK.shape[1:3]
         parts['distillation'] = weight * losses.distillation(
             logits_BhwK,
-            resize(teacher_logits, (h, w)),
-            labels_BHW[:, :: H // h, :: W // w],
+            resize(teacher_logits, size, align_corners=False),
+            labels_at(labels_BHW, size),
             loss=loss,
             temperature=temperature,
             ignore_label=ignore_label,
@@ -230,7 +245,9 @@ def train_step(
     keys_B = jax.vmap(lambda i: jax.random.fold_in(augment_key, i))(index_B)
 
     def change(key, image_HWC, mask_HW):
-        image_HWC, mask_HW = augment(key, image_HWC, mask_HW, **augment_options)
+        image_HWC, mask_HW = augment(
+            key, image_HWC, mask_HW, ignore_label=loss_options['ignore_label'], **augment_options
+        )
         if augment_fn is not None:
             own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
             image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)
@@ -514,7 +531,7 @@ def normalize_as_there(
         return theirs
     ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
     if ours != theirs:
-        there, here = (transfer.words(x and x._asdict()) for x in (theirs, ours))
+        there, here = (transfer.words({'normalization': x and x._asdict()}) for x in (theirs, ours))
         logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
@@ -525,18 +542,29 @@ def normalize_as_there(
     return ours
 
 
-def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
-    """(state, progress, inputs): from the newest sound checkpoint, else new, pretrained or from
-    another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s.
+def start_or_resume(
+    config: ConfigDict,
+    model,
+    tx,
+    channels: int,
+    workdir: str,
+    measure: Callable[[], np.ndarray | None] = lambda: None,
+):
+    """(state, progress, inputs, config): from the newest sound checkpoint, else new, pretrained or
+    from another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s; the
+    config is the checkpoint's, None of a new run.
+
+    `measure` is `volumes.joint_range` of the training images, asked for where one scale is for all.
     """
     ema = config.train.ema_decay > 0
     state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
-    logger.info('parameters:\n%s', parameter_table(state.params))
+    for line in parameter_table(state.params).splitlines():
+        logger.info('%s', line)
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
         state, meta = restored
-        logger.info('going on from step %d', state.step)
-        return state, meta['progress'], meta['inputs']
+        logger.info('resuming from step %d', state.step)
+        return state, meta['progress'], meta['inputs'], meta['config']
     normalization = published.IMAGENET if normalize_by_weights(config) else None
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     if config.train.init_from:
@@ -544,7 +572,8 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             variables, config.train.init_from, channels=channels, stem=config.model.stem
         )
         normalization = normalize_as_there(config, theirs)
-        logger.info('weights %s', report)
+        for line in f'weights {report}'.splitlines():
+            logger.info('%s', line)
     elif config.model.pretrained:
         variables, theirs, report = pretrained.load_backbone(
             variables,
@@ -554,17 +583,18 @@ def start_or_resume(config: ConfigDict, model, tx, channels: int, workdir: str):
             options=config.model,
         )
         normalization = normalization and theirs
-        logger.info(report)
+        logger.info('%s', report)
     # A copy of the average: the step donates both, and a buffer can be donated once.
     params = variables['params']
     average = jax.tree.map(jnp.copy, params) if ema else None
     state = state.replace(
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
-    normalization = normalization and normalization._asdict()
-    logger.info('images are normalised %s', transfer.words(normalization))
-    inputs = {'channels': channels, 'normalization': normalization}
-    return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs
+    inputs = {'channels': channels, 'normalization': normalization and normalization._asdict()}
+    if normalization and (scale := measure()) is not None:
+        inputs['range'] = scale.tolist()
+    logger.info('images are normalised %s', transfer.words(inputs))
+    return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs, None
 
 
 def validate_volumes(
@@ -633,6 +663,24 @@ def loader(
     return placed, lambda count: next(batches)
 
 
+def name_classes(config: ConfigDict, names: Sequence[str]) -> ConfigDict:
+    """The config with these names of its classes, if it has none of its own."""
+    if config.model.class_names or len(names) != config.model.num_classes:
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.class_names = tuple(names)
+    validate(config)
+    return config
+
+
+def stored_class_names(workdir: str) -> Sequence[str]:
+    """Those of the run's newest sound checkpoint; () where there is none."""
+    for step in reversed(checkpoint.steps(workdir)):
+        with contextlib.suppress(CheckpointError, ConfigError):
+            return from_dict(checkpoint.metadata(workdir, step)['config']).model.class_names
+    return ()
+
+
 def nothing(*_) -> None:
     """What a hook does where none was given."""
 
@@ -651,10 +699,12 @@ def train_and_evaluate(
     behind the built-in augmentation; `on_log(step, values)` gets every record of metrics.jsonl,
     `on_validation(step, dice, state)` every validated state once its checkpoint is under way:
     the next step reuses its arrays, so copy what is kept.
-    Returns the evaluation of the test patients, `evaluate.evaluate_checkpoint`'s. Raises
+    Returns the evaluation of the test cases, else of the validation cases, as
+    `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
     validate(config)
+    config, workdir = with_absolute_paths(config), str(paths.local(workdir))
     logger.info('config:\n%s', config)
     batch_size = config.train.batch_size
     if batch_size % jax.device_count():
@@ -664,11 +714,23 @@ def train_and_evaluate(
             f'take {near}'
         )
 
-    # Data: which patients, and how many of their slices hold a lesion.
+    if config.parallel == 'pmap' and batch_size // jax.device_count() % config.train.accumulate:
+        raise ConfigError(
+            f'train.accumulate={config.train.accumulate} does not divide the '
+            f'{batch_size // jax.device_count()} slices that each device gets of '
+            f"train.batch_size={batch_size} under parallel='pmap': change one"
+        )
+
+    # Data: which patients, and how many of their slices hold a lesion. What annotations call the
+    # classes is kept with the run, so that their numbers stay the same in every other file.
+    config = name_classes(config, stored_class_names(workdir))
     slices, parts = sources.load(config)
+    paths.remember(sources.places(config))
+    config = name_classes(config, slices.class_names)
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     if config.data.size:  # validation and test stay at their own size
         split['train'] = volumes.resized(split['train'], config.data.size)
+    check_crop(config.augment.crop, split['train'])
     if config.data.cache == 'memory':
         for name in ('train', 'validation'):  # each at most half: together they fit
             split[name] = volumes.in_memory(split[name])
@@ -685,7 +747,39 @@ def train_and_evaluate(
             on_log=on_log,
             on_validation=on_validation,
         )
-        return evaluate_checkpoint(workdir, split='test' if parts['test'] else 'validation')
+        if not parts['test'] and not parts['validation']:
+            logger.info('there is no test or validation case: nothing is evaluated')
+            return {}
+        part = 'test' if parts['test'] else 'validation'
+        return evaluate_checkpoint(workdir, split=part, trusted=True)
+
+
+def check_crop(crop: int, slices: volumes.Slices) -> None:
+    """Raise ConfigError for a crop that is larger than the first slice; all have one size."""
+    if not len(slices):
+        raise ConfigError('no case is left to train on: lower data.test_fraction')
+    height, width = slices.read(int(slices.key[0]))[1].shape
+    if crop > min(height, width):
+        raise ConfigError(
+            f'augment.crop={crop} is larger than the slices, which are {height}x{width}: lower it, '
+            'or set it to 0 for whole slices'
+        )
+
+
+def count_steps(config: ConfigDict, slices: int, chunk: int = 1) -> int:
+    """Updates of the run: `train.steps`, or the `train.epochs` over `slices`, in whole chunks.
+
+    Raises ConfigError where that is none.
+    """
+    train = config.train
+    passes = round(train.epochs * slices / train.batch_size)
+    total = train.steps or -(-passes // chunk) * chunk
+    if not total:
+        raise ConfigError(
+            f'train.epochs={train.epochs:g} over {slices} slices in batches of {train.batch_size} '
+            'are 0 steps: raise it, or lower train.batch_size'
+        )
+    return total
 
 
 def run_steps(
@@ -705,25 +799,37 @@ def run_steps(
     """
     batch_size, log_every = config.train.batch_size, config.train.log_every
     chunk = config.train.steps_per_call if config.data.cache == 'device' else 1  # updates a call
-    epochs = round(config.train.epochs * len(split['train']) / batch_size)
-    total = config.train.steps or -(-epochs // chunk) * chunk
+    total = count_steps(config, len(split['train']), chunk)
     validate_every = config.train.validate_every or max(total // 10 // chunk, 1) * chunk
     checkpoint_every = config.train.checkpoint_every or validate_every
 
     # Model, optimiser, state: restored, or new with pretrained weights.
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(steps=total, **config.optim)
-    state, progress, inputs = start_or_resume(config, model, tx, channels, workdir)
+    state, progress, inputs, before = start_or_resume(
+        config,
+        model,
+        tx,
+        channels,
+        workdir,
+        lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
+    )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
     intensity = published.fixed_intensity(inputs)
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0
-        teacher, taught = transfer.load_teacher(where, model, inputs, features=features)
+        teacher, taught = transfer.load_teacher(
+            where, model, inputs, features=features, class_names=config.model.class_names
+        )
         state = state.replace(teacher=taught)
+    damaged = checkpoint.find_damaged(workdir, state.replace(teacher=None))
+    changed = checkpoint.config_changes(before, to_dict(config)) if before else {}
+    tell_changes(changed, int(state.step))
     if hosts.is_first():  # nothing that was asked for fails now
-        checkpoint.set_aside(workdir, int(state.step))
+        checkpoint.set_aside(workdir, damaged)
         keep_split()
+        keep_config(workdir, to_dict(config), int(state.step), before if changed else None)
     hosts.wait_for_all()
     first_step = int(state.step)
 
@@ -761,6 +867,8 @@ def run_steps(
     ):
         if hosts.is_first():
             end.callback(draw_curves, workdir)
+        if changed:
+            log.scalars(first_step, {'config_changes': len(changed)})
         end.callback(tell_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
@@ -788,7 +896,8 @@ def run_steps(
                     'data_wait': waited / seconds,
                 }
                 log.timings(step, speed)
-                bar.set_postfix(loss=loss, data_wait=f'{speed["data_wait"]:.0%}')
+                known = {} if math.isnan(loss) else {'loss': loss}
+                bar.set_postfix(**known, data_wait=f'{speed["data_wait"]:.0%}')
                 waited, window, logged = 0.0, time.perf_counter(), step
 
             # Validate on whole volumes, and keep the state with the Dice that ranks it.
@@ -826,6 +935,32 @@ def run_steps(
             waited, window, logged = 0.0, time.perf_counter(), step
 
 
+NO_EFFECT = ('model.pretrained', 'model.stem', 'train.init_from')  # on a run that is resumed
+
+
+def tell_changes(changed: dict[str, tuple[Any, Any]], step: int) -> None:
+    """What a run that is resumed does otherwise than before."""
+    idle = [key for key in changed if key in NO_EFFECT]
+    listed = [f'{key} from {a!r} to {b!r}' for key, (a, b) in changed.items() if key not in idle]
+    if listed:
+        logger.warning('the config was changed, from step %d on: %s', step, '; '.join(listed))
+    if idle:
+        logger.warning(
+            '%s changed, which has no effect on a run that is resumed: give another --workdir',
+            ', '.join(idle),
+        )
+
+
+def keep_config(
+    workdir: str, config: dict[str, Any], step: int, before: dict[str, Any] | None
+) -> None:
+    """WORKDIR/config.json, and of a changed one config_until_step_N.json as it was before."""
+    kept = {'config.json': config} | ({f'config_until_step_{step}.json': before} if before else {})
+    for name, tree in kept.items():
+        with files.writing(Path(workdir) / name) as aside:
+            aside.write_text(json.dumps(tree, indent=1) + '\n')
+
+
 def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
     """What a step asks for, and the knobs that make it less."""
     train = config.train
@@ -849,8 +984,9 @@ def draw_curves(workdir: str) -> None:
 def tell_unread(unread: dict[int, str]) -> None:
     """The slices that could not be read, at the end of the run."""
     if unread:
-        listed = '\n  '.join(unread.values())
-        logger.warning('%d slice(s) were passed over, others used:\n  %s', len(unread), listed)
+        logger.warning('%d slice(s) could not be read, others were used:', len(unread))
+        for reason in unread.values():
+            logger.warning('  %s', reason)
 
 
 class _Callable(types.ModuleType):

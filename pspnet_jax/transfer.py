@@ -5,7 +5,7 @@ folder's checkpoints alone. A published network that `models.pretrained` convert
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +13,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspnet_jax import checkpoint
-from pspnet_jax.errors import CheckpointError, ConfigError
-from pspnet_jax.evaluate import restore_model
+from pspnet_jax.errors import CheckpointError, ConfigError, one_line
 from pspnet_jax.models.pretrained import adapt_stem
-from pspnet_jax.models.published import Normalization
+from pspnet_jax.models.published import Normalization, fixed_intensity
+from pspnet_jax.runs import open_run
 
 
 def first_weights(
@@ -29,15 +29,15 @@ def first_weights(
     CheckpointError where there is no checkpoint, and where nothing of it fits.
     """
     workdir, which = checkpoint.locate(where)
-    config, _, theirs, _, step = restore_model(workdir, which)
-    inputs = checkpoint.metadata(workdir, step)['inputs']
+    run = open_run(workdir, which)
     merged, report = merge(
-        variables, theirs, channels=channels, their_channels=inputs['channels'], stem=stem
+        variables, run.variables, channels=channels, their_channels=run.channels, stem=stem
     )
-    name = f'{workdir}, step {step} ({config.model.name}, {config.model.num_classes} classes)'
+    theirs = run.config.model
+    name = f'{workdir}, step {run.step} ({theirs.name}, {theirs.num_classes} classes)'
     if merged is None:
         raise CheckpointError(f'nothing of {name} fits this network:\n{report}')
-    normalization = inputs['normalization']
+    normalization = run.inputs['normalization']
     return merged, normalization and Normalization(**normalization), f'from {name}:\n{report}'
 
 
@@ -83,6 +83,7 @@ def merge(
         f'  of another shape, as new: {"; ".join(differing.values()) or "none"}',
     ]
     lines += [f'  changed: {"; ".join(notes)}'] if notes else []
+    lines = [one_line(line) for line in lines]  # names of an untrusted file
     merged = unflatten_dict({**ours, **taken}, sep='/') if taken else None
     return merged, '\n'.join(lines)
 
@@ -110,32 +111,45 @@ def _summary(names) -> str:
 
 
 def load_teacher(
-    where: str, student: nn.Module, inputs: Mapping[str, Any], *, features: bool
+    where: str,
+    student: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    features: bool,
+    class_names: Sequence[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of the run at `where` and its variables, to teach `student`.
 
     Both see the same image, so that classes, channels and normalisation must be the same;
-    `inputs` are the student's (`checkpoint.save`). With `features` both need a backbone.
+    `inputs` are the student's (`checkpoint.save`), `class_names` its config's. With `features` both
+    need a backbone.
     Raises ConfigError that names both sides, and CheckpointError.
     """
     workdir, which = checkpoint.locate(where)
-    config, teacher, variables, _, step = restore_model(workdir, which)
-    theirs = checkpoint.metadata(workdir, step)['inputs']
-    name = f'distill.teacher {workdir}, step {step},'
-    if config.model.num_classes != student.num_classes:
+    run = open_run(workdir, which)
+    teacher, theirs = run.model, run.inputs
+    name = f'distill.teacher {workdir}, step {run.step},'
+    if run.config.model.num_classes != student.num_classes:
         raise ConfigError(
-            f'{name} has {config.model.num_classes} classes, this run has '
+            f'{name} has {run.config.model.num_classes} classes, this run has '
             f'{student.num_classes} (model.num_classes): make them the same'
+        )
+    named = run.config.model.class_names
+    if class_names and named not in ((), tuple(class_names)):
+        raise ConfigError(
+            f'{name} calls its classes {named}, this run {tuple(class_names)} '
+            '(model.class_names): give this run the names of the teacher'
         )
     if theirs['channels'] != inputs['channels']:
         raise ConfigError(
             f'{name} takes {theirs["channels"]} channels, the images here have '
             f'{inputs["channels"]}: use a teacher that was trained on such images'
         )
-    if not _same_normalization(theirs['normalization'], inputs['normalization']):
+    if not np.array_equal(fixed_intensity(theirs), fixed_intensity(inputs)):
         raise ConfigError(
-            f'{name} was trained on images normalised {words(theirs["normalization"])}, this run '
-            f'normalises them {words(inputs["normalization"])}: see data.normalize'
+            f'{name} was trained on images normalised {words(theirs)}, this run '
+            f'normalises them {words(inputs)}: see data.normalize; the range is that of the '
+            'training patients, so take the same (data.split_file)'
         )
     for side, module in (('the teacher', teacher), ('this network', student)):
         if features and not hasattr(module, 'backbone'):
@@ -143,18 +157,17 @@ def load_teacher(
                 f'distill.pairwise compares the backbones, and {side} '
                 f'({type(module).__name__}) has none: set it to 0'
             )
-    return teacher, variables
+    return teacher, run.variables
 
 
-def _same_normalization(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return all(np.array_equal(one[key], other[key]) for key in ('mean', 'std'))
-
-
-def words(normalization: Mapping[str, Any] | None) -> str:
-    """'volume by volume', or 'by mean (...) and deviation (...)'."""
+def words(inputs: Mapping[str, Any]) -> str:
+    """'volume by volume', or 'by mean (...) and deviation (...)', of a checkpoint's 'inputs'."""
+    normalization = inputs['normalization']
     if normalization is None:
         return 'volume by volume'
     mean, std = (tuple(normalization[key]) for key in ('mean', 'std'))
-    return f'by mean {mean} and deviation {std}'
+    by = f'by mean {mean} and deviation {std}'
+    if 'range' not in inputs:
+        return by
+    low, high = (', '.join(f'{x:.4g}' for x in dict.fromkeys(row)) for row in inputs['range'])
+    return f'{by}, after {low} to {high}, measured over the training images, became 0 to 255'

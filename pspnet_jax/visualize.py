@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
+from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
 
 # Okabe and Ito's colours, told apart by colour-blind eyes: class 1, 2, ...
 COLORS = np.array(
@@ -134,7 +134,8 @@ def three_panels(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
 
 def volume_picture(volume: Volume, pred_DHW: np.ndarray) -> np.ndarray:
     """H 3W 3: the slice with most lesion, with its true and its predicted outline."""
-    d = int((volume.mask > 0).sum((1, 2)).argmax()) or len(volume.mask) // 2
+    pixels = [lesion_pixels(mask_HW) for mask_HW in volume.mask]
+    d = int(np.argmax(pixels)) if any(pixels) else len(pixels) // 2
     image, gap = volume.image[d], np.full((volume.image.shape[1], 4, 3), 255, np.uint8)
     panels = (to_rgb(image), gap, outline(image, volume.mask[d]), gap, outline(image, pred_DHW[d]))
     return np.concatenate(panels, axis=1)

@@ -25,6 +25,7 @@ os.environ['OMP_NUM_THREADS'] = '1'
 # is enough, and never in the user's own cache.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='pspnet_jax_tests_')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+os.environ['XDG_CACHE_HOME'] = os.environ['JAX_COMPILATION_CACHE_DIR']  # which data is known
 
 import jax
 import jax.numpy as jnp

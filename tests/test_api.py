@@ -1,7 +1,11 @@
 """The calls for scripts: what the commands give, without the commands."""
 
+import dataclasses
+import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -83,6 +87,32 @@ def test_evaluation_of_folders_is_a_row_a_picture(own, model):
     assert figures['patients'][3]['dice'] == pytest.approx(2 * both / total)
 
 
+def test_evaluation_tells_which_pictures_it_was_trained_on_and_groups_them(own, model):
+    parts = json.loads((model.workdir / 'splits.json').read_text())
+    figures = model.evaluate(own / 'images', own / 'masks')
+    assert figures['data']['overlap'] == {
+        'train': sorted(parts['train']), 'validation': sorted(parts['validation']), 'same_name': []
+    }  # fmt: skip
+    figures = model.evaluate(own / 'images', own / 'masks', group='(p)')
+    names = [row['patient'] for row in figures['patients']]
+    assert {name.split()[0] for name in names} == {'p'}
+    assert figures['data']['overlap']['train'] == names
+
+
+def test_a_temperature_is_in_the_figures_as_in_the_probabilities(own, model):
+    hot = dataclasses.replace(model, predictor=model.predictor._replace(temperature=3.0))
+    plain, tempered = (m.evaluate(own / 'images', own / 'masks') for m in (model, hot))
+    assert tempered['calibration']['temperature'] == 3.0
+    assert tempered['summary'] == plain['summary']
+    prob = np.concatenate(
+        [hot.predict_probabilities(own / 'images' / f'p{n}.png')[..., 1].ravel() for n in range(10)]
+    )
+    bins = np.minimum((prob.astype(np.float64) * 15).astype(int), 14)
+    found = [b['voxels'] for b in tempered['calibration']['bins']]
+    assert np.abs(np.bincount(bins, minlength=15) - found).sum() < 0.01 * len(prob)
+    assert [b['voxels'] for b in plain['calibration']['bins']] != found
+
+
 def test_a_run_is_loaded_with_other_options_of_prediction(model, own):
     again = pspnet_jax.load(model.workdir, threshold=1.0)
     assert not again.predict(own / 'images' / 'p1.png').any()
@@ -122,3 +152,24 @@ def test_the_module_train_is_also_the_call():
     assert callable(pspnet_jax.train)
     assert pspnet_jax.train.train_step is train_step
     assert pspnet_jax.load.__module__ == 'pspnet_jax.api'
+
+
+@pytest.mark.parametrize(
+    ('before', 'told'),
+    [
+        ('', {'out': 0, 'error': 0}),  # a library says nothing by itself
+        ("sys.modules['ipykernel'] = sys", {'out': 1, 'error': 0}),
+        ("sys.modules['ipykernel'] = sys; logging.basicConfig()", {'out': 0, 'error': 1}),
+    ],
+    ids=['script', 'notebook', 'notebook with logging'],
+)
+def test_what_is_logged_appears_in_a_notebook(before, told):
+    code = f'import sys, logging; {before}\nimport pspnet_jax\n'
+    code += "logging.getLogger('pspnet_jax.train').info('train: 50 patients')\n"
+    code += "logging.getLogger('another').info('its inner workings')"
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count('train: 50 patients') == told['out']
+    assert done.stderr.count('train: 50 patients') == told['error']
+    assert 'inner workings' not in done.stdout + done.stderr

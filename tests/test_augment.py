@@ -69,15 +69,52 @@ def test_outside_is_the_minimum_and_ignored(rng):
     np.testing.assert_allclose(corner, np.asarray(image).min((0, 1)), atol=1e-5)
 
 
-def test_a_crop_is_a_window_of_the_original(rng):
-    image, mask = pair(rng, 24, 24)
-    out, _ = augment(jax.random.key(5), image, mask, crop=23)
-    # A random, unaligned place: between the windows at rows and columns 0 and 1.
-    values = [image[i : i + 23, j : j + 23, 0] for i in (0, 1) for j in (0, 1)]
-    assert (out[..., 0] >= np.min(values, axis=0) - 1e-5).all()
-    assert (out[..., 0] <= np.max(values, axis=0) + 1e-5).all()
-    with pytest.raises(ValueError, match='crop 25 is larger than the image, 24x24'):
+def test_a_crop_is_a_window_of_the_original_at_any_place(rng):
+    """At whole pixels: between them noise would be averaged, to 0.68 of its deviation."""
+    image, mask = pair(rng, 24, 27)
+    places = list(np.ndindex(3, 6))
+    windows = np.stack([image[i : i + 22, j : j + 22, 2] for i, j in places])
+
+    def place_of(out_HW):
+        apart = np.abs(windows - np.asarray(out_HW)).max((1, 2))
+        assert apart.min() < 1e-5
+        return places[apart.argmin()]
+
+    found = set()
+    for seed in range(80):
+        out, labels = augment(jax.random.key(seed), image, mask, crop=22)
+        i, j = place_of(out[..., 2])
+        found.add((i, j))
+        np.testing.assert_array_equal(labels, mask[i : i + 22, j : j + 22])
+    assert found == set(places)
+    mirrored, _ = augment(jax.random.key(3), image, mask, crop=22, flip=1.0)
+    place_of(mirrored[:, ::-1, 2])
+    with pytest.raises(ValueError, match='crop 25 is larger than the image, 24x27'):
         augment(jax.random.key(0), image, mask, crop=25)
+
+
+def test_the_elastic_field_has_the_deviation_that_is_asked_for_everywhere():
+    """Read off an image of its own coordinates, away from what falls outside."""
+    size, deviation = 64, 1.5
+    place = jnp.stack(jnp.mgrid[:size, :size], axis=-1).astype(jnp.float32)
+    mask = jnp.zeros((size, size), jnp.int32)
+
+    def moved(key):
+        return augment(key, place, mask, elastic=deviation)[0] - place
+
+    field = jax.jit(jax.vmap(moved))(jax.random.split(jax.random.key(0), 2000))
+    by_pixel = np.asarray(field)[:, 10:-10, 10:-10].std(axis=0)
+    np.testing.assert_allclose(by_pixel, deviation, rtol=0.08)
+
+
+@pytest.mark.parametrize('ignore_label', [0, 2, 254, 255])
+def test_what_falls_outside_has_the_label_that_is_ignored(rng, ignore_label):
+    image, mask = pair(rng)
+    _, plain = augment(jax.random.key(3), image, mask, rotate=45.0)
+    _, ours = augment(jax.random.key(3), image, mask, rotate=45.0, ignore_label=ignore_label)
+    outside = np.asarray(plain) == IGNORE_LABEL
+    assert (np.asarray(ours)[outside] == ignore_label).all()
+    assert (np.asarray(ours) == np.asarray(plain))[~outside].all()
 
 
 def test_intensity_knobs_leave_the_mask(rng):

@@ -75,9 +75,23 @@ def test_a_temperature_is_of_one_checkpoint(tmp_path):
     assert calibration.load(tmp_path, 9) == 1.0
 
 
+def test_a_temperature_is_of_the_views_that_it_was_fitted_for(tmp_path, caplog):
+    views = {'scales': [1.0], 'flip': False, 'window': 0}
+    calibration.save(tmp_path, {'step': 8, 'views': views, 'temperature': 1.7})
+    assert calibration.load(tmp_path, 8, views) == 1.7
+    assert not caplog.messages
+    assert calibration.load(tmp_path, 8, {**views, 'flip': True}) == 1.0
+    assert 'was fitted with other views (flip): not applied' in caplog.messages[-1]
+    assert calibration.load(tmp_path, 8, {**views, 'window': 64, 'overlap': 0.5}) == 1.0
+    assert '(overlap, window)' in caplog.messages[-1]
+    calibration.save(tmp_path, {'step': 8, 'temperature': 1.7})  # as it was written before
+    assert calibration.load(tmp_path, 8, views) == 1.0
+    assert 'names no views' in caplog.messages[-1]
+
+
 @pytest.mark.parametrize(
     'text',
-    ['', 'no', '[]', '{"step": 8}', *(
+    ['', 'no', '[]', '{"step": 8}', '{"step": 8, "temperature": 1.5, "views": 3}', *(
         json.dumps({'step': 8, 'temperature': t}) for t in (0, -1, 1e9, 'x', None, float('nan'))
     )],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 import threading
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from pspnet_jax import checkpoint, models, optim, train
-from pspnet_jax.config import to_dict
+from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.errors import CheckpointError
+from pspnet_jax.runs import open_run
 from tests.conftest import tiny_config
 
 
@@ -41,12 +43,12 @@ def test_best_and_last_are_kept(trained):
     workdir, evaluation = trained
     found = checkpoint.steps(workdir)
     assert found[-1] == 4
-    assert checkpoint.choose(workdir, 'last') == 4
-    best = checkpoint.choose(workdir, 'best')
+    assert checkpoint.candidates(workdir, 'last')[0] == 4
+    best = checkpoint.candidates(workdir, 'best')[0]
     dice = {step: checkpoint.metadata(workdir, step)['dice'] for step in found}
     assert dice[best] == max(value for value in dice.values() if value is not None)
     assert evaluation['checkpoint']['step'] == best
-    assert checkpoint.choose(workdir, str(best)) == best
+    assert checkpoint.candidates(workdir, str(best)) == [best]
 
 
 def test_the_whole_state_comes_back(trained):
@@ -78,9 +80,9 @@ def test_best_is_by_dice_and_last_where_none_was_measured(monkeypatch):
     dice = {1: 0.3, 2: 0.7, 3: 0.5, 4: None}
     monkeypatch.setattr(checkpoint, 'steps', lambda _: list(dice))
     monkeypatch.setattr(checkpoint, 'metadata', lambda _, step: {'dice': dice[step]})
-    assert checkpoint.choose('run', 'best') == 2
+    assert checkpoint.candidates('run', 'best') == [2, 3, 1, 4]
     dice.update(dict.fromkeys(dice))
-    assert checkpoint.choose('run', 'best') == 4
+    assert checkpoint.candidates('run', 'best') == [4, 3, 2, 1]
 
 
 def test_inference_takes_the_averaged_parameters(trained):
@@ -152,8 +154,8 @@ def test_damage_is_passed_over_and_nothing_is_deleted(copy, monkeypatch, damage)
     damage(folder / '4')
     state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
     assert int(state.step) == 3
-    (ours,) = [text for text in told if text.startswith('checkpoint')]  # Orbax has its own
-    assert ours.startswith(f'checkpoint 4 is passed over: {folder}/4')
+    (ours,) = told
+    assert ours.startswith(f'{folder}/4')
     damage(folder / '3')
     there = set(folder.rglob('*'))
     with pytest.raises(CheckpointError, match=r'none of the checkpoints \[3, 4\] in .* is sound'):
@@ -178,7 +180,7 @@ def test_metadata_of_another_run_does_not_vouch_for_these_arrays(copy):
         checkpoint.restore_variables(copy, 4, {'params': state.params})
     shutil.copy(others['wide'], folder / '4')
     with pytest.raises(
-        CheckpointError, match=r'another model \(model.width is 32 there, 16 here\)'
+        CheckpointError, match=r'can not resume \(model.width is 32 there, 16 here\)'
     ):
         checkpoint.restore(copy, new_state(config), to_dict(config))
 
@@ -207,12 +209,30 @@ def test_a_folder_without_checkpoints_says_what_was_expected(tmp_path, which):
     with pytest.raises(
         CheckpointError, match=r'holds no checkpoint: expected .*/checkpoints/<step>'
     ):
-        checkpoint.choose(tmp_path, which)
+        checkpoint.candidates(tmp_path, which)
 
 
 def test_an_unknown_step_lists_those_there(trained):
     with pytest.raises(CheckpointError, match=r"'7' is not one of 'best', 'last', \[.*4\]"):
-        checkpoint.choose(trained[0], '7')
+        checkpoint.candidates(trained[0], '7')
+
+
+def test_the_config_of_a_run_with_a_label_map_is_read_back(tmp_path):
+    """The one knob that is a mapping; deeper ones are no config of ours."""
+    config = tiny_config(**{'data.label_map': {4: 1, '>5': 255}})
+    facts = {
+        'config': to_dict(config),
+        'progress': {},
+        'inputs': {'channels': 3, 'normalization': None},
+    }
+    for depth, saved in enumerate(({'4': 1, '>5': 255}, {'4': {'4': 1}}), 1):
+        facts['config']['data']['label_map'] = saved
+        with contextlib.closing(checkpoint.Writer(tmp_path / str(depth))) as writer:
+            checkpoint.save(writer, 1, new_state(config), **facts, dice=None)
+    restored = from_dict(checkpoint.metadata(tmp_path / '1', 1)['config'])
+    assert restored.data.to_dict()['label_map'] == {'4': 1, '>5': 255}
+    with pytest.raises(CheckpointError, match='is not a checkpoint of ours: config is'):
+        checkpoint.metadata(tmp_path / '2', 1)
 
 
 def test_saves_leave_no_thread_or_open_file_behind(tmp_path):
@@ -224,3 +244,103 @@ def test_saves_leave_no_thread_or_open_file_behind(tmp_path):
             loops = [t for t in threading.enumerate() if '_run_loop' in t.name]
             assert len(loops) <= 1
     assert not [t for t in threading.enumerate() if '_run_loop' in t.name]
+
+
+def with_steps(copy, **dice):
+    """The tiny run's folder with the steps 1, 2, 3 ... of these Dice, by the names a, b, c."""
+    folder, config = copy / 'checkpoints', to_dict(tiny_config())
+    state, meta = checkpoint.restore(copy, new_state(tiny_config()), config)
+    shutil.rmtree(folder)
+    for step, value in enumerate(dice.values(), start=1):
+        with contextlib.closing(checkpoint.Writer(copy / str(step))) as writer:
+            facts = {'config': config, 'progress': {}, 'inputs': meta['inputs']}
+            checkpoint.save(writer, step, state, **facts, dice=value)
+        folder.mkdir(exist_ok=True)
+        (copy / str(step) / 'checkpoints' / str(step)).rename(folder / str(step))
+    return folder, functools.partial(
+        checkpoint.save, state=state, config=config, progress={}, inputs=meta['inputs']
+    )
+
+
+def test_the_last_and_the_best_are_kept_whatever_orbaxs_file_says(copy):
+    """Its file of metrics, which earlier versions had written, has no digest."""
+    folder, save = with_steps(copy, a=0.6, b=0.2)
+    for step, text in ((1, '{"dice": 0.0351}'), (2, '{"dice": 4.0351}')):
+        (folder / str(step) / 'metrics').mkdir()
+        (folder / str(step) / 'metrics' / 'metrics').write_text(text)
+    with contextlib.closing(checkpoint.Writer(copy)) as writer:
+        save(writer, 3, dice=0.1)
+    assert checkpoint.steps(copy) == [1, 3]
+    assert (folder / '1' / 'metrics' / 'metrics').read_text() == '{"dice": 0.6}'
+    (folder / '1' / 'metrics' / 'metrics').write_bytes(b'{"di\xff')
+    with contextlib.closing(checkpoint.Writer(copy)) as writer:  # as Orbax would not start
+        save(writer, 4, dice=0.6)
+    assert checkpoint.steps(copy) == [4]  # of equal ones the newest
+
+
+def test_a_damaged_best_step_is_set_aside_and_the_next_best_kept(copy):
+    folder, save = with_steps(copy, a=0.9, b=0.5, c=0.1)
+    flip_a_byte(folder / '1' / 'params')
+    damaged = checkpoint.find_damaged(copy, new_state(tiny_config()))
+    assert damaged == [1]
+    checkpoint.set_aside(copy, damaged)
+    with contextlib.closing(checkpoint.Writer(copy)) as writer:
+        save(writer, 4, dice=0.2)
+    assert checkpoint.steps(copy) == [2, 4]
+    assert (copy / 'damaged' / '1').is_dir()
+
+
+@pytest.mark.parametrize('damage', [lose_the_metadata, lambda f: flip_a_byte(f / 'ema_params')])
+@pytest.mark.parametrize(('which', 'taken'), [('best', 3), ('last', 2), ('', 3)])
+def test_a_reader_takes_the_next_sound_step_and_says_so(copy, damage, which, taken):
+    """`which` '' is the config's, 'best'."""
+    folder, _ = with_steps(copy, a=0.1, b=0.2, c=0.5, d=0.9)
+    if which == 'last':
+        shutil.rmtree(folder / '3')
+    damage(folder / '4')
+    run = open_run(copy, which)
+    assert run.step == taken
+    assert list(run.passed_over) == [4]
+    assert str(folder / '4') in run.passed_over[4]
+    with pytest.raises(CheckpointError, match=str(folder / '4')):
+        open_run(copy, '4')  # which was asked for
+    for step in (1, 2, 3):
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+    with pytest.raises(CheckpointError, match=str(folder / '4')):
+        open_run(copy, which)
+
+
+def test_a_step_that_is_replaced_while_it_is_read_is_no_damage(copy, monkeypatch):
+    """As a run that is still training does between any two looks at its folder."""
+    folder, _ = with_steps(copy, a=0.5)
+    restore, moves = checkpoint.restore_variables, iter([(1, 2), (2, 3)])
+
+    def replaced_meanwhile(workdir, step, shapes):
+        for old, new in itertools.islice(moves, 1):
+            (folder / str(old)).rename(folder / str(new))
+        return restore(workdir, step, shapes)
+
+    monkeypatch.setattr(checkpoint, 'restore_variables', replaced_meanwhile)
+    run = open_run(copy)
+    assert (run.step, run.passed_over) == (3, {})
+
+
+def test_a_step_that_is_half_deleted_while_it_is_read_is_no_damage(copy, monkeypatch):
+    """It is listed until its last file is gone, and another one can be read meanwhile."""
+    folder, _ = with_steps(copy, a=0.5, b=0.9, c=0.95)
+    (folder / '3').rename(copy / 'next')
+    restore, reads = checkpoint.restore_variables, []
+
+    def deleted_meanwhile(workdir, step, shapes):
+        reads.append(step)
+        if len(reads) == 1:
+            lose_the_metadata(folder / '2')
+        if len(reads) == 3:
+            shutil.rmtree(folder / '2')
+            (copy / 'next').rename(folder / '3')
+        return restore(workdir, step, shapes)
+
+    monkeypatch.setattr(checkpoint, 'restore_variables', deleted_meanwhile)
+    run = open_run(copy)
+    assert (run.step, run.passed_over) == (3, {})
+    assert reads == [2, 1, 1, 3]

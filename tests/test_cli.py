@@ -1,11 +1,16 @@
 """The commands as a person types them: one clear line and exit status 1."""
 
+import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from pspnet_jax import cli
 from tests.conftest import ROOT, write_case
 
 
@@ -19,7 +24,7 @@ def run(module, *arguments):
     )
 
 
-PHANTOM = '--config=configs/phantom.py'
+PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=2'
 
 
 @pytest.mark.parametrize(
@@ -48,6 +53,21 @@ PHANTOM = '--config=configs/phantom.py'
         ('export', ['--workdir=/no', '--format=onnx'], '/no holds no checkpoint'),
         ('export', ['--workdir=/no', '--format=onnx', '--size=9'], '--size=9 is not HEIGHT,WIDTH'),
         ('data.lgg', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
+        ('main', [PHANTOM, '--config.train.steps=None'], '--config.train.steps can not be None'),
+        (
+            'main',
+            [PHANTOM, '--config.augment.crop=500'],
+            'is larger than the slices, which are 128',
+        ),
+        ('main', ['--config', 'nowhere.py'], '--config=nowhere.py is not a file'),
+        ('main', [PHANTOM, '--config.train.steps=0', '--config.train.epochs=0.001'], 'are 0 steps'),
+        (
+            'main',
+            [PHANTOM, '--config.parallel=pmap', '--config.train.accumulate=8', TWO_SLICES],
+            'train.batch_size 2 is not a multiple of train.accumulate 8',
+        ),
+        ('evaluate', ['--workdir=gs://bucket/run'], 'is an address (gs://...), not a folder of'),
+        ('evaluate', ['--workdir=~nobody-of-that-name/run'], 'give the path without ~'),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(module, arguments, words, tmp_path):
@@ -61,6 +81,91 @@ def test_bad_input_is_one_line_and_status_1(module, arguments, words, tmp_path):
     assert words in done.stderr
     assert 'Traceback' not in done.stderr
     assert not workdir.exists()
+
+
+def parsed(monkeypatch, *arguments):
+    """The config as a command sees it."""
+    values = flags.FlagValues()
+    monkeypatch.setattr('sys.argv', ['main', *arguments])
+    monkeypatch.setattr('sys.path', [*sys.path])
+    monkeypatch.setattr(cli.flags, 'FLAGS', values)
+    config_flags.DEFINE_config_file('config', flag_values=values)
+    assert cli._parse(['main', *arguments]) == ['main']
+    return values.config
+
+
+def test_none_and_lists_on_the_command_line(monkeypatch):
+    config = parsed(
+        monkeypatch, '--config', f'{ROOT}/configs/phantom.py', '--config.predict.threshold=0.3',
+        '--config.predict.threshold=None', '--config.model.output_stride=None',
+        '--config.data.images=a,b', '--config.model.class_names=("x, y", "z")',
+        '--config.predict.scales=(0.5, 1.0)',
+    )  # fmt: skip
+    assert (config.predict.threshold, config.model.output_stride) == (None, None)
+    assert config.data.images == ('a', 'b')
+    assert config.model.class_names == ('x, y', 'z')
+    assert config.predict.scales == (0.5, 1.0)
+
+
+def test_a_path_adds_no_line_to_the_log_and_steers_no_terminal():
+    """Neither as text nor as path; what is no text, such as an error, escapes by itself."""
+    name = 'a\n\x1b[2Jerror: forged'
+    record = logging.LogRecord(
+        'pspnet_jax.x', logging.INFO, 'x.py', 1, '%s is %s, %d', (name, Path(name), 3), None
+    )
+    assert cli._is_shown(record)
+    assert record.getMessage().isprintable()
+    assert record.getMessage().count('\\n\\x1b[2Jerror: forged') == 2
+
+
+@pytest.mark.parametrize('module', ['evaluate', 'predict', 'export', 'main'])
+def test_names_that_are_too_long_are_an_error_of_one_line(module, tmp_path):
+    name = f'--workdir={tmp_path}/{"x" * 300}'
+    more = {
+        'predict': ['--input=configs', f'--output={tmp_path}/out'],
+        'export': ['--format=onnx'],
+        'main': [PHANTOM],
+    }.get(module, [])
+    done = run(module, name, *more)
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert (done.returncode, len(errors)) == (1, 1)
+    assert 'File name too long' in errors[0]
+    assert 'Traceback' not in done.stderr
+
+
+def test_an_interrupt_is_one_line_and_status_130():
+    code = 'import os, signal\nfrom pspnet_jax import cli\n'
+    code += 'cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == 'interrupted: the same command resumes'
+    assert 'Traceback' not in done.stderr
+
+
+def test_config_files_of_one_folder_import_each_other(monkeypatch, tmp_path):
+    (tmp_path / 'common_part.py').write_text(
+        'from configs import phantom\nget = phantom.get_config'
+    )
+    (tmp_path / 'mine.py').write_text('import common_part\nget_config = common_part.get\n')
+    assert parsed(monkeypatch, f'--config={tmp_path}/mine.py').data.name == 'phantom'
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('def get_config():\n    return 1 / 0\n', 'line 2: ZeroDivisionError: division by zero'),
+        ('import no_such_module\n', "line 1: ModuleNotFoundError: No module named 'no_such_"),
+        ('def get_config(:\n', 'SyntaxError'),
+    ],
+)
+def test_an_error_in_ones_own_config_is_a_line_with_its_place(tmp_path, text, words):
+    (tmp_path / 'mine.py').write_text(text)
+    done = run('main', f'--config={tmp_path}/mine.py', f'--workdir={tmp_path}/run')
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert line.startswith(f'error: {tmp_path}/mine.py')
+    assert words in line
+    assert 'Traceback' not in done.stderr
+    assert done.returncode == 1
 
 
 def test_build_reports_every_fault_and_builds_nothing(tmp_path):
@@ -93,19 +198,16 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / 'out').rglob('*_mask.png'))) == 4
     (tmp_path / 'raw' / 'bad.png').write_bytes(b'no picture')
-    done = run(
-        'predict', f'--workdir={workdir},{workdir}', f'--workdir={workdir}', '--flip',
-        '--window=128', '--save=mask,outline', f'--input={tmp_path / "raw"}',
-        f'--output={tmp_path / "out"}',
-    )  # fmt: skip
+    three = [
+        f'--workdir={workdir},{workdir}', f'--workdir={workdir}', '--flip', '--window=128',
+        f'--output={tmp_path / "three"}',
+    ]  # fmt: skip
+    done = run('predict', *three, '--save=mask,outline', f'--input={tmp_path / "raw"}')
     assert done.returncode == 1
     assert 'error: 1 file(s) left out:' in done.stderr
     assert 'bad.png is not a readable picture' in done.stderr
     assert 'Traceback' not in done.stderr
-    assert len(list((tmp_path / 'out').rglob('*_outline.png'))) == 4
-    done = run(
-        'predict', f'--workdir={workdir}', f'--input={tmp_path}/raw/*/*_1.tif',
-        f'--output={tmp_path / "out"}', '--save=outline',
-    )  # fmt: skip
+    assert len(list((tmp_path / 'three').rglob('*_outline.png'))) == 4
+    done = run('predict', *three, '--save=outline', f'--input={tmp_path}/raw/*/*_1.tif')
     assert done.returncode == 0, done.stderr
     assert '2 finished before are left as they are' in done.stdout

@@ -67,11 +67,45 @@ def test_a_config_from_before_a_knob_has_its_default():
             'model.dropout is 2.0: it must be None (configs/base.py says what that is) or a',
         ),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
+        ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and goes before it'),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
     config = tiny_config(**PSPNET)
     config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        rules.validate(config)
+
+
+@pytest.mark.parametrize('value', [{4: 3}, {'>0': 1}, {'4': 3, '<=-1': 255}])
+def test_a_label_map_is_a_knob_of_the_command_line_and_survives_json(monkeypatch, value):
+    line = ['', f'--config={ROOT}/configs/folder.py', f'--config.data.label_map={value}']
+    monkeypatch.setattr('sys.argv', line)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values)
+    values(line)
+    rules.validate(values.config)
+    back = rules.from_dict(rules.to_dict(values.config))
+    assert back.data.to_dict()['label_map'] == {str(key): label for key, label in value.items()}
+    assert rules.to_dict(back) == rules.to_dict(values.config)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'data.label_map': {'a': 1}}, "data.label_map is {'a': 1}: it must be None or values of"),
+        ({'data.label_map': '{4: 3'}, "data.label_map is '{4: 3': it must be None or values of"),
+        ({'data.label_map': {4: 300}}, 'it must be None or values of the masks'),
+        ({'data.label_map': {}}, 'it must be None or values of the masks'),
+        ({'data.mask_name': '*'}, 'data.mask_name is'),
+        (
+            {'data.label_map': {4: 3}, 'data.mask_colors': ('#000000', '#ffffff')},
+            'data.label_map gives each value its class',
+        ),
+    ],
+)
+def test_label_maps_and_rules_that_are_none(changes, words):
+    config = tiny_config(**changes)
     with pytest.raises(ConfigError, match=re.escape(words)):
         rules.validate(config)
 
@@ -98,6 +132,26 @@ def test_every_fault_is_listed_at_once():
         'optim.learning_rate is 0.0',
     ):
         assert words in str(caught.value)
+
+
+def test_paths_are_kept_whole_and_expressions_as_they_are(tmp_path, monkeypatch):
+    """So that a run can be evaluated from another folder than that in which it was trained."""
+    (tmp_path / 'own' / 'images').mkdir(parents=True)
+    (tmp_path / 'teacher').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config = tiny_config(**{
+        'data.name': 'folder', 'data.images': ('own/images',), 'data.group': '(.+)_',
+        'model.pretrained': 'hf:timm/resnet18', 'distill.teacher': '~/teacher@260',
+    })  # fmt: skip
+    whole = rules.with_absolute_paths(config)
+    assert whole.data.images == (f'{tmp_path}/own/images',)
+    assert whole.distill.teacher == f'{tmp_path}/teacher@260'
+    assert (whole.data.group, whole.model.pretrained) == ('(.+)_', 'hf:timm/resnet18')
+    assert config.data.images == ('own/images',)
+    config.data.source = 'own'
+    assert rules.with_absolute_paths(config).data.source == f'{tmp_path}/own'
+    assert base.get_config().train.epochs == rules.EPOCHS
 
 
 def test_every_knob_is_read():
@@ -138,3 +192,12 @@ def test_a_recipe_can_be_changed_knob_by_knob(monkeypatch):
     augment = values.config.augment
     assert (augment.rotate, augment.elastic) == (5.0, augmentations.RECIPES['strong']['elastic'])
     assert values.config.model.name == 'unet'
+
+
+def test_the_only_structure_cannot_be_ignored():
+    config = base.get_config().copy_and_resolve_references()
+    config.loss.ignore_label = 1
+    with pytest.raises(ConfigError, match='ignore_label is 1, the only structure of 2 classes'):
+        rules.validate(config)
+    config.model.num_classes = 3
+    rules.validate(config)

@@ -396,6 +396,9 @@ def test_batch_norm_and_its_gradients_equal_flaxs(rng, dtype):
     for train in (True, False):
         mine = run(ours.apply, train=train)
         theirs = run(flaxs.apply, use_running_average=not train)
+        if train:  # Flax keeps the biased variance of the batch's 120 values, we PyTorch's
+            kept, new = (v['batch_stats'] for v in (variables, theirs[0][1][1]))
+            new['var'] = 0.9 * kept['var'] + (new['var'] - 0.9 * kept['var']) * 120 / 119
         assert mine[0][1][0].dtype == dtype
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 
+from experiments import crossval
 from tests.conftest import ROOT
 
 
@@ -32,6 +33,16 @@ def test_two_folds_test_every_patient_once_and_a_second_call_runs_nothing(tmp_pa
     assert again.returncode == 0, again.stderr
     assert 'fold 0 of 2' not in again.stdout
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
+def test_one_patient_has_no_interval_and_older_lines_no_joined_hd95():
+    same = ('config', 'overrides', 'commit', 'seed', 'device', 'versions')
+    row = {'patient': 'a', 'dice': 0.5, 'dice_largest': 0.5, 'iou': 0.4, 'hd95': None}
+    line = dict.fromkeys(same, '')
+    line |= {'seconds': 1.0, 'summary': {'dice': {'mean': 0.5}}, 'patients': [row]}
+    summary = crossval.over_patients([line])['summary']
+    assert summary['dice'] == {'mean': 0.5, 'median': 0.5, 'ci95': None, 'n': 1}
+    assert summary['hd95']['n'] == summary['hd95_joined']['n'] == 0
 
 
 def test_a_fold_that_fails_ends_the_command(tmp_path):

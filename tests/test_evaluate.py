@@ -1,17 +1,19 @@
 """Evaluation: the numbers by hand, their names, and the command on a folder."""
 
+import itertools
 import json
 import shutil
 
 import numpy as np
 import pytest
 
-from pspnet_jax import evaluate, infer
+from pspnet_jax import evaluate, infer, predict
 from pspnet_jax.config import with_prediction
 from pspnet_jax.data import sources
 from pspnet_jax.data.volumes import Volume, iterate_volumes, normalize, select
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
-from tests.conftest import write_case
+from pspnet_jax.runs import open_run
+from tests.conftest import tiny_config, write_case
 
 OPTIONS = {
     'batch_size': 2,
@@ -55,7 +57,7 @@ def test_the_truth_scores_one():
     assert result['calibration']['expected_calibration_error'] == 0
     assert row['lesion_voxels'] == row['predicted_voxels'] == 9
     assert result['summary']['dice'] == {
-        'mean': 1, 'median': 1, 'sd': None, 'ci95': [1, 1], 'n': 1
+        'mean': 1, 'median': 1, 'sd': None, 'ci95': None, 'n': 1
     }  # fmt: skip
 
 
@@ -69,6 +71,142 @@ def test_distances_are_in_mm_where_the_volume_has_its_spacing():
     both = [moved, moved._replace(patient='b', spacing=(3.0, 0.5, 0.7))]
     unit = evaluate.evaluate_volumes(oracle, both, **OPTIONS)['data']['hd95_unit']
     assert 'where the file says' in unit
+
+
+def pictures(rng, count=3, size=40):
+    """A patient of several pictures: a square each, predicted wider, and with a stray pixel."""
+    mask = np.zeros((count, size, size), np.uint8)
+    image = np.zeros((count, size, size, 3), np.uint8)
+    for d in range(count):
+        top, left, more = rng.integers(4, 14, 3)
+        mask[d, top : top + 12, left : left + 9] = 1
+        image[d, top : top + 12, left : left + 9 + more] = 1
+        image[d, -2, -2] = 1
+    one = volume('p', mask)._replace(image=image)
+    alone = [
+        one._replace(patient=f'p{d}', image=image[d : d + 1], mask=mask[d : d + 1])
+        for d in range(count)
+    ]
+    return one._replace(scan=np.arange(count)), alone
+
+
+def test_pictures_of_one_patient_are_scored_picture_by_picture(rng):
+    """They lie nowhere on one another: as if each were a patient, and the mean over them."""
+    together, alone = pictures(rng)
+    (row,) = evaluate.evaluate_volumes(oracle, [together], **OPTIONS)['patients']
+    each = evaluate.evaluate_volumes(oracle, alone, **OPTIONS)['patients']
+    for name in ('hd95', 'hd95_joined', 'assd', 'surface_dice'):
+        assert row[name] == pytest.approx(np.mean([part[name] for part in each])), name
+    assert (row['scans'], row['slices']) == (3, 3)
+    # The largest component of each picture is kept, and Dice is over the pixels of all.
+    kept = {'largest_component': True}
+    whole = evaluate.evaluate_volumes(oracle, [together], **OPTIONS, label_options=kept)
+    assert whole['patients'][0]['dice'] == pytest.approx(row['dice_largest'])
+    assert whole['patients'][0]['predicted_voxels'] == row['predicted_voxels'] - 3
+    as_volume = evaluate.evaluate_volumes(oracle, [together._replace(scan=None)], **OPTIONS)
+    assert as_volume['patients'][0]['assd'] < 0.7 * row['assd']  # every pixel counts as surface
+
+
+def test_two_volumes_of_one_patient_are_not_neighbours():
+    """The last slice of one and the first of the other hold the same square: no component joins
+    them, and it is surface on both sides.
+    """
+    mask = np.zeros((4, 6, 6), int)
+    mask[1:3, 1:4, 1:4] = 1
+    both = volume('p', mask)._replace(scan=np.array([0, 0, 1, 1]))
+    both.image[3, 5, 5] = 1
+    (row,) = evaluate.evaluate_volumes(oracle, [both], **OPTIONS)['patients']
+    assert row['dice_largest'] == 1
+    (joined,) = evaluate.evaluate_volumes(oracle, [both._replace(scan=None)], **OPTIONS)['patients']
+    assert joined['scans'] == 1
+    missing = both._replace(image=both.image * (np.arange(4) < 2)[:, None, None, None])
+    (row,) = evaluate.evaluate_volumes(oracle, [missing], **OPTIONS)['patients']
+    assert (row['present'], row['missed'], row['invented']) == (2, 1, 0)
+    assert row['hd95'] == 0
+
+
+def labelled(image):
+    """Calls every pixel the class that channel 0 says, of four."""
+    return (np.arange(4) == image[..., :1]).astype(np.float32)
+
+
+def test_structures_that_are_missed_or_invented_are_counted():
+    """One of three found, one missed, one invented: HD95 is of the first alone, and looks fine."""
+    mask = np.zeros((3, 12, 12), int)
+    mask[1, 1:4, 1:4], mask[1, 6:9, 6:9] = 1, 2
+    one = volume('a', mask)
+    one.image[mask == 2] = 0
+    one.image[2, 9:11, 1:3] = 3
+    perfect = volume('b', np.where(mask == 2, 0, mask))
+    options = OPTIONS | {'num_classes': 4}
+    result = evaluate.evaluate_volumes(labelled, [one, perfect], **options)
+    first, second = result['patients']
+    assert first['hd95'] == second['hd95'] == 0
+    assert [first[name] for name in ('present', 'missed', 'invented')] == [2, 1, 1]
+    assert [second[name] for name in ('present', 'missed', 'invented')] == [1, 0, 0]
+    counts = [
+        [row[name] for name in ('label', 'present', 'missed', 'invented')]
+        for row in result['summary']['structures']
+    ]
+    assert counts == [[1, 2, 0, 0], [2, 1, 1, 0], [3, 0, 0, 1]]
+    hd95 = [row['hd95'] for row in result['summary']['structures']]
+    assert hd95 == [{'mean': 0, 'n': 2}, {'mean': None, 'n': 0}, {'mean': None, 'n': 0}]
+    dice = [row['dice'] for row in result['summary']['structures']]
+    assert dice == [{'mean': 1, 'n': 2}, {'mean': 0, 'n': 1}, {'mean': 0, 'n': 1}]
+    text = evaluate.table(result)
+    assert '1 of 3 structures are missed and 1 invented' in text
+    assert 'class 2: Dice 0.000 over 1, HD95 - over 0; missed 1 of 1, invented 0' in text
+
+
+def test_a_lesion_that_is_missed_is_counted_with_two_classes_too():
+    result = evaluate.evaluate_volumes(nothing, [volume('a', MASK)], **OPTIONS)
+    assert result['patients'][0]['missed'] == result['summary']['structures'][0]['missed'] == 1
+
+
+@pytest.mark.parametrize('ignore_label', [0, 2, 3, 254])
+def test_a_perfect_prediction_is_perfect_whichever_label_is_ignored(ignore_label):
+    """Where it is a class too, it is no structure, no lesion and in no mean."""
+    mask = np.zeros((3, 12, 12), int)
+    mask[1, 1:4, 1:4], mask[1, 6:9, 6:9], mask[:, 10:, 10:] = 1, 2, 3
+    mask[2, 5, 5] = ignore_label
+    one = volume('a', mask)
+    one.image[mask == ignore_label] = 1  # whatever is said there
+    options = OPTIONS | {'num_classes': 4, 'ignore_label': ignore_label}
+    seen = []
+    result = evaluate.evaluate_volumes(
+        labelled, [one], **options, each=lambda volume, _: seen.append(volume.mask)
+    )
+    (row,) = result['patients']
+    for name in ('dice', 'iou', 'sensitivity', 'precision', 'surface_dice'):
+        assert row[name] == 1, name
+    assert row['hd95'] == row['hd95_joined'] == row['assd'] == 0
+    structures = [n for n in (1, 2, 3) if n != ignore_label]
+    assert [found['label'] for found in row['structures']] == structures
+    assert row['lesion_voxels'] == np.isin(mask, structures).sum()
+    summary = result['summary']
+    assert summary['mean_IU'] == pytest.approx(1)
+    assert summary['per_slice_dice_empty_is_1'] == summary['pooled']['dice'] == 1
+    np.testing.assert_array_equal(seen[0] == 255, mask == ignore_label)  # as pictures show it
+    evaluate.table(result)
+
+
+def test_the_baseline_has_a_dice_where_its_rule_gives_one():
+    """All background is undefined where there is no lesion, as every prediction of that is."""
+    result = evaluate.evaluate_volumes(oracle, [volume('none', 0 * MASK)], **OPTIONS)
+    assert result['baseline']['dice'] is result['summary']['dice']['mean'] is None
+    both = [volume('none', 0 * MASK), volume('a', MASK)]
+    assert evaluate.evaluate_volumes(oracle, both, **OPTIONS)['baseline']['dice'] == 0
+
+
+@pytest.mark.parametrize(
+    ('patients', 'words'),
+    [(1, 'Dice 1.000, no interval of 1 ('), (3, 'to 1.000, too narrow for 3 ('), (10, '1.000 (')],
+)
+def test_few_patients_have_an_interval_that_says_so_and_one_has_none(patients, words):
+    data = [volume(f'p{n}', MASK) for n in range(patients)]
+    result = evaluate.evaluate_volumes(oracle, data, **OPTIONS)
+    assert words in evaluate.table(result)
+    assert (result['summary']['dice']['ci95'] is None) == (patients == 1)
 
 
 def test_predicting_nothing_is_the_baseline():
@@ -215,7 +353,8 @@ def test_evaluation_json_has_what_is_promised(trained):
     assert {'summary', 'patients', 'baseline', 'checkpoint', 'data'} <= set(written)
     assert {'frequency_weighted_IU', 'mean_IU', 'class_wise_IU'} <= set(written['summary'])
     for name in (
-        'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'assd', 'surface_dice'
+        'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined', 'assd',
+        'surface_dice',
     ):  # fmt: skip
         assert set(written['summary'][name]) == {'mean', 'median', 'sd', 'ci95', 'n'}
         assert name in written['patients'][0]
@@ -246,14 +385,14 @@ def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_pat
     )
     predicted = [row['predicted_voxels'] for row in result['patients']]
     assert predicted != [row['predicted_voxels'] for row in trained[1]['patients']]
-    config, model, variables, intensity, _ = evaluate.restore_model(workdir)
-    config = with_prediction(config, changes)
-    program = infer.compile_predict(model, window=24, flip=True, batch_size=4)
+    run = open_run(workdir)
+    config = with_prediction(run.config, changes)
+    program = infer.compile_predict(run.model, window=24, flip=True, batch_size=4)
     slices, parts = sources.load(config, workdir / 'splits.json')
     volumes = iterate_volumes(select(slices, parts['test']))
     for voxels, item in zip(predicted, volumes, strict=True):
-        image = normalize(item.image, item.intensity if intensity is None else intensity)
-        assert (program(variables, image)[..., 1] > 0.2).sum() == pytest.approx(voxels, abs=2)
+        image = normalize(item.image, item.intensity if run.intensity is None else run.intensity)
+        assert (program(run.variables, image)[..., 1] > 0.2).sum() == pytest.approx(voxels, abs=2)
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
@@ -274,12 +413,85 @@ def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_pat
     assert plain['calibration']['temperature'] == 1
     assert fitted['summary'] == plain['summary']  # no label has changed
     assert fitted['calibration']['bins'] != plain['calibration']['bins']
-    # Kept: for that checkpoint's next evaluation, on other patients.
+    # Kept: for that checkpoint's next evaluation, on other patients, seen in the same way.
     again = evaluate.evaluate_checkpoint(workdir, split='test')
     assert again['calibration']['temperature'] == kept['temperature']
+    other = evaluate.evaluate_checkpoint(workdir, split='test', changes={'flip': True})
+    assert other['calibration']['temperature'] == 1
+    assert predict.load(workdir).temperature == kept['temperature']
+    assert predict.load(workdir, changes={'flip': True}).temperature == 1
+    assert predict.load(workdir, changes={'threshold': 0.4}).temperature == kept['temperature']
+
+
+def test_views_are_what_changes_probabilities():
+    config = tiny_config()
+    plain = evaluate.views(config)
+    same = [{'overlap': 0.7}, {'threshold': 0.3}, {'largest_component': True}, {'min_size': 9}]
+    for changes in same:
+        assert evaluate.views(with_prediction(config, changes)) == plain
+    others = [{'flip': True}, {'scales': (1.0, 1.5)}, {'window': 32}]
+    found = [evaluate.views(with_prediction(config, changes)) for changes in others]
+    found.append(evaluate.views(tiny_config(**{'crf.kernel': 'windowed'})))
+    found.append(evaluate.views(tiny_config(**{'crf.kernel': 'windowed', 'crf.window': 9})))
+    found.append(evaluate.views(with_prediction(config, {'window': 32, 'overlap': 0.7})))
+    for one, other in itertools.combinations([plain, *found], 2):
+        assert one != other
+    assert json.loads(json.dumps(found)) == found
 
 
 @pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
 def test_a_temperature_is_fitted_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--fit_temperature is for'):
         evaluate.evaluate_checkpoint(tmp_path, fit=True, **where)
+
+
+def test_a_slice_of_nothing_but_ignored_pixels_counts_nowhere():
+    ignored = MASK.copy()
+    ignored[0] = 255
+    wrong = volume('a', ignored)
+    wrong.image[1] = 0  # misses the lesion
+    result = evaluate.evaluate_volumes(oracle, [wrong], **OPTIONS)
+    # Of two slices that count one is empty and right, one is missed.
+    for part in (result['summary'], result['baseline']):
+        assert part['per_slice_dice_empty_is_1'] == pytest.approx(1 / 2)
+    assert result['data']['ignored_slices'] == 1
+    assert result['data']['slices'] == 3
+
+
+def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog):
+    """Under other names, in another format: by their pixels."""
+    workdir = shutil.copytree(trained[0], tmp_path / 'run')
+    slices, parts = sources.load(sources_config(workdir), workdir / 'splits.json')
+    for name, new in (
+        (parts['train'][0], 'other'), (parts['validation'][0], 'chosen'),
+        (parts['test'][0], 'new'),
+    ):  # fmt: skip
+        (found,) = iterate_volumes(select(slices, [name]))
+        for kind, pixels in (('images', found.image), ('masks', found.mask)):
+            (tmp_path / 'data' / kind).mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / 'data' / kind / f'{new}.npy', pixels[1:3])  # some slices
+    with caplog.at_level('WARNING'):
+        result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
+    assert result['data']['overlap'] == {
+        'train': ['other'], 'validation': ['chosen'], 'same_name': []
+    }  # fmt: skip
+    written = json.loads((workdir / 'evaluation.json').read_text())
+    assert written['data']['overlap'] == result['data']['overlap']
+    assert '1 of 3 patients have pictures that the run was trained on' in caplog.text
+    assert '1 of 3 patients have pictures of its validation set' in caplog.text
+    caplog.clear()
+    (workdir / 'splits.json').unlink()
+    with caplog.at_level('WARNING'):
+        result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
+    assert result['data']['overlap'] is None
+    assert 'whether the run was trained on these pictures is not known' in caplog.text
+    assert 'overlap' not in evaluate.evaluate_checkpoint(workdir)['data']
+
+
+def sources_config(workdir):
+    return open_run(workdir).config
+
+
+def test_a_group_is_of_a_folder_of_images(trained):
+    with pytest.raises(ConfigError, match='--group is for --data=FOLDER'):
+        evaluate.evaluate_checkpoint(trained[0], group='(.+)_')

@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 import pspnet_jax
-from pspnet_jax import checkpoint, evaluate, export, infer, models, onnx_graph
+from pspnet_jax import checkpoint, export, infer, models, onnx_graph
 from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, ExportError
+from pspnet_jax.errors import CheckpointError, ConfigError, DataError, ExportError
 from pspnet_jax.models import layers
 from pspnet_jax.models.published import IMAGENET
+from pspnet_jax.runs import open_run
 from tests.conftest import ROOT, random_variables, tiny_config
 
 # Every network, and what makes it small. All are exported with symbols for batch, height and
@@ -189,12 +190,15 @@ def test_a_volume_measured_by_onnx_is_that_of_numpy():
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
     """A workdir whose checkpoint has a fixed normalisation, as converted weights have."""
-    workdir = tmp_path_factory.mktemp('published')
-    config = tiny_config(**{'model.num_classes': 4})
+    return save_published(tmp_path_factory.mktemp('published'))
+
+
+def save_published(workdir, **more):
+    config = tiny_config(**{'model.num_classes': 4, 'model.width': 4})
     variables = random_variables(models.create(**config.model))
     state = types.SimpleNamespace(**variables, ema_params=None, opt_state=None)
     writer = checkpoint.Writer(workdir)
-    inputs = {'channels': 3, 'normalization': IMAGENET._asdict()}
+    inputs = {'channels': 3, 'normalization': IMAGENET._asdict(), **more}
     progress = {'best_dice': None, 'stale': 0}
     checkpoint.save(
         writer, 7, state, config=to_dict(config), progress=progress, inputs=inputs, dice=None
@@ -221,11 +225,12 @@ def exported(trained, tmp_path_factory):
 
 def expected_of(workdir, image):
     """As `evaluate` predicts a volume, in numpy but for the network."""
-    config, model, variables, intensity, _ = evaluate.restore_model(workdir)
+    run = open_run(workdir)
+    intensity = run.intensity
     if intensity is None:
         intensity = volumes.measure_intensity(image)
-    predict = infer.compile_predict(model, crf_options=config.crf)
-    return predict(variables, volumes.normalize(image, intensity))
+    predict = infer.compile_predict(run.model, crf_options=run.config.crf)
+    return predict(run.variables, volumes.normalize(image, intensity))
 
 
 @pytest.mark.newest
@@ -259,6 +264,27 @@ def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt
     assert metadata['normalization']['kind'] == 'fixed'
     np.testing.assert_allclose(metadata['normalization']['mean'], IMAGENET.mean, rtol=1e-6)
     assert metadata['step'] == 7
+
+
+@pytest.mark.parametrize('fmt', export.FILES)
+def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fmt):
+    if fmt == 'onnx':
+        pytest.importorskip('onnx', reason='onnx writes the file')
+        pytest.importorskip('onnxruntime', reason='onnxruntime reads it again')
+    workdir = save_published(tmp_path, range=[[-1000.0] * 3, [3080.0] * 3])
+    export.export_checkpoint(workdir, fmt, size=(32, 48))
+    predict, metadata = export.read(workdir / export.FILES[fmt])
+    assert metadata['input']['dtype'] == 'float32'
+    eight = images(2, 32, 48, 3)
+    deep = (-1000 + 16 * eight.astype(np.float32)).astype(np.float32)
+    expected = expected_of(workdir, deep)
+    np.testing.assert_allclose(predict(deep), expected, atol=1e-5)
+    # What the network sees is what one on 8 bits sees of the picture with 8.
+    save_published(tmp_path / 'eight')
+    np.testing.assert_allclose(expected_of(tmp_path / 'eight', eight), expected, atol=1e-4)
+    if fmt == 'savedparams':
+        with pytest.raises(DataError, match='the image has 8 bits, the run was trained on'):
+            predict(eight)
 
 
 ONLY_JAX = """
@@ -302,7 +328,7 @@ def test_metadata_is_plain_json_in_each_format(exported):
 
 def test_saved_parameters_are_the_checkpoints_to_the_bit(exported, trained):
     variables, _ = export.read_params(exported('savedparams'))
-    expected = evaluate.restore_model(trained[0])[2]
+    expected = open_run(trained[0]).variables
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 

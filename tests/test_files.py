@@ -1,6 +1,7 @@
 """Files in and out: pixels, geometry, and what is not to be trusted."""
 
 import contextlib
+import errno
 import gzip
 import io
 import itertools
@@ -8,7 +9,9 @@ import os
 import resource
 import struct
 import sys
+import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +100,21 @@ def test_a_jpeg_is_close_to_its_pixels_and_other_numbers_become_float32(tmp_path
         image = files.read(tmp_path / f'{name}.tif').image
         assert image.dtype == np.float32
         np.testing.assert_array_equal(image[0, ..., 0], values)
+
+
+@pytest.mark.parametrize('colour', [(0, 0, 0), (255, 0, 0), (255, 255, 255)])
+def test_a_mask_in_the_alpha_channel_is_read_from_there(tmp_path, colour):
+    """Where the colour is the same everywhere: an empty mask is transparent, or opaque black."""
+    alpha = np.where(GREY > 100, 255, 0).astype(np.uint8)
+    for name, values in (('some', alpha), ('none', alpha * 0)):
+        flat = np.broadcast_to(np.array(colour, np.uint8), (*GREY.shape, 3))
+        Image.fromarray(np.dstack([flat, values])).save(tmp_path / f'{name}.png')
+        Image.fromarray(np.dstack([flat[..., :1], values]), 'LA').save(tmp_path / f'{name}_la.png')
+        for path in (tmp_path / f'{name}.png', tmp_path / f'{name}_la.png'):
+            np.testing.assert_array_equal(files.read_labels(path), values[None])
+    opaque = np.dstack([flat, np.full_like(alpha, 255)])
+    Image.fromarray(opaque).save(tmp_path / 'opaque.png')
+    np.testing.assert_array_equal(files.read_labels(tmp_path / 'opaque.png')[0], flat)
 
 
 @pytest.mark.parametrize('ending', ['png', 'tif', 'webp'])
@@ -381,6 +399,27 @@ def test_numbers_of_volumes(tmp_path, rng):
 
 
 @needs_nibabel
+def test_a_volume_is_unpacked_by_what_it_holds_not_by_its_name(tmp_path, rng):
+    """Some tools write .nii.gz that are not packed, and others the other way round."""
+    values = rng.integers(0, 255, (3, 4, 5), np.uint8)
+    plain = save_nifti(tmp_path / 'a.nii', values)
+    packed = save_nifti(tmp_path / 'b.nii.gz', values)
+    expected = files.read(plain).image
+    for source, name in ((plain, 'c.nii.gz'), (packed, 'd.nii')):
+        (tmp_path / name).write_bytes(source.read_bytes())
+        np.testing.assert_array_equal(files.read(tmp_path / name).image, expected)
+    picture = files.read(tmp_path / 'c.nii.gz')
+    files.write_labels(tmp_path / 'mask.nii.gz', expected[..., 0], picture)
+    assert (tmp_path / 'mask.nii.gz').read_bytes()[:2] == b'\x1f\x8b'
+
+
+def test_a_picture_of_another_kind_is_not_to_be_copied_alone(tmp_path):
+    (tmp_path / 'a.png').write_bytes(gif_bytes())
+    with pytest.raises(DataError, match=r'save it as PNG: its content is none of PNG, JPEG'):
+        files.read(tmp_path / 'a.png')
+
+
+@needs_nibabel
 def test_what_is_no_number_becomes_0(tmp_path, caplog):
     values = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
     values[0, 0] = np.nan
@@ -469,6 +508,29 @@ def test_a_mask_must_lie_where_its_image_lies(tmp_path, rng):
     half = save_nifti(tmp_path / 'half.nii', values * np.float32(0.5), affine)
     with pytest.raises(DataError, match=r'half\.nii holds 0\.5, labels are whole'):
         files.read_labels(half)
+
+
+@needs_nibabel
+def test_a_mask_that_lacks_its_affine_is_told_to_take_the_images(tmp_path, rng):
+    """Arrays that were saved alone: by nibabel without an affine or with 1, by SimpleITK."""
+    import nibabel
+
+    affine = affine_of((0, 1, 2), (1, 1, 1))
+    values = rng.integers(0, 3, (4, 5, 6)).astype(np.uint8)
+    picture = files.read(save_nifti(tmp_path / 'image.nii.gz', values, affine))
+    expected = files.read_labels(save_nifti(tmp_path / 'true.nii', values, affine), like=picture)
+    path = tmp_path / 'mask.nii'
+    for without in (None, np.eye(4), np.diag([-1.0, -1.0, 1.0, 1.0])):
+        nibabel.save(nibabel.Nifti1Image(values, without), path)
+        with pytest.raises(DataError, match=r'mask\.nii does not say where it lies') as told:
+            files.read_labels(path, like=picture)
+        assert 'resample' not in str(told.value)
+        script = str(told.value).partition('python -c "')[2].rstrip('"')
+        exec(compile(script, 'advice', 'exec'), {})  # what is to be pasted does it
+        np.testing.assert_array_equal(files.read_labels(path, like=picture), expected)
+    plain = files.read(save_nifti(tmp_path / 'plain.nii', values, np.eye(4)))
+    with pytest.raises(DataError, match=r'plain\.nii does not say where it lies'):
+        files.read_labels(path, like=plain)
 
 
 @needs_nibabel
@@ -595,7 +657,125 @@ def test_single_dicom_files(tmp_path, rng):
         files.read(tmp_path / 'deflated.dcm')
 
 
+@needs_pydicom
+def test_what_lies_beside_the_slices_is_passed_over_by_name(tmp_path, rng, caplog):
+    folder = tmp_path / 'p1'
+    folder.mkdir()
+    stored = rng.integers(0, 900, (3, 4, 6)).astype(np.uint16)
+    for n, pixels in enumerate(stored):
+        save_dicom(folder / f'IM{n:04}', pixels, position=(0, 0, 2.0 * n))
+    save_no_picture(folder / 'RS.dcm', 'RTSTRUCT')
+    save_no_picture(folder / 'report', 'SR')
+    with caplog.at_level('INFO'):
+        np.testing.assert_array_equal(files.read(folder).image[..., 0], stored)
+    assert 'RS.dcm (RTSTRUCT), report (SR)' in caplog.text
+    assert files.find(tmp_path) == {'p1': folder}
+
+
+@needs_pydicom
+@pytest.mark.parametrize(
+    ('modality', 'tool'),
+    [('SEG', 'segimage2itkimage of dcmqi, or by highdicom'), ('RTSTRUCT', 'plastimatch'),
+     ('SR', 'leave it out')],
+)  # fmt: skip
+def test_dicom_without_a_picture_names_what_converts_it(tmp_path, modality, tool):
+    frames = np.zeros((4, 6), np.uint8)
+    for name in ('a.dcm', 'without'):
+        if modality == 'SEG':
+            save_dicom(tmp_path / name, frames, Modality='SEG', NumberOfFrames=2, Rows=2)
+        else:
+            save_no_picture(tmp_path / name, modality)
+        for read in (files.read, files.read_labels):
+            with pytest.raises(DataError, match=rf'of the kind {modality}.*{tool}') as caught:
+                read(tmp_path / name)
+            assert 'dcm2niix' not in str(caught.value)
+    assert set(files.find(tmp_path)) == {'a', 'without'}  # alone: reading says what they are
+
+
+def save_no_picture(path, modality):
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = '1.2.840.10008.5.1.4.1.1.481.3'
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+    data.SeriesInstanceUID, data.Modality = generate_uid(), modality
+    data.save_as(path, enforce_file_format=True)
+
+
+@needs_pydicom
+def test_radiographs_are_pictures_and_series_are_volumes(tmp_path, rng):
+    """By what the files say, with or without an ending; training and prediction alike."""
+    grey = rng.integers(0, 255, (4, 6), np.uint8)
+    for place in ('xrays', 'ct', 'one'):
+        (tmp_path / place).mkdir()
+    for n in range(3):
+        save_dicom(tmp_path / f'film{n}.dcm', grey, series=f'1.2.{n}')
+        save_dicom(tmp_path / 'xrays' / f'view{n}', grey, series='1.2.9')
+        save_dicom(tmp_path / 'ct' / f'IM{n}', grey, series='1.2.8', position=(0, 0, 3.0 * n))
+    save_dicom(tmp_path / 'one' / 'a.dcm', grey)
+    (tmp_path / 'notes.txt').write_text('no DICM')
+    ways = ['ct', 'film0', 'film1', 'film2', 'one', 'xrays/view0', 'xrays/view1', 'xrays/view2']
+    found = files.find(tmp_path)
+    assert list(found) == ways
+    entries, others = files.gather_dicom(filter(files.is_dicom, tmp_path.rglob('*')), tmp_path)
+    assert sorted(entries) == sorted(found.values())
+    assert not others
+    for path in found.values():
+        assert files.read(path).image.shape == (3 if path.name == 'ct' else 1, 4, 6, 1)
+
+
+@needs_pydicom
+def test_slices_in_the_folder_itself_are_pictures_in_training_and_a_volume_as_input(
+    tmp_path, rng, caplog
+):
+    for n in range(3):
+        grey = rng.integers(0, 255, (4, 6), np.uint8)
+        save_dicom(tmp_path / f'IM{n}.dcm', grey, position=(0, 0, 3.0 * n))
+    assert list(files.find(tmp_path)) == ['IM0', 'IM1', 'IM2']
+    assert 'put each series into a folder of its own' in caplog.text
+    assert files.gather_dicom(tmp_path.iterdir(), tmp_path) == ([tmp_path], {})
+
+
+@needs_pydicom
+def test_packed_dicom_names_the_plug_in(tmp_path):
+    """Not 'copy it again': the copy would need it too."""
+    import pydicom
+
+    grey = np.zeros((4, 6), np.uint8)
+    for syntax, words in (
+        (pydicom.uid.JPEGLosslessSV1, 'pip install pylibjpeg pylibjpeg-libjpeg'),
+        (pydicom.uid.JPEGLSLossless, 'pip install pylibjpeg pylibjpeg-libjpeg'),
+        (pydicom.uid.HTJ2KLossless, 'pip install pylibjpeg pylibjpeg-openjpeg'),
+        (pydicom.uid.MPEG2MPML, 'gdcmconv --raw'),
+    ):
+        save_dicom(tmp_path / 'a.dcm', grey)
+        data = pydicom.dcmread(tmp_path / 'a.dcm')
+        data.PixelData = pydicom.encaps.encapsulate([b'\xff\xd8' + bytes(30)])
+        data['PixelData'].VR = 'OB'
+        data.file_meta.TransferSyntaxUID = syntax
+        data.save_as(tmp_path / 'a.dcm', enforce_file_format=True)
+        if words.startswith('pip') and pydicom.pixels.get_decoder(syntax).is_available:
+            continue  # here it is installed
+        with pytest.raises(DataError, match='packed as') as caught:
+            files.read(tmp_path / 'a.dcm')
+        assert words in str(caught.value)
+
+
 # Which files there are.
+
+
+def test_names_are_composed_as_most_systems_have_them(tmp_path):
+    """macOS decomposes: the picture of one machine and the mask of another are of one name."""
+    for form in ('NFC', 'NFD'):
+        (tmp_path / form / 'übung').mkdir(parents=True)
+        name = unicodedata.normalize(form, 'übung/Öl_é')
+        (tmp_path / form / name).parent.mkdir(exist_ok=True)
+        (tmp_path / form / f'{name}.png').touch()
+    keys = [list(files.find(tmp_path / form)) for form in ('NFC', 'NFD')]
+    assert keys[0] == keys[1] == [unicodedata.normalize('NFC', 'übung/Öl_é')]
 
 
 def test_find(tmp_path):
@@ -605,10 +785,12 @@ def test_find(tmp_path):
         path.touch()
     root = tmp_path / 'data'
     found = files.find(root)
-    assert list(found) == ['a', 'b', 'c.d', 'ct']
+    assert list(found) == ['b', 'c.d', 'ct', 'sub/a']
     assert found['b'] == root / 'b.nii.gz'
     assert found['ct'] == root / 'ct'
     (root / 'sub' / 'b.png').touch()
+    assert files.find(root)['sub/b'] == root / 'sub' / 'b.png'  # another one than b
+    (root / 'b.png').touch()
     (tmp_path / 'outside.png').touch()
     (root / 'out.png').symlink_to(tmp_path / 'outside.png')
     (root / 'up').symlink_to(tmp_path)
@@ -888,3 +1070,19 @@ def test_nothing_waits_on_what_is_no_file(tmp_path):
     for path in (tmp_path / 'a.png', tmp_path / 'missing.png', tmp_path):
         with pytest.raises(DataError):
             files.read(path)
+
+
+def test_a_closed_folder_is_a_fault_and_not_passed_over(tmp_path, monkeypatch):
+    """Else a data set would shrink without a word."""
+    (tmp_path / 'closed').mkdir()
+    Image.fromarray(GREY).save(tmp_path / 'a.png')
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == tmp_path / 'closed':
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(DataError, match=r'closed can not be listed \(Permission denied\)'):
+        files.find(tmp_path)

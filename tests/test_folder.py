@@ -1,11 +1,17 @@
 """Folders of pictures and masks: what masks mean, whose picture it is, every fault at once."""
 
 import json
+import re
+import signal
+import unicodedata
+from ast import literal_eval
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import check, folder, volumes
 from pspnet_jax.errors import DataError
 from tests.conftest import tiny_config
@@ -119,6 +125,212 @@ def test_every_fault_is_listed_at_once(tmp_path):
         assert words in message
 
 
+def test_a_fault_in_the_values_hides_no_other(tmp_path):
+    for name in 'abcde':
+        write(tmp_path, name)
+    Image.fromarray((LABELS == 1) * np.uint8(7)).save(tmp_path / 'masks' / 'a.png')
+    (tmp_path / 'masks' / 'b.png').write_bytes(b'')
+    path = tmp_path / 'images' / 'c.png'
+    path.write_bytes(path.read_bytes()[:60])
+    Image.new('L', (20, 40)).save(tmp_path / 'masks' / 'd.png')
+    (tmp_path / 'masks' / 'e.png').unlink()
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path)
+    assert len(caught.value.faults) == 5
+    for words in (
+        'masks have values 0, 7, 255',
+        'b.png is not a readable picture',
+        'c.png is not a readable picture',
+        'd.png are not of one size',
+        'e.png has no mask',
+    ):
+        assert words in str(caught.value)
+
+
+def test_masks_of_0_and_1_beside_masks_of_0_and_255(tmp_path, caplog):
+    for n, name in enumerate('abcd'):
+        write(tmp_path, name, mask=(LABELS == 1) * np.uint8(255 if n % 2 else 1))
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path)
+    assert 'above 0.5 in 2 files, 127.5 in 2 files' in caplog.text
+    for mask in masks_of(slices):
+        np.testing.assert_array_equal(mask, LABELS == 1)
+
+
+def test_a_label_map_reaches_the_masks(tmp_path):
+    write(tmp_path, 'a', mask=LABELS * np.uint8(2))
+    config = config_of(tmp_path, **{'data.label_map': {2: 1, 4: 2}, 'model.num_classes': 3})
+    validate(config)
+    for kept in (config, from_dict(to_dict(config))):  # as a checkpoint keeps it
+        (mask,) = masks_of(check.sources.read_folder(kept))
+        np.testing.assert_array_equal(mask, LABELS)
+    config = config_of(tmp_path, **{'data.label_map': {'>0': 1}})
+    (mask,) = masks_of(check.sources.read_folder(config))
+    np.testing.assert_array_equal(mask, LABELS > 0)
+
+
+def test_one_name_in_several_folders_is_several_pictures(tmp_path, rng):
+    for patient, part in (('p1', LABELS == 1), ('p2', LABELS == 2)):
+        write(tmp_path, f'{patient}', mask=part * np.uint8(255))
+        for kind in ('images', 'masks'):
+            (tmp_path / kind / patient).mkdir()
+            (tmp_path / kind / f'{patient}.png').rename(tmp_path / kind / patient / '1.png')
+    slices = folder.load(tmp_path)
+    assert slices.patient.tolist() == ['p1_1', 'p2_1']
+    for mask, label in zip(masks_of(slices), (1, 2), strict=True):
+        np.testing.assert_array_equal(mask, label == LABELS)
+    slices = folder.load(tmp_path, group='(.+)/')
+    assert slices.patient.tolist() == ['p1', 'p2']
+    write(tmp_path, 'p1_1')
+    with pytest.raises(DataError, match='p1/1 and p1_1 would both be the patient p1_1'):
+        folder.load(tmp_path)
+
+
+def test_names_that_differ_in_their_composition_pair(tmp_path):
+    write(tmp_path, 'Läsion')
+    for kind, form in (('images', 'NFD'), ('masks', 'NFC')):
+        path = tmp_path / kind / 'Läsion.png'
+        path.rename(path.with_name(unicodedata.normalize(form, path.name)))
+    table = tmp_path / 'patients.csv'
+    table.write_text(unicodedata.normalize('NFD', 'stem,patient\nLäsion,x\n'), encoding='utf-8')
+    assert folder.load(tmp_path, group=str(table)).patient.tolist() == ['x']
+
+
+def rename_masks(root, pattern):
+    for path in list((root / 'masks').iterdir()):
+        path.rename(path.with_name(pattern.format(path.stem) + path.suffix))
+
+
+@pytest.mark.parametrize('rule', ['{stem}_segmentation', 'seg_{stem}', '{stem}_mask.png'])
+def test_masks_of_other_names_are_hinted_at_and_paired_by_the_rule(tmp_path, rule):
+    for name in ('a1', 'b2', 'c3'):
+        write(tmp_path, name)
+    rename_masks(tmp_path, rule.removesuffix('.png').replace('{stem}', '{}'))
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path)
+    (fault,) = caught.value.faults
+    assert 'no picture of' in fault
+    assert f'{rule.removesuffix(".png")}' in fault
+    slices = folder.load(tmp_path, mask_name=rule)
+    assert slices.patient.tolist() == ['a1', 'b2', 'c3']
+
+
+def test_pictures_and_masks_in_one_folder(tmp_path):
+    for name in ('a1', 'b2'):
+        write(tmp_path, name)
+    rename_masks(tmp_path, '{}_mask')
+    for path in (tmp_path / 'masks').iterdir():
+        path.rename(tmp_path / 'images' / path.name)
+    options = {'images': ('.',), 'masks': '.'}
+    with pytest.raises(DataError, match=r'holds pictures and masks: say how.*{stem}_mask'):
+        folder.load(tmp_path / 'images', **options)
+    slices = folder.load(tmp_path / 'images', **options, mask_name='{stem}_mask')
+    assert slices.patient.tolist() == ['a1', 'b2']
+    for mask in masks_of(slices):
+        np.testing.assert_array_equal(mask, LABELS == 1)
+    nested = folder.load(tmp_path, images=('.',), masks='.', mask_name='{stem}_mask')
+    assert nested.patient.tolist() == ['a1', 'b2']
+
+
+def test_masks_below_the_pictures_are_no_pictures(tmp_path):
+    write(tmp_path, 'a')
+    (tmp_path / 'masks').rename(tmp_path / 'images' / 'truth')
+    slices = folder.load(tmp_path, masks='images/truth')
+    assert slices.patient.tolist() == ['a']
+
+
+def test_channels_in_one_folder_by_their_names(tmp_path, rng):
+    """nnU-Net's layout."""
+    images = {}
+    for case in ('liver_1', 'liver_2'):
+        for channel in range(2):
+            name = f'{case}_{channel:04}'
+            images[name] = rng.integers(0, 255, (40, 48), np.uint8)
+            write(tmp_path, name, image=images[name])
+        (tmp_path / 'masks' / f'{case}_0000.png').rename(tmp_path / 'masks' / f'{case}.png')
+        (tmp_path / 'masks' / f'{case}_0001.png').unlink()
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path)
+    (fault,) = caught.value.faults
+    given = re.search(r"--config\.data\.images='(.+?)' pairs 2 of 2", fault)[1]
+    slices = folder.load(tmp_path, images=literal_eval(given))
+    assert slices.patient.tolist() == ['liver_1', 'liver_2']
+    both = np.dstack([images['liver_2_0000'], images['liver_2_0001']])
+    np.testing.assert_array_equal(slices.read(1)[0], both)
+    with pytest.raises(DataError, match=r'{stem}_x names no picture of .*images'):
+        folder.load(tmp_path, images=('images/{stem}_x',))
+
+
+def test_several_masks_of_a_picture_are_laid_over_one_another(tmp_path):
+    write(tmp_path, 'a', mask=(LABELS == 1) * np.uint8(255))
+    write(tmp_path, 'a_2', mask=(LABELS == 2) * np.uint8(1))
+    (tmp_path / 'images' / 'a_2.png').unlink()
+    (tmp_path / 'masks' / 'a.png').rename(tmp_path / 'masks' / 'a_1.png')
+    with pytest.raises(DataError, match=re.escape("--config.data.mask_name='{stem}_*'")):
+        folder.load(tmp_path)
+    (mask,) = masks_of(folder.load(tmp_path, mask_name='{stem}_*'))
+    np.testing.assert_array_equal(mask, LABELS > 0)
+
+
+def test_further_masks_beside_those_that_pair_are_hinted_at(tmp_path):
+    for name, label in (('a', 1), ('a_2', 2), ('b', 1)):
+        write(tmp_path, name, mask=(label == LABELS) * np.uint8(255))
+    (tmp_path / 'images' / 'a_2.png').unlink()
+    with pytest.raises(DataError, match=re.escape("--config.data.mask_name='{stem}*'")):
+        folder.load(tmp_path)
+    a, b = masks_of(folder.load(tmp_path, mask_name='{stem}*'))
+    np.testing.assert_array_equal(a, LABELS > 0)
+    np.testing.assert_array_equal(b, LABELS == 1)
+
+
+@pytest.mark.parametrize('group', ['', '(.)'])
+def test_grey_pictures_among_rgb_ones_have_three_equal_channels(tmp_path, rng, caplog, group):
+    grey, colour = rng.integers(0, 255, (40, 48), np.uint8), rng.integers(0, 255, (40, 48, 3))
+    write(tmp_path, 'p1', image=grey)
+    write(tmp_path, 'p2', image=colour.astype(np.uint8))
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path, group=group)
+    assert 'grey is taken as three equal channels' in caplog.text
+    assert slices.channels == 3
+    np.testing.assert_array_equal(slices.read(0)[0], np.dstack([grey] * 3))
+    np.testing.assert_array_equal(slices.read(1)[0], colour)
+    shown = [np.dstack([grey] * 3), colour]
+    for patient, measured in slices.intensity.items():
+        own = shown if group else [shown[int(patient[1]) - 1]]
+        expected = volumes.measure_intensity(np.stack(own))
+        np.testing.assert_allclose(measured, expected, rtol=1e-6)
+
+
+def turn(root, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = root / 'images' / f'{name}.png'
+    with Image.open(path) as picture:
+        picture.load()
+    picture.save(path, exif=exif)
+
+
+def test_a_mask_that_is_not_turned_as_its_picture_names_exif(tmp_path):
+    write(tmp_path, 'a')
+    turn(tmp_path, 'a', 6)
+    with pytest.raises(DataError, match=r'a\.png is turned by its EXIF orientation \(6\)') as told:
+        folder.load(tmp_path)
+    assert 'exiftool -Orientation=' in str(told.value)
+    upright = np.rot90(LABELS == 1, -1) * np.uint8(255)
+    Image.fromarray(upright).save(tmp_path / 'masks' / 'a.png')
+    (mask,) = masks_of(folder.load(tmp_path))
+    np.testing.assert_array_equal(mask, upright > 0)
+
+
+def test_where_turned_and_unturned_are_of_one_size_it_is_said(tmp_path, caplog):
+    for name in ('a', 'b'):
+        write(tmp_path, name)
+    turn(tmp_path, 'a', 3)
+    folder.load(tmp_path)
+    assert '1 pictures' in caplog.text
+    assert 'turned or mirrored by their EXIF orientation and read upright' in caplog.text
+
+
 def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
     for name in ('p1_a', 'p1_b'):
         write(tmp_path, name)
@@ -128,6 +340,68 @@ def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
         folder.load(tmp_path)
     assert 'no data.group: each of 2 pictures counts as a patient of its own' in caplog.text
     assert 'the figures will be too good' in caplog.text
+
+
+def scans_of(slices):
+    return {
+        volume.patient: [rows.tolist() for rows in volumes.scans(volume.scan, len(volume.mask))]
+        for volume in volumes.iterate_volumes(slices)
+    }
+
+
+def test_pictures_of_a_patient_are_a_volume_where_their_slices_are_numbered(tmp_path, caplog):
+    caplog.set_level('INFO')
+    for name in ('p_2', 'p_10', 'p_1', 'q_7', 'q_8', 'q_20'):
+        write(tmp_path, name, image=np.full((40, 48, 3), int(name[2:]), np.uint8))
+    apart = folder.load(tmp_path, group='(.)_')
+    assert scans_of(apart) == {'p': [[0], [1], [2]], 'q': [[0], [1], [2]]}
+    assert '2 of 2 patients have several files; distances and components are of each' in caplog.text
+    assert 'data.group="(.+)_(?P<slice>[0-9]+)"' in caplog.text
+    alone = folder.load(tmp_path)
+    assert all(rows == [[0]] for rows in scans_of(alone).values())
+
+    caplog.clear()
+    numbered = folder.load(tmp_path, group='(.)_(?P<slice>[0-9]+)')
+    p, q = volumes.iterate_volumes(numbered)
+    assert p.image[:, 0, 0, 0].tolist() == [1, 2, 10]  # in the order of their numbers
+    assert scans_of(numbered) == {'p': [[0, 1], [2]], 'q': [[0, 1], [2]]}  # gaps part them
+    assert q.mask.shape[0] == 3
+    assert 'slices of 2 volumes, by their numbers; 2 lack some' in caplog.text
+
+    table = tmp_path / 'patients.csv'
+    rows = [f'{patient}_{n},{patient},{i}' for patient, numbers in
+            {'p': (2, 10, 1), 'q': (7, 8, 20)}.items() for i, n in enumerate(numbers)]  # fmt: skip
+    table.write_text('\n'.join(['stem,patient,slice', *rows]))
+    p, _ = volumes.iterate_volumes(folder.load(tmp_path, group=str(table)))
+    assert p.image[:, 0, 0, 0].tolist() == [2, 10, 1]
+    assert [len(rows) for rows in volumes.scans(p.scan, 3)] == [3]
+
+
+def test_slices_that_are_no_number_or_there_twice_are_named(tmp_path):
+    for name in ('p_1', 'p_01', 'p_x'):
+        write(tmp_path, name)
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path, group='(.)_(?P<slice>.+)')
+    assert 'p_01 and p_1 are both slice 1' in str(caught.value)
+    assert "p_x is slice 'x' by data.group: it must be a number" in str(caught.value)
+
+
+def test_each_volume_of_a_patient_is_a_scan(tmp_path):
+    for kind, ending in (('images', (4, 6, 5, 1)), ('masks', (4, 6, 5))):
+        (tmp_path / kind).mkdir()
+        for name in ('p_before', 'p_after'):
+            np.save(tmp_path / kind / f'{name}.npy', np.zeros(ending, np.uint8))
+    slices = folder.load(tmp_path, group='(.)_')
+    assert scans_of(slices) == {'p': [[0, 1, 2, 3], [4, 5, 6, 7]]}
+
+
+def test_the_label_that_is_ignored_is_no_lesion(tmp_path):
+    write(tmp_path, 'a', mask=LABELS)
+    plain, ignoring = (
+        folder.load(tmp_path, num_classes=3, ignore_label=label) for label in (255, 2)
+    )
+    assert plain.lesion_pixels.tolist() == [(LABELS > 0).sum()]
+    assert ignoring.lesion_pixels.tolist() == [(LABELS == 1).sum()]
 
 
 def test_patients_by_expression_and_by_table(tmp_path):
@@ -175,6 +449,183 @@ def test_a_file_of_annotations_stands_for_the_masks(tmp_path):
     np.testing.assert_array_equal(mask, LABELS == 1)
 
 
+BOXES = {'bone': (2, 2), 'muscle': (20, 2), 'tumor': (2, 20)}  # x, y of squares of 10 pixels
+
+
+def squares(*names):
+    """The mask of these classes, numbered as in BOXES."""
+    mask = np.zeros((40, 48), np.uint8)
+    for name in names:
+        x, y = BOXES[name]
+        mask[y : y + 10, x : x + 10] = list(BOXES).index(name) + 1
+    return mask
+
+
+def annotate(root, tool, names, pictures='abcdef'):
+    """images/, and annotations of these classes on each picture: what data.masks is then."""
+    outlines = {}
+    for name in names:
+        x, y = BOXES[name]
+        outlines[name] = [(x, y), (x + 10, y), (x + 10, y + 10), (x, y + 10)]
+    for stem in pictures:
+        write(root, stem, mask=np.zeros((40, 48), np.uint8))
+    if tool == 'labelme':
+        for stem in pictures:
+            shapes = [
+                {'label': name, 'points': points, 'shape_type': 'polygon'}
+                for name, points in outlines.items()
+            ]
+            tree = {'shapes': shapes, 'imagePath': f'../images/{stem}.png'}
+            (root / 'drawn' / 'reader').mkdir(parents=True, exist_ok=True)
+            (root / 'drawn' / 'reader' / f'{stem}.json').write_text(json.dumps(tree))
+        return 'drawn'
+    if tool == 'COCO':
+        tree = {'images': [], 'annotations': [], 'categories': []}
+        tree['categories'] = [{'id': 3 * n, 'name': name} for n, name in enumerate(BOXES, 1)]
+        for n, stem in enumerate(pictures):
+            tree['images'].append({'id': n, 'file_name': f'{stem}.png', 'height': 40, 'width': 48})
+            for name, points in outlines.items():
+                item = {'image_id': n, 'category_id': 3 * (list(BOXES).index(name) + 1)}
+                item['segmentation'] = [[number for point in points for number in point]]
+                tree['annotations'].append(item)
+    else:
+        tree = {}
+        for stem in pictures:
+            regions = [
+                {
+                    'shape_attributes': {
+                        'name': 'polygon',
+                        'all_points_x': [x for x, _ in points],
+                        'all_points_y': [y for _, y in points],
+                    },
+                    'region_attributes': {'type': name} if tool == 'VIA' else {},
+                }
+                for name, points in outlines.items()
+            ]
+            tree[stem] = {'filename': f'{stem}.png', 'regions': regions}
+    (root / 'drawn.json').write_text(json.dumps(tree))
+    return 'drawn.json'
+
+
+RUN = ('background', *BOXES)
+
+
+@pytest.mark.parametrize('tool', ['COCO', 'VIA', 'labelme'])
+def test_the_numbers_of_classes_do_not_depend_on_which_of_them_occur(tmp_path, tool):
+    classes = {name: number for number, name in enumerate(RUN)}
+    masks = annotate(tmp_path / 'train', tool, BOXES)
+    slices = folder.load(tmp_path / 'train', masks=masks, num_classes=4)
+    assert slices.class_names == RUN
+    assert volumes.select(slices, ['a']).class_names == RUN
+    np.testing.assert_array_equal(masks_of(slices)[0], squares(*BOXES))
+
+    annotate(tmp_path / 'test', tool, ['muscle', 'tumor'])
+    given = folder.load(tmp_path / 'test', masks=masks, num_classes=4, classes=classes)
+    assert given.class_names == RUN
+    np.testing.assert_array_equal(masks_of(given)[0], squares('muscle', 'tumor'))
+    alone = folder.load(tmp_path / 'test', masks=masks, num_classes=4)
+    if tool == 'COCO':  # its categories say it
+        np.testing.assert_array_equal(masks_of(alone)[0], squares('muscle', 'tumor'))
+    else:
+        assert alone.class_names == ('background', 'muscle', 'tumor', 'class 3')
+    with pytest.raises(DataError, match=r"no class: 'tumor' \(6 regions\); known are 'background', "
+                                        "'bone', 'muscle': rename or remove"):  # fmt: skip
+        folder.load(tmp_path / 'test', masks=masks, classes={'bone': 1, 'muscle': 2}, num_classes=3)
+
+
+def test_a_run_that_does_not_name_its_classes_is_not_evaluated_on_annotations_of_several(tmp_path):
+    masks = annotate(tmp_path, 'VIA', BOXES)
+    config = config_of(tmp_path, **{'data.masks': masks, 'model.num_classes': 4})
+    slices = check.sources.read_folder(config)
+    with pytest.raises(DataError, match=r'--classes=bone=NUMBER,muscle=NUMBER,tumor=NUMBER'):
+        check.sources.check_class_names(slices, config)
+    config.model.class_names = RUN
+    check.sources.check_class_names(check.sources.read_folder(config), config)
+    annotate(tmp_path, 'VIA', ['tumor'])  # one structure can only be class 1
+    config = config_of(tmp_path, **{'data.masks': masks})
+    check.sources.check_class_names(check.sources.read_folder(config), config)
+
+
+def test_regions_without_a_class_give_no_name(tmp_path):
+    masks = annotate(tmp_path, 'nameless VIA', ['tumor'])
+    slices = folder.load(tmp_path, masks=masks)
+    assert slices.class_names == ()
+    np.testing.assert_array_equal(masks_of(slices)[0], squares('tumor') > 0)
+
+
+def test_too_few_classes_for_the_annotations_are_one_line(tmp_path):
+    masks = annotate(tmp_path, 'COCO', ['bone', 'tumor'])
+    with pytest.raises(DataError) as caught:
+        folder.load(tmp_path, masks=masks)
+    (told,) = caught.value.faults
+    assert "have 4 classes ('background' = 0, 'bone' = 1, 'muscle' = 2, 'tumor' = 3), the" in told
+    assert told.endswith(
+        "model has 2: set model.num_classes=4, or model.class_names=('background', 'bone', "
+        "'tumor') and model.num_classes=3"
+    )
+    classes = {'background': 0, 'bone': 1, 'tumor': 2}  # which is what that remedy does
+    slices = folder.load(tmp_path, masks=masks, classes=classes, num_classes=3)
+    np.testing.assert_array_equal(
+        masks_of(slices)[0], np.array([0, 1, 0, 2])[squares('bone', 'tumor')]
+    )
+    annotate(tmp_path, 'COCO', ['bone'])  # the others are only listed
+    assert folder.load(tmp_path, masks=masks).class_names == ('background', 'bone')
+
+
+def test_a_json_beside_masks_is_not_taken_for_annotations(tmp_path, caplog):
+    write(tmp_path, 'a')
+    for name in ('dataset.json', 'a.json', '.hidden.json'):
+        (tmp_path / 'masks' / name).write_text('{"EchoTime": 0.03}')
+    with caplog.at_level('INFO'):
+        (mask,) = masks_of(folder.load(tmp_path))
+    np.testing.assert_array_equal(mask, LABELS == 1)
+    assert "passed over: other .json beside masks (2): 'a.json', 'dataset.json'" in caplog.text
+    (tmp_path / 'masks' / 'a.png').unlink()
+    with pytest.raises(DataError, match='none of VIA 1 or 2'):
+        folder.load(tmp_path)
+
+
+def test_pictures_beside_labelme_files_are_counted_unless_they_are_the_images(tmp_path, caplog):
+    annotate(tmp_path, 'labelme', ['tumor'])
+    for path in (tmp_path / 'drawn').rglob('*.json'):
+        (tmp_path / 'images' / path.name).write_text(path.read_text())
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path, masks='images')
+    np.testing.assert_array_equal(masks_of(slices)[0], squares('tumor') > 0)
+    assert 'passed over: pictures' not in caplog.text
+    Image.new('L', (48, 40)).save(tmp_path / 'drawn' / 'reader' / 'a.png')
+    with caplog.at_level('INFO'):
+        folder.load(tmp_path, masks='drawn')
+    assert "passed over: pictures beside labelme files (1): 'a.png'" in caplog.text
+
+
+def test_what_is_odd_in_a_drawing_is_in_the_log(tmp_path, caplog):
+    masks = annotate(tmp_path, 'COCO', ['tumor'])
+    tree = json.loads((tmp_path / masks).read_text())
+    tree['annotations'][0]['segmentation'] = [[-9, 2, 10, 2, 10, 9, -9, 9], [1, 1, 5, 5]]
+    tree['annotations'][1]['segmentation'] = []
+    (tmp_path / masks).write_text(json.dumps(tree))
+    with caplog.at_level('INFO'):
+        folder.load(tmp_path, masks=masks, num_classes=4)
+    for words in (
+        "'a.png', annotation 1 reaches 9.0 pixels out of the picture: clipped",
+        "or without area (1): 'a.png', annotation 1",
+        "without an outline, as a box is none (1): 'b.png', annotation 2",
+    ):
+        assert words in caplog.text
+
+
+def test_regions_on_a_stack_of_pages_are_refused(tmp_path):
+    masks = annotate(tmp_path, 'COCO', ['tumor'], 'a')
+    pages = [Image.new('L', (48, 40), n) for n in range(3)]
+    (tmp_path / 'images' / 'a.png').unlink()
+    pages[0].save(tmp_path / 'images' / 'a.tif', save_all=True, append_images=pages[1:])
+    text = (tmp_path / masks).read_text()
+    (tmp_path / masks).write_text(text.replace('a.png', 'a.tif'))
+    with pytest.raises(DataError, match=r'a\.tif has 3 slices, and regions are drawn on one'):
+        folder.load(tmp_path, masks=masks, num_classes=4)
+
+
 def test_volumes_bring_their_slices_and_their_spacing(tmp_path, rng):
     nibabel = pytest.importorskip('nibabel')
     affine = np.diag([-0.9, -0.8, 3.0, 1.0])  # already in the order in which slices are taken
@@ -196,6 +647,19 @@ def test_volumes_bring_their_slices_and_their_spacing(tmp_path, rng):
         assert volume.spacing == slices.spacing[name]
 
 
+def test_the_range_of_what_has_not_8_bits_is_measured(tmp_path, rng):
+    deep = rng.integers(0, 4096, (40, 48)).astype(np.uint16)
+    write(tmp_path, 'deep', deep)
+    write(tmp_path, 'eight', rng.integers(0, 255, (40, 48)).astype(np.uint8))
+    real = rng.random((40, 48)).astype(np.float32)
+    write(tmp_path, 'real', real, suffix='tif')
+    slices = folder.load(tmp_path)
+    assert slices.ranges.keys() == {'deep', 'real'}
+    for name, image in (('deep', deep), ('real', real)):
+        expected = np.percentile(image, (0.5, 99.5))[:, None]
+        np.testing.assert_allclose(slices.ranges[name], expected, rtol=1e-6)
+
+
 def test_missing_folders_and_empty_ones_are_named(tmp_path):
     with pytest.raises(DataError, match='put the pictures into'):
         folder.load(tmp_path)
@@ -213,7 +677,8 @@ def test_labels_keep_their_values_when_slices_are_resized(tmp_path):
     image, mask = volumes.resized(slices, (20, 24)).read(0)
     assert image.shape == (20, 24, 3)
     assert image.dtype == np.uint8
-    np.testing.assert_array_equal(mask, LABELS[1::2, 1::2])
+    rows, columns = (np.arange(n) * 2 + np.arange(n) % 2 for n in (20, 24))  # of two, in turn
+    np.testing.assert_array_equal(mask, LABELS[rows][:, columns])
     before = slices.read(0)[0].astype(np.float64)
     assert abs(image.mean() - before.mean()) < 1  # averaged, not sampled
     assert image.std() < 0.7 * before.std()
@@ -222,6 +687,24 @@ def test_labels_keep_their_values_when_slices_are_resized(tmp_path):
 def config_of(root, **changes):
     small = {'data.name': 'folder', 'data.source': str(root), 'data.test_fraction': 0.25}
     return tiny_config(**{**small, **changes})
+
+
+def test_other_data_of_a_run_is_not_the_data_that_it_was_trained_on(tmp_path):
+    """The Python interface gives whole paths, which must not lead back from --data=FOLDER."""
+    for place, label in (('own', 1), ('other', 2)):
+        write(tmp_path / place, f'{place}_0000', mask=(label == LABELS) * np.uint8(255))
+        mask = tmp_path / place / 'masks' / f'{place}_0000.png'
+        mask.rename(mask.with_name(f'{place}.png'))
+    for place in (tmp_path / 'own', Path()):
+        config = config_of(
+            tmp_path / 'own',
+            **{'data.images': (str(place / 'images' / '{stem}_0000'),)},
+            **{'data.masks': str(place / 'masks')},
+        )
+        where = check.sources.elsewhere(config, str(tmp_path / 'other'))
+        slices = check.sources.read_folder(config, **where)
+        assert slices.patient.tolist() == ['other']
+        np.testing.assert_array_equal(masks_of(slices)[0], LABELS == 2)
 
 
 def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
@@ -251,8 +734,44 @@ def test_mixed_sizes_need_one_to_train_at(tmp_path):
     check.check(config_of(tmp_path, **{'data.size': (32, 32)}), tmp_path / 'out')
 
 
+def test_images_of_two_kinds_have_no_one_scale(tmp_path, rng):
+    for n in range(6):
+        write(tmp_path, f'p{n}', rng.integers(0, 255, (40, 48)).astype(np.uint8))
+    write(tmp_path, 'deep', rng.integers(0, 4096, (40, 48)).astype(np.uint16))
+    check.check(config_of(tmp_path), tmp_path / 'out')
+    with pytest.raises(
+        DataError, match=r'6 of 7 patients have images of 8 bits \(p0\), the others'
+    ):
+        check.check(config_of(tmp_path, **{'data.normalize': 'weights'}), tmp_path / 'out')
+
+
 def test_a_class_that_no_pixel_has_is_named(tmp_path):
     for n in range(6):
         write(tmp_path, f'p{n}', mask=(LABELS == 1).astype(np.uint8))
-    with pytest.raises(DataError, match=r'no pixel is of class 2: lower model\.num_classes'):
+    with pytest.raises(DataError, match=r'no pixel is of class 2: lower model\.num_classes to 2'):
         check.check(config_of(tmp_path, **{'model.num_classes': 3}), tmp_path / 'out')
+
+
+def test_an_expression_that_never_ends_is_refused(monkeypatch):
+    """As a run from elsewhere may bring: its config is untrusted."""
+    monkeypatch.setattr(folder, 'EXPRESSION_SECONDS', 0.2)
+    with pytest.raises(DataError, match=r'takes more than 0\.2 seconds: write it in a simpler way'):
+        folder.group_stems(['a' * 60 + 'b'], '((a+)+)$')
+    assert folder.group_stems(['aab'], '(a+)') == ({'aab': 'aa'}, [])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ('pixels', 'classes', 'words'),
+    [
+        ({0: 9}, 2, 'of any class but 0: look at a mask, and say what its values are'),
+        ({0: 9, 2: 1}, 3, 'class 1: if there is none, number the others without a gap, '
+         'data.label_map="{2: 1}" with model.num_classes=2'),
+        ({0: 9, 1: 1, 255: 3}, 3, 'class 2: lower model.num_classes to 2'),
+    ],
+)  # fmt: skip
+def test_a_remedy_for_a_missing_class_can_be_followed(pixels, classes, words):
+    """Two classes are the fewest, and what lies above must not be lost."""
+    (fault,) = check._missing(pixels, classes)
+    assert words in fault
+    assert check._missing(dict.fromkeys(range(classes), 1), classes) == []

@@ -109,7 +109,7 @@ def test_the_names_of_steps_are_plain_numbers(stranger):
     assert checkpoint.steps(stranger) == [7]
     fuzz_state.read_checkpoint(stranger)
     for which in ('³', '٣', '9' * 5000, '007'):
-        refused(checkpoint.choose, stranger, which, kind=CheckpointError)
+        refused(checkpoint.candidates, stranger, which, kind=CheckpointError)
 
 
 def test_links_and_pipes_in_a_checkpoint_are_refused(stranger):

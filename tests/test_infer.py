@@ -75,6 +75,42 @@ def test_at_a_size_the_network_sees_the_average_and_the_image_gets_its_own_size_
     assert out.shape == large.shape
 
 
+def test_what_data_size_shrinks_comes_back_to_where_it_was(rng):
+    """A network that says of each pixel what share of it is lesion, 1024 -> 256: what is lost is
+    the edge between pixels. With aligned corners on the way back the score was 0.94.
+    """
+
+    class Share(nn.Module):
+        def __call__(self, image, train=False):
+            share = jnp.clip(image[..., :1], 1e-6, 1 - 1e-6)
+            return {'logits': jnp.log(jnp.concatenate([1 - share, share], axis=-1))}
+
+    predict = infer.compile_predict(Share(), size=(256, 256))
+    rows, columns = np.indices((1024, 1024))
+    scores = []
+    for row, column in [(40, 40), (980, 50), (512, 990), (60, 700), (700, 980)]:
+        mask = (rows - row) ** 2 + (columns - column) ** 2 < 20**2
+        prob = predict({}, mask[None, ..., None].astype(np.float32))
+        pred = prob[0, ..., 1] > 0.5
+        scores.append(2 * (pred & mask).sum() / (pred.sum() + mask.sum()))
+    assert np.mean(scores) > 0.99
+
+
+@pytest.mark.parametrize('own', [(20, 36), (9, 50)])
+def test_back_from_data_size_is_pytorchs_half_pixel_interpolation(rng, own):
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    small = rng.random((1, 8, 8, 2)).astype(np.float32)
+
+    class Fixed(nn.Module):
+        def __call__(self, image, train=False):
+            return {'logits': jnp.asarray(small)}
+
+    out = infer.compile_predict(Fixed(), size=(8, 8))({}, np.zeros((1, *own, 1), np.float32))
+    prob = torch.softmax(torch.from_numpy(small), -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(prob, size=own, mode='bilinear', align_corners=False)
+    np.testing.assert_allclose(out, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+
+
 def test_an_image_smaller_than_the_window_is_seen_with_zeros_around_it(images):
     model, variables = Conv(), variables_of(Conv())
     predict = infer.compile_predict(model, window=32, batch_size=2)

@@ -82,6 +82,37 @@ def test_a_padding_by_name_is_passed_on(rng, kernel):
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_batch_norm_keeps_pytorchs_statistics(rng):
+    """Its running variance is the unbiased one; what the batch is divided by is not."""
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    theirs = torch.nn.BatchNorm2d(4, momentum=0.1)
+    ours = layers.BatchNorm()
+    values = ours.init(jax.random.key(0), jnp.zeros((1, 2, 3, 4)), True)
+    for _ in range(3):
+        x = rng.normal(2, 3, (2, 3, 2, 4)).astype(np.float32)  # 12 values a channel: 9 % apart
+        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2))).detach().numpy()
+        y, updates = ours.apply(values, x, True, mutable=['batch_stats'])
+        values = {**values, **updates}
+        np.testing.assert_allclose(y, expected.transpose(0, 2, 3, 1), atol=1e-5)
+        stats = values['batch_stats']
+        np.testing.assert_allclose(stats['mean'], theirs.running_mean.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(stats['var'], theirs.running_var.numpy(), rtol=1e-5)
+
+
+def test_batch_norm_over_an_axis_keeps_the_statistics_of_the_whole_batch(rng):
+    x = jnp.asarray(rng.normal(2, 3, (4, 3, 2, 5)), jnp.float32)
+    whole, parted = layers.BatchNorm(), layers.BatchNorm(axis_name='data')
+    values = whole.init(jax.random.key(0), x, True)
+    _, expected = whole.apply(values, x, True, mutable=['batch_stats'])
+
+    def part(x):
+        return parted.apply(values, x, True, mutable=['batch_stats'])[1]
+
+    found = jax.vmap(part, axis_name='data')(x.reshape(2, 2, 3, 2, 5))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, np.stack([b, b]), rtol=1e-5)
+
+
 def test_dropout_drops_whole_channels_and_keeps_the_mean():
     x = jnp.ones((64, 3, 3, 32))
     y = layers.Dropout(0.25, True).apply({}, x, True, rngs={'dropout': jax.random.key(0)})

@@ -168,3 +168,18 @@ def test_what_a_teacher_says_of_ignored_pixels_does_not_count(rng, loss):
     assert float(loss(logits, teacher, labels)) == float(loss(logits, changed, labels))
     nothing = jnp.full(labels.shape, IGNORE)
     assert float(loss(jnp.asarray(logits), jnp.asarray(teacher), nothing)) == 0
+
+
+def test_a_class_that_is_ignored_is_in_no_mean_of_dice(rng):
+    """With class 2 ignored of four: as with classes 1 and 3 alone, over the other pixels."""
+    logits = rng.standard_normal((2, 5, 6, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, (2, 5, 6))
+    counted = labels != 2
+    prob = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    dice = [
+        (2 * (prob[..., k] * (labels == k))[counted].sum() + 1)
+        / ((prob[..., k] + (labels == k))[counted].sum() + 1)
+        for k in (1, 3)
+    ]
+    found = losses.soft_dice(jnp.asarray(logits), jnp.asarray(labels), ignore_label=2)
+    assert float(found) == pytest.approx(1 - np.mean(dice), rel=1e-5)

@@ -29,6 +29,20 @@ def test_warm_up_rises_evenly_to_the_constant():
     assert [float(rate(step)) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
+def test_decay_begins_where_the_warm_up_ends():
+    """Both ends of the poly curve are the run's without its warm-up, and the rate is reached."""
+    rate = optim.learning_rate_schedule('poly', learning_rate=1.0, steps=14, warmup_steps=4)
+    after = [(1 - k / 10) ** 0.9 for k in range(11)]
+    values = [float(rate(step)) for step in range(4, 15)]
+    np.testing.assert_allclose(values, after, atol=1e-6)
+    assert float(rate(3)) == 1.0
+
+
+@pytest.mark.parametrize(('steps', 'length'), [(5, 0), (56, 6), (400, 40), (500, 50), (9000, 50)])
+def test_the_warm_up_is_a_tenth_of_the_run_and_at_most_50_steps(steps, length):
+    assert optim.warmup_length(steps, warmup=0.1, warmup_steps=50) == length
+
+
 PEERS = {
     'sgd': ('SGD', {'momentum': 0.9}),
     'adamw': ('AdamW', {'betas': (0.9, 0.999)}),

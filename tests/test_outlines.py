@@ -151,10 +151,42 @@ def test_a_level_line_between_two_rows_is_one_row():
     assert (mask[4, 2:9] == 1).all() or (mask[3, 2:9] == 1).all()
 
 
+def runs_of(inside):
+    """(first, after the last) of each run of True, counted down the columns: by hand."""
+    flat = [False, *inside.T.ravel().tolist(), False]
+    changes = [i for i in range(1, len(flat)) if flat[i] != flat[i - 1]]
+    return np.array([i - 1 for i in changes], int).reshape(-1, 2)
+
+
+def mask(inside, x=0, y=0):
+    return Shape('mask', np.array([(x, y)], float), size=inside.shape, runs=runs_of(inside))
+
+
+@pytest.mark.parametrize('band', [1, 37, outlines.BAND])
+@pytest.mark.parametrize(('x', 'y'), [(0, 0), (3, 2), (-4, -5), (7, -2), (-20, 0), (0, 30)])
+def test_a_mask_is_its_runs_where_the_picture_is(rng, monkeypatch, x, y, band):
+    monkeypatch.setattr(outlines, 'BAND', band)
+    for share in (0.1, 0.5, 0.95, 1.0):
+        inside = rng.random((9, 12)) < share
+        whole = np.zeros((60, 60), bool)  # the picture is in its middle
+        whole[20 + y : 29 + y, 20 + x : 32 + x] = inside
+        expected = whole[20:30, 20:31]
+        assert (rasterize([mask(inside, x, y)], (10, 11)) == expected).all()
+    together = [mask(inside, x, y)._replace(label=3), polygon((0, 0), (2, 0), (2, 2), (0, 2))]
+    assert (rasterize(together, (10, 11))[:2, :2] == 1).all()
+
+
+def test_runs_that_meet_or_are_empty_are_one():
+    runs = np.array([[2, 4], [4, 4], [4, 7], [9, 9]])
+    found = rasterize([Shape('mask', np.zeros((1, 2)), size=(5, 4), runs=runs)], (5, 4))
+    assert np.flatnonzero(found.T.ravel()).tolist() == [2, 3, 4, 5, 6]
+
+
 def test_bands_and_batches_change_nothing(rng, monkeypatch):
     shapes = [
         polygon(*rng.uniform(-10, 70, (30, 2)), label=1),
         ellipse(30, 20, 25, 9, 0.5)._replace(label=2),
+        mask(rng.random((30, 40)) < 0.4, 15, -3)._replace(label=3),
     ]
     whole = rasterize(shapes, (50, 60))
     monkeypatch.setattr(outlines, 'BAND', 130)
@@ -188,6 +220,10 @@ SQUARE = [(2, 2), (8, 2), (8, 8), (2, 8)]
         (polygon((1, 1), (5, 5), (8, 8), (8, 1), (5, 5), (1, 8)), '', ''),  # touches itself
         (polygon((4.6, 4.6), (4.9, 4.6), (4.9, 4.9)), '', "no pixel's centre"),
         (Shape('polyline', np.array([(1.0, 1.0), (5.0, 5.0)])), '', 'open line'),
+        (mask(np.ones((3, 4), bool), 5, 5), '', ''),
+        (mask(np.zeros((3, 4), bool)), 'no area', ''),
+        (mask(np.ones((3, 4), bool), 20, 5), 'outside the picture', ''),
+        (mask(np.ones((3, 4), bool), 8, 5), '', 'reaches 2.0 pixels out of the picture'),
     ],
 )
 def test_faults_and_notes(shape, fault, note):
@@ -224,7 +260,8 @@ def test_what_would_take_minutes_is_refused_at_once():
     full = polygon((0, 0), (4000, 0), (4000, 4000), (0, 4000))
     comb = np.stack([np.arange(400_000) % 4000, np.tile((0, 4000), 200_000)], axis=-1)
     lines = Shape('polyline', np.array([(0, 0), (4000, 4000)] * 500, np.float64))
-    for shapes in ([full] * 2000, [polygon(*comb)], [lines]):
+    whole = Shape('mask', np.zeros((1, 2)), size=size, runs=np.array([[0, 16_000_000]]))
+    for shapes in ([full] * 2000, [polygon(*comb)], [lines], [whole] * 2000):
         assert 'times what is filled' in check_shapes(shapes, size)[0][0]
         with pytest.raises(DataError, match='times what is filled'):
             rasterize(shapes, size)

@@ -4,6 +4,7 @@ Random weights and random BatchNorm statistics, float32. The originals are PyTor
 Keras' own; each is skipped where it is not installed.
 """
 
+import copy
 import functools
 import os
 
@@ -24,7 +25,7 @@ SIZES = (65, 97, 128)
 
 
 def randomize(module, seed=0):
-    """Random weights and BatchNorm statistics, which stay as they are; no dropout.
+    """Random weights and BatchNorm statistics, which stay but where they are asked for; no dropout.
 
     The ranges are those at which a network fifty layers deep does not amplify rounding: with
     offsets around zero PyTorch's own float32 is 1e-4 away from its float64 in training.
@@ -98,12 +99,14 @@ def assert_close(ours, theirs, limit=1e-4):
 
 
 def both_modes(model):
-    """Compiled: variables, image -> outputs in evaluation, of the first one, and in training."""
+    """Compiled: variables, image -> outputs in evaluation, of the first one, and in training, and
+    the statistics that training leaves.
+    """
 
     def run(variables, image):
         evaluated = model.apply(variables, image[:1], train=False)
-        trained, _ = model.apply(variables, image, train=True, mutable=['batch_stats'])
-        return evaluated, trained
+        trained, updates = model.apply(variables, image, train=True, mutable=['batch_stats'])
+        return evaluated, trained, updates
 
     return jit(run)
 
@@ -113,18 +116,37 @@ def outputs(module, image):
     return out if isinstance(out, dict) else {'out': out}
 
 
-def check_forward(module, model, variables, keys, sizes=SIZES):
-    """Outputs in both modes at each size; `keys` maps theirs to ours."""
+def check_forward(module, model, variables, keys, sizes=SIZES, source=None):
+    """Outputs in both modes at each size; `keys` maps theirs to ours. With `source` also the
+    running means and variances behind a pass in training mode.
+    """
     run = both_modes(model)
     for size in sizes:
         image = picture(size)
-        for train, ours in zip((False, True), run(variables, nhwc(image)), strict=True):
+        *both, updates = run(variables, nhwc(image))
+        if source is not None and updates:
+            check_statistics(module, image, pretrained.to_torch(updates, source))
+        for train, ours in zip((False, True), both, strict=True):
             module.train(train)
             with torch.no_grad():
                 theirs = outputs(module, image if train else image[:1])
             for their_key, our_key in keys.items():
                 if our_key in ours:
                     assert_close(ours[our_key], nhwc(theirs[their_key]))
+
+
+def check_statistics(module, image, ours):
+    """Running means and variances after one pass of a copy, whose momentum is PyTorch's own."""
+    module = copy.deepcopy(module).train()
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.momentum = 0.1
+    with torch.no_grad():
+        module(torch.from_numpy(image))
+    theirs = {name: x for name, x in arrays_of(module).items() if '.running_' in name}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def smooth(module):
@@ -288,7 +310,7 @@ def test_networks_equal_torchvisions(kind):
     model = models.create(**options, dropout=0.0)
     variables = converted(model, arrays)
     keys = {'out': 'logits', 'aux': 'aux'}
-    check_forward(module, model, variables, keys)
+    check_forward(module, model, variables, keys, source=pretrained.SOURCES[source])
     check_gradients(module, model, variables, pretrained.SOURCES[source], keys)
 
 
@@ -319,7 +341,7 @@ def test_networks_equal_segmentation_models(kind, backbone, sizes):
     model = models.create(**options, dropout=0.0)
     variables = converted(model, arrays)
     keys = {'out': 'logits'}
-    check_forward(module, model, variables, keys, sizes)
+    check_forward(module, model, variables, keys, sizes, pretrained.SOURCES[source])
     if len(sizes) > 1:
         check_gradients(module, model, variables, pretrained.SOURCES[source], keys, sizes[0])
 
@@ -341,7 +363,7 @@ def test_pspnet_equals_semsegs(tmp_path):
     model = models.create(**options, dropout=0.0)
     variables = converted(model, arrays)
     keys = {'out': 'logits', 'aux': 'aux'}
-    check_forward(module, model, variables, keys)
+    check_forward(module, model, variables, keys, source=pretrained.SOURCES[source])
     check_gradients(module, model, variables, pretrained.SOURCES[source], keys)
     back = pretrained.to_torch(variables, pretrained.SOURCES[source])
     assert back.keys() == arrays.keys()
@@ -410,7 +432,7 @@ def test_backbones_equal_keras(kind, backbone, options, sizes, file, tmp_path):
         image = nhwc(picture(size))
         theirs = build(size)
         theirs.set_weights(weights)
-        for train, out in zip((False, True), run(variables, image), strict=True):
+        for train, out in zip((False, True), run(variables, image)[:2], strict=True):
             seen = image[..., ::order] if train else image[:1, ..., ::order]
             with torch.no_grad():
                 expected = theirs(seen, training=train).numpy(force=True)

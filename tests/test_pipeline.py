@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax.data import phantom, pipeline, volumes
+from pspnet_jax.errors import DataError
 
 
 @pytest.fixture(scope='module')
@@ -94,6 +95,16 @@ def test_the_last_eval_batch_is_padded_never_dropped(slices):
     assert shapes == [(4, 32, 32, 3)] * 2  # of six slices
     last = list(pipeline.eval_batches(volume, 4, None))[-1]
     assert (last[2:] == 0).all()
+
+
+def test_an_image_that_the_runs_scale_is_not_for_is_refused_in_training_and_evaluation(slices):
+    fixed = np.array([[-4080] * 3, [8160] * 3, [10, 20, 30], [2, 4, 8]], np.float32)
+    with pytest.raises(DataError, match=r'phantom_00\d has 8 bits, the run was trained on'):
+        pipeline.read_row(slices, 0, fixed, None)
+    with pytest.raises(DataError, match='phantom_000 has 8 bits'):
+        next(pipeline.eval_batches(next(volumes.iterate_volumes(slices)), 4, fixed))
+    with pytest.raises(DataError, match='has 8 bits'):
+        pipeline.store(slices, fixed)
 
 
 def test_a_fixed_intensity_takes_the_place_of_the_volumes_own(slices):

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pspnet_jax import evaluate, models, optim, predict, train
+from pspnet_jax import models, optim, predict, train
 from pspnet_jax.compilation import jit
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import PretrainedError
 from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.backbones import VGG16
+from pspnet_jax.runs import open_run
 from tests.conftest import ROOT, SHARED, needs_shared, tiny_config
 
 SHAPES = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256),
@@ -99,7 +100,7 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     )
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    state, _, inputs, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path))
     expected = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     for tree in (state.params, state.ema_params):
         assert (np.asarray(tree['backbone']['conv1_1']['kernel']) == expected).all()
@@ -574,8 +575,9 @@ def test_a_published_network_becomes_a_checkpoint_that_predicts(published_fcn, t
     done = convert(path, tmp_path / 'run', 'fcn_resnet18')
     assert done.returncode == 0, done.stderr
     assert '5 classes' in done.stdout
-    config, model, loaded, intensity, step = evaluate.restore_model(tmp_path / 'run')
-    assert (config.model.name, config.model.backbone, step) == ('fcn', 'resnet18', 0)
+    run = open_run(tmp_path / 'run')
+    model, loaded, intensity = run.model, run.variables, run.intensity
+    assert (run.config.model.name, run.config.model.backbone, run.step) == ('fcn', 'resnet18', 0)
     for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(loaded), strict=True):
         np.testing.assert_array_equal(a, b)
     pixel = np.array([[255, 0, 128]], np.uint8)
@@ -614,6 +616,6 @@ def test_a_network_that_was_trained_on_bgr_reads_rgb_here(published_fcn, tmp_pat
     path, values = published_fcn
     done = convert(path, tmp_path / 'run', '', '--order=BGR')
     assert done.returncode == 0, done.stderr
-    _, _, loaded, *_ = evaluate.restore_model(tmp_path / 'run')
+    loaded = open_run(tmp_path / 'run').variables
     stem, theirs = (tree['params']['backbone']['conv1']['kernel'] for tree in (loaded, values))
     np.testing.assert_array_equal(stem, theirs[:, :, ::-1])

@@ -130,7 +130,9 @@ def test_the_tables_hold_the_figures(evaluated):
     result, cases = evaluated
     page = Page(report.render(result, [], cases))
     values = [a['data-value'] for a, _ in page.of('td') if 'data-value' in a]
-    columns = [*report.FIGURES, 'lesion_voxels', 'predicted_voxels', 'slices']
+    columns = [
+        *report.FIGURES, *report.COUNTS, 'lesion_voxels', 'predicted_voxels', 'slices'
+    ]  # fmt: skip
     expected = [p[name] for p in result['patients'] for name in columns]
     assert values == ['' if v is None else str(v) for v in expected]
     cells = [text for a, text in page.of('td') if 'data-value' not in a]
@@ -139,6 +141,55 @@ def test_the_tables_hold_the_figures(evaluated):
         f'{dice["mean"]:.3f}', f'{dice["ci95"][0]:.3f} to {dice["ci95"][1]:.3f}',
         f'{dice["median"]:.3f}', f'{dice["sd"]:.3f}', '3 of 4',
     ]  # fmt: skip
+
+
+def test_the_volume_of_a_lesion_is_by_its_own_spacing(evaluated):
+    """Not by the config's, which stands in where a file has none."""
+    result, cases = evaluated
+    rows = [p for p in result['patients'] if p['lesion_voxels']]
+    rows[0] |= {'spacing': [3.0, 0.5, 0.5], 'in_mm': True}
+    page = report.render(result, [], cases)
+    for row, factor in zip(rows, (0.75, 1, 1), strict=True):
+        assert f'lesion {factor * row["lesion_voxels"]:,.0f}<' in page
+    assert 'lesion volume, mm³ where known, else voxels (log)' in page
+    for row in rows:
+        row['in_mm'] = True
+    assert 'lesion volume, mm³ (log)' in report.render(result, [], cases)
+
+
+def test_every_definition_stands_by_its_figure(evaluated):
+    result, cases = evaluated
+    page = Page(report.render(result, report.run_charts(RECORDS), cases))
+    words = ' '.join(page.text)
+    for said in (
+        'larger of the two directed 95th percentiles', "MedPy's", "array's border is surface",
+        'without lesion counts 0 if anything is predicted, and is left out otherwise',
+        'A lesion that is missed is in no HD95', 'over the structures', 'sample (n - 1)',
+        '26 neighbours', 'Soft Dice is over the batch', 'The warm-up multiplies the decay',
+        'BatchNorm statistics of the step', 'The interval of 3 is too narrow',
+    ):  # fmt: skip
+        assert said in words, said
+
+
+def test_structures_are_in_a_table_with_what_is_missed(evaluated):
+    result, cases = evaluated
+    page = Page(report.render(result, [], cases))
+    (found,) = result['summary']['structures']
+    heads = [text for _, text in page.of('th')]
+    assert {'class 1', 'Missed in', 'Invented in'} <= set(heads)
+    cells = [text for a, text in page.of('td') if 'data-value' not in a]
+    place = cells.index(f'{found["dice"]["mean"]:.3f} ({found["dice"]["n"]})')
+    assert cells[place + 5 : place + 8] == [
+        str(found[name]) for name in ('present', 'missed', 'invented')
+    ]
+
+
+def test_one_patient_has_no_interval(evaluated):
+    result, _ = evaluated
+    result['summary']['dice'] |= {'ci95': None, 'n': 1}
+    text = report.render(result, [], [])
+    assert '95 % interval none' in text
+    assert 'There is no interval of fewer than two patients' in text
 
 
 def test_best_median_and_worst():
@@ -246,6 +297,17 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 DRIVER = shutil.which('chromedriver')
 
 
+def test_figures_on_pictures_of_the_training_are_called_too_good(evaluated):
+    result, cases = evaluated
+    assert 'too good' not in report.render(result, [], cases)
+    result['data']['overlap'] = None  # not known
+    assert 'too good' not in report.render(result, [], cases)
+    result['data']['overlap'] = {'train': ['a', 'b'], 'validation': [], 'same_name': []}
+    assert '2 of 4 patients have pictures that the run was trained on' in report.render(
+        result, [], cases
+    )
+
+
 @pytest.fixture
 def browser(tmp_path):
     """`call(path, body)` to a headless Chromium, by the WebDriver protocol."""
@@ -313,7 +375,7 @@ def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
     sorts = run(
         '[...document.querySelectorAll("#patient-table th[aria-sort]")].map(h => h.ariaSort)'
     )
-    assert sorts == ['ascending', *['none'] * 11]
+    assert sorts == ['ascending', *['none'] * 15]
 
     # The slider: starts where most lesion is, an arrow key shows the next slice in all panels.
     images = '[...document.querySelectorAll(".case img")]'

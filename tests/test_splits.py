@@ -1,11 +1,14 @@
 """By patient: disjoint, complete, stable, site by site."""
 
 import dataclasses
+import json
 import random
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from pspnet_jax.data import phantom, splits, volumes
+from pspnet_jax.data import folder, phantom, splits, volumes
 from pspnet_jax.errors import DataError
 
 SITES = {'DU': 45, 'HT': 34, 'CS': 16, 'FG': 14, 'EZ': 1}
@@ -121,3 +124,72 @@ def test_a_patient_in_two_parts_is_refused(tmp_path, slices):
     splits.write(path, {'train': everybody, 'validation': [], 'test': everybody[:1]}, slices)
     with pytest.raises(DataError, match='in two places'):
         splits.read(path, slices)
+
+
+def test_pictures_of_the_run_are_known_by_their_pixels_under_any_name(tmp_path, slices):
+    path = tmp_path / 'splits.json'
+    names = list(slices.intensity)
+    parts = {'train': names[:2], 'validation': names[2:3], 'test': names[3:]}
+    splits.keep(path, parts, slices)
+    digests = {f'copy of {n}': ['else', found[2]] for n, found in splits.pixels(slices).items()}
+    digests |= {names[0]: ['other pixels', ''], 'new': ['others'], 'black': ['']}
+    assert splits.overlap(path, digests) == {
+        'train': [f'copy of {name}' for name in names[:2]],
+        'validation': [f'copy of {names[2]}'],
+        'same_name': [names[0]],
+    }
+    # A run that began before there were digests gets them when it goes on.
+    found = json.loads(path.read_text())
+    del found['pixels']
+    path.write_text(json.dumps(found))
+    assert splits.overlap(path, digests) is None
+    splits.keep(path, parts, slices)
+    assert splits.overlap(path, digests)['train']
+
+
+def test_the_same_pixels_have_the_same_digest_whoever_reads_them(slices, rng):
+    unread = dataclasses.replace(slices, digest=None)  # as of LGG, which is read for it
+    assert splits.pixels(unread) == splits.pixels(slices)
+    grey = rng.integers(0, 255, (8, 9, 1)).astype(np.uint8)
+    digest = volumes.picture_digest(grey)
+    assert digest == volumes.picture_digest(np.repeat(grey.astype(np.uint16), 3, axis=-1))
+    assert digest == volumes.picture_digest(np.asfortranarray(grey.astype(np.float32)))
+    assert digest != volumes.picture_digest(grey.reshape(9, 8, 1))
+    grey[3, 3] ^= 1
+    assert digest != volumes.picture_digest(grey)
+    assert volumes.picture_digest(grey * 0) == ''  # black is the same in all
+
+
+@pytest.mark.parametrize(
+    'text', [None, '', '[]', '{"pixels": 3}', '{"train": [], "validation": [], "test": []}']
+)
+def test_where_no_digests_are_kept_nothing_is_known(tmp_path, text):
+    if text is not None:
+        (tmp_path / 'splits.json').write_text(text)
+    assert splits.overlap(tmp_path / 'splits.json', {'a': ['1']}) is None
+    strange = {'train': [3, 'a', ['b']], 'validation': None, 'pixels': {'a': '1', 'b': [['1']]}}
+    (tmp_path / 'splits.json').write_text(json.dumps(strange))
+    found = splits.overlap(tmp_path / 'splits.json', {'a': ['1']})
+    assert found == {'train': [], 'validation': [], 'same_name': ['a']}
+
+
+def test_pictures_turned_upside_down_are_other_data(tmp_path, rng):
+    """They have the same intensities, and their masks the same area."""
+    for name in 'abcd':
+        image, mask = rng.integers(0, 255, (20, 24), np.uint8), np.zeros((20, 24), np.uint8)
+        mask[2:9, 4:9] = 255
+        for kind, pixels in (('images', image), ('masks', mask)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / kind / f'{name}.png')
+    before = folder.load(tmp_path)
+    parts = {'train': ['a', 'b'], 'validation': ['c'], 'test': ['d']}
+    splits.write(tmp_path / 'splits.json', parts, before)
+    assert splits.read(tmp_path / 'splits.json', folder.load(tmp_path)) == parts
+    for kind in ('images', 'masks'):
+        with Image.open(tmp_path / kind / 'b.png') as picture:
+            turned = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        turned.save(tmp_path / kind / 'b.png')
+    after = folder.load(tmp_path)
+    assert splits.fingerprint(after) == splits.fingerprint(before)
+    with pytest.raises(DataError, match=r"the pictures of \['b'\] have other pixels"):
+        splits.read(tmp_path / 'splits.json', after)

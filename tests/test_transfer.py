@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, evaluate, models, optim, train, transfer
+from pspnet_jax import checkpoint, models, optim, train, transfer
 from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.errors import CheckpointError, ConfigError
 from pspnet_jax.models import published
+from pspnet_jax.runs import open_run
 from tests.conftest import PSPNET, tiny_config
 from tests.test_train import CE_ONLY, Pixelwise, batch_of
 
@@ -23,11 +24,12 @@ def new_state(config, channels=3, seed=7):
     return train.create_state(model, tx, seed=seed, channels=channels, ema=False)
 
 
-def write_run(workdir, channels=3, normalization=None, **changes):
+def write_run(workdir, channels=3, normalization=None, scale=None, **changes):
     """A workdir with one checkpoint of random weights; returns its variables."""
     config = tiny_config(**changes)
     state = new_state(config, channels)
     inputs = {'channels': channels, 'normalization': normalization}
+    inputs |= {'range': scale} if scale else {}
     progress = {'best_dice': None, 'stale': 0}
     writer = checkpoint.Writer(workdir)
     about = {'config': to_dict(config), 'progress': progress, 'inputs': inputs, 'dice': None}
@@ -41,7 +43,7 @@ def started(workdir, channels=3, **changes):
     config = tiny_config(**changes)
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs = train.start_or_resume(config, model, tx, channels, str(workdir))
+    state, _, inputs, _ = train.start_or_resume(config, model, tx, channels, str(workdir))
     return state, inputs
 
 
@@ -56,7 +58,7 @@ def test_a_run_that_starts_from_another_has_its_evaluated_weights(trained, tmp_p
     """Those are the averaged parameters of the best step; the average begins there too."""
     workdir, _ = trained
     state, _ = started(tmp_path, **{'train.init_from': str(workdir)})
-    *_, theirs, _, _ = evaluate.restore_model(workdir, 'best')
+    theirs = open_run(workdir, 'best').variables
     ours = {'params': state.params, 'batch_stats': state.batch_stats}
     for key, x in flat(theirs).items():
         np.testing.assert_array_equal(flat(ours)[key], x, err_msg=key)
@@ -169,6 +171,47 @@ def test_normalisation_comes_along_and_a_contradiction_is_said(
     assert bool(said) == warned
 
 
+def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog):
+    config = tiny_config(**{'data.normalize': 'weights'})
+    model = models.create(**config.model)
+    tx, _ = optim.create(steps=4, **config.optim)
+    scale = np.float32([[-1000] * 3, [1200] * 3])
+    with caplog.at_level('INFO'):
+        state, _, inputs, _ = train.start_or_resume(
+            config, model, tx, 3, str(tmp_path), lambda: scale
+        )
+    assert 'after -1000 to 1200, measured over the training images, became 0 to 255' in caplog.text
+    about = {'config': to_dict(config), 'progress': {}, 'inputs': inputs, 'dice': None}
+    writer = checkpoint.Writer(tmp_path)
+    checkpoint.save(writer, 1, state, **about)
+    writer.close()
+    np.testing.assert_array_equal(
+        open_run(tmp_path).intensity, published.IMAGENET.intensity(3, scale)
+    )
+    # Going on keeps it, whatever the images would give now.
+    _, _, again, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path), lambda: 9 * scale)
+    np.testing.assert_array_equal(again['range'], scale)
+    # By volume there is none to keep.
+    config.data.normalize = 'volume'
+    _, _, inputs, _ = train.start_or_resume(
+        config, model, tx, 3, str(tmp_path / 'b'), lambda: scale
+    )
+    assert 'range' not in inputs
+
+
+@pytest.mark.parametrize(
+    'scale',
+    [[[0.0]], [[0.0], [0.0]], [[0, 0], [1, 1]], [['0'], [1]], [[0], [1e31]], 3, [[0, 0], [1]]],
+)
+def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
+    inputs = {'channels': 1, 'normalization': published.IMAGENET._asdict()}
+    checkpoint.check_inputs({**inputs, 'range': [[0.0], [4095.0]]}, 'run')
+    with pytest.raises(CheckpointError, match='that is none of ours'):
+        checkpoint.check_inputs({**inputs, 'range': scale}, 'run')
+    with pytest.raises(CheckpointError, match='that is none of ours'):
+        checkpoint.check_inputs({'channels': 1, 'normalization': None, 'range': [[0], [1]]}, 'run')
+
+
 def test_two_first_weights_are_refused():
     config = tiny_config(**{'train.init_from': 'a', 'model.pretrained': 'b'})
     with pytest.raises(ConfigError, match=r'init_from and model\.pretrained both give'):
@@ -238,15 +281,16 @@ def test_the_same_step_in_micro_batches_and_computed_again(rng, change):
 
 
 def test_coarse_students_meet_a_teacher_of_full_size(rng):
-    """Its logits are interpolated to theirs, and every fourth label says what counts."""
+    """Its logits are interpolated at the centres of their cells, whose labels say what counts."""
     labels = np.full((1, 16, 16), 255)
-    labels[:, 8::4, ::4] = 1
+    labels[:, 8:] = 1
     fine = jnp.asarray(rng.standard_normal((1, 16, 16, 2)), jnp.float32)
     coarse = jnp.asarray(rng.standard_normal((1, 4, 4, 2)), jnp.float32)
     options = {**DISTILL, 'loss': 'l2', 'ignore_label': 255, 'axis_name': None}
     loss = train.teacher_losses(coarse, None, fine, None, jnp.asarray(labels), **options)
-    places = np.arange(4) * 5  # corner to corner, 16 pixels in 3 steps
-    goal = jax.nn.softmax(fine[:, places][:, :, places])
+    # The four pixels in the middle of 4 x 4.
+    middle = fine.reshape(1, 4, 4, 4, 4, 2)[:, :, 1:3, :, 1:3].mean((2, 4))
+    goal = jax.nn.softmax(middle)
     gap = (jax.nn.softmax(coarse) - goal)[:, 2:]
     assert float(loss['distillation']) == pytest.approx(float((gap**2).mean()), rel=1e-5)
 
@@ -282,9 +326,19 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
     ('run', 'changes', 'words'),
     [
         (
+            {'normalization': published.IMAGENET._asdict(), 'scale': [[0.0] * 3, [4095.0] * 3]},
+            {'data.normalize': 'weights'},
+            r'after 0 to 4095, .* became 0 to 255, this run normalises them by mean',
+        ),
+        (
             {'model.num_classes': 3},
             {},
             r'has 3 classes, this run has 2 \(model\.num_classes\)',
+        ),
+        (
+            {'model.class_names': ('background', 'tumor')},
+            {'model.class_names': ('background', 'edema')},
+            r"calls its classes \('background', 'tumor'\), this run \('background', 'edema'\)",
         ),
         ({'channels': 4}, {}, 'takes 4 channels, the images here have 3'),
         (

@@ -1,6 +1,9 @@
 """Annotation files of every tool to masks: the same drawing, the same mask; and hostile ones."""
 
+import base64
 import copy
+import io
+import itertools
 import json
 import random
 import subprocess
@@ -263,8 +266,66 @@ def test_the_parts_of_a_coco_annotation_are_united(tmp_path):
     tree['annotations'][0]['segmentation'].append([5, 5, 12, 5, 12, 12, 5, 12])
     read = via.read_annotations(write(tmp_path / 'c.json', tree))
     expected = np.zeros(SIZE, np.uint8)
-    expected[2:8, 2:8] = expected[5:12, 5:12] = 1
+    expected[2:8, 2:8] = expected[5:12, 5:12] = 2  # the second of the categories
     assert (via.rasterize(read.shapes['a.png'], SIZE) == expected).all()
+
+
+def coco_of(*used, categories=((7, 'tumor'), (3, 'edema'), (12, 'bone'))):
+    """A square of each of the used categories on a.png."""
+    tree = coco({'a.png': [('rect', [(2, 2), (8, 8)], 'tumor')] * len(used)})
+    tree['categories'] = [{'id': key, 'name': name} for key, name in categories]
+    for item, category in zip(tree['annotations'], used, strict=True):
+        item['category_id'] = category
+    return tree
+
+
+def labels_of(path, **options):
+    read = via.read_annotations(path, **options)
+    return [shape.label for shapes in read.shapes.values() for shape in shapes]
+
+
+def test_coco_has_the_numbers_of_its_categories_whichever_of_them_occur(tmp_path):
+    def labels(*used, **more):
+        return labels_of(write(tmp_path / 'c.json', coco_of(*used, **more)))
+
+    assert labels(3, 7, 12) == [1, 2, 3]  # by id: edema, tumor, bone
+    assert labels(7) == [2]
+    assert labels(12, 7) == [3, 2]
+    assert labels() == []
+    assert labels('12', 7.0) == [3, 2]
+    text = (('10', 'ten'), ('9', 'nine'), ('b', 'B'), ('a', 'A'))
+    assert labels(9, 10, 'a', 'b', categories=text) == [1, 2, 3, 4]
+    zero = ((0, 'tumor'), (1, 'edema'))
+    assert labels(0, 1, categories=zero) == [1, 2]
+    for name in ('background', '_background_', '__background__', 'Background'):
+        assert labels(0, 2, categories=((0, name), (2, 'tumor'))) == [0, 1]
+        assert labels(9, 2, categories=((9, name), (2, 'tumor'))) == [0, 1]
+    read = via.read_annotations(write(tmp_path / 'c.json', coco_of(7)))
+    assert read.classes == {'background': 0, 'edema': 1, 'tumor': 2, 'bone': 3}
+    assert (
+        "classes by 'category': 'background' = 0, 'edema' = 1, 'tumor' = 2, 'bone' = 3 "
+        '(in the order of their ids)' in read.notes
+    )
+
+
+def test_the_group_that_roboflow_writes_as_category_0_is_no_class(tmp_path):
+    tree = coco_of(1, 2, categories=((0, 'cells'), (1, 'red'), (2, 'white')))
+    for category, group in zip(tree['categories'], ('none', 'cells', 'cells'), strict=True):
+        category['supercategory'] = group
+    path = write(tmp_path / 'c.json', tree)
+    assert labels_of(path) == [1, 2]
+    tree['annotations'][0]['category_id'] = 0
+    told = fault(via.read_annotations, write(path, tree))
+    assert "no class: 'cells' (1 region); known are 'background', 'red', 'white'" in told
+
+
+def test_coco_without_categories_is_one_class_or_refused(tmp_path):
+    tree = coco_of(4, 4)
+    del tree['categories']
+    assert labels_of(write(tmp_path / 'c.json', tree)) == [1, 1]
+    tree['annotations'][0]['category_id'] = 5
+    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    assert 'have category_id 4, 5, and it has no categories: add them, "categories": [' in told
 
 
 def test_regions_of_via_1_are_in_the_order_of_their_numbers(tmp_path):
@@ -284,7 +345,10 @@ def test_how_regions_get_their_class(tmp_path):
     assert labels(region(), classes={'tumor': 4}) == ([4], {'background': 0, 'tumor': 4})
     assert labels(region(t='x'), region(t='x')) == ([1, 1], {'background': 0, 'x': 1})
     assert labels(region(t='b'), region(t=' a ')) == ([2, 1], {'background': 0, 'a': 1, 'b': 2})
-    assert labels(region(t='x'), region(t='background'))[0] == [1, 0]
+    for name in ('background', '_background_', 'Background'):
+        assert labels(region(t='x'), region(t=name))[0] == [1, 0]
+        assert labels(region(t='x'), region(t=name), classes={'x': 5})[0] == [5, 0]
+        assert labels(region(t=name), classes={'background': 0, name: 5})[0] == [5]
     assert labels(region(t=3), region(t=2.5))[1] == {'background': 0, '2.5': 1, '3': 2}
     ticked = {'t': {'x': True, 'y': False}}
     assert labels(region(**ticked))[1] == {'background': 0, 'x': 1}
@@ -306,7 +370,10 @@ def test_regions_without_a_class_are_refused_with_what_there_is(tmp_path):
     unknown = message(region(t='x'), region(t='y'), region(t='y'), classes={'tumor': 1})
     assert "'x' (1 region)" in unknown
     assert "'y' (2 regions)" in unknown
-    assert "'tumor'" in unknown
+    assert "known are 'background', 'tumor': rename or remove them there" in unknown
+    assert 'model.class_names; of data.via --classes' in unknown
+    assert 'values that are no names' in message(region(t='a\nb'))
+    assert 'values that are no names' in message(region(t='a' * 201))
     assert 'apart' in message(region(), classes={'a': 1, 'b': 2})
     assert '254' in message(*(region(t=str(n)) for n in range(255)))
     for number in (256, -1, True, 1.0, '1'):
@@ -316,31 +383,49 @@ def test_regions_without_a_class_are_refused_with_what_there_is(tmp_path):
 
 @pytest.mark.parametrize(
     'name',
-    ['../a.png', 'x/../../a.png', '/etc/a.png', '\\\\host\\a.png', 'C:\\a.png', '..\\a.png',
-     'c:a.png', 'https://host/a.png', 'file:///a.png', '..', '/'],
+    ['/home/ann/images/a.png', 'C:\\Users\\ann\\a.png', 'c:/a.png', '\\\\host\\share\\a.png',
+     '../images/a.png', '..\\a.png', 'x/../../a.png', 'https://host/a.png', 'file:///a.png'],
 )  # fmt: skip
-def test_names_that_lead_elsewhere_are_one_clear_line(tmp_path, images, name):
-    before = tree_of(tmp_path)
-    path = via_file(tmp_path, region(), name=name)
-    message = fault(via.write_masks, path, images, tmp_path / 'masks')
-    assert '\n' not in message
-    assert message.startswith(str(path))
-    assert 'leads elsewhere: write it' in message
-    path.unlink()
-    assert tree_of(tmp_path) == before
-    assert not (tmp_path / 'masks').exists()
+@pytest.mark.parametrize('tool', ['VIA', 'COCO', 'labelme'])
+def test_a_whole_path_is_the_picture_of_its_name_below_the_folder(tmp_path, tool, name):
+    """And nothing else is read or written: see test_hostile_text."""
+    save_picture(tmp_path / 'images' / 'a.png')
+    tree = {
+        'VIA': {'k': {'filename': name, 'regions': [region()]}},
+        'COCO': coco({name: [('rect', [(2, 2), (6, 6)], 'tumor')]}),
+        'labelme': labelme(name, [('rect', [(2, 2), (6, 6)], 'tumor')]),
+    }[tool]
+    via.write_masks(write(tmp_path / 'f.json', tree), tmp_path / 'images', tmp_path / 'masks')
+    expected = np.zeros(SIZE, bool)
+    expected[2:6, 2:6] = True
+    assert ((np.array(Image.open(tmp_path / 'masks' / 'a.png')) > 0) == expected).all()
+
+
+def test_whole_paths_of_two_pictures_are_not_taken_for_one(tmp_path, images):
+    tree = coco({'/home/ann/train/a.png': [], '/home/ann/test/a.png': []})
+    told = fault(via.write_masks, write(tmp_path / 'c.json', tree), images, tmp_path / 'masks')
+    assert "'a.png' is named as" in told
+    save_picture(images / 'train' / 'a.png')
+    save_picture(images / 'test' / 'a.png')
+    (images / 'a.png').unlink()
+    via.write_masks(write(tmp_path / 'c.json', tree), images, tmp_path / 'masks')
+    for name in ('/', '..', '.', ' '):
+        path = via_file(tmp_path, region(), name=name)
+        told = fault(via.write_masks, path, images, tmp_path / 'masks')
+        words = "lacks 1 picture of the annotations: '..'", 'write the name of the file'
+        assert any(word in told for word in words)
 
 
 def test_every_fault_is_listed_at_once_and_nothing_is_written(tmp_path, images):
     tree = via_export(2, DRAWING)
     tree['missing'] = {'filename': 'missing.png', 'regions': []}
-    tree['up'] = {'filename': '../a.png', 'regions': []}
+    tree['up'] = {'filename': '', 'regions': []}
     shapes = tree['a.png1234']['regions']
     for shape in (
         {'name': 'polygon', 'all_points_x': [100, 110, 100], 'all_points_y': [1, 1, 9]},
         {'name': 'polygon', 'all_points_x': [1, 5], 'all_points_y': [1, 5]},
         {'name': 'circle', 'cx': 5, 'cy': 5, 'r': 0},
-        {'name': 'point', 'cx': 5, 'cy': 5},
+        {'name': 'bezier', 'cx': 5, 'cy': 5},
         {'name': 'rect', 'x': 1, 'y': 'left', 'width': 3, 'height': 3},
         {'name': 'rect', 'x': 1, 'y': 1, 'width': -3, 'height': 3},
     ):
@@ -351,8 +436,8 @@ def test_every_fault_is_listed_at_once_and_nothing_is_written(tmp_path, images):
         via.write_masks, write(tmp_path / 'v.json', tree), images, tmp_path / 'out' / 'masks'
     )
     for words in (
-        'missing.png', "'../a.png' leads elsewhere", 'region 4 is outside', 'region 5 has only 2',
-        'region 6 has no area', 'region 7: it is a point', "y is 'left'", 'width is -3',
+        'missing.png', "the picture name is ''", 'region 4 is outside', 'region 5 has only 2',
+        'region 6 has no area', "its shape is 'bezier'", "y is 'left'", 'width is -3',
         'share the mask', 'not a readable picture',
     ):  # fmt: skip
         assert sum(words in line for line in message.split('\n')) == 1, (words, message)
@@ -420,7 +505,6 @@ def test_links_lead_nothing_out_of_the_output_folder(tmp_path):
     assert not (out / 'b.png').exists()
 
     (out / 'sub').unlink()
-    (out / '.b.png.tmp').symlink_to(victim / 'file')
     (out / 'b.png').symlink_to(victim / 'file')
     via.write_masks(path, tmp_path / 'images', out)
     assert tree_of(victim) == {'file': b'untouched'}
@@ -508,8 +592,11 @@ def test_files_that_are_no_annotations(tmp_path, text, words):
 
 
 def test_files_that_can_not_be_read(tmp_path, monkeypatch):
-    (tmp_path / 'f.json').write_bytes(b'{"\xff": 1}')
-    assert 'not UTF-8' in fault(via.read_annotations, tmp_path / 'f.json')
+    for encoding, at in (('gbk', 2), ('utf-16', 0), ('cp1252', 2)):
+        (tmp_path / 'f.json').write_bytes('{"\xd7": 1}'.encode(encoding))
+        told = fault(via.read_annotations, tmp_path / 'f.json')
+        assert f'is not UTF-8 text (byte {at}): save it as UTF-8' in told
+        assert 'iconv -f GBK -t UTF-8' in told
     assert 'not a file' in fault(via.read_annotations, tmp_path / 'none.json')
     assert 'not a file' in fault(via.read_annotations, tmp_path / ('x' * 300))
     assert 'not a file' in fault(via.read_annotations, '/dev/null')
@@ -545,26 +632,237 @@ def test_damaged_csv_is_said_by_line(tmp_path):
 @pytest.mark.parametrize(
     ('key', 'value', 'words'),
     [
-        ('segmentation', {'counts': [1, 2], 'size': [20, 24]}, 'run-length encoded'),
-        ('segmentation', [], 'no polygon'),
+        ('segmentation', {'counts': [1, 2], 'size': [20, 24]}, 'add up to 3, not 20 x 24'),
+        ('segmentation', {'counts': [480], 'size': [24, 20]}, 'its mask is 20 x 24 pixels, the'),
+        ('segmentation', {'counts': [481], 'size': [20, 24]}, 'one of its run lengths is 481'),
+        ('segmentation', {'counts': 'P', 'size': [20, 24]}, 'its run lengths are cut off'),
+        ('segmentation', {'counts': ' ', 'size': [20, 24]}, "its run lengths have ' '"),
+        ('segmentation', {'counts': 'x', 'size': [20]}, 'size of its mask is [20], not height'),
         ('segmentation', [[1, 2, 3]], '3 numbers, not x y'),
-        ('segmentation', [[1, 2, 3, 4]], None),  # too few points: said with the picture
         ('image_id', 99, 'image_id 99 is not in the file'),
         ('image_id', [1], 'image_id [1] is not in the file'),
         ('category_id', True, 'category_id True is not in the file'),
     ],
 )
-def test_coco_that_is_no_polygon_or_refers_to_nothing(tmp_path, key, value, words):
+def test_coco_that_is_no_outline_or_refers_to_nothing(tmp_path, key, value, words):
     tree = coco(DRAWING)
     tree['annotations'][1][key] = value
-    path = write(tmp_path / 'c.json', tree)
-    if words:
-        message = fault(via.read_annotations, path)
-        assert 'annotation 2: ' in message
-        assert words in message
+    message = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    assert 'annotation 2: ' in message
+    assert words in message
+
+
+@pytest.mark.parametrize('value', [[], [[]], None, [[1, 2, 3, 4]], [[1, 1, 5, 5, 9, 9]], 'lacking'])
+def test_coco_annotations_without_an_outline_are_passed_over_and_counted(tmp_path, value):
+    tree = coco(DRAWING)
+    tree['annotations'][1] |= {'segmentation': value, 'bbox': [1, 1, 5, 5]}
+    if value == 'lacking':
+        del tree['annotations'][1]['segmentation']
+    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    assert [shape.label for shape in read.shapes['a.png']] == [2, 2]
+    (note,) = (note for note in read.notes if note.startswith('passed over'))
+    assert note.endswith("without an outline, as a box is none (1): 'a.png', annotation 2")
+    assert [shape.where for shape in read.shapes['a.png']][1] == "'a.png', annotation 3"
+
+
+def test_parts_of_coco_annotations_without_area_are_passed_over_and_counted(tmp_path):
+    tree = coco(DRAWING)
+    tree['annotations'][0]['segmentation'] += [[5, 5, 9, 9], [], [2, 2, 2, 2, 2, 2]]
+    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    assert (via.rasterize(read.shapes['a.png'], SIZE) == expected_masks()['a.png']).all()
+    (note,) = (note for note in read.notes if note.startswith('passed over'))
+    assert 'without area (3)' in note
+    assert note.count("'a.png', annotation 1") == 3
+
+
+def test_a_file_of_nothing_but_boxes_or_points_is_refused(tmp_path):
+    tree = coco(DRAWING)
+    for item in tree['annotations']:
+        item['segmentation'] = []
+    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    assert 'none of its 4 regions has an area (points and boxes have none): draw outlines' in told
+    tree = labelme('a.png', [('point', [(3, 3)], 'seed')] * 2)
+    told = fault(via.read_annotations, write(tmp_path / 'l.json', tree))
+    assert 'none of its 2 regions has an area' in told
+
+
+@pytest.mark.parametrize('tool', ['VIA 1', 'VIA 2', 'project', 'CSV', 'labelme'])
+def test_points_are_passed_over_and_counted(tmp_path, images, tool):
+    """Whatever they are called: 'seed' is no class."""
+    drawing = {name: list(shapes) for name, shapes in DRAWING.items()}
+    drawing['a.png'].insert(1, ('point', [(3, 3)], 'seed'))
+    drawing['c.png'].append(('point', [(3, 3)], 'seed'))
+    path = WRITERS[tool](tmp_path, drawing)
+    notes = via.write_masks(path, images, tmp_path / 'masks', classes={'tumor': 2, 'edema': 1})
+    for name, expected in expected_masks().items():
+        assert (np.array(Image.open(tmp_path / 'masks' / name)) == expected).all(), name
+    (note,) = (note for note in notes if note.startswith('passed over'))
+    assert note.startswith('passed over: points, which have no area (2): ')
+    places = ('line 3', 'line 7') if tool == 'CSV' else ("'a.png', region 2", "'c.png', region 1")
+    assert all(place in note for place in places)
+
+
+def run_lengths(mask):
+    """Pixels outside and inside in turn, column by column: by hand."""
+    lengths, value = [0], 0
+    for pixel in mask.T.ravel().tolist():
+        if pixel != value:
+            lengths.append(0)
+            value = pixel
+        lengths[-1] += 1
+    return lengths
+
+
+def masks_of_many_kinds():
+    rng = np.random.default_rng(0)
+    yield from (rng.random(SIZE) < share for share in (0.05, 0.5, 0.9))
+    yield from (np.ones(SIZE, bool), np.eye(*SIZE, dtype=bool))
+    for rows in (slice(0, 3), slice(17, 20), slice(4, 9)):
+        mask = np.zeros(SIZE, bool)
+        mask[rows, 3:20] = True
+        yield mask
+
+
+@pytest.mark.parametrize('compressed', [False, True])
+def test_run_lengths_of_coco_are_the_pixels(tmp_path, compressed):
+    for mask in masks_of_many_kinds():
+        tree = coco_of(7)
+        del tree['images'][0]['height']  # the mask has it too
+        counts = run_lengths(mask)
+        if compressed:
+            coder = pytest.importorskip(
+                'pycocotools.mask', reason='the reference for compressed run lengths'
+            )
+            (coded,) = coder.encode(np.asfortranarray(mask[..., None].astype(np.uint8)))
+            assert coded['size'] == [*SIZE]
+            counts = coded['counts'].decode()
+        tree['annotations'][0]['segmentation'] = {'counts': counts, 'size': [*SIZE]}
+        read = via.read_annotations(write(tmp_path / 'c.json', tree))
+        assert (via.rasterize(read.shapes['a.png'], SIZE) == 2 * mask).all()
+        assert read.sizes == {'a.png': SIZE}
+
+
+def test_compressed_run_lengths_of_large_masks():
+    """Numbers of several characters, and differences of either sign: written by hand."""
+    rng = np.random.default_rng(1)
+    for most in (20, 1000, 2**20):
+        counts = rng.integers(0, most, 40).tolist()
+        text = ''
+        for n, number in enumerate(counts):
+            number -= counts[n - 2] if n > 2 else 0
+            while True:
+                bits, number = number & 31, number >> 5
+                last = number == (-1 if bits & 16 else 0)
+                text += chr(48 + bits + (0 if last else 32))
+                if last:
+                    break
+        assert annotations._unpack(text) == counts
+
+
+def test_coco_masks_that_are_empty_are_passed_over(tmp_path):
+    tree = coco_of(7, 7)
+    tree['annotations'][0]['segmentation'] = {'counts': [480], 'size': [*SIZE]}
+    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    assert len(read.shapes['a.png']) == 1
+    assert any('without an outline, as a box is none (1)' in note for note in read.notes)
+
+
+def test_coco_has_two_masks_of_one_size(tmp_path):
+    tree = coco_of(7, 7)
+    del tree['images'][0]['height']
+    for item, size in zip(tree['annotations'], ([20, 24], [24, 20]), strict=True):
+        item['segmentation'] = {'counts': [100, 80, 300], 'size': size}
+    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    assert "'a.png', annotation 2: its mask is 20 x 24 pixels, the picture 24 x 20" in told
+
+
+def png(mask):
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, 'png')
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize('kind', [np.uint8, bool, 'of 255', 'palette', 'fractions', 'exclusive'])
+def test_masks_of_labelme_lie_at_their_corner(tmp_path, kind):
+    """The corners are the first and the last pixel: labelme/_utils/shape.py, shapes_to_label."""
+    inside = np.random.default_rng(2).random((7, 9)) < 0.5
+    expected = np.zeros(SIZE, bool)
+    expected[4:11, 6:15] = inside
+    pixels = inside.astype(kind if kind in (np.uint8, bool) else np.uint8)
+    if kind == 'of 255':
+        pixels *= 255
+    if kind == 'palette':
+        pixels = Image.fromarray(pixels, 'P')
+        pixels.putpalette([0, 0, 0, 128, 0, 0])
     else:
-        shapes = via.read_annotations(path).shapes['a.png']
-        assert 'only 2 points' in via.check_shapes(shapes, SIZE)[0][0]
+        pixels = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    pixels.save(buffer, 'png')
+    tree = labelme('a.png', [('mask', [(6, 4), (14, 10)], 'tumor')])
+    tree['shapes'][0]['mask'] = base64.b64encode(buffer.getvalue()).decode()
+    if kind == 'fractions':
+        tree['shapes'][0]['points'] = [[6.2, 3.7], [14.4, 10.3]]
+    if kind == 'exclusive':
+        tree['shapes'][0]['points'] = [[6, 4], [15, 11]]
+    read = via.read_annotations(write(tmp_path / 'l.json', tree))
+    assert (via.rasterize(read.shapes['a.png'], SIZE) == expected).all()
+
+
+def test_a_mask_of_labelme_that_leaves_the_picture_is_clipped_and_named(tmp_path, images):
+    tree = labelme('a.png', [('mask', [(20, 15), (26, 21)], 'tumor')])
+    tree['shapes'][0]['mask'] = png(np.ones((7, 7), np.uint8))
+    path = write(tmp_path / 'l.json', tree)
+    notes = via.write_masks(path, images, tmp_path / 'masks')
+    assert "'a.png', region 1 reaches 3.0 pixels out of the picture: clipped" in notes
+    expected = np.zeros(SIZE, bool)
+    expected[15:, 20:] = True
+    assert (np.array(Image.open(tmp_path / 'masks' / 'a.png')) == expected).all()
+
+
+def test_rectangles_of_four_corners_and_turned_ones(tmp_path):
+    def drawn(kind, *points):
+        tree = labelme('a.png', [(kind, points, 'x')])
+        tree['shapes'][0] |= {'shape_type': kind, 'direction': 0.3}
+        read = via.read_annotations(write(tmp_path / 'l.json', tree))
+        return via.rasterize(read.shapes['a.png'], SIZE)
+
+    level = np.zeros(SIZE, bool)
+    level[3:9, 5:15] = True
+    corners = [(5, 3), (15, 3), (15, 9), (5, 9)]
+    for order in itertools.permutations(corners):
+        assert (drawn('rectangle', *order) == level).all()
+    assert (drawn('rectangle', corners[0], corners[2]) == level).all()
+    for kind in ('rotation', 'quadrilateral', 'oriented_rectangle'):
+        assert (drawn(kind, *corners) == level).all()
+    x, y = np.meshgrid(np.arange(24) + 0.5, np.arange(20) + 0.5)
+    turned = np.abs(x - 11.2) + np.abs(y - 9.3) < 6
+    diamond = [(11.2, 3.3), (17.2, 9.3), (11.2, 15.3), (5.2, 9.3)]
+    for kind in ('rotation', 'rectangle'):
+        assert (drawn(kind, *diamond) == turned).all()
+    path = write(tmp_path / 'l.json', labelme('a.png', [('rectangle', corners[:3], 'x')]))
+    assert 'it is a rectangle of 3 points, not two' in fault(via.read_annotations, path)
+
+
+def test_labelme_files_in_sub_folders_belong_to_the_pictures_of_theirs(tmp_path):
+    """Or to the only picture of the name, wherever it is."""
+    for way in ('p1/a.png', 'p2/a.png', 'c.png'):
+        save_picture(tmp_path / 'images' / way)
+    for n, way in enumerate(('p1/a', 'p2/a', 'reader/c'), 1):
+        square = ('rect', [(n, n), (n + 4, n + 4)], 'tumor')
+        tree = labelme(f'{way.rpartition("/")[2]}.png', [square])
+        write(tmp_path / 'labels' / f'{way}.json', tree)
+    via.write_masks(tmp_path / 'labels', tmp_path / 'images', tmp_path / 'masks')
+    for n, way in enumerate(('p1/a.png', 'p2/a.png', 'c.png'), 1):
+        expected = np.zeros(SIZE, bool)
+        expected[n : n + 4, n : n + 4] = True
+        assert (np.array(Image.open(tmp_path / 'masks' / way)) == expected).all(), way
+    write(tmp_path / 'labels' / 'other' / 'c.json', labelme('c.png', []))
+    told = fault(via.write_masks, tmp_path / 'labels', tmp_path / 'images', tmp_path / 'masks')
+    assert "'c.png' is named as 'other/c.png' and as 'reader/c.png': keep one" in told
+    (tmp_path / 'labels' / 'other' / 'c.json').rename(tmp_path / 'labels' / 'a.json')
+    write(tmp_path / 'labels' / 'a.json', labelme('a.png', []))
+    told = fault(via.write_masks, tmp_path / 'labels', tmp_path / 'images', tmp_path / 'masks')
+    assert "'a.png' can be 'p1/a.png', 'p2/a.png': name the folder too" in told
 
 
 def test_coco_that_has_an_id_or_a_picture_twice_is_refused(tmp_path):
@@ -577,7 +875,46 @@ def test_coco_that_has_an_id_or_a_picture_twice_is_refused(tmp_path):
         assert words in fault(via.read_annotations, write(tmp_path / 'c.json', tree))
 
 
-@pytest.mark.parametrize('size', [10**9, 0, -5, 20.5, '20', True, [20], 10**400])
+def test_ids_are_the_same_as_numbers_and_as_text(tmp_path):
+    tree = coco(DRAWING)
+    for n, item in enumerate(tree['annotations']):
+        item['image_id'] = (str, float, int, str)[n](item['image_id'])
+        item['category_id'] = (float, str, str, int)[n](item['category_id'])
+    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    for name, expected in expected_masks().items():
+        assert (via.rasterize(read.shapes[name], SIZE) == expected).all(), name
+    tree['images'][0]['id'] = str(tree['images'][1]['id'])
+    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    assert 'its id 11 is there twice' in told
+
+
+@pytest.mark.parametrize('size', [(20.0, 24.0), ('20', '24'), (20, 24.0)])
+def test_sizes_are_the_same_as_numbers_and_as_text(tmp_path, size):
+    trees = coco(DRAWING), labelme('a.png', DRAWING['a.png'])
+    for picture in trees[0]['images']:
+        picture['height'], picture['width'] = size
+    trees[1]['imageHeight'], trees[1]['imageWidth'] = size
+    for tree in trees:
+        read = via.read_annotations(write(tmp_path / 'f.json', tree))
+        assert set(read.sizes.values()) == {SIZE}
+
+
+@pytest.mark.parametrize('size', [(0, 0), (None, None), (20, None), (0, 24), (0.0, 0.0)])
+def test_sizes_that_a_file_lacks_are_not_compared_and_counted(tmp_path, images, size):
+    tree = coco(DRAWING)
+    tree['images'][1]['height'], tree['images'][1]['width'] = size
+    save_picture(images / 'b.png', (30, 30))
+    notes = via.write_masks(write(tmp_path / 'c.json', tree), images, tmp_path / 'masks')
+    assert "passed over: comparison with sizes that the file does not have (1): 'b.png'" in notes
+    assert Image.open(tmp_path / 'masks' / 'b.png').size == (30, 30)
+    one = labelme('a.png', DRAWING['a.png'])
+    one['imageHeight'], one['imageWidth'] = size
+    read = via.read_annotations(write(tmp_path / 'l.json', one))
+    assert not read.sizes
+    assert any('does not have (1)' in note for note in read.notes)
+
+
+@pytest.mark.parametrize('size', [10**9, -5, 20.5, '20 px', '', True, False, [20], 10**400])
 def test_absurd_sizes_are_refused(tmp_path, size):
     tree = coco(DRAWING)
     tree['images'][0]['height'] = size

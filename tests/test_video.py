@@ -1,5 +1,6 @@
 """Videos: every frame, at its size and rate, through the network and into a file again."""
 
+import re
 import struct
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import pytest
 from pspnet_jax import predict
 from pspnet_jax.data import video
 from pspnet_jax.errors import DataError
+from tests.conftest import tiny_config
 from tests.test_predict import full_disk, written
 
 av = pytest.importorskip('av', reason='videos are read and written by PyAV')
@@ -116,7 +118,7 @@ def test_a_video_becomes_videos_frame_by_frame(trained, predictor, tmp_path, cap
     _, _, images = read(source)
     _, _, probs = read(out / 'clip_probability.mkv')
     _, _, masks = read(out / 'clip_mask.mkv')
-    scale = predict._case(predictor, np.stack(images[:4])).intensity
+    scale = predict._case(predictor, np.stack(images)).intensity
     for image, prob, mask in zip(images, probs, masks, strict=True):
         case = predict.Case(image[None], scale)
         ((labels, expected),) = predict.segment(predictor, [case], probabilities=True)
@@ -125,6 +127,133 @@ def test_a_video_becomes_videos_frame_by_frame(trained, predictor, tmp_path, cap
     before = {name: (out / name).stat().st_mtime_ns for name in written(out)}
     predict.predict_files(trained[0], tmp_path / 'in', out, save=save)
     assert before == {name: (out / name).stat().st_mtime_ns for name in written(out)}
+
+
+def bright(images):
+    """A network that takes for class 1 what is brighter than the mean."""
+    share = 1 / (1 + np.exp(-4 * images.mean(-1)))
+    return np.stack([1 - share, share], axis=-1).astype(np.float32)
+
+
+BRIGHT = predict.Predictor(tiny_config(), bright, None, 3)
+
+
+def black_at_first(black, lit):
+    """Noise that a camera gives in the dark, then a picture with a bright half."""
+    rng = np.random.default_rng(0)
+    dark = [rng.integers(0, 4, (48, 64, 3)).astype(np.uint8) for _ in range(black)]
+    half = np.full((48, 64, 3), 60, np.uint8)
+    half[:, 32:] = 180
+    return dark + [half] * lit
+
+
+def masks(path):
+    return np.stack(read(path)[2])[..., 0] > 0
+
+
+@pytest.mark.parametrize('black', [0, 4, 30, 100])
+def test_a_black_start_does_not_set_the_scale(tmp_path, black):
+    lit = black + 10
+    source = make(tmp_path / 'a.mkv', black_at_first(black, lit), exact=True)
+    predict.predict_video(BRIGHT, source, tmp_path / 'a', save=['mask'])
+    found = masks(tmp_path / 'a_mask.mkv')[black:]
+    assert len(found) == lit
+    assert found[:, :, 32:].all()
+    assert not found[:, :, :32].any()
+
+
+def test_the_frames_that_a_scale_is_measured_on_are_spread_over_all():
+    seen = predict.Spread()
+    for n in range(1000):
+        seen.add(np.full((300, 400, 3), n % 256, np.uint8))
+    assert (seen.count, len(seen.frames)) == (1000, 63)
+    assert {int(frame.max()) for frame in seen.frames} == {n % 256 for n in range(0, 1000, 16)}
+    assert max(frame[..., 0].size for frame in seen.frames) <= predict.FRAME_PIXELS
+
+
+def test_a_cameras_scale_follows_its_frames_and_that_is_said(tmp_path, monkeypatch, caplog):
+    source = make(tmp_path / 'a.mkv', black_at_first(4, 20), exact=True)
+    reading = video.reading
+    monkeypatch.setattr(video, 'reading', lambda camera: reading(source))
+    with caplog.at_level('INFO'):
+        predict.predict_video(BRIGHT, 0, tmp_path / 'camera', save=['mask'], limit=24)
+    monkeypatch.undo()
+    assert 'camera 0: its intensity scale is that of the frames so far' in caplog.text
+    assert masks(tmp_path / 'camera_mask.mkv')[-4:].mean((0, 1)).tolist() == 32 * [0] + 32 * [1]
+
+
+@pytest.mark.parametrize(
+    ('name', 'codec', 'kind', 'options'),
+    [
+        ('a.avi', 'mjpeg', 'yuvj420p', {}),
+        ('b.avi', 'mpeg4', 'yuv420p', {}),
+        ('c.mkv', 'ffv1', 'bgr0', {}),
+        ('d.mkv', 'libx264', 'yuv420p', {}),
+        ('e.mp4', 'libx264', 'yuv420p', {'movflags': 'faststart'}),
+        ('f.mov', 'mjpeg', 'yuvj420p', {'movflags': 'faststart'}),
+        ('g.wmv', 'wmv2', 'yuv420p', {}),
+    ],
+)
+@pytest.mark.parametrize('share', [0.5, 0.9])
+def test_a_video_that_was_cut_off_is_an_error_with_its_frames_counted(
+    tmp_path, name, codec, kind, options, share
+):
+    path = tmp_path / name
+    rng = np.random.default_rng(0)
+    with av.open(str(path), 'w', options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, kind
+        for _ in range(60):
+            pixels = rng.integers(0, 255, (48, 64, 3)).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format='rgb24')))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    assert video.claimed_bytes(path) == len(data)
+    assert len(read(path)[2]) == 60
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(
+        DataError, match=r'ends early: (\d+) of (60|an unknown number of) frames'
+    ) as e:
+        predict.predict_video(BRIGHT, path, tmp_path / 'out' / 'x', save=['mask'])
+    there = int(re.search(r'early: (\d+)', str(e.value))[1])
+    assert 60 * share - 12 < there < 60 * share + 4
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(('name', 'codec', 'kind'), [('a.avi', 'ffv1', 'bgr0'),
+                                                     ('b.mkv', 'libx264', 'yuv420p')])  # fmt: skip
+def test_a_video_whose_end_is_zeros_is_an_error_too(tmp_path, name, codec, kind):
+    path = tmp_path / name
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, kind
+        for n in range(80):
+            pixels = np.random.default_rng(n).integers(0, 255, (48, 64, 3)).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format='rgb24')))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes(data[:half] + bytes(len(data) - half))
+    with pytest.raises(DataError, match=r'ends early: [34]\d of 80 frames are there'):
+        read(path)
+
+
+def test_a_video_that_lacks_only_its_index_is_read_whole(tmp_path, caplog):
+    path = make(tmp_path / 'a.mkv', [picture(n) for n in range(9)], exact=True)
+    path.write_bytes(path.read_bytes()[:-5])
+    with caplog.at_level('WARNING'):
+        assert len(read(path)[2]) == 9
+    assert 'is cut off at its end, but its 9 frames are there' in caplog.text
+
+
+def test_a_cut_video_among_others_is_the_fault_of_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, 'load', lambda *_: BRIGHT)
+    cut = make(tmp_path / 'in' / 'cut.mkv', [picture(n) for n in range(20)], exact=True)
+    cut.write_bytes(cut.read_bytes()[:-9000])
+    make(tmp_path / 'in' / 'whole.mp4', [picture(n) for n in range(5)])
+    (fault,) = predict.predict_files('run', tmp_path / 'in', tmp_path / 'out', save=['mask'])
+    assert 'cut.mkv ends early' in fault
+    assert written(tmp_path / 'out') == {'whole_mask.mkv'}
 
 
 def test_a_bad_video_stops_no_other_and_leaves_nothing(trained, tmp_path):

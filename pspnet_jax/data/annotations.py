@@ -1,12 +1,13 @@
 """What annotation tools write, read as shapes with class numbers.
 
 VGG Image Annotator 1 and 2 (JSON of the whole project or of the annotations only, and CSV),
-COCO (polygons; run-length encoded masks are refused) and labelme (a file, or a folder of them).
+COCO (polygons and run-length masks) and labelme with its kin (a file, or a folder of them).
 
 The files are not trusted: their size is limited before they are parsed, every value is checked,
 and the picture names in them are only ever compared with names that are there.
 """
 
+import base64
 import contextlib
 import csv
 import io
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from pspnet_jax import text
-from pspnet_jax.data.outlines import MAX_SIDE, Shape
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.data.outlines import MAX_PIXELS, MAX_SIDE, Shape, has_area
+from pspnet_jax.errors import ConfigError, DataError, first_line
 
 MAX_FAULTS = 1000  # of a file, after which it is not read on
 CSV_HEADER = (
@@ -33,17 +35,27 @@ CSV_HEADER = (
 )
 AGAIN = 'export the annotations again'
 REDRAW = 'draw it again'
+# What is passed over, as notes name it.
+POINTS = 'points, which have no area'
+NO_OUTLINE = 'annotations without an outline, as a box is none'
+NO_AREA = 'outlines of fewer than three points or without area'
+NO_SIZE = 'comparison with sizes that the file does not have'
 
 
 class Annotations(NamedTuple):
     """What a file says: {picture name: shapes in file order}, {class name: number}, {picture
     name: (H, W)} where it tells, and notes for a person.
+
+    `attribute` is the one that tells the classes apart, '' where there is none. `loose` names may
+    be those of pictures in another folder: labelme does not say in which one.
     """
 
     shapes: dict[str, list[Shape]]
     classes: dict[str, int]
     sizes: dict[str, tuple[int, int]]
     notes: list[str]
+    attribute: str = ''
+    loose: bool = False
 
 
 class Region(NamedTuple):
@@ -65,15 +77,27 @@ class Picture(NamedTuple):
     regions: list[Region]
 
 
+class Findings(NamedTuple):
+    """What reading turns up beside the pictures: faults, {reason: where} of what is passed over,
+    and the names of all classes in their order, where the file lists them.
+    """
+
+    faults: list[str]
+    passed_over: dict[str, list[str]]
+    declared: list[str]
+
+
 def read_annotations(
     path: str | Path, *, classes: Mapping[str, int] | None = None, attribute: str = ''
 ) -> Annotations:
     """The regions of every picture that a file names, whichever tool wrote it.
 
-    Without `classes`, the values of the attribute are numbered 1, 2, ... in sorted order
-    ('background' is 0), and where regions have no attribute all are class 1. `attribute` is
-    needed where regions have several; COCO's is called category, labelme's label. Raises one
-    DataError that lists every fault, ConfigError for classes that no mask can hold.
+    Without `classes`, COCO's categories are numbered 1, 2, ... in the order of their ids, found
+    in a region or not, and the values of other attributes in sorted order, of those found alone;
+    'background' and '_background_' are 0, and where regions have no attribute all are class 1.
+    With `classes`, other names are a fault. `attribute` is needed where regions have several;
+    COCO's is called category, labelme's label. Raises one DataError that lists every fault,
+    ConfigError for classes that no mask can hold.
     """
     annotations, faults = read_with_faults(path, classes, attribute)
     if faults:
@@ -88,13 +112,14 @@ def read_with_faults(
     for name, number in (classes or {}).items():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= 255:
             raise ConfigError(f'class {show(name)} is {show(number)}: give a number 0 to 255')
-    path, faults = Path(path).expanduser(), []
+    path, findings = Path(path).expanduser(), Findings([], defaultdict(list), [])
+    faults = findings.faults
     tool, shapes, sizes, regions = '', {}, {}, []
     with contextlib.suppress(_TooManyFaultsError):
         if os.path.isdir(path):
-            tool, pictures = 'labelme', _read_labelme_folder(path, faults)
+            tool, pictures = 'labelme', _read_labelme_folder(path, findings)
         else:
-            tool, pictures = _read_file(path, faults)
+            tool, pictures = _read_file(path, findings)
         for picture in pictures:
             if picture.name in shapes:
                 faults.append(f'{show(picture.name)} is there twice: keep one, or rename a picture')
@@ -104,13 +129,40 @@ def read_with_faults(
                 sizes[picture.name] = picture.size
     if not shapes and not faults:
         faults.append(f'no picture is named: {AGAIN}')
+    passed = [told for reason in (POINTS, NO_OUTLINE) for told in findings.passed_over[reason]]
+    if passed and not regions and not faults:
+        faults.append(
+            f'none of its {count(len(passed), "region")} has an area (points and boxes have none): '
+            'draw outlines'
+        )
     found = f'{tool}: {count(len(shapes), "picture")}, {count(len(regions), "region")}'
-    numbers, labels, note, wrong = _number_classes(
-        [region for _, region in regions], classes, attribute
+    numbers, labels, attribute, note, wrong = _number_classes(
+        [region for _, region in regions], classes, attribute, findings.declared
     )
     for (name, region), label in zip(regions, labels, strict=True):
         shapes[name] += [shape._replace(label=label, where=region.where) for shape in region.shapes]
-    return Annotations(shapes, numbers, sizes, [found, note]), faults + wrong
+    notes = [found, note, *_passed_over(findings)]
+    loose = tool == 'labelme'
+    return Annotations(shapes, numbers, sizes, notes, attribute, loose), faults + wrong
+
+
+def _passed_over(findings: Findings) -> Iterator[str]:
+    """A line for each reason."""
+    for reason, places in findings.passed_over.items():
+        if places:
+            yield f'passed over: {reason} ({len(places)}): {some(places, separator="; ")}'
+
+
+def json_files(folder: Path) -> list[Path]:
+    """Every .json in the folder and below, in the order of their names."""
+    return [path for path in sorted(folder.rglob('*.json')) if not hidden(path, folder)]
+
+
+def is_labelme(path: Path) -> bool:
+    with contextlib.suppress(DataError):
+        tree = text.read_json(path)
+        return isinstance(tree, dict) and 'shapes' in tree and 'imagePath' in tree
+    return False
 
 
 # What messages are made of.
@@ -124,10 +176,10 @@ def show(value: Any) -> str:
     return _shorten.repr(value)
 
 
-def some(items: Sequence[str], most: int = 8) -> str:
+def some(items: Sequence[str], most: int = 8, separator: str = ', ') -> str:
     """'a, b and 3 more'."""
     rest = len(items) - most
-    return ', '.join(items[:most]) + (f' and {rest} more' if rest > 0 else '')
+    return separator.join(items[:most]) + (f' and {rest} more' if rest > 0 else '')
 
 
 def count(number: int, noun: str) -> str:
@@ -155,23 +207,30 @@ class _TooManyFaultsError(Exception):
     pass
 
 
+class _PassedOverError(Exception):
+    """What is read is left out, for a reason that a note gives; it is no fault."""
+
+
 @contextlib.contextmanager
-def _listed(faults: list[str], where: str = '') -> Iterator[None]:
-    with listed(faults, where):
-        yield
-    if len(faults) >= MAX_FAULTS:
+def _listed(findings: Findings, where: str = '') -> Iterator[None]:
+    try:
+        with listed(findings.faults, where):
+            yield
+    except _PassedOverError as reason:
+        findings.passed_over[str(reason)].append(where)
+    if len(findings.faults) >= MAX_FAULTS:
         raise _TooManyFaultsError
 
 
 # Files and values.
 
 
-def _read_file(path: Path, faults: list[str]) -> tuple[str, Iterator[Picture]]:
+def _read_file(path: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
     """The tool that wrote the file, and its pictures."""
     content = text.read(path, AGAIN)
     header = content.partition('\n')[0].strip().lstrip('#').replace('"', '')
     if header == CSV_HEADER:
-        return 'VIA CSV', _read_via_csv(content, faults)
+        return 'VIA CSV', _read_via_csv(content, findings)
     if path.suffix.lower() == '.csv':
         raise DataError(f'{path} does not begin with {CSV_HEADER}: export it from VIA')
     try:
@@ -180,13 +239,13 @@ def _read_file(path: Path, faults: list[str]) -> tuple[str, Iterator[Picture]]:
         raise DataError(f'{path} is {error}') from error
     if isinstance(tree, dict):
         if '_via_img_metadata' in tree:
-            return 'VIA 2 project', _read_via(tree['_via_img_metadata'], faults)
+            return 'VIA 2 project', _read_via(tree['_via_img_metadata'], findings)
         if 'annotations' in tree and 'images' in tree:
-            return 'COCO', _read_coco(tree, faults)
+            return 'COCO', _read_coco(tree, findings)
         if 'shapes' in tree and 'imagePath' in tree:
-            return 'labelme', iter([_read_labelme(tree, faults)])
+            return 'labelme', iter([_read_labelme(tree, findings)])
         if any(isinstance(item, dict) and 'filename' in item for item in tree.values()):
-            return 'VIA', _read_via(tree, faults)
+            return 'VIA', _read_via(tree, findings)
     raise DataError(
         f'{path} is none of VIA 1 or 2 (JSON or CSV), COCO (images and annotations) and labelme '
         '(shapes and imagePath): export the annotations as one of these'
@@ -206,30 +265,38 @@ def _list(value: Any, what: str) -> list[Any]:
 
 
 def _name(value: Any) -> str:
-    """The picture's way below the folder of pictures, whichever way its slashes lean."""
+    """The picture's way below some folder, whichever way its slashes lean: a whole path, too, is
+    only compared with pictures that are there.
+    """
     if not isinstance(value, str):
         raise DataError(f'the picture name is {show(value)}: write the name of the file')
     name = unicodedata.normalize('NFC', value).replace('\\', '/')
-    parts = name.split('/')
-    if name.startswith('/') or '..' in parts or re.match('[A-Za-z]:', name) or '://' in name:
-        raise DataError(
-            f'the picture name {show(value)} leads elsewhere: write it as it is below the folder '
-            'of pictures, without ../, drive or leading /'
-        )
-    name = '/'.join(part for part in parts if part not in ('', '.'))
+    name = '/'.join(part for part in name.split('/') if part not in ('', '.'))
     if not name.strip():
         raise DataError(f'the picture name is {show(value)}: write the name of the file')
     return name
 
 
+def _whole(value: Any) -> Any:
+    """A whole number that is written as 7, 7.0 or '7', as an int; else the value."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch('0|-?[1-9][0-9]{0,17}', value):
+        return int(value)
+    return value
+
+
 def _size(height: Any, width: Any) -> tuple[int, int] | None:
-    """(H, W), or None where the file has none."""
-    if height is None and width is None:
-        return None
-    for side in (height, width):
-        if isinstance(side, bool) or not isinstance(side, int) or not 0 < side < MAX_SIDE:
+    """(H, W), or None where the file has none, or 0."""
+    sides = _whole(height), _whole(width)
+    for side in sides:
+        if isinstance(side, bool) or (side is not None and not isinstance(side, int)):
             raise DataError(f'{show(width)} x {show(height)} is no size of a picture: {AGAIN}')
-    return height, width
+    if not all(sides):
+        return None
+    if not all(0 < side < MAX_SIDE for side in sides):
+        raise DataError(f'{show(width)} x {show(height)} is no size of a picture: {AGAIN}')
+    return sides
 
 
 def _attributes(value: Any) -> dict[str, str | tuple[str, ...]]:
@@ -288,27 +355,35 @@ def _ellipse(x: float, y: float, rx: float, ry: float, theta: float = 0.0) -> Sh
     return Shape('ellipse', np.array([(x, y)], np.float64), radii=(rx, ry), theta=theta)
 
 
-def _unknown_shape(name: Any) -> DataError:
+def _mask(inside_HW: np.ndarray, x: int, y: int) -> Shape:
+    """Of True and False, with its upper left corner at x y."""
+    flat = np.zeros(inside_HW.size + 2, bool)
+    flat[1:-1] = inside_HW.ravel(order='F')
+    runs = np.flatnonzero(flat[1:] != flat[:-1]).reshape(-1, 2)
+    return Shape('mask', np.array([(x, y)], np.float64), size=inside_HW.shape, runs=runs)
+
+
+def _unknown_shape(name: Any) -> Exception:
     if name in ('point', 'points'):
-        return DataError('it is a point, which has no area: draw its outline or delete it')
+        return _PassedOverError(POINTS)
     return DataError(f'its shape is {show(name)}, which is not known here: draw its outline')
 
 
 # VIA
 
 
-def _read_via(entries: Any, faults: list[str]) -> Iterator[Picture]:
+def _read_via(entries: Any, findings: Findings) -> Iterator[Picture]:
     """VIA 1 and 2: {key: {filename, regions: a list, or {'0': ...} in version 1}}."""
-    with _listed(faults):
+    with _listed(findings):
         entries = _object(entries, '_via_img_metadata')
     for key, entry in entries.items() if isinstance(entries, dict) else ():
-        with _listed(faults, f'entry {show(key)}'):
+        with _listed(findings, f'entry {show(key)}'):
             entry = _object(entry)
             name = _name(entry.get('filename'))
             found = []
             for n, region in enumerate(_via_regions(entry.get('regions')), 1):
                 where = f'{show(name)}, region {n}'
-                with _listed(faults, where):
+                with _listed(findings, where):
                     region = _object(region)
                     shape = _via_shape(region.get('shape_attributes'))
                     attributes = _attributes(region.get('region_attributes'))
@@ -349,15 +424,15 @@ def _via_shape(value: Any) -> Shape:
     raise _unknown_shape(name)
 
 
-def _read_via_csv(content: str, faults: list[str]) -> Iterator[Picture]:
+def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
     """A line for each region, or one with the shape {} for a picture that has none."""
-    regions, bytes_of = defaultdict(list), {}
+    regions, bytes_of, numbers = defaultdict(list), {}, Counter()
     before = csv.field_size_limit(text.MAX_BYTES)  # an outline of many points is a long field
     try:
         lines = csv.reader(io.StringIO(content, newline=''), strict=True)
         columns = len(next(lines))
         for row in filter(None, lines):
-            with _listed(faults, f'line {lines.line_num}'):
+            with _listed(findings, f'line {lines.line_num}'):
                 if len(row) != columns:
                     raise DataError(
                         f'it has {len(row)} fields, not {columns}: put a name with a comma in '
@@ -369,10 +444,11 @@ def _read_via_csv(content: str, faults: list[str]) -> Iterator[Picture]:
                 shape, attributes = _via_field(row[5]), _attributes(_via_field(row[6]))
                 found = regions[name]
                 if shape != {} or attributes:
-                    where = f'{show(name)}, region {len(found) + 1}'
+                    numbers[name] += 1
+                    where = f'{show(name)}, region {numbers[name]}'
                     found.append(Region(where, [_via_shape(shape)], attributes))
     except csv.Error as error:
-        faults.append(f'line {lines.line_num} is damaged ({error}): {AGAIN}')
+        findings.faults.append(f'line {lines.line_num} is damaged ({error}): {AGAIN}')
     finally:
         csv.field_size_limit(before)
     for name, found in regions.items():
@@ -386,34 +462,49 @@ def _via_field(value: str) -> Any:
 # COCO
 
 
-def _read_coco(tree: dict[str, Any], faults: list[str]) -> Iterator[Picture]:
-    images = _coco_table(tree, 'images', _coco_image, faults)
-    categories = _coco_table(tree, 'categories', _coco_category, faults)
-    damaged = bool(faults)  # then what an annotation refers to may be what could not be read
-    items = []
-    with _listed(faults):
+def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
+    images = _coco_table(tree, 'images', _coco_image, findings)
+    categories = _coco_table(tree, 'categories', _coco_category, findings)
+    findings.declared.extend(_coco_classes(categories))
+    damaged = bool(findings.faults)  # what an annotation refers to may be what could not be read
+    items, unnamed = [], set()
+    with _listed(findings):
         items = _list(tree['annotations'], 'annotations')
     for n, item in enumerate(items, 1):
         where = f'annotation {n}'
-        with _listed(faults, where):
-            item = _object(item)
-            shapes, attributes = _coco_shapes(item.get('segmentation')), {}
-            if (category := _find(categories, item, 'category_id', damaged)) is not None:
-                attributes['category'] = category
-            if (picture := _find(images, item, 'image_id', damaged)) is not None:
-                where = f'{show(picture.name)}, {where}'
+        with _listed(findings, where):
+            attributes = {}
+            if (category := _find(categories, _object(item), 'category_id', damaged)) is not None:
+                attributes['category'] = category['name']
+            elif not damaged:
+                unnamed.add(show(item.get('category_id')))
+            if (picture := _find(images, item, 'image_id', damaged)) is None:
+                continue
+            where = f'{show(picture.name)}, {where}'
+            with _listed(findings, where):
+                shapes = _coco_shapes(item.get('segmentation'), picture, findings, where)
                 picture.regions.append(Region(where, shapes, attributes))
-    yield from images.values()
+                if picture.size is None and shapes[0].kind == 'mask':
+                    images[_whole(item['image_id'])] = picture._replace(size=shapes[0].size)
+    if len(unnamed) > 1:
+        findings.faults.append(
+            f'its annotations have category_id {some(sorted(unnamed))}, and it has no categories: '
+            'add them, "categories": [{"id": 1, "name": "..."}, ...]'
+        )
+    for picture in images.values():
+        if picture.size is None:
+            findings.passed_over[NO_SIZE].append(show(picture.name))
+        yield picture
 
 
-def _coco_table(tree: dict[str, Any], key: str, read: Any, faults: list[str]) -> dict[Any, Any]:
+def _coco_table(tree: dict[str, Any], key: str, read: Any, findings: Findings) -> dict[Any, Any]:
     """{id: what `read` makes of the item}."""
     items, found = [], {}
-    with _listed(faults):
+    with _listed(findings):
         items = _list(tree.get(key, []), key)
     for n, item in enumerate(items, 1):
-        with _listed(faults, f'{key} {n}'):
-            identity = _object(item).get('id')
+        with _listed(findings, f'{key} {n}'):
+            identity = _whole(_object(item).get('id'))
             if isinstance(identity, bool) or not isinstance(identity, int | str):
                 raise DataError(f'its id is {show(identity)}: give it a number')
             if identity in found:
@@ -426,54 +517,128 @@ def _coco_image(item: dict[str, Any]) -> Picture:
     return Picture(_name(item.get('file_name')), _size(item.get('height'), item.get('width')), [])
 
 
-def _coco_category(item: dict[str, Any]) -> str:
+def _coco_category(item: dict[str, Any]) -> dict[str, str]:
+    """Its name, and that of its group."""
     if not isinstance(item.get('name'), str) or not item['name'].strip():
         raise DataError(f'its name is {show(item.get("name"))}: give it one')
-    return item['name'].strip()
+    return {'name': item['name'].strip(), 'group': str(item.get('supercategory') or '').strip()}
+
+
+def _coco_classes(categories: dict[int | str, dict[str, str]]) -> list[str]:
+    """Their names in the order of their ids, numbers first.
+
+    Without the category 0 that is only the group of others, as Roboflow writes it.
+    """
+    ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
+    groups = {item['group'] for item in categories.values() if item['group'] != item['name']}
+    names = [categories[key]['name'] for key in ids]
+    if ids and ids[0] == 0 and names[0] in groups:
+        names = names[1:]
+    return ['background' if is_background(name) else name for name in names]
 
 
 def _find(table: dict[Any, Any], item: dict[str, Any], key: str, damaged: bool) -> Any:
     """What item[key] refers to; None where the file has no such table."""
-    identity = item.get(key)
+    identity = _whole(item.get(key))
     if isinstance(identity, int | str) and not isinstance(identity, bool) and identity in table:
         return table[identity]
     if damaged or (not table and key == 'category_id'):
         return None
-    raise DataError(f'its {key} {show(identity)} is not in the file: add it, or remove this')
+    raise DataError(f'its {key} {show(item.get(key))} is not in the file: add it, or remove this')
 
 
-def _coco_shapes(parts: Any) -> list[Shape]:
+def _coco_shapes(parts: Any, picture: Picture, findings: Findings, where: str) -> list[Shape]:
     """The parts, whose union the annotation is: one after the other they give that."""
     if isinstance(parts, dict):
-        raise DataError('it is a run-length encoded mask (a crowd): export it as polygons')
-    if not _list(parts, 'its segmentation'):
-        raise DataError('it has no polygon: draw its outline')
-    shapes = []
-    for part in parts:
-        if len(_list(part, 'a part of its segmentation')) % 2:
-            raise DataError(f'a part of it has {len(part)} numbers, not x y x y ...: {REDRAW}')
-        shapes.append(_polygon(_points(part[0::2], part[1::2])))
-    return shapes
+        shapes = [_coco_mask(parts, picture)]
+    else:
+        shapes = []
+        for part in [] if parts is None else _list(parts, 'its segmentation'):
+            if len(_list(part, 'a part of its segmentation')) % 2:
+                raise DataError(f'a part of it has {len(part)} numbers, not x y x y ...: {REDRAW}')
+            shapes.append(_polygon(_points(part[0::2], part[1::2])))
+    least = {'polygon': 3, 'mask': 1}
+    sound = [s for s in shapes if len(s.points) >= least[s.kind] and has_area(s)]
+    if not sound:
+        raise _PassedOverError(NO_OUTLINE)
+    findings.passed_over[NO_AREA] += [where] * (len(shapes) - len(sound))
+    return sound
+
+
+def _coco_mask(item: dict[str, Any], picture: Picture) -> Shape:
+    """Of the lengths of runs, outside and inside in turn, down the columns.
+
+    Compressed ones are unpacked here and not by pycocotools (2.0.11), which reads beyond a text
+    that is cut off and fills what too few runs leave over with whatever is in memory.
+    """
+    sides = _list(item.get('size'), 'the size of its mask')
+    size = _size(*sides) if len(sides) == 2 else None
+    if not size or size[0] * size[1] > MAX_PIXELS:
+        raise DataError(f'the size of its mask is {show(sides)}, not height and width: {AGAIN}')
+    if picture.size and size != picture.size:
+        raise DataError(
+            f'its mask is {size[1]} x {size[0]} pixels, the picture {picture.size[1]} x '
+            f'{picture.size[0]}: {AGAIN}'
+        )
+    counts, whole = item.get('counts'), size[0] * size[1]
+    if isinstance(counts, str):
+        counts = _unpack(counts)
+    for number in _list(counts, 'its run lengths'):
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= whole:
+            raise DataError(f'one of its run lengths is {show(number)}: {AGAIN}')
+    if sum(counts) != whole:
+        raise DataError(
+            f'its run lengths add up to {sum(counts)}, not {size[0]} x {size[1]}: {AGAIN}'
+        )
+    ends = np.cumsum(counts)
+    runs = ends[: len(ends) // 2 * 2].reshape(-1, 2)
+    return Shape('mask', np.zeros((1, 2)), size=size, runs=runs)
+
+
+def _unpack(counts: str) -> list[int]:
+    """Of COCO's compressed run lengths: five bits a character, low ones first, a sixth where more
+    follow; from the fourth number on the difference to the last but one.
+    """
+    found, value, bits = [], 0, 0
+    for character in counts:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or bits > 30:
+            raise DataError(f'its run lengths have {show(character)}: {AGAIN}')
+        value |= (code & 31) << bits
+        bits += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << bits
+            found.append(value + (found[-2] if len(found) > 2 else 0))
+            value = bits = 0
+    if bits:
+        raise DataError(f'its run lengths are cut off: {AGAIN}')
+    return found
 
 
 # labelme
 
 
-def _read_labelme_folder(folder: Path, faults: list[str]) -> Iterator[Picture]:
-    """Every labelme file in the folder and below, in the order of their names."""
-    files = [path for path in sorted(folder.rglob('*.json')) if not hidden(path, folder)]
+def _read_labelme_folder(folder: Path, findings: Findings) -> Iterator[Picture]:
+    """Every labelme file in the folder and below, in the order of their names.
+
+    A picture is taken to be in the same sub-folder as its file, if there are several of its name.
+    """
+    files = json_files(folder)
     if not files:
         raise DataError(f'{folder} holds no .json: give the annotation file, or labelme files')
     for path in files:
-        inner = []
+        inner = findings._replace(faults=[])
         try:
-            with _listed(faults):
+            with _listed(findings):
                 tool, pictures = _read_file(path, inner)
                 if tool != 'labelme':
                     raise DataError(f'{path} is of {tool}, not of labelme: give that file alone')
-                yield from pictures
+                below = path.parent.relative_to(folder).as_posix()
+                for picture in pictures:
+                    yield picture._replace(name=_name(f'{below}/{picture.name}'))
         finally:
-            faults += [f'{path}: {fault}' for fault in inner]
+            findings.faults.extend(f'{path}: {fault}' for fault in inner.faults)
 
 
 def hidden(path: Path, folder: Path) -> bool:
@@ -481,34 +646,41 @@ def hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith('.') for part in path.relative_to(folder).parts)
 
 
-def _read_labelme(tree: dict[str, Any], faults: list[str]) -> Picture:
+def _read_labelme(tree: dict[str, Any], findings: Findings) -> Picture:
     """labelme writes the way from its file to the picture: of that, the last name is taken."""
     value, name, size, items, regions = tree['imagePath'], 'imagePath', None, [], []
-    with _listed(faults):
+    with _listed(findings):
         name = _name(re.split(r'[/\\]', value)[-1] if isinstance(value, str) else value)
-    with _listed(faults, show(name)):
+    with _listed(findings, show(name)):
         size = _size(tree.get('imageHeight'), tree.get('imageWidth'))
-    with _listed(faults, show(name)):
+        if size is None:
+            raise _PassedOverError(NO_SIZE)
+    with _listed(findings, show(name)):
         items = _list(tree['shapes'], 'its list of shapes')
     for n, item in enumerate(items, 1):
         where = f'{show(name)}, region {n}'
-        with _listed(faults, where):
+        with _listed(findings, where):
             attributes = _attributes({'label': _object(item).get('label')})
             regions.append(Region(where, [_labelme_shape(item)], attributes))
     return Picture(name, size, regions)
 
 
 def _labelme_shape(item: dict[str, Any]) -> Shape:
+    """Also of X-AnyLabeling's kinds: 'rotation', 'quadrilateral', rectangles of four corners."""
     kind = item.get('shape_type') or 'polygon'
     pairs = _list(item.get('points'), 'its list of points')
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise DataError(f'its points are not all pairs of x and y: {REDRAW}')
     points = _points([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    if kind in ('polygon', 'oriented_rectangle'):
+    if kind == 'rectangle' and len(points) == 4:
+        low, high = points.min(0), points.max(0)
+        level = ((points == low) | (points == high)).all()  # then in any order
+        return _rectangle(*low, *high) if level else _polygon(points)
+    if kind in ('polygon', 'oriented_rectangle', 'rotation', 'quadrilateral'):
         return _polygon(points)
     if kind in ('line', 'linestrip'):
         return _polyline(points)
-    if kind not in ('rectangle', 'circle'):
+    if kind not in ('rectangle', 'circle', 'mask'):
         raise _unknown_shape(kind)
     if len(points) != 2:
         raise DataError(f'it is a {kind} of {count(len(points), "point")}, not two: {REDRAW}')
@@ -516,10 +688,41 @@ def _labelme_shape(item: dict[str, Any]) -> Shape:
     if kind == 'circle':  # its centre and a point on it
         radius = math.hypot(x1 - x0, y1 - y0)
         return _ellipse(x0, y0, radius, radius)
+    if kind == 'mask':
+        return _labelme_mask(item.get('mask'), points)
     return _rectangle(x0, y0, x1, y1)
 
 
+def _labelme_mask(value: Any, corners: np.ndarray) -> Shape:
+    """A PNG in base64, not 0 inside; its first and its last pixel are the corners."""
+    (x0, y0), (x1, y1) = np.rint([corners.min(0), corners.max(0)]).astype(int).tolist()
+    try:
+        content = io.BytesIO(base64.b64decode(value, validate=True))
+        with Image.open(content, formats=('PNG',)) as picture:
+            width, height = picture.size
+            if abs(width - (x1 - x0 + 1)) > 1 or abs(height - (y1 - y0 + 1)) > 1:
+                raise DataError(
+                    f'its mask is {width} x {height} pixels, between its corners are '
+                    f'{x1 - x0 + 1} x {y1 - y0 + 1}: {REDRAW}'
+                )
+            if width * height > MAX_PIXELS:
+                raise DataError(f'its mask is {width} x {height} pixels, too large: {REDRAW}')
+            inside = np.asarray(picture) > 0
+    except DataError:
+        raise
+    except Exception as error:  # base64's, and whatever a damaged picture leads Pillow's parser to
+        raise DataError(f'its mask is no PNG ({first_line(error)}): {REDRAW}') from error
+    if inside.ndim != 2:
+        raise DataError(f'its mask is in colour: {REDRAW}')
+    return _mask(inside, x0, y0)
+
+
 # Classes
+
+
+def is_background(name: str) -> bool:
+    """'background' as any tool writes it: labelme '_background_', others '__background__'."""
+    return name.strip('_').lower() == 'background'
 
 
 def _choose_attribute(regions: Sequence[Region], attribute: str) -> tuple[str, list[str]]:
@@ -538,43 +741,68 @@ def _choose_attribute(regions: Sequence[Region], attribute: str) -> tuple[str, l
 
 
 def _number_classes(
-    regions: Sequence[Region], classes: Mapping[str, int] | None, attribute: str
-) -> tuple[dict[str, int], list[int], str, list[str]]:
-    """({class name: number}, each region's number, a note that says both, faults)."""
+    regions: Sequence[Region],
+    classes: Mapping[str, int] | None,
+    attribute: str,
+    declared: Sequence[str],
+) -> tuple[dict[str, int], list[int], str, str, list[str]]:
+    """({class name: number}, each region's number, the attribute that tells them apart, a note that
+    says all, faults).
+    """
     numbers = {'background': 0, **(classes or {})}
     attribute, faults = _choose_attribute(regions, attribute)
     if faults:
-        return numbers, [0] * len(regions), '', faults
-    if not attribute:
+        return numbers, [0] * len(regions), '', '', faults
+    if not attribute and not declared:
         names = [name for name in classes or ['region'] if numbers.get(name, 1)]
         if len(names) > 1 and regions:
             faults.append(f'no region has an attribute that tells {some(names)} apart: give one')
         name = names[0] if names else 'region'
         number = numbers.setdefault(name, 1)
-        return numbers, [number] * len(regions), f'every region is {show(name)} = {number}', faults
-    found = Counter()
+        note = f'every region is {show(name)} = {number}'
+        return numbers, [number] * len(regions), '', note, faults
+    attribute, values = attribute or 'category', []
     for region in regions:
         value = region.attributes.get(attribute)
         if value is None:
             faults.append(f'{region.where} has no {show(attribute)}: fill it in, or delete it')
         elif isinstance(value, tuple):
             faults.append(f'{region.where} has {show(attribute)} {show(value)}: leave one ticked')
-        else:
-            found[value] += 1
-    new = sorted(value for value in found if value not in numbers)
-    if classes and new:
-        told = some([f'{show(value)} ({count(found[value], "region")})' for value in new], 254)
-        known = some([show(name) for name in numbers], 254)
-        faults.append(f'{show(attribute)} has values that are no class: {told}; known are {known}')
-    elif len(new) > 254:
+        elif value not in numbers and is_background(value):
+            value = 'background'
+        values.append(value)
+    found = Counter(value for value in values if isinstance(value, str))
+    # Of what a file lists a number depends on no region: a file of some classes has the same.
+    listed = () if classes else declared or sorted(found)
+    new = [name for name in dict.fromkeys(listed) if name != 'background']
+    if len(new) > 254:
         faults.append(
             f'{show(attribute)} has {len(new)} values, a mask holds 254: give the classes, or '
             'another attribute'
         )
+    elif odd := [show(name) for name in new if len(name) > 200 or not name.isprintable()]:
+        faults.append(
+            f'{show(attribute)} has values that are no names, as which 200 printable characters '
+            f'will do: {some(odd)}'
+        )
     else:
-        numbers |= {value: number for number, value in enumerate(new, 1)}
+        numbers |= {name: number for number, name in enumerate(new, 1)}
+        faults += _unknown_classes(found, numbers, attribute)
     told = some([f'{show(name)} = {number}' for name, number in numbers.items()], 254)
-    how = 'as given' if classes else 'numbered in sorted order, unless classes are given'
-    values = [region.attributes.get(attribute) for region in regions]
+    how = 'in the order of their ids' if declared else 'those found, in sorted order'
+    note = f'classes by {show(attribute)}: {told} ({"as given" if classes else how})'
     labels = [numbers.get(value, 0) if isinstance(value, str) else 0 for value in values]
-    return numbers, labels, f'classes by {show(attribute)}: {told} ({how})', faults
+    return numbers, labels, attribute, note, faults
+
+
+def _unknown_classes(
+    found: Mapping[str, int], numbers: Mapping[str, int], attribute: str
+) -> Iterator[str]:
+    if unknown := sorted(found.keys() - numbers.keys()):
+        told = some([f'{show(name)} ({count(found[name], "region")})' for name in unknown], 254)
+        known = some([show(name) for name in numbers], 254)
+        yield (
+            f'{show(attribute)} has values that are no class: {told}; known are {known}: rename '
+            'or remove them there, or before training add them to the classes '
+            '(model.class_names; of data.via --classes)'
+        )

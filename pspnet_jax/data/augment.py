@@ -3,7 +3,7 @@
 Flip, scale, rotation, elastic deformation and crop are composed into one map from
 output pixel to input position, so each picture is interpolated once: the image
 bilinearly, the mask by its nearest neighbour. What falls outside the picture is the
-image's own minimum and, in the mask, the ignore label.
+image's own minimum and, in the mask, the ignored label.
 """
 
 import jax
@@ -29,15 +29,17 @@ def augment(
     gain: float = 0.0,
     bias: float = 0.0,
     noise: float = 0.0,
+    ignore_label: int = IGNORE_LABEL,
 ) -> tuple[jax.Array, jax.Array]:
     """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
 
-    crop: side of the square output, placed at random; 0 keeps the size. flip:
+    crop: side of the square output, placed at random, at whole pixels where neither scale, rotate
+    nor elastic moves them; 0 keeps the size. flip:
     probability of a left-right mirror, flip_vertical: of an upside-down one. scale: 0.1
     zooms by 1/1.1 .. 1.1. rotate: degrees. elastic: standard deviation of the field in
-    pixels. gain: channel-wise factor 1 +- gain. bias: channel-wise shift, and noise: pixel
-    noise's largest standard deviation, in units of the normalised image. Raises ValueError for a
-    crop larger than the image.
+    pixels, the same everywhere. gain: channel-wise factor 1 +- gain. bias: channel-wise shift,
+    and noise: pixel noise's largest standard deviation, in units of the normalised image.
+    ignore_label: of what falls outside. Raises ValueError for a crop larger than the image.
     """
     h, w = mask_HW.shape
     out_h, out_w = (crop, crop) if crop else (h, w)
@@ -57,7 +59,10 @@ def augment(
         rows = jnp.where(over, -rows, rows)
     angle = jnp.deg2rad(uniform(keys[1], rotate))
     zoom = jnp.exp(-uniform(keys[2], jnp.log1p(scale)))
-    shift = uniform(keys[3], 0.5, (2,)) * jnp.array([h - out_h, w - out_w])
+    room, place = jnp.array([h - out_h, w - out_w]), uniform(keys[3], 0.5, (2,))
+    shift = place * room
+    if not (scale or rotate or elastic):  # between pixels it would blur, and take noise away
+        shift = jnp.minimum(jnp.floor((place + 0.5) * (room + 1)), room) - room / 2
     rows, columns = (
         zoom * (jnp.cos(angle) * rows - jnp.sin(angle) * columns) + (h - 1) / 2 + shift[0],
         zoom * (jnp.sin(angle) * rows + jnp.cos(angle) * columns) + (w - 1) / 2 + shift[1],
@@ -65,6 +70,13 @@ def augment(
     if elastic > 0.0:
         field = elastic * jax.random.normal(keys[4], (2, ELASTIC_GRID, ELASTIC_GRID))
         field = jax.image.resize(field, (2, out_h, out_w), 'cubic')
+        # Between control points it is a mean of independent ones, of a smaller deviation.
+        shares = (
+            jax.image.resize(jnp.eye(ELASTIC_GRID), (n, ELASTIC_GRID), 'cubic')
+            for n in (out_h, out_w)
+        )
+        down, across = (jnp.linalg.norm(share, axis=1) for share in shares)
+        field = field / jnp.outer(down, across)[None]
         rows, columns = rows + field[0], columns + field[1]
 
     def sample(picture, order, outside):
@@ -73,7 +85,7 @@ def augment(
     lowest_11C = image_HWC.min(axis=(0, 1), keepdims=True)
     above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_11C)
     image_HWC = above + lowest_11C
-    mask_HW = sample(mask_HW, 0, IGNORE_LABEL)
+    mask_HW = sample(mask_HW, 0, ignore_label)
 
     channels = (1, 1, image_HWC.shape[-1])
     image_HWC = image_HWC * (1.0 + uniform(keys[5], gain, channels))

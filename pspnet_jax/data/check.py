@@ -21,7 +21,7 @@ from pspnet_jax import cli, visualize
 from pspnet_jax.config import validate
 from pspnet_jax.data import files, sources, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.errors import ConfigError, DataError, say
 
 THUMB = 16  # pixels a side of what is compared
 ALIKE = 0.999  # correlation of two thumbnails from which they are the same picture
@@ -63,7 +63,9 @@ def leaks(
                 yield int(block[i]), int(there[j])
 
 
-def contact_sheet(slices: Slices, augment_options: dict, seed: int) -> np.ndarray:
+def contact_sheet(
+    slices: Slices, augment_options: dict, seed: int, ignore_label: int = IGNORE_LABEL
+) -> np.ndarray:
     """RGB uint8: SHEET slices with most lesion, one a patient where there are enough, with their
     outlines; below each two of its augmentations, as the network gets them.
     """
@@ -85,11 +87,13 @@ def contact_sheet(slices: Slices, augment_options: dict, seed: int) -> np.ndarra
         normal = volumes.normalize(image, intensity)
         for n in range(2):
             key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
-            changed, labels = augment(key, normal, mask.astype(np.int32), **augment_options)
+            changed, labels = augment(
+                key, normal, mask.astype(np.int32), ignore_label=ignore_label, **augment_options
+            )
             changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
             picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
             labels = np.asarray(labels)
-            labels = np.where(labels == IGNORE_LABEL, 0, labels).astype(np.uint8)
+            labels = np.where(labels == ignore_label, 0, labels).astype(np.uint8)
             cells.append(_cell(visualize.outline(picture, labels)))
         columns.append(np.concatenate(cells))
     return np.concatenate(columns, axis=1)
@@ -104,8 +108,31 @@ def _cell(picture: np.ndarray) -> np.ndarray:
     return np.asarray(cell)
 
 
+def _missing(pixels: dict[int, int], num_classes: int) -> list[str]:
+    """A fault for each class that no pixel has."""
+    there = [label for label in range(num_classes) if label in pixels]
+    if there in ([0], []):
+        return [
+            'no pixel is of any class but 0: look at a mask, and say what its values are by '
+            'data.mask_format, data.mask_colors or data.label_map'
+        ]
+    faults = []
+    for label in sorted(set(range(num_classes)) - set(there)):
+        remedy = f'lower model.num_classes to {there[-1] + 1}'
+        if label < there[-1]:
+            places = {old: new for new, old in enumerate(there) if old != new}
+            remedy = (
+                f'if there is none, number the others without a gap, data.label_map="{places}" '
+                f'with model.num_classes={len(there)}'
+            )
+        faults.append(f'no pixel is of class {label}: {remedy}')
+    return faults
+
+
 def check(config, out: str | Path) -> None:
     """Print what is in the data set; raise DataError with all its faults."""
+    from pspnet_jax.train import normalize_by_weights  # which imports nearly everything
+
     validate(config)
     slices, parts = sources.load(config)
     for name, patients in parts.items():
@@ -115,17 +142,21 @@ def check(config, out: str | Path) -> None:
     total = sum(pixels.values())
     shares = (f'{label}: {100 * n / total:.2f} %' for label, n in pixels.items())
     print('classes    ' + ', '.join(shares))
-    missing = set(range(config.model.num_classes)) - pixels.keys()
     train = volumes.select(slices, parts['train'])
     if config.data.size:
         train = volumes.resized(train, config.data.size)
     path = Path(out) / 'contact_sheet.png'
-    sheet = contact_sheet(train, config.augment.to_dict(), config.seed)
+    sheet = contact_sheet(train, config.augment.to_dict(), config.seed, config.loss.ignore_label)
     with files.writing(path) as aside:
         Image.fromarray(sheet).save(aside, 'png')
-    print(f'written to {path}')
+    say(f'written to {path}')
 
-    faults = [f'no pixel is of class {label}: lower model.num_classes' for label in sorted(missing)]
+    faults = _missing(pixels, config.model.num_classes)
+    if normalize_by_weights(config):
+        try:
+            volumes.joint_range(slices)
+        except DataError as error:
+            faults.append(str(error))
     found = leaks(thumbs, slices.patient, parts)
     pairs = collections.Counter((str(slices.patient[a]), str(slices.patient[b])) for a, b in found)
     faults += [

@@ -12,28 +12,35 @@ Files are not trusted: what a file says of its size is checked before it is allo
 unpickled, and whatever is wrong becomes one DataError.
 """
 
+import collections
 import contextlib
 import gzip
 import importlib
+import importlib.util
 import itertools
 import logging
 import math
 import os
 import re
+import secrets
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from pspnet_jax.data import tiff
 from pspnet_jax.data.volumes import free_memory
-from pspnet_jax.errors import DataError, first_line, not_written
+from pspnet_jax.errors import DataError, NoRoomError, first_line, not_written
 
 logger = logging.getLogger(__name__)
 
-_with_alpha = itertools.count()  # the first picture with alpha is named
+# The first of a kind is named in the log, the others are like it.
+_with_alpha, _fourth_bands, _alpha_masks, _white_is_zero = (itertools.count() for _ in range(4))
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 NIFTI = ('.nii', '.nii.gz')
@@ -54,10 +61,23 @@ SMALL = 2**26  # bytes that are not worth a question
 # Pillow's own limit is half a slide; `_check_picture` has ours, and looks at the free memory.
 Image.MAX_IMAGE_PIXELS = MAX_VALUES
 
+_HOST = re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())[:40]  # in the names of `writing`
+
 PIL_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')  # others of PIL's start programs
-PIP = {'nibabel': 'nibabel>=5.4,<6', 'pydicom': 'pydicom>=3.0,<4'}
+PIP = {
+    'nibabel': 'nibabel>=5.4,<6',
+    'pydicom': 'pydicom>=3.0,<4',
+    'tifffile': 'tifffile>=2026.3',
+    'imagecodecs': 'imagecodecs>=2026.3',
+}
 # The directions in which slices, rows and columns go, by the axis that is sliced.
 VIEWS = {'axial': 'SPL', 'coronal': 'PIL', 'sagittal': 'LIP'}
+PLACE = ('ImagePositionPatient', 'ImageOrientationPatient')  # of a DICOM slice
+DEFLATED = '1.2.840.10008.1.2.1.99'  # inflated by pydicom whole, however much it gives
+DICOM_TOOLS = {  # what makes a mask of that which is none
+    'SEG': 'convert it to NIfTI, for instance by segimage2itkimage of dcmqi, or by highdicom',
+    'RTSTRUCT': 'convert it to NIfTI, for instance by plastimatch or dcmrtstruct2nii',
+}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
 COMPRESSION = 0x0103  # tag of a TIFF; 1 is none
 ORIENTATION = 0x0112  # EXIF tag: how cameras say that they were held upright
@@ -104,8 +124,9 @@ class Picture(NamedTuple):
 def read(path: str | Path) -> Picture:
     """The picture or volume of a file, of a folder of slices or of a folder with a DICOM series.
 
-    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says);
-    a 4-dimensional NIfTI its last axis. Whole numbers from 0 to 65535 stay whole, others become
+    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says); TIFFs the
+    channels and bands that they name, a 4-dimensional NIfTI its last axis. Negatives (TIFF, DICOM)
+    come as viewers show them. Whole numbers from 0 to 65535 stay whole, others become
     float32 with the file's slope and intercept applied. Values that are no number become 0, which
     the log says. Arrays (.npy) are D H W C, H W C or H W. Raises DataError.
     """
@@ -117,9 +138,10 @@ def read(path: str | Path) -> Picture:
 def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
     """D H W integers, or D H W 3 of an RGB mask: the values as they are stored.
 
-    Palette pictures give their indices, 1-bit ones 0 and 1. Volumes are turned as `read` turns
-    them; with `like`, the image that the mask belongs to, size and place in space must agree.
-    Arrays (.npy) are D H W or H W. Raises DataError, for values that are not whole too.
+    Palette pictures give their indices (`read_palette` the colours), 1-bit ones 0 and 1, those of
+    one colour their alpha. Volumes are turned as `read` turns them; with `like`, the image that the
+    mask belongs to, size and place in space must agree. Arrays (.npy) are D H W or H W. Raises
+    DataError, for values that are not whole too.
     """
     path = Path(path).expanduser()
     mask = _load(path, labels=True)
@@ -135,17 +157,42 @@ def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
     return labels
 
 
+def read_palette(path: str | Path) -> np.ndarray | None:
+    """D H W 3 uint8: what `read_labels` gives, in the colours that a palette shows; None of masks
+    that have none. Raises DataError.
+    """
+    path = Path(path).expanduser()
+    if _suffix(path) not in PICTURES or os.path.isdir(path):
+        return None
+    with _reading(path, 'picture'):
+        is_tiff = tiff.starts_tiff(path)
+        pages = _count_pages(path) if is_tiff else 1
+        if is_tiff and tiff.beyond_pillow(path, pages, labels=True):
+            return None
+        shown = []
+        with Image.open(path, formats=PIL_FORMATS) as picture:
+            for page in range(pages if picture.mode == 'P' else 0):
+                if pages > 1:
+                    picture.seek(page)
+                _check_picture(picture, path, 3 * pages, path.stat().st_size)
+                turn = UPRIGHT.get(orientation(picture), np.asarray)
+                shown.append(turn(np.array(picture.convert('RGB'))))
+        return np.stack(shown) if shown else None
+
+
 def stack(pictures: Sequence[Picture]) -> Picture:
     """One picture of the channels of several (the sequences of an MRI), in their order.
 
     Raises DataError where size, spacing or place in space differ.
     """
     first = pictures[0]
+    if len(pictures) == 1:
+        return first
     for other in pictures[1:]:
         _check_same_grid(other, first)
     size = sum(picture.image.size for picture in pictures)
     dtype = np.result_type(*(picture.image.dtype for picture in pictures))
-    _check_size(first.source, (size,), dtype)
+    _check_size(first.source, (size,), dtype.itemsize)
     image = np.concatenate([picture.image for picture in pictures], axis=-1, dtype=dtype)
     return first._replace(image=image)
 
@@ -157,11 +204,11 @@ def stem(path: str | Path) -> str:
 
 
 def find(folder: str | Path) -> dict[str, Path]:
-    """{stem: file}, by name, of the pictures and volumes below the folder.
+    """{path below the folder, without ending: file}, in order, of the pictures and volumes in it.
 
-    A subfolder that holds DICOM files is one volume, of the subfolder's name; hidden files are
-    left out. One DataError lists every symlink that leads out of the folder and every two files
-    of one stem.
+    Names are NFC, which macOS does not keep. DICOM goes as `gather_dicom` says; hidden files are
+    left out. One DataError lists every symlink that leads out of the folder, every two files that
+    differ by their ending alone and every folder that is closed.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -169,7 +216,8 @@ def find(folder: str | Path) -> dict[str, Path]:
     root = os.path.realpath(folder)
     found: dict[str, Path] = {}
     faults = []
-    for here, folders, names in os.walk(folder):
+    closed = []
+    for here, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         names = sorted(name for name in names if not name.startswith('.'))
         for name in (*folders, *names):
@@ -177,19 +225,91 @@ def find(folder: str | Path) -> dict[str, Path]:
             target = os.path.realpath(path)
             if path.is_symlink() and os.path.commonpath((root, target)) != root:
                 faults.append(f'{path} is a link to {target}, outside of {folder}: copy it there')
-        files = [Path(here, name) for name in names if _suffix(name)]
-        if Path(here) != folder and any(_suffix(path) in DICOM for path in files):
-            files = [path for path in files if _suffix(path) not in DICOM] + [Path(here)]
-        for path in files:
+        paths = [Path(here, name) for name in names]
+        dicom = [path for path in paths if is_dicom(path)]
+        entries, _ = gather_dicom(dicom, folder, whole=False)
+        for path in [path for path in paths if _suffix(path) and path not in dicom] + entries:
             name = path.name if path.is_dir() else stem(path)
+            name = unicodedata.normalize('NFC', (path.parent / name).relative_to(folder).as_posix())
             if name in found:
                 faults.append(f'{found[name]} and {path} are both called {name}: rename one')
             found.setdefault(name, path)
+    faults += [f'{error.filename} can not be listed ({error.strerror})' for error in closed]
     if faults:
         raise DataError(f'{len(faults)} fault(s) in {folder}:', faults)
     if not found:
         raise DataError(f'{folder} holds no picture: the endings known are {", ".join(SUFFIXES)}')
     return dict(sorted(found.items()))
+
+
+def is_dicom(path: Path) -> bool:
+    """By the ending, or by its first bytes where there is none that is known."""
+    return _suffix(path) in DICOM or (not _suffix(path) and path.is_file() and _says_dicom(path))
+
+
+def gather_dicom(
+    dicom: Iterable[Path], root: Path, whole: bool = True
+) -> tuple[list[Path], dict[Path, str]]:
+    """(what to `read`, {file that is passed over: what it holds}) of DICOM files below `root`.
+
+    A folder is one volume, and goes by its name, where two or more of its files are slices that
+    share their series and say where they lie; so does one that holds a single file. Of other
+    folders each picture is by itself (radiographs, ultrasound), and of `root` unless it may be the
+    `whole` volume. What holds no picture (RTSTRUCT, reports) is passed over where pictures are
+    beside it.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted(dicom):
+        folders.setdefault(path.parent, []).append(path)
+    entries, others = [], {}
+    for folder, paths in folders.items():
+        looks = {path: _look_at_dicom(path) for path in paths}
+        pictures = [path for path in paths if not (looks[path] and looks[path].other)] or paths
+        others |= {path: looks[path].other for path in paths if path not in pictures}
+        series = collections.Counter(look.series for look in looks.values() if look and look.series)
+        volume = max(series.values(), default=0) > 1
+        by_name = volume or not any(looks.values()) or (len(pictures) == 1 and folder != root)
+        if by_name and (whole or folder != root):
+            entries.append(folder)
+            continue
+        if volume:
+            logger.warning(
+                '%s itself holds the slices of %d DICOM series, which count as pictures: put each '
+                'series into a folder of its own, and they are volumes', folder, len(series),
+            )  # fmt: skip
+        entries += pictures
+    if others:
+        logger.info('passed over, as they hold no picture: %s', _named(others))
+    return entries, others
+
+
+class _Look(NamedTuple):
+    """At a DICOM header: the series of a slice that says where it lies, else ''; and what it is
+    that holds no picture, else ''.
+    """
+
+    series: str
+    other: str
+
+
+def _look_at_dicom(path: Path) -> _Look | None:
+    """None of what can't be read, which reading reports."""
+    tags = ['SeriesInstanceUID', 'SOPClassUID', 'Modality', 'Rows', *PLACE]
+    try:
+        pydicom = _imported('pydicom', path)
+        if _dicom_syntax(path, pydicom) == DEFLATED:
+            return None
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        placed = all(header.get(tag) for tag in PLACE)
+        return _Look(str(header.get('SeriesInstanceUID', '')) * placed, _no_picture(header))
+    except Exception:  # of any kind, as decoders raise what a damaged file leads them to
+        return None
+
+
+def _named(others: Mapping[Path, str]) -> str:
+    """'rs.dcm (RTSTRUCT), sr.dcm (SR) and 3 more'."""
+    some = ', '.join(f'{path.name} ({what})' for path, what in list(others.items())[:8])
+    return some + (f' and {len(others) - 8} more' if len(others) > 8 else '')
 
 
 def output_suffix(like: Picture) -> str:
@@ -269,7 +389,7 @@ def _load_folder(folder: Path, labels: bool) -> Picture:
     with _reading(folder, 'folder'):
         files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != '.']
     pictures = sorted((path for path in files if _suffix(path) in PICTURES), key=_numbers_in_order)
-    dicom = sorted(path for path in files if _suffix(path) in DICOM or _says_dicom(path))
+    dicom = sorted(path for path in files if is_dicom(path))
     if not pictures and not dicom:
         raise DataError(f'{folder} holds neither slices ({", ".join(PICTURES)}) nor DICOM files')
     if pictures and dicom:
@@ -284,18 +404,14 @@ def _load_folder(folder: Path, labels: bool) -> Picture:
 
 def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
     """D H W C of one picture, its pages, or pictures that are the slices of a volume."""
-    image = None
-    for d, path in enumerate(paths):
-        with _reading(path, 'picture'), Image.open(path, formats=PIL_FORMATS) as picture:
-            pages = _count_pages(picture, path)
-            if pages > 1 and len(paths) > 1:
-                raise DataError(f'{path} has {pages} pages among single slices: read it by itself')
-            for page in range(pages):
-                if pages > 1:
-                    picture.seek(page)
-                _check_picture(picture, path, len(paths) * pages, path.stat().st_size * len(paths))
-                turn = UPRIGHT.get(orientation(picture), np.asarray)
-                pixels = turn((_label_pixels if labels else _image_pixels)(picture, path, page))
+    image, d = None, 0
+    for path in paths:
+        with _reading(path, 'picture'):
+            for page, (pages, pixels) in enumerate(_pages(path, labels, len(paths))):
+                if pages > 1 and len(paths) > 1:
+                    raise DataError(
+                        f'{path} has {pages} pages among single slices: read it by itself'
+                    )
                 if image is None:
                     image = np.empty((len(paths) * pages, *pixels.shape), pixels.dtype)
                 if (pixels.shape, pixels.dtype) != (image.shape[1:], image.dtype):
@@ -304,8 +420,70 @@ def _load_pages(paths: Sequence[Path], labels: bool) -> np.ndarray:
                         f'{pixels.shape} {pixels.dtype}, {paths[0]} {image.shape[1:]} '
                         f'{image.dtype}: the slices of a volume are alike'
                     )
-                image[d + page] = pixels
+                image[d] = pixels
+                d += 1
     return image
+
+
+def _pages(path: Path, labels: bool, beside: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(how many there are, H W C) of each page of one of `beside` files that are read together."""
+    is_tiff = tiff.starts_tiff(path)
+    pages = _count_pages(path) if is_tiff else 1
+    if is_tiff and (why := tiff.beyond_pillow(path, pages, labels)):
+        values = _by_tifffile(path, why, labels)
+        yield from ((len(values), pixels) for pixels in values)
+        return
+    with Image.open(path, formats=PIL_FORMATS) as picture:
+        for page in range(pages):
+            if pages > 1:
+                picture.seek(page)
+            _check_picture(picture, path, beside * pages, path.stat().st_size * beside)
+            turn = UPRIGHT.get(orientation(picture), np.asarray)
+            yield pages, turn((_label_pixels if labels else _image_pixels)(picture, path, page))
+
+
+def _by_tifffile(path: Path, why: str, labels: bool) -> np.ndarray:
+    """D H W C of a TIFF that is not Pillow's; channels are those that its metadata names."""
+    needed = 'tifffile'
+    try:
+        packed = tiff.compression(path)
+        if packed not in tiff.UNPACKED:
+            raise DataError(
+                f'{path} {why}: save it uncompressed, for instance by tifffile and imagecodecs: '
+                "python -c \"import tifffile as t; t.imwrite('NEW.tif', t.imread('OLD.tif'))\""
+            )
+        tifffile = importlib.import_module('tifffile')
+        if packed != 1:
+            needed = importlib.import_module('imagecodecs').__name__
+    except ImportError as error:
+        both = ' '.join(f'"{PIP[name]}"' for name in ('tifffile', 'imagecodecs'))
+        pip = both if packed != 1 else f'"{PIP[needed]}"'
+        raise DataError(f'{path} {why}: to read it, pip install {pip}') from error
+    with tifffile.TiffFile(path, _multifile=False) as file:  # others that it names are not opened
+        first, *others = file.series
+        if file.is_ome and first.kind != 'ome':
+            raise DataError(f'{path} has OME planes in other files, or damaged: export it as one')
+        if any(not series.keyframe.is_reduced for series in others):
+            raise DataError(f'{path} holds {1 + len(others)} images: save each as a file')
+        _check_size(path, first.shape, first.dtype.itemsize)
+        size = math.prod(first.shape)
+        if size > max(SMALL, PICTURE_RATIO * path.stat().st_size):
+            words = ' x '.join(map(str, first.shape))
+            raise DataError(f'{path} is too short for its {words} values: copy it again')
+        if any(page is None for page in first.pages):
+            raise DataError(f'{path} lacks pages that its metadata names: export it again')
+        values = tiff.arrange(first.asarray(maxworkers=1), first.axes, path)
+        white_is_zero = first.keyframe.photometric == tiff.WHITE_IS_ZERO
+    if len(values) > MAX_SLICES:
+        raise DataError(f'{path} has more than {MAX_SLICES} pages: split it')
+    return _brighter_is_higher(values, path) if white_is_zero and not labels else values
+
+
+def _brighter_is_higher(values: np.ndarray, path: Path) -> np.ndarray:
+    """Of an image that is stored as a negative, what viewers show; Pillow does it at 8 bits."""
+    if values.dtype.kind != 'u':
+        raise DataError(f'{path} stores white as 0 in {values.dtype}: save it with black as 0')
+    return np.iinfo(values.dtype).max - values
 
 
 def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int) -> None:
@@ -313,7 +491,7 @@ def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int)
     bytes that hold them, before they are decoded.
     """
     size = (pictures, *picture.size[::-1], len(picture.getbands()))
-    _check_size(path, size, _dtype_of(picture))
+    _check_size(path, size, _dtype_of(picture).itemsize)
     if max(picture.size) > MAX_SIDE:
         words = ' x '.join(map(str, picture.size[::-1]))
         raise DataError(f'{path} is {words}, the limit is {MAX_SIDE} pixels a side: cut it up')
@@ -327,12 +505,10 @@ def _check_picture(picture: Image.Image, path: Path, pictures: int, stored: int)
         raise DataError(f'{path} is too short for its {words} values: copy it again')
 
 
-def _count_pages(picture: Image.Image, path: Path) -> int:
+def _count_pages(path: Path) -> int:
     """Pages of a TIFF along their directories, as Pillow goes, but without reading the entries:
     directories that overlap make a file of 1 MB hours of work.
     """
-    if picture.format != 'TIFF':
-        return 1
     size = path.stat().st_size
     with open(path, 'rb') as file:
         head = file.read(16)
@@ -372,6 +548,27 @@ def orientation(picture: Image.Image) -> int:
     return 1
 
 
+def turn_by_exif(path: Path) -> int:
+    """The orientation that a picture's file asks for, of UPRIGHT; 1 of all else."""
+    if _suffix(path) not in PICTURES or not os.path.isfile(path):
+        return 1
+    try:
+        with Image.open(path, formats=PIL_FORMATS) as picture:
+            if picture.format == 'TIFF':
+                return picture.tag_v2.get(ORIENTATION, 1)
+            return orientation(picture)
+    except Exception:  # of any kind, as decoders raise; reading reports it
+        return 1
+
+
+def is_square(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=PIL_FORMATS) as picture:
+            return picture.width == picture.height
+    except Exception:
+        return False
+
+
 def _dtype_of(picture: Image.Image) -> np.dtype:
     deep = picture.mode in ('I', 'F')
     return np.dtype(np.float32 if deep else np.uint16 if '16' in picture.mode else np.uint8)
@@ -383,6 +580,7 @@ def _image_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
         logger.info('%s: alpha is dropped, here and in others', path)
     if picture.mode in ('RGB', 'RGBA') and _is_deep(picture):
         return _deep_colour(picture, path, page)
+    _warn_of_fourth_band(picture, path)
     if picture.mode in ('P', 'PA', 'RGBA'):
         picture = picture.convert('RGB')
     elif picture.mode in ('1', 'LA'):
@@ -390,16 +588,57 @@ def _image_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
     elif picture.mode not in ('L', 'RGB', 'F') and picture.mode[0] != 'I':
         raise DataError(f'{path} is {picture.mode}: convert it to grey or RGB')
     pixels = np.array(picture)
+    if picture.mode == 'I' and picture.format == 'TIFF' and tiff.is_unsigned(picture):
+        pixels = pixels.view(np.uint32)  # Pillow has no such mode
+    if pixels.dtype == np.uint16 and _is_white_zero(picture):
+        pixels = _brighter_is_higher(pixels, path)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def _warn_of_fourth_band(picture: Image.Image, path: Path) -> None:
+    """Some programs say of any fourth band that it is alpha: near infrared, a fourth stain."""
+    if picture.mode != 'RGBA' or picture.format != 'TIFF':
+        return
+    different = len(np.unique(np.array(picture)[..., 3]))
+    if different > 2 and not next(_fourth_bands):
+        logger.warning(
+            '%s says that its fourth band, of %d different values, is alpha: it is dropped, here '
+            'and in others; if it is a channel, save the TIFF with ExtraSamples 0',
+            path,
+            different,
+        )
+
+
 def _label_pixels(picture: Image.Image, path: Path, page: int) -> np.ndarray:
-    """H W C: one channel, or the three of an RGB mask, as they are stored."""
+    """H W C: one channel, or the three of an RGB mask, as they are stored.
+
+    Where all is of one colour and alpha is not, the mask is alpha.
+    """
     if picture.mode == 'PA':
         raise DataError(f'{path} has a palette with alpha: save the mask without alpha')
     if picture.mode in ('1', 'P'):
         return np.array(picture)[..., None]
+    if _is_white_zero(picture):
+        if not next(_white_is_zero):
+            logger.warning(
+                '%s says that 0 is white: of masks, here and in others, the stored values count',
+                path,
+            )
+        stored = np.array(picture)[..., None]
+        return 255 - stored if picture.mode == 'L' else stored  # Pillow turned 8 bits round
+    if picture.mode in ('LA', 'RGBA'):
+        pixels = np.array(picture)
+        colour, alpha = pixels[..., :-1], pixels[..., -1:]
+        if (colour == colour[:1, :1]).all() and (alpha < 255).any():
+            if not next(_alpha_masks):
+                logger.info('%s: the mask is in the alpha channel, here and in others', path)
+            return alpha
     return _image_pixels(picture, path, page)
+
+
+def _is_white_zero(picture: Image.Image) -> bool:
+    """Of a TIFF of numbers; 1-bit ones are read as they are shown."""
+    return picture.format == 'TIFF' and picture.tag_v2.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
 
 
 def _is_deep(picture: Image.Image) -> bool:
@@ -428,6 +667,7 @@ def _deep_colour(picture: Image.Image, path: Path, page: int) -> np.ndarray:
         raw = _rawmode(tile)[:-1] + swap[_rawmode(tile)[-1]]
         return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
 
+    _warn_of_fourth_band(picture, path)
     upper = np.array(picture)[..., :3].astype(np.uint16)
     with Image.open(path, formats=PIL_FORMATS) as again:
         if page:
@@ -440,7 +680,7 @@ def _load_array(path: Path, labels: bool) -> Picture:
     with _reading(path, 'array'):
         # Mapped, so that a shape that the file is too short for is refused and not allocated.
         mapped = np.lib.format.open_memmap(path, mode='r')
-        _check_size(path, mapped.shape, mapped.dtype)
+        _check_size(path, mapped.shape, mapped.dtype.itemsize)
         values = np.array(mapped)
     if values.ndim == 2:
         values = values[None, ..., None]
@@ -463,12 +703,13 @@ def _load_nifti(path: Path, labels: bool) -> Picture:
             raise DataError(
                 f'{path} has the dimensions {shape}: 3, or 4 with the channels last, are read'
             )
-        _check_size(path, shape, dtype if dtype.itemsize < 4 else np.dtype(np.float32))
-        stored = path.stat().st_size * (GZIP_RATIO if _is_gzip(path) else 1)
+        _check_size(path, shape, 2 * dtype.itemsize + 4)  # as stored, turned, and as a number
+        stored = path.stat().st_size * (GZIP_RATIO if _starts_gzip(path) else 1)
         if stored < int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise DataError(f'{path} is shorter than its dimensions {shape} say: copy it again')
-        proxy = nibabel.arrayproxy.ArrayProxy(str(path), header, mmap=False)
-        values, slope, intercept = proxy.get_unscaled(), proxy.slope, proxy.inter
+        with _unzipped(path) as file:
+            proxy = nibabel.arrayproxy.ArrayProxy(file, header, mmap=False)
+            values, slope, intercept = proxy.get_unscaled(), proxy.slope, proxy.inter
         if (slope, intercept) != (1, 0):
             wide = np.float64 if labels else np.float32  # labels must come out whole
             values = np.multiply(values, wide(slope), dtype=wide)
@@ -481,7 +722,7 @@ def _load_nifti(path: Path, labels: bool) -> Picture:
 
 def _nifti_header(path: Path, nibabel):
     """nibabel's header, without extensions: what is behind it in a file may be of any size."""
-    with gzip.open(path) if _is_gzip(path) else open(path, 'rb') as file:
+    with _unzipped(path) as file:
         block = file.read(540)
     second = 540 in (int.from_bytes(block[:4], order) for order in ('little', 'big'))
     kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
@@ -497,12 +738,29 @@ def _nifti_header(path: Path, nibabel):
 def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
     """A single file, or files that are the slices of one series."""
     pydicom = _imported('pydicom', source)
-    slices = []
+    slices, others = [], {}
     for path in files:
         with _reading(path, 'DICOM file'):
-            slices.append((path, _dicom_header(path, pydicom)))
+            header = _dicom_header(path, pydicom)
+            if what := _no_picture(header):
+                others[path] = what
+            else:
+                slices.append((path, header))
+    if not slices:
+        path, what = next(iter(others.items()))
+        remedy = DICOM_TOOLS.get(what, 'leave it out')
+        raise DataError(f'{path} is DICOM of the kind {what}, which holds no picture: {remedy}')
+    if others:
+        logger.info('%s: passed over, as they hold no slice: %s', source, _named(others))
+    for path, header in slices:
+        with _reading(path, 'DICOM file'):
+            _check_dicom(header, path, pydicom)
     with _reading(source, 'DICOM series'):
         series = {str(header.get('SeriesInstanceUID', '')) for _, header in slices}
+        if len(slices) > 1 and not any(header.get(PLACE[0]) for _, header in slices):
+            raise DataError(
+                f'{source} holds DICOM files without position, which are no series: give each file'
+            )
         if len(series) > 1:
             raise DataError(f'{source} holds {len(series)} DICOM series: give each its own folder')
         order, affine, spacing = _dicom_geometry(slices, source)
@@ -510,13 +768,15 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
     for d, i in enumerate(order):
         path, header = slices[i]
         with _reading(path, 'DICOM file'):
-            size = (len(files), header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
-            _check_size(path, size, np.dtype(np.float32))
-            if math.prod(size[1:]) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
-                raise DataError(f'{path} is too short for its {size[1:]} values: copy it again')
+            size = (header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
+            _check_size(path, (len(slices), *size), 0)
+            if math.prod(size) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
+                raise DataError(f'{path} is too short for its {size} values: copy it again')
+            if image is None:  # as it is stored, and turned
+                check_room(source, 8 * len(slices) * math.prod(size))
             pixels = _dicom_pixels(path, pydicom, labels)
             if image is None:
-                image = np.empty((len(files), *pixels.shape), pixels.dtype)
+                image = np.empty((len(slices), *pixels.shape), pixels.dtype)
             if pixels.shape != image.shape[1:]:
                 raise DataError(
                     f'{path} is {pixels.shape}, {slices[order[0]][0]} {image.shape[1:]}: '
@@ -531,22 +791,66 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
         return _turned(image.transpose(2, 1, 0, 3), affine, None, 1.0, source)
 
 
+def _dicom_syntax(path: Path, pydicom) -> str:
+    """Its transfer syntax, '' where it does not say."""
+    return pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID', '')
+
+
 def _dicom_header(path: Path, pydicom):
-    syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')
-    if syntax == '1.2.840.10008.1.2.1.99':  # inflated by pydicom whole, however much it gives
+    if _dicom_syntax(path, pydicom) == DEFLATED:
         raise DataError(f'{path} is deflated as a whole: save it as explicit VR little endian')
-    header = pydicom.dcmread(path, stop_before_pixels=True)
+    return pydicom.dcmread(path, stop_before_pixels=True)
+
+
+def _no_picture(header) -> str:
+    """What DICOM is that holds no picture of a patient: 'RTSTRUCT', 'SR' and on; else ''."""
+    modality = str(header.get('Modality', ''))
+    if header.get('Rows') and modality not in ('SEG', 'RTDOSE'):
+        return ''
+    uid = header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID', '')
+    return modality or str(getattr(uid, 'name', uid)) or 'unknown'
+
+
+def _check_dicom(header, path: Path, pydicom) -> None:
+    """Raise DataError for pictures that are not read, and where a decoder is missing."""
     if int(header.get('NumberOfFrames', None) or 1) > 1:
         raise DataError(f'{path} has several frames: convert it to NIfTI, for instance by dcm2niix')
     if header.get('PhotometricInterpretation') == 'PALETTE COLOR':
         raise DataError(f'{path} has a palette: convert it to RGB or PNG')
-    return header
+    syntax = header.file_meta.get('TransferSyntaxUID', '')
+    if not syntax or not syntax.is_transfer_syntax or not syntax.is_compressed:
+        return
+    try:
+        there = pydicom.pixels.get_decoder(syntax).is_available
+    except NotImplementedError as error:
+        raise DataError(
+            f'{path} is packed as {syntax.name}, which is not read: unpack it, for instance by '
+            'gdcmconv --raw'
+        ) from error
+    if not there:
+        raise DataError(f'{path} is packed as {syntax.name}: to read it, {_dicom_plugin(syntax)}')
+
+
+def _dicom_plugin(syntax) -> str:
+    """What to install for the decoding of a transfer syntax, by pydicom's own list."""
+    plugin = 'openjpeg' if re.search('2000|HTJ2K|High-Throughput', syntax.name) else 'libjpeg'
+    return f'pip install pylibjpeg pylibjpeg-{plugin}'
 
 
 def _dicom_pixels(path: Path, pydicom, labels: bool) -> np.ndarray:
     """H W C. Images with the modality's own scale (CT: Hounsfield units), higher is brighter."""
     data = pydicom.dcmread(path)
-    pixels = pydicom.pixels.pixel_array(data)
+    try:
+        pixels = pydicom.pixels.pixel_array(data)
+    except Exception as error:  # of each decoder its own
+        syntax = data.file_meta.TransferSyntaxUID
+        missing = importlib.util.find_spec('pylibjpeg') is None
+        if not (missing and syntax.is_compressed and 'JPEG' in syntax.name):
+            raise
+        raise DataError(
+            f'{path} can not be unpacked ({first_line(error)}): {_dicom_plugin(syntax)}, '
+            'and copy it again if that does not read it either'
+        ) from error
     if not labels:
         if data.get('PhotometricInterpretation') == 'MONOCHROME1':  # stored as a negative
             pixels = ~pixels if pixels.dtype.kind == 'i' else 2**data.BitsStored - 1 - pixels
@@ -642,13 +946,27 @@ def _turned_affine(geometry: Geometry) -> np.ndarray:
 def _check_same_grid(one: Picture, other: Picture) -> None:
     """Same size, and the corners within a tenth of a voxel of one another."""
     both = f'{one.source} and {other.source}'
+    placed = isinstance(one.geometry, Geometry) and isinstance(other.geometry, Geometry)
+    if placed and one.geometry.shape == other.geometry.shape:
+        for without, there in ((one, other), (other, one)):
+            if _lacks_affine(without.geometry) and not _lacks_affine(there.geometry):
+                raise DataError(
+                    f'{without.source} does not say where it lies (its affine is the default), '
+                    f'{there.source} does: if their voxels are the same, give it that affine: '
+                    'python -c "import nibabel as n, numpy as np; '
+                    f"a, b = map(n.load, ('{there.source}', '{without.source}')); "
+                    'n.save(n.Nifti1Image(np.array(b.dataobj), a.affine), '
+                    f"'{without.source}')\""
+                )
     if one.image.shape[:3] != other.image.shape[:3]:
         sizes = ' and '.join('x'.join(map(str, p.image.shape[:3])) for p in (one, other))
-        raise DataError(f'{both} are not of one size: {sizes} (slices, rows, columns)')
+        raise DataError(
+            f'{both} are not of one size: {sizes} (slices, rows, columns){_exif_told(one, other)}'
+        )
     spacings = [p.spacing for p in (one, other) if p.spacing]
     if len(spacings) == 2 and not np.allclose(*spacings, rtol=1e-2):
         raise DataError(f'{both} have voxels of {spacings[0]} and {spacings[1]} mm: resample one')
-    if isinstance(one.geometry, Geometry) and isinstance(other.geometry, Geometry):
+    if placed:
         ends = [[0, n - 1] for n in one.image.shape[:3]]
         corners = np.stack([*np.meshgrid(*ends), np.ones((2, 2, 2))]).reshape(4, 8)
         affines = _turned_affine(one.geometry), _turned_affine(other.geometry)
@@ -658,6 +976,28 @@ def _check_same_grid(one: Picture, other: Picture) -> None:
                 f'{both} lie up to {apart:.3g} mm apart (their affines differ): '
                 'resample one to the other'
             )
+
+
+def _lacks_affine(geometry: Geometry) -> bool:
+    """Whether a file says nothing of its place: what tools write that are given an array alone."""
+    header = geometry.header
+    if header is not None and not header['sform_code'] and not header['qform_code']:
+        return True
+    return np.array_equal(np.abs(geometry.affine), np.eye(4))
+
+
+def _exif_told(one: Picture, other: Picture) -> str:
+    """What to do where one of two pictures is turned by EXIF and the other is not."""
+    for turned, still in ((one, other), (other, one)):
+        turn = turn_by_exif(turned.source)
+        swapped = turned.image.shape[1:3] == still.image.shape[2:0:-1]
+        if turn in (5, 6, 7, 8) and swapped and turn_by_exif(still.source) == 1:
+            return (
+                f'; {turned.source.name} is turned by its EXIF orientation ({turn}), as viewers '
+                f'show it, and {still.source.name} is not: remove the tag (exiftool -Orientation= '
+                f'{turned.source}), or turn the other too'
+            )
+    return ''
 
 
 # Numbers.
@@ -693,7 +1033,7 @@ def _as_labels(values: np.ndarray, path: str | Path) -> np.ndarray:
         raise DataError(f'{path} holds {values.dtype}: labels are whole numbers')
     if values.dtype.kind == 'f':
         whole = np.rint(values)
-        with np.errstate(invalid='ignore'):
+        with np.errstate(invalid='ignore', over='ignore'):
             wrong = ~(np.abs(values - whole) < 1e-4) | (np.abs(whole) > 2**31)
         if wrong.any():
             raise DataError(
@@ -713,8 +1053,8 @@ def _check_not_empty(values: np.ndarray, path: str | Path) -> None:
         raise DataError(f'{path} has no pixel (its shape is {values.shape}): make it again')
 
 
-def _check_size(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
-    """Raise DataError for what is too much to hold, before it is allocated."""
+def _check_size(path: Path, shape: Sequence[int], each: int) -> None:
+    """Raise DataError for what is too much to hold, at `each` bytes a value, before it is read."""
     words = ' x '.join(map(str, shape))
     if any(int(n) < 1 for n in shape):
         raise DataError(f'{path} says its size is {words}, which is no size: copy it again')
@@ -723,10 +1063,14 @@ def _check_size(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
         raise DataError(
             f'{path} says its size is {words}, the limit is {MAX_VALUES} values: cut it up'
         )
-    size = values * dtype.itemsize
-    if size > SMALL and size > (free := free_memory()):
-        raise DataError(
-            f'{path} needs {size / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: '
+    check_room(path, values * each)
+
+
+def check_room(path: object, needed: int) -> None:
+    """Raise NoRoomError for what needs more bytes than are free."""
+    if needed > SMALL and needed > (free := free_memory()):
+        raise NoRoomError(
+            f'{path} needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: '
             'close other programs or cut it up'
         )
 
@@ -741,18 +1085,26 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except MemoryError as error:
+        raise NoRoomError(f'{path} needs more memory than is free: cut it up') from error
     except Exception as error:
+        remedy = 'copy it again'
+        if isinstance(error, UnidentifiedImageError) and os.path.getsize(path):
+            remedy += ', or save it as PNG: its content is none of ' + ', '.join(PIL_FORMATS)
         reason = first_line(error)
-        raise DataError(f'{path} is not a readable {kind} ({reason}): copy it again') from error
+        raise DataError(f'{path} is not a readable {kind} ({reason}): {remedy}') from error
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place at the end; after an error nothing is left."""
-    aside = path.with_name(f'.{path.name}.tmp')
+    """A file beside `path` that takes its place at the end; after an error nothing is left.
+
+    It has a name of its own, so that two processes may write the same `path`; `sweep` removes those
+    of processes that were killed.
+    """
+    aside = path.with_name(f'.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
         yield aside
         os.replace(aside, path)
     except OSError as error:
@@ -762,6 +1114,18 @@ def writing(path: Path) -> Iterator[Path]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `writing` left below a folder when its process was killed on this machine."""
+    for path in folder.rglob(f'.{_HOST}.*.*.tmp'):
+        try:
+            os.kill(int(path.name.split('.')[2]), 0)
+        except (ProcessLookupError, ValueError, OverflowError):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        except OSError:  # another user's
+            pass
 
 
 def _write(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
@@ -828,6 +1192,16 @@ def _suffix(path: str | Path) -> str:
 
 def _is_gzip(path: Path) -> bool:
     return path.name.lower().endswith('.gz')
+
+
+def _starts_gzip(path: Path) -> bool:
+    with open(path, 'rb') as file:
+        return file.read(2) == b'\x1f\x8b'
+
+
+def _unzipped(path: Path) -> BinaryIO:
+    """By what the file starts with: some tools write .nii.gz that are not packed."""
+    return gzip.open(path) if _starts_gzip(path) else open(path, 'rb')
 
 
 def _says_dicom(path: Path) -> bool:

@@ -1,17 +1,20 @@
 """A folder of pictures and a folder of masks, or of annotations, as slices.
 
-  FOLDER/images/a.png  FOLDER/masks/a.png     paired by stem, whatever their formats
+  FOLDER/images/a.png  FOLDER/masks/a.png     paired by name, whatever their formats
 
 Volumes (NIfTI, multi-page TIFF, DICOM) are patients by themselves; pictures are grouped into
-patients by `data.group`. Several image folders stack as channels. What the masks' values mean
-is found out from all of them, said in one line, and refused where it could mean two things.
+patients by `data.group`, and are slices of a volume where it names their number. Several image
+folders stack as channels. What the masks' values mean is found out from all of them, said in one
+line, and refused where it could mean two things.
 """
 
+import collections
 import csv
 import functools
 import io
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,28 +23,36 @@ from typing import NamedTuple
 import numpy as np
 
 from pspnet_jax import text
-from pspnet_jax.data import files, via, volumes
+from pspnet_jax.data import files, pairing, via, volumes
+from pspnet_jax.data.masks import Code, Found, look, merged, read_classes, understand
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
 from pspnet_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ('auto', 'index', 'binary', 'color')
 MOST_LISTED = 50  # faults in one error
+EXPRESSION_SECONDS = 10  # for all names: a run's expression may be untrusted
 MAX_NAME = 200  # characters of a patient, as file systems take 255 bytes with what we add
 
 
 class Case(NamedTuple):
-    """One picture or volume: its patient, one file a channel stack, its mask or its shapes."""
+    """One picture or volume: its patient, one file a channel stack, its mask or its shapes.
+
+    `more` are further masks of the same picture: what any of them marks is marked. `slice` is its
+    place among the slices of a volume, where `group` tells.
+    """
 
     patient: str
     images: tuple[Path, ...]
     mask: Path | Sequence[via.Shape]
+    more: tuple[Path, ...] = ()
+    slice: int | None = None
 
 
 class Patient(NamedTuple):
     """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, spacing
-    where all have the same, and (4, C) intensity scale.
+    where all have the same, (4, C) intensity scale, (2, C) range where one is not of 8 bits, and
+    each slice's digest.
     """
 
     cases: list[Case]
@@ -49,13 +60,8 @@ class Patient(NamedTuple):
     shapes: dict[tuple[int, ...], Path]
     spacing: tuple[float, float, float] | None
     intensity: np.ndarray | None
-
-
-class Code(NamedTuple):
-    """What mask values mean: `to_labels` makes classes of them, `meaning` says it in words."""
-
-    to_labels: Callable[[np.ndarray], np.ndarray]
-    meaning: str
+    range: np.ndarray | None
+    digest: list[str]
 
 
 def scan(
@@ -65,45 +71,167 @@ def scan(
     group: str = '',
     classes: Mapping[str, int] | None = None,
     attribute: str = '',
-) -> tuple[list[Case], list[str], list[str]]:
-    """The cases below the folders, their faults, and what annotations were understood as.
+    mask_name: str = pairing.STEM,
+    root: Path | None = None,
+) -> tuple[list[Case], list[str], list[str], dict[str, int]]:
+    """The cases below the folders, their faults, what annotations were understood as, and the
+    numbers of the classes that they name.
 
-    `masks` is a folder of masks, a file of annotations (`via.read_annotations`, which is given
-    `classes` and `attribute`) or a folder of labelme's. `group` is a regular expression whose
-    first group, searched in the stem, is the patient; or a .csv with the columns stem and
-    patient; '' makes each picture a patient of its own.
+    `images` are folders, or FOLDER/RULE, and `mask_name` is the rule of the masks, both as
+    `pairing` has them; a rule that is proposed is below `root`. Where two pictures share a name,
+    the folders above it are part of it. `masks` is a folder of masks, a file of annotations
+    (`via.read_annotations`, which is given `classes` and `attribute`) or a folder of labelme's.
+    `group` is a regular expression whose first group, searched in the stem, is the patient; or a
+    .csv with the columns stem and patient; '' makes each picture a patient of its own. A group
+    (?P<slice>[0-9]+) or a column slice makes a patient's pictures the slices of a volume; without
+    it each picture is by itself.
     """
-    stacks = [files.find(folder) for folder in images]
-    first, faults, notes = stacks[0], [], []
+    rules = [pairing.split(place)[1] for place in images]
+    images = [pairing.split(place)[0] for place in images]
+    stacks, ways = _find_pictures(images, rules, masks)
+    first, faults, names = stacks[0], [], {}
     for folder, stack in zip(images[1:], stacks[1:], strict=True):
         for stem in sorted(first.keys() ^ stack.keys()):
             here, there = (folder, images[0]) if stem in stack else (images[0], folder)
             faults.append(f'{stem} is in {here} and not in {there}: every channel needs it')
-    if masks.is_file() or next(masks.glob('*.json'), None):
-        annotations = via.read_annotations(masks, classes=classes, attribute=attribute)
-        shapes, wrong, more = via.match_pictures(annotations, images[0])
-        faults, notes = faults + wrong, [*annotations.notes, *more]
-        mask_of = {stem: shapes.get(path, ()) for stem, path in first.items()}
+    drawn, notes = via.holds_annotations(masks, images[0])
+    if drawn:
+        shapes, names, wrong, told = _find_shapes(masks, images[0], classes, attribute)
+        faults, notes = faults + wrong, told + notes
+        mask_of, more_of = {stem: shapes.get(path, ()) for stem, path in first.items()}, {}
     else:
-        mask_of = files.find(masks)
-        for stem in sorted(first.keys() - mask_of.keys()):
-            faults.append(f'{first[stem]} has no mask: add {masks / stem}.png or remove it')
-        for stem in sorted(mask_of.keys() - first.keys()):
-            faults.append(f'{mask_of[stem]} has no image: add it or remove the mask')
+        mask_of, more_of, wrong = _find_masks(images[0], first, ways, masks, mask_name, root)
+        faults += wrong
     whole = [s for s in sorted(first) if s in mask_of and all(s in stack for stack in stacks)]
     patients, wrong = group_stems(whole, group)
+    numbers, more = slice_numbers(patients, group)
     cases = [
-        Case(patients[stem], tuple(stack[stem] for stack in stacks), mask_of[stem])
-        for stem in whole
-        if stem in patients
+        Case(
+            patients[stem],
+            tuple(stack[stem] for stack in stacks),
+            mask_of[stem],
+            more_of.get(stem, ()),
+            numbers.get(stem),
+        )
+        for stem in sorted(patients, key=lambda stem: (numbers.get(stem, 0), stem))
     ]
-    return cases, faults + wrong, notes
+    return cases, faults + wrong + more, notes, names
+
+
+def _find_shapes(
+    masks: Path, images: Path, classes: Mapping[str, int] | None, attribute: str
+) -> tuple[dict[Path, list[via.Shape]], dict[str, int], list[str], list[str]]:
+    """({picture: its shapes}, numbers of the classes where the regions name theirs, faults, what
+    was understood and passed over).
+    """
+    annotations, faults = via.read_with_faults(masks, classes, attribute)
+    shapes, wrong, notes = via.match_pictures(annotations, images)
+    _, odd, small = via.check_drawn({path: found for path, found in shapes.items() if found})
+    if rest := small[MOST_LISTED:]:
+        more = f'and {len(rest)} more such lines: python -m pspnet_jax.data.via prints all'
+        small = [*small[:MOST_LISTED], more]
+    names = dict(classes or annotations.classes) if annotations.attribute else {}
+    return shapes, names, faults + wrong + odd, annotations.notes + notes + small
+
+
+def _find_pictures(
+    images: Sequence[Path], rules: Sequence[str], masks: Path
+) -> tuple[list[dict[str, Path]], dict[str, str]]:
+    """({name: file} of each folder of images, {name: way below the first}).
+
+    Raises DataError for a rule that names no picture.
+    """
+    stacks = []
+    for folder, rule in zip(images, rules, strict=True):
+        found = files.find(folder)
+        inner = masks.resolve()
+        if inner != folder.resolve() and inner.is_relative_to(folder.resolve()):
+            found = {way: p for way, p in found.items() if not p.resolve().is_relative_to(inner)}
+        stacks.append(pairing.named(found, files.stem(rule)))
+        if not stacks[-1]:
+            some = ', '.join(list(found)[:3])
+            raise DataError(
+                f'data.images: {rule} names no picture of {folder}, which holds {some}: '
+                f'write {pairing.STEM} for what differs in their names'
+            )
+    ways = {way: way for way in stacks[0]}
+    if all(map(pairing.are_unique, stacks)):
+        ways = {pairing.last(way): way for way in ways}
+        stacks = [{pairing.last(way): path for way, path in stack.items()} for stack in stacks]
+    return stacks, ways
+
+
+def _find_masks(
+    images: Path,
+    pictures: dict[str, Path],
+    ways: Mapping[str, str],
+    masks: Path,
+    rule: str,
+    root: Path | None,
+) -> tuple[dict[str, Path], dict[str, tuple[Path, ...]], list[str]]:
+    """({picture's name: its mask}, {picture's name: further ones}, faults).
+
+    Of a folder that holds both, what is a mask is taken out of `pictures`.
+    """
+    found, rule = files.find(masks), files.stem(rule)  # some write the ending too
+    together = masks.resolve() == images.resolve()
+    place = images.relative_to(root) if root and images.is_relative_to(root) else images
+    if together and rule == pairing.STEM:
+        hint = pairing.suggest(place, list(found), list(found))
+        return {}, {}, [
+            f'{masks} holds pictures and masks: say how masks are called, for instance '
+            f'--config.data.mask_name={{stem}}_mask{hint and f" ({hint})"}'
+        ]  # fmt: skip
+    if not together and images.resolve().is_relative_to(masks.resolve()):
+        found = {way: path for way, path in found.items() if path not in pictures.values()}
+    called = [ways[name] for name in pictures]
+    pairs = pairing.match(called, list(found), rule, together=together)
+    used = {way for own in pairs.values() for way in own}
+    if together:
+        files_used = {found[way] for way in used}
+        for name in [name for name, path in pictures.items() if path in files_used]:
+            del pictures[name]
+    mask_of, more_of, faults = {}, {}, []
+    for name in sorted(pictures):
+        if own := sorted(pairs.get(ways[name], ())):
+            mask_of[name], more_of[name] = found[own[0]], tuple(found[way] for way in own[1:])
+    lost = [name for name in sorted(pictures) if name not in mask_of]
+    idle = [] if together else sorted(found.keys() - used)
+    several = f'{pairing.STEM}*'
+    further = {way for own in pairing.match(called, idle, several).values() for way in own}
+    if idle and not lost and further.issuperset(idle):
+        faults.append(
+            f'{found[idle[0]]} has no image of its own, nor have {len(idle) - 1} more: if they are '
+            f"further masks of others' pictures, --config.data.mask_name='{several}'; else remove "
+            'them'
+        )
+        return mask_of, more_of, faults
+    hint = lost and idle and pairing.suggest(place, [ways[name] for name in lost], idle)
+    if hint and not mask_of:
+        some = [', '.join(names[:3]) for names in (lost, idle)]
+        faults.append(
+            f'no picture of {images} has a mask in {masks}: pictures are called {some[0]}, '
+            f'masks {some[1]}: {hint}'
+        )
+        return mask_of, more_of, faults
+    if hint:
+        faults.append(f'names differ: {hint} of those below')
+    for name in lost:
+        mask = rule.replace(pairing.STEM, pairing.last(name))
+        faults.append(f'{pictures[name]} has no mask: add {masks / mask}.png or remove it')
+    faults += [f'{found[way]} has no image: add it or remove the mask' for way in idle]
+    return mask_of, more_of, faults
 
 
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
     """Stem -> patient, and the faults: stems that the expression or the table leaves out."""
+    faults = []
     if not group:
-        table, remedy = {stem: stem for stem in stems}, ''
+        table, remedy = {stem: stem.replace('/', '_') for stem in stems}, ''
+        for name, times in collections.Counter(table.values()).items():
+            if times > 1:
+                both = ' and '.join(stem for stem in stems if table[stem] == name)
+                faults.append(f'{both} would both be the patient {name}: rename one')
     elif group.endswith('.csv'):
         table = read_table(Path(group))
         remedy = f'add it to {group}'
@@ -112,12 +240,19 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
             expression = re.compile(group)
         except re.error as error:
             raise DataError(f'data.group {group!r} is no regular expression: {error}') from error
-        if not expression.groups:
+        number = expression.groupindex.get('slice')
+        patient = next((n for n in range(1, expression.groups + 1) if n != number), 0)
+        if not patient:
             raise DataError(f'data.group {group!r} has no group: put the patient in (), as "(.+)_"')
-        found = ((stem, expression.search(stem)) for stem in stems)
-        table = {stem: match[1] for stem, match in found if match and match[1]}
+        with text.within(EXPRESSION_SECONDS, f'data.group {group!r}'):
+            found = [(stem, expression.search(stem)) for stem in stems]
+        table = {
+            stem: match[patient].replace('/', '_')
+            for stem, match in found
+            if match and match[patient]
+        }
         remedy = f'data.group {group!r} must find one in it'
-    faults = [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
+    faults += [f'{stem} has no patient: {remedy}' for stem in stems if not table.get(stem)]
     patients = {stem: table[stem] for stem in stems if table.get(stem)}
     for name in sorted(set(patients.values())):
         bad = re.search(r'[/\\]', name) or name.startswith('.') or not name.isprintable()
@@ -126,12 +261,39 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
     return patients, faults
 
 
-def read_table(path: Path) -> dict[str, str]:
-    """Stem -> patient of a .csv with these two columns."""
+def slice_numbers(patients: Mapping[str, str], group: str) -> tuple[dict[str, int], list[str]]:
+    """Stem -> number of the slice, where `group` tells it of these stems and their patients, and
+    the faults; none are told: they are pictures by themselves.
+    """
+    if group.endswith('.csv'):
+        found = read_table(Path(group), 'slice')
+    elif group and 'slice' in (expression := re.compile(group)).groupindex:
+        found = {stem: expression.search(stem)['slice'] for stem in patients}
+        found = {stem: number for stem, number in found.items() if number is not None}
+    else:
+        return {}, []
+    numbers, faults, taken = {}, [], {}
+    for stem in sorted(patients.keys() & found.keys()):
+        if not re.fullmatch(r'[0-9]{1,9}', found[stem] or ''):
+            faults.append(f'{stem} is slice {found[stem]!r} by data.group: it must be a number')
+            continue
+        numbers[stem] = int(found[stem])
+        other = taken.setdefault((patients[stem], numbers[stem]), stem)
+        if other != stem:
+            faults.append(f'{other} and {stem} are both slice {numbers[stem]}: rename one')
+    return numbers, faults
+
+
+def read_table(path: Path, column: str = 'patient') -> dict[str, str]:
+    """Stem -> patient of a .csv with these two columns, or another column where it has that."""
     has = 'it has a line "stem,patient" and one such line a picture'
     try:
         rows = csv.DictReader(io.StringIO(text.read(path, has), newline=''))
-        return {row['stem'].strip(): row['patient'].strip() for row in rows}
+        if column != 'patient' and column not in (rows.fieldnames or ()):
+            return {}
+        return {
+            unicodedata.normalize('NFC', row['stem'].strip()): row[column].strip() for row in rows
+        }
     except (KeyError, AttributeError, csv.Error) as error:
         raise DataError(
             f'{path} is not a table of patients ({type(error).__name__}: {error}): {has}'
@@ -148,6 +310,8 @@ def load(
     attribute: str = '',
     mask_format: str = 'auto',
     mask_colors: Sequence[str] = (),
+    mask_name: str = pairing.STEM,
+    label_map: Mapping[int | str, int] | None = None,
     num_classes: int = 2,
     ignore_label: int = IGNORE_LABEL,
     mixed_sizes: bool = False,
@@ -158,27 +322,29 @@ def load(
     Every file is read once here. Raises one DataError that lists every fault, several sizes
     among them unless `mixed_sizes`.
     """
-    folders, masks = _find_folders(Path(source).expanduser(), images, masks)
-    cases, faults, notes = scan(folders, masks, group=group, classes=classes, attribute=attribute)
+    root = Path(source).expanduser()
+    folders, masks = _find_folders(root, images, masks)
+    cases, faults, notes, names = scan(
+        folders, masks, group=group, classes=classes, attribute=attribute, mask_name=mask_name,
+        root=root,
+    )  # fmt: skip
     if not cases and not faults:
         raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
     for note in notes:
         logger.info('annotations: %s', note)
-    if not group and not any(volumes_by_name(case.images[0]) for case in cases):
+    if cases and not group and not any(volumes_by_name(case.images[0]) for case in cases):
         logger.warning(
             'no data.group: each of %d pictures counts as a patient of its own; where several '
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
 
+    drawn = {s.label for case in cases if not isinstance(case.mask, Path) for s in case.mask}
+    if names and max(drawn, default=0) >= num_classes:
+        faults.append(_too_many(names, drawn, num_classes))
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(functools.partial(_attempt, _mask_values), cases))
-        unread = [fault for _, fault in found if fault]
-        if unread:  # what the others mean can't be known
-            raise _all_faults(source, faults + unread)
-        values = functools.reduce(np.union1d, [values for values, _ in found], np.array([], int))
-        code = understand(values, mask_format, mask_colors, num_classes, ignore_label)
-        if len(values):
-            logger.info('masks: %s', code.meaning)
+        meaning = (mask_format, mask_colors, label_map, num_classes, ignore_label)
+        cases, code, wrong = _look_at_masks(cases, meaning, pool.map)
+        faults += wrong
         patients = {}
         for name in sorted({case.patient for case in cases}):
             own = [case for case in cases if case.patient == name]
@@ -192,9 +358,20 @@ def load(
     depths = [len(lesion) for patient in patients.values() for lesion in patient.lesion]
     places = [(number, d) for number, depth in enumerate(depths) for d in range(depth)]
 
+    channels = {
+        shape[2]: path for patient in patients.values() for shape, path in patient.shapes.items()
+    }
+    if len(channels) > 1:
+        logger.info(
+            'some pictures are grey (%s) and some RGB (%s): grey is taken as three equal channels',
+            channels[1], channels[3],
+        )  # fmt: skip
+    wide = max(channels)
+
     @functools.lru_cache(maxsize=8)  # a volume's slices are asked for one by one
     def read_case(number: int) -> tuple[files.Picture, np.ndarray]:
-        return _read_case(in_order[number], code)
+        picture, labels = _read_case(in_order[number], code)
+        return picture._replace(image=_widened(picture.image, wide)), labels
 
     def read(key: int) -> tuple[np.ndarray, np.ndarray]:
         number, d = places[key]
@@ -202,21 +379,75 @@ def load(
         return picture.image[d], labels[d]
 
     lesion = [np.concatenate(patient.lesion) for patient in patients.values()]
+    scans = [_scans(patient) for patient in patients.values()]
+    several = sum(bool(numbers.any()) for numbers in scans)
+    if group and in_order[0].slice is not None:
+        logger.info(
+            'data.group: the pictures are slices of %d volumes, by their numbers; %d lack some: '
+            'distances and components are of each part', len(scans), several,
+        )  # fmt: skip
+    elif group and several:
+        logger.info(
+            'data.group: %d of %d patients have several files; distances and components are of '
+            'each file by itself. If they are slices of one volume, name their number: '
+            'data.group="(.+)_(?P<slice>[0-9]+)"', several, len(scans),
+        )  # fmt: skip
     return Slices(
         read=read,
         key=np.arange(len(places)),
         patient=np.repeat(list(patients), [len(pixels) for pixels in lesion]),
         slice=np.concatenate([np.arange(len(pixels)) for pixels in lesion]),
         lesion_pixels=np.concatenate(lesion),
-        intensity={name: patient.intensity for name, patient in patients.items()},
+        intensity={name: _widened(p.intensity, wide) for name, p in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
+        ranges={
+            name: _widened(p.range, wide) for name, p in patients.items() if p.range is not None
+        },
+        digest=np.concatenate([patient.digest for patient in patients.values()]),
+        scan=np.concatenate(scans),
+        class_names=_in_turn(names, num_classes),
     )
 
 
+def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> str:
+    """The fault of annotations with more classes than the model."""
+    told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
+    remedy = f'set model.num_classes={max(names.values()) + 1}'
+    if drawn | {0} < set(names.values()):  # the others have no region
+        chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+        remedy += f', or model.class_names={chosen} and model.num_classes={len(chosen)}'
+    return (
+        f'the annotations have {len(names)} classes ({told}), the model has {num_classes}: {remedy}'
+    )
+
+
+def _in_turn(names: Mapping[str, int], num_classes: int) -> tuple[str, ...]:
+    """The names of all classes by their numbers; () where none has one."""
+    name_of = {number: name for name, number in names.items()}
+    return tuple(name_of.get(n, f'class {n}') for n in range(num_classes)) if names else ()
+
+
+def _widened(values: np.ndarray, channels: int) -> np.ndarray:
+    """... C: grey as three equal channels, where some pictures of the set are RGB."""
+    grey = values.shape[-1] == 1
+    return np.repeat(values, channels, axis=-1) if grey and channels == 3 else values
+
+
+def _scans(patient: Patient) -> np.ndarray:
+    """Number of the scan that each of the patient's slices is of: every file is one, but for
+    pictures that are numbered as slices, whose every run without a gap is one.
+    """
+    depths = [len(lesion) for lesion in patient.lesion]
+    numbers = [case.slice for case in patient.cases]
+    if None in numbers or max(depths) > 1:
+        return np.repeat(np.arange(len(depths)), depths)
+    return np.cumsum(np.diff(numbers, prepend=numbers[0]) > 1)
+
+
 def _find_folders(root: Path, images: Sequence[str], masks: str) -> tuple[list[Path], Path]:
-    """The folders of images, and that of masks or the file of annotations."""
+    """The folders of images, with their rules, and that of masks or the file of annotations."""
     folders = [root / name for name in images]
-    for folder in folders:
+    for folder, _ in map(pairing.split, folders):
         if not folder.is_dir():
             raise DataError(
                 f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
@@ -228,7 +459,11 @@ def _find_folders(root: Path, images: Sequence[str], masks: str) -> tuple[list[P
 
 
 def _survey(
-    cases: Sequence[Case], code: Code, map_: Callable, num_classes: int, ignore_label: int
+    cases: Sequence[Case],
+    code: Code | None,
+    map_: Callable,
+    num_classes: int,
+    ignore_label: int,
 ) -> tuple[Patient, list[str]]:
     """What is to be known of a patient's cases, and their faults."""
     known = [*range(num_classes), ignore_label]
@@ -236,27 +471,32 @@ def _survey(
     def measure(case: Case) -> tuple[files.Picture, list[int]]:
         picture, labels = _read_case(case, code)
         wrong = np.setdiff1d(labels, known)
-        if wrong.size:
+        if wrong.size and isinstance(case.mask, Path):
             raise DataError(
                 f'the mask of {case.images[0]} has labels {wrong.tolist()[:8]}, the model has '
                 f'classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
             )
-        return picture, [volumes.lesion_pixels(mask) for mask in labels]
+        return picture, [volumes.lesion_pixels(mask, ignore_label) for mask in labels]
 
     found = list(map_(functools.partial(_attempt, measure), cases))
     good = [result for result, fault in found if not fault]
     shapes = {picture.image.shape[1:]: picture.source for picture, _ in good}
     spacing = {picture.spacing for picture, _ in good}
-    intensity = None
-    if len({channels for *_, channels in shapes}) == 1:
-        pixels = [picture.image.reshape(-1, picture.image.shape[-1]) for picture, _ in good]
-        intensity = volumes.measure_intensity(np.concatenate(pixels))
+    intensity = measured = None
+    channels = {shape[2] for shape in shapes}
+    if channels and (len(channels) == 1 or channels == {1, 3}):
+        images = [_widened(picture.image, max(channels)) for picture, _ in good]
+        pixels = np.concatenate([image.reshape(-1, image.shape[-1]) for image in images])
+        intensity = volumes.measure_intensity(pixels)
+        measured = None if pixels.dtype == np.uint8 else volumes.measure_range(pixels)
     patient = Patient(
         list(cases),
         [lesion for _, lesion in good],
         shapes,
         spacing.pop() if len(spacing) == 1 else None,
         intensity,
+        measured,
+        [volumes.picture_digest(image) for picture, _ in good for image in picture.image],
     )
     return patient, [fault for _, fault in found if fault]
 
@@ -266,7 +506,7 @@ def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[s
     shapes = {shape: path for patient in patients for shape, path in patient.shapes.items()}
     channels = {shape[2]: path for shape, path in shapes.items()}
     sizes = {shape[:2]: path for shape, path in shapes.items()}
-    if len(channels) > 1:
+    if len(channels) > 1 and set(channels) != {1, 3}:
         some = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
         yield f'not all images have as many channels: {some}; convert them'
     if len(sizes) > 1 and not mixed_sizes:
@@ -279,7 +519,7 @@ def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[s
 
 def volumes_by_name(path: Path) -> bool:
     """Whether the file holds more than a flat picture, by its name."""
-    return path.name.lower().endswith(('.nii', '.nii.gz', '.npy', '.dcm')) or path.is_dir()
+    return path.name.lower().endswith(('.nii', '.nii.gz', '.npy')) or path.is_dir()
 
 
 def _all_faults(source: str | Path, faults: list[str]) -> DataError:
@@ -296,111 +536,59 @@ def _attempt(function: Callable, *arguments):
         return None, str(error)
 
 
-def _mask_values(case: Case) -> np.ndarray:
-    """The distinct values of a case's mask, `as_numbers`; none where it is drawn."""
-    if not isinstance(case.mask, Path):
-        return np.array([], int)
-    return np.unique(as_numbers(files.read_labels(case.mask)))
-
-
-def as_numbers(mask: np.ndarray) -> np.ndarray:
-    """D H W integers; of D H W 3 colours 0xRRGGBB, or where all are grey their value."""
-    if mask.ndim == 3:
-        return mask
-    red, green, blue = (mask[..., c].astype(np.int64) for c in range(3))
-    if (red == green).all() and (green == blue).all():
-        return red
-    return COLORED | (red << 16) | (green << 8) | blue
-
-
-COLORED = 1 << 24  # marks a number that is a colour
-
-
-def understand(
-    values: np.ndarray,
-    mask_format: str,
-    colors: Sequence[str],
-    num_classes: int,
-    ignore_label: int = IGNORE_LABEL,
-) -> Code:
-    """What the masks' values mean, from all of them.
-
-    'auto' takes class numbers where all values are some, 0 and 255 for two classes as background
-    and class 1, and `colors` ('#rrggbb', in the order of the classes) where the masks have
-    colours. Raises DataError where that leaves a doubt, with the choices.
+def _look_at_masks(
+    cases: Sequence[Case], meaning: Sequence, map_: Callable
+) -> tuple[list[Case], Code | None, list[str]]:
+    """(cases, those whose masks can't be read without them; what the masks mean, None where that is
+    not known; faults). `meaning` are `understand`'s further arguments.
     """
-    shown = ', '.join(
-        f'#{v & 0xFFFFFF:06x}' if v & COLORED else str(v) for v in values[:8].tolist()
-    ) + (f' and {len(values) - 8} more' if len(values) > 8 else '')
-    colored = values.size and (values & COLORED).any()
-    if mask_format == 'color' or (mask_format == 'auto' and colors):
-        return _by_color(values, colors, shown)
-    if colored:
-        raise DataError(
-            f'the masks have colours ({shown}): name them in the order of the classes, '
-            'data.mask_colors=("#000000", "#ff0000", ...)'
-        )
-    classes = {*range(num_classes), ignore_label}
-    two = set(values.tolist()) <= {0, 255}
-    if mask_format == 'binary' or (
-        mask_format == 'auto' and two and 255 in values and num_classes == 2
-    ):
-        half = int(values.max(initial=1)) / 2
-        return Code(
-            lambda labels: (as_numbers(labels) > half).astype(np.uint8),
-            f'values {shown}; class 1 is what is above {half:g}',
-        )
-    if mask_format == 'index' or set(values.tolist()) <= classes:
-        ignored = f', {ignore_label} counts nowhere' if ignore_label in values else ''
-        return Code(
-            lambda labels: _as_uint8(as_numbers(labels)),
-            f'values {shown} are class numbers{ignored}',
-        )
-    raise DataError(
-        f'the masks have values {shown}, the model has classes 0 to {num_classes - 1}: '
-        f'data.mask_format="binary" makes what is above {values.max() / 2:g} class 1, '
-        f'"index" takes values as classes (then model.num_classes must be {values.max() + 1}); '
-        'many values are usually a mask saved as JPEG: save it as PNG'
-    )
+
+    def look_at(case: Case) -> dict[Path, Found]:
+        paths = (case.mask, *case.more) if isinstance(case.mask, Path) else ()
+        return {path: look(path) for path in paths}
+
+    results = list(map_(functools.partial(_attempt, look_at), cases))
+    found = {path: one for several, _ in results for path, one in (several or {}).items()}
+    code, doubt = _attempt(understand, found, *meaning)
+    if code and found:
+        logger.info('masks: %s', code.meaning)
+    turned = [
+        case.images[0] for case, turn in zip(cases, map_(_unclear_turn, cases), strict=True) if turn
+    ]
+    if turned:
+        logger.warning(
+            '%d pictures (%s) are turned or mirrored by their EXIF orientation and read upright, '
+            'as viewers show them: their masks must be drawn upright too', len(turned), turned[0],
+        )  # fmt: skip
+    kept = [
+        case._replace(mask=(), more=()) if fault else case
+        for case, (_, fault) in zip(cases, results, strict=True)
+    ]
+    return kept, code, [fault for _, fault in results if fault] + ([doubt] if doubt else [])
 
 
-def _as_uint8(numbers: np.ndarray) -> np.ndarray:
-    if numbers.size and (numbers.min() < 0 or numbers.max() > 255):
-        raise DataError(f'labels go from {numbers.min()} to {numbers.max()}: 0 to 255 are classes')
-    return numbers.astype(np.uint8)
+def _unclear_turn(case: Case) -> bool:
+    """Whether the picture is turned by EXIF so that its mask, unturned, would be of its size."""
+    if not isinstance(case.mask, Path) or files.turn_by_exif(case.mask) != 1:
+        return False
+    turn = files.turn_by_exif(case.images[0])
+    return turn in (2, 3, 4) or (turn != 1 and files.is_square(case.images[0]))
 
 
-def _by_color(values: np.ndarray, colors: Sequence[str], shown: str) -> Code:
-    table = {}
-    for label, name in enumerate(colors):
-        if not re.fullmatch('#[0-9a-fA-F]{6}', name):
-            raise DataError(f'data.mask_colors has {name!r}: a colour is written #rrggbb')
-        table[int(name[1:], 16)] = label
-    # A grey value v is the colour #vvvvvv.
-    plain = np.where(values & COLORED, values & 0xFFFFFF, values * 0x010101)
-    unknown = sorted(set(plain.tolist()) - table.keys())
-    if unknown:
-        some = ', '.join(f'#{v:06x}' for v in unknown[:8])
-        raise DataError(f'the masks have {some}, which data.mask_colors does not name: add them')
-    known = np.array(sorted(table))
-    labels_of = np.array([table[color] for color in known.tolist()], np.uint8)
-
-    def to_labels(mask: np.ndarray) -> np.ndarray:
-        numbers = as_numbers(mask)
-        plain = np.where(numbers & COLORED, numbers & 0xFFFFFF, numbers * 0x010101)
-        return labels_of[np.searchsorted(known, plain)]
-
-    return Code(to_labels, f'colours {shown} are the classes in the order of data.mask_colors')
-
-
-def _read_case(case: Case, code: Code) -> tuple[files.Picture, np.ndarray]:
-    """The picture D H W C and its labels D H W uint8, of one size."""
-    parts = [files.read(path) for path in case.images]
-    picture = parts[0] if len(parts) == 1 else files.stack(parts)
+def _read_case(case: Case, code: Code | None) -> tuple[files.Picture, np.ndarray]:
+    """The picture D H W C and its labels D H W uint8, of one size; 0 where no code is known."""
+    picture = files.stack([files.read(path) for path in case.images])
     if not isinstance(case.mask, Path):
-        size = picture.image.shape[1:3]
-        faults, _ = via.check_shapes(case.mask, size)
-        if faults:
-            raise DataError(f'{case.images[0]}: {"; ".join(faults)}')
-        return picture, via.rasterize(case.mask, size)[None]
-    return picture, code.to_labels(files.read_labels(case.mask, picture))
+        depth, *size, _ = picture.image.shape
+        if depth > 1 and case.mask:
+            raise DataError(
+                f'{case.images[0]} has {depth} slices, and regions are drawn on one: save each '
+                'slice as a picture, or the masks as a volume'
+            )
+        mask = via.rasterize(case.mask, tuple(size))
+        return picture, np.repeat(mask[None], depth, axis=0)
+    paths = (case.mask, *case.more)
+    if code is None:
+        sizes = [files.read_labels(path, picture).shape[:3] for path in paths]
+        return picture, np.zeros(sizes[0], np.uint8)
+    return picture, merged([read_classes(path, picture, code) for path in paths], paths)

@@ -31,7 +31,7 @@ from PIL import Image
 
 from pspnet_jax.data import files, splits, volumes
 from pspnet_jax.data.volumes import Slices, Volume
-from pspnet_jax.errors import DataError, first_line
+from pspnet_jax.errors import DataError, first_line, say
 
 logger = logging.getLogger(__name__)
 
@@ -396,7 +396,7 @@ def main() -> None:
     builder = build(flags.FLAGS.source, flags.FLAGS.out)
     for split, info in builder.info.splits.items():
         print(f'{split}: {info.num_examples} slices')
-    print(f'built in {builder.data_dir}')
+    say(f'built in {builder.data_dir}')
 
 
 if __name__ == '__main__':

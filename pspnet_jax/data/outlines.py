@@ -1,4 +1,4 @@
-"""Regions given by their outlines: their masks, and what is wrong with them.
+"""Regions given by their outlines or run lengths: their masks, and what is wrong with them.
 
 Coordinates are x to the right and y down in pixels, (0, 0) is the upper left corner of the
 picture, and pixel (row r, column c) is in a region where its centre (c + 0.5, r + 0.5) is.
@@ -22,10 +22,13 @@ BAND = 2**22  # pixels that are filled at a time
 
 
 class Shape(NamedTuple):
-    """A 'polygon' or 'polyline' of points (N, 2) x y, or an 'ellipse' about points[0].
+    """A 'polygon' or 'polyline' of points (N, 2) x y, an 'ellipse' about points[0], or a 'mask' of
+    `size` H W whose upper left corner is points[0], in whole pixels.
 
     An ellipse's `radii` are along its own axes, the first of which is turned by `theta`
-    radians from x towards y. `where` names the region in messages.
+    radians from x towards y. A mask's `runs` (N, 2) are the first pixel of each run inside and
+    that after its last, counted down the columns as COCO does. `where` names the region in
+    messages.
     """
 
     kind: str
@@ -34,6 +37,8 @@ class Shape(NamedTuple):
     radii: tuple[float, float] = (0.0, 0.0)
     theta: float = 0.0
     where: str = 'region'
+    size: tuple[int, int] = (0, 0)
+    runs: np.ndarray | None = None
 
 
 def rasterize(
@@ -44,8 +49,8 @@ def rasterize(
     Polygons by the even-odd rule, exactly, their points taken to 1/8192 of a pixel: a centre
     on an edge is inside if the region lies to its right, or below where the edge is level, so
     neighbours never both own or both miss a pixel. Ellipses without their edge. A polyline is a
-    line `line_width` pixels wide with round ends and joints. Raises DataError for a size, or an
-    amount of shapes, that is out of all proportion.
+    line `line_width` pixels wide with round ends and joints. A mask is as it is. Raises DataError
+    for a size, or an amount of shapes, that is out of all proportion.
     """
     H, W = size
     if not (0 < H < MAX_SIDE and 0 < W < MAX_SIDE and H * W <= MAX_PIXELS):
@@ -82,6 +87,8 @@ def _bounds(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
         rx, ry = shape.radii
         reach = np.array([math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)])
         return shape.points[0] - reach, shape.points[0] + reach
+    if shape.kind == 'mask':
+        return shape.points[0], shape.points[0] + shape.size[::-1]
     return shape.points.min(0), shape.points.max(0)
 
 
@@ -96,9 +103,17 @@ def _box(shape: Shape, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _fill(shape: Shape, size: tuple[int, int]) -> Iterator[tuple[Any, np.ndarray]]:
-    """(window of the picture, where in it the shape is), a band of rows at a time."""
+    """(window of the picture, where in it the shape is), a band of rows at a time, or of columns
+    where the shape is a mask.
+    """
     top, bottom, left, right = _box(shape, size)
     if bottom == top or right == left:
+        return
+    if shape.kind == 'mask':
+        rows, step = slice(top, bottom), max(1, BAND // shape.size[0])
+        for first in range(left, right, step):
+            columns = slice(first, min(first + step, right))
+            yield (rows, columns), _in_mask(shape, rows, columns)
         return
     step = max(1, BAND // (right - left))
     for first in range(top, bottom, step):
@@ -164,6 +179,18 @@ def _in_ellipse(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
     return (u * ry) ** 2 + (v * rx) ** 2 < (rx * ry) ** 2
 
 
+def _in_mask(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
+    """Where the number of ends of runs before a pixel, or at it, is odd."""
+    (x, y), height = shape.points[0].astype(int), shape.size[0]
+    first, last = (columns.start - x) * height, (columns.stop - x) * height
+    begin = np.searchsorted(shape.runs[:, 1], first)
+    end = np.searchsorted(shape.runs[:, 0], last)
+    ends = np.clip(shape.runs[begin:end].ravel(), first, last) - first
+    toggle = np.bincount(ends, minlength=last - first + 1)[:-1].astype(np.uint8)
+    inside = np.cumsum(toggle, dtype=np.uint8) & 1
+    return inside.reshape(-1, height).T[rows.start - y : rows.stop - y].astype(bool)
+
+
 def _out_of_proportion(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
     """A fault where a coordinate is, or filling would take minutes, as no drawing's does."""
     H, W = size
@@ -177,7 +204,9 @@ def _out_of_proportion(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
         top, bottom, left, right = _box(shape, size)
         area = (bottom - top) * (right - left) * (4 if shape.kind == 'ellipse' else 1)
         parts = 1
-        if shape.kind != 'ellipse':
+        if shape.kind == 'mask':
+            area += 16 * len(shape.runs)
+        elif shape.kind != 'ellipse':
             x, y = np.clip(shape.points, 0, (W, H)).T
             dx, dy = np.abs(np.diff(x)), np.abs(np.diff(y))
             if shape.kind == 'polyline':
@@ -205,14 +234,14 @@ def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[s
         return [fault], []
     H, W = size
     for shape in shapes:
-        least = {'polygon': 3, 'polyline': 2, 'ellipse': 1}[shape.kind]
+        least = {'polygon': 3, 'polyline': 2, 'ellipse': 1, 'mask': 1}[shape.kind]
         if len(shape.points) < least:
             faults.append(
                 f'{shape.where} has only {len(shape.points)} points, a {shape.kind} needs '
                 f'{least}: draw it again or delete it'
             )
             continue
-        if not _has_area(shape):
+        if not has_area(shape):
             faults.append(f'{shape.where} has no area: draw it again or delete it')
             continue
         (x0, y0), (x1, y1) = _bounds(shape)
@@ -246,7 +275,10 @@ def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[s
     return faults, notes
 
 
-def _has_area(shape: Shape) -> bool:
+def has_area(shape: Shape) -> bool:
+    """Whether a shape of points enough is more than a point or a line."""
+    if shape.kind == 'mask':
+        return bool((shape.runs[:, 1] > shape.runs[:, 0]).any())
     if shape.kind == 'ellipse':
         return min(shape.radii) > 0
     away = _grid(shape.points) - _grid(shape.points[:1])

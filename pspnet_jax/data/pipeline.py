@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pspnet_jax.data.volumes import Slices, Volume, normalize
+from pspnet_jax.data.volumes import Slices, Volume, check_kind, normalize
 from pspnet_jax.errors import DataError
 
 if TYPE_CHECKING:  # imported where it is used: a step whose data are on the device needs none
@@ -22,7 +22,8 @@ def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
 
     Within a patient a slice is drawn in proportion to its area of lesion, except for
     the share `floor`, which is spread evenly over its slices (all of it, where the
-    patient has no lesion).
+    patient has no lesion). Buda's code adds a tenth of the patient's lesion, spread evenly, to
+    the areas, which is a floor of 1/11.
     """
     weights = np.zeros(len(slices))
     patients = np.unique(slices.patient)
@@ -79,6 +80,8 @@ def read_row(
         other %= len(slices)
         try:
             image, mask = slices.read(int(slices.key[other]))
+            if intensity is not None:
+                check_kind(image, intensity, slices.patient[other])
         except DataError as error:
             if unread is None:
                 raise
@@ -163,7 +166,10 @@ def eval_batches(
     volume: Volume, batch_size: int, intensity: np.ndarray | None
 ) -> Iterator[np.ndarray]:
     """The volume's slices, normalised, in batches of one size: the last is padded by zeros."""
-    intensity = volume.intensity if intensity is None else intensity
+    if intensity is None:
+        intensity = volume.intensity
+    else:
+        check_kind(volume.image, intensity, volume.patient)
     for start in range(0, len(volume.image), batch_size):
         image = normalize(volume.image[start : start + batch_size], intensity)
         yield np.pad(image, [(0, batch_size - len(image))] + [(0, 0)] * 3)

@@ -3,11 +3,27 @@
 A source is imported when it is asked for: LGG's alone needs tensorflow-datasets.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from pspnet_jax.data import splits
+from pspnet_jax.data import pairing, splits
 from pspnet_jax.data.volumes import Slices
+from pspnet_jax.errors import DataError
+
+# Kaggle's names of LGG's slices: CASE_7.tif.
+SLICE = re.compile(r'(?P<patient>.+)_(?P<slice>[0-9]{1,9})')
+SLICES = r'^(?P<patient>.+?)(?:_(?P<slice>[0-9]{1,9}))?$'
+
+
+def grouping(config, group: str | None = None) -> str:
+    """What says whose slices files are, as `data.group`: `group`, which a command was given, else
+    what the run was trained with. For LGG, whose slices are files of a volume, that is their names.
+    """
+    if group is not None:
+        return group
+    return SLICES if config.data.name == 'lgg' else config.data.group
 
 
 def read_folder(config, **where: Any) -> Slices:
@@ -24,12 +40,53 @@ def read_folder(config, **where: Any) -> Slices:
         'attribute': data.attribute,
         'mask_format': data.mask_format,
         'mask_colors': data.mask_colors,
+        'mask_name': data.mask_name,
+        'label_map': data.to_dict()['label_map'],
         'num_classes': model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'mixed_sizes': bool(data.size),
         'threads': data.threads,
     }
     return folder.load(**options | where)
+
+
+def check_class_names(slices: Slices, config) -> None:
+    """Raise DataError where annotations name several classes that the run of this config does not
+    name: their numbers would be the file's own.
+    """
+    names, known = slices.class_names, config.model.class_names
+    if len(names) > 2 and not known:
+        told = ','.join(f'{name}=NUMBER' for name in names[1:])
+        raise DataError(
+            f'the annotations name the classes {", ".join(names)}, and the run does not say which '
+            'number each had in training: write the masks with these numbers and evaluate on them, '
+            f'python -m pspnet_jax.data.via --classes={told}'
+        )
+
+
+def elsewhere(config, source: str) -> dict[str, Any]:
+    """`folder.load`'s arguments for another folder that is laid out as the run's own: where a whole
+    path was given for it, its last name counts.
+    """
+
+    def named(place: str) -> str:
+        folder, rule = pairing.split(Path(place))
+        name = folder.name if folder.is_absolute() else folder
+        return str(name if rule == pairing.STEM else Path(name, rule))
+
+    images = tuple(map(named, config.data.images))
+    return {'source': source, 'images': images, 'masks': named(config.data.masks)}
+
+
+def places(config) -> list[str]:
+    """The files and folders that `read` reads as this config says, in full."""
+    data = config.data
+    named = {
+        'folder': (data.source, *data.images, data.masks) if not data.source else (data.source,),
+        'lgg': (data.source, data.root),
+    }.get(data.name, ())
+    tables = [data.group] if data.name == 'folder' and data.group.endswith('.csv') else []
+    return [os.path.abspath(Path(place).expanduser()) for place in (*named, *tables) if place]
 
 
 def read_phantom(config) -> Slices:

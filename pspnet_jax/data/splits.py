@@ -3,19 +3,23 @@
 Neighbouring slices of one head are nearly the same picture, so a split by slice
 tests on what it trained on (Yagis et al. 2021 measured 29-55 points of that).
 
-A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint'};
-`read` refuses one that was made of other data.
+A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint', 'pixels'};
+`read` refuses one that was made of other data, and `overlap` finds its pictures among others.
 """
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pspnet_jax import text
 from pspnet_jax.data.files import writing
-from pspnet_jax.data.volumes import Slices
+from pspnet_jax.data.volumes import Slices, picture_digest
 from pspnet_jax.errors import DataError
 
 KEPT = 'splits.json'  # in a run's workdir
@@ -136,23 +140,76 @@ def fingerprint(slices: Slices) -> str:
 def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`parts` of `slices` as JSON, written aside and renamed."""
     with writing(Path(path)) as aside:
-        found = {**parts, 'fingerprint': fingerprint(slices)}
+        found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels(slices)}
         aside.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`write`, or where the file is there, see that it says the same. Raises DataError."""
-    if not Path(path).exists():
-        write(path, parts, slices)
-    elif read(path, slices) != parts:
+    if Path(path).exists() and read(path, slices) != parts:
         raise DataError(
             f'{path} has other patients in its parts than this config: go on with its own '
             'data.split, or use another workdir'
         )
+    if not Path(path).exists() or 'pixels' not in text.read_json(path):  # the first had none
+        write(path, parts, slices)
+
+
+def pixels(slices: Slices) -> dict[str, list[str]]:
+    """{patient: `volumes.picture_digest` of each slice}."""
+    digest = slices.digest
+    if digest is None:
+        with ThreadPoolExecutor(4) as pool:
+            read = pool.map(lambda key: picture_digest(slices.read(int(key))[0]), slices.key)
+            digest = np.array(list(read))
+    return {name: digest[slices.patient == name].tolist() for name in slices.intensity}
+
+
+def overlap(path: str | Path, digests: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:
+    """{'train', 'validation': of patients, given with the digests of their slices, those of whom
+    one is a slice of that part of the split at `path`, 'same_name': others who only have the name
+    of a patient of these}. None where no split can be read, or one without digests.
+    """
+    try:
+        kept: Any = text.read_json(path)
+    except DataError:
+        return None
+    if not isinstance(kept, dict) or not isinstance(kept.get('pixels'), dict):
+        return None
+    found, seen = {}, set()
+    for part in ('train', 'validation'):
+        names = kept.get(part)
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        theirs = [kept['pixels'].get(name) for name in names]
+        known = {str(x) for some in theirs if isinstance(some, list) for x in some} - {''}
+        found[part] = [name for name, ours in digests.items() if known.intersection(ours)]
+        seen |= set(names)
+    known = {*found['train'], *found['validation']}
+    found['same_name'] = [name for name in digests if name in seen and name not in known]
+    return found
 
 
 def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
     """The parts that `write` wrote. Raises DataError for another file, and for other data."""
+    parts, found = listed(path)
+    unknown = sorted({name for part in parts.values() for name in part} - slices.intensity.keys())
+    what = f'{unknown[:8]} are not there' if unknown else ''
+    if not unknown and found.get('fingerprint') != fingerprint(slices):
+        what = 'slices or pixels differ'
+    if not what and slices.digest is not None and isinstance(kept := found.get('pixels'), dict):
+        ours = pixels(slices)  # turned upside down, a picture has the same intensities
+        other = [name for name in ours if name in kept and kept[name] != ours[name]]
+        what = f'the pictures of {other[:8]} have other pixels' if other else ''
+    if what:
+        raise DataError(
+            f'{path} was made of other data ({what}): use the data it was made of, or split '
+            'anew without data.split_file and in a new workdir'
+        )
+    return parts
+
+
+def listed(path: str | Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """(the parts, all) of a split file. Raises DataError for another file."""
     names = ('train', 'validation', 'test')
     has = f'it has the lists {", ".join(names)} and a fingerprint'
     try:
@@ -160,22 +217,15 @@ def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
     except DataError as error:
         raise DataError(f'{path} is not a split ({error}): {has}') from error
     found = found if isinstance(found, dict) else {}
-    parts, made_of = {name: found.get(name) for name in names}, found.get('fingerprint')
+    parts = {name: found.get(name) for name in names}
     if not all(isinstance(part, list) for part in parts.values()):
         raise DataError(f'{path} is not a split: {has}')
-    listed = [patient for part in parts.values() for patient in part]
-    if not all(isinstance(patient, str) for patient in listed):
+    patients = [patient for part in parts.values() for patient in part]
+    if not all(isinstance(patient, str) for patient in patients):
         raise DataError(f'{path} is not a split: {has} of names')
-    if len(set(listed)) < len(listed):
+    if len(set(patients)) < len(patients):
         raise DataError(f'{path} has a patient in two places: every patient is in one part')
-    unknown = sorted(set(listed) - slices.intensity.keys())
-    if unknown or made_of != fingerprint(slices):
-        what = f'{unknown[:8]} are not there' if unknown else 'slices or pixels differ'
-        raise DataError(
-            f'{path} was made of other data ({what}): use the data it was made of, or split '
-            'anew without data.split_file and in a new workdir'
-        )
-    return parts
+    return parts, found
 
 
 def stratified_draw(

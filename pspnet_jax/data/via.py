@@ -6,13 +6,16 @@
 
 FILE is of VGG Image Annotator 1 or 2 (JSON or CSV), COCO or labelme (also a folder of its
 files). MASKS/NAME.png holds class numbers, 0 is background; later regions cover earlier ones.
+COCO's categories are numbered in the order of their ids. The names in other files are numbered as
+found, so give --classes where several files belong together.
 """
 
 import os
 import re
+import shlex
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -24,6 +27,8 @@ from pspnet_jax.data.annotations import (
     all_faults,
     count,
     hidden,
+    is_labelme,
+    json_files,
     listed,
     read_annotations,
     read_with_faults,
@@ -31,19 +36,47 @@ from pspnet_jax.data.annotations import (
     some,
 )
 from pspnet_jax.data.outlines import MAX_PIXELS, MAX_SIDE, Shape, check_shapes, rasterize
-from pspnet_jax.errors import ConfigError, DataError, first_line
+from pspnet_jax.errors import ConfigError, DataError, first_line, say
 
 __all__ = [
     'Annotations',
     'Shape',
+    'check_drawn',
     'check_shapes',
+    'holds_annotations',
     'match_pictures',
     'rasterize',
     'read_annotations',
+    'read_with_faults',
     'write_masks',
 ]
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+
+
+def holds_annotations(masks: Path, images: Path) -> tuple[bool, list[str]]:
+    """(whether this is a file of annotations or a folder of labelme's, and no folder of masks;
+    notes of what is passed over in it).
+
+    Masks may have a .json of another kind beside them, and labelme files pictures.
+    """
+    if not masks.is_dir():
+        return masks.is_file(), []
+    found, folder, elsewhere = json_files(masks), masks.resolve(), images.resolve()
+    if not found:
+        return False, []
+    pictures = [
+        path
+        for path in sorted(folder.rglob('*'))
+        if path.name.lower().endswith(files.SUFFIXES)
+        and not hidden(path, folder)
+        and not path.is_relative_to(elsewhere)
+    ]
+    drawn = any(map(is_labelme, found)) or not pictures
+    left = pictures if drawn else found
+    what = 'pictures beside labelme files' if drawn else 'other .json beside masks'
+    told = some([show(path.name) for path in left])
+    return drawn, [f'passed over: {what} ({len(left)}): {told}'] if left else []
 
 
 def match_pictures(
@@ -52,8 +85,10 @@ def match_pictures(
     """({path of every picture below `images`: its shapes}, faults, notes).
 
     A name is a picture's where one of the two ways ends in the other: 'a.png' may be in a
-    sub-folder, and 'train/a.png' in a folder that is itself called train. A name with no
-    picture, or with several, is a fault; a picture without a name has no shapes, by a note.
+    sub-folder, and 'train/a.png' or '/home/ann/train/a.png' in a folder that is itself called
+    train. A loose name is also that of a picture in another folder, if there is only one. A name
+    with no picture, or with several, is a fault; a picture without a name has no shapes, by a
+    note.
     What is below `leave_out` is not looked at. Raises DataError where there is no picture.
     """
     root = Path(images).expanduser()
@@ -70,6 +105,8 @@ def match_pictures(
                 for way in same_name.get(_last(name), ())
                 if f'/{way}'.endswith(f'/{name}') or f'/{name}'.endswith(f'/{way}')
             ]
+            if annotations.loose:
+                ways = ways or same_name.get(_last(name), [])
         if not ways:
             missing.append(show(name))
         elif len(ways) > 1:
@@ -132,6 +169,20 @@ def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
     return found
 
 
+def check_drawn(
+    matched: Mapping[Path, Sequence[Shape]],
+) -> tuple[dict[Path, tuple[int, int]], list[str], list[str]]:
+    """({picture: (H, W)}, faults, notes) of pictures and the shapes on them."""
+    sizes, faults, notes = {}, [], []
+    for path, shapes in matched.items():
+        with listed(faults):
+            sizes[path] = picture_size(path)
+            wrong, odd = check_shapes(shapes, sizes[path])
+            faults += wrong
+            notes += odd
+    return sizes, faults, notes
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """(H, W) from the picture's header, upright as `files.read` gives it. Raises DataError."""
     try:
@@ -173,14 +224,12 @@ def write_masks(
     faults += wrong
     notes = read.notes + notes
     targets = {path: out / path.relative_to(root).with_suffix('.png') for path in matched}
-    sizes = {}
-    for path, shapes in matched.items():
-        with listed(faults):
-            sizes[path] = picture_size(path)
-            wrong, odd = check_shapes(shapes, sizes[path])
-            faults += wrong
-            notes += odd
-    faults = list(dict.fromkeys(faults + _check_targets(targets, root, out)))
+    sizes, wrong, odd = check_drawn(matched)
+    notes += odd
+    if not classes and len(read.classes) > 2 and ',' not in ''.join(read.classes):
+        told = ','.join(f'{name}={number}' for name, number in read.classes.items() if number)
+        notes.append(f'for other files of these classes: {shlex.quote(f"--classes={told}")}')
+    faults = list(dict.fromkeys(faults + wrong + _check_targets(targets, root, out)))
     if faults:
         raise all_faults(annotations, faults)
     for path, shapes in matched.items():
@@ -232,8 +281,9 @@ def main() -> None:
         attribute=options.attribute,
         line_width=options.line_width,
     )
-    print('\n'.join(notes))
-    print(f'masks are in {options.out}')
+    for note in notes:
+        say(note)
+    say(f'masks are in {options.out}')
 
 
 if __name__ == '__main__':
@@ -242,7 +292,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('annotations', None, 'file of VIA, COCO or labelme', required=True)
     flags.DEFINE_string('images', None, 'folder of the pictures', required=True)
     flags.DEFINE_string('out', None, 'folder for the masks', required=True)
-    flags.DEFINE_string('classes', '', 'NAME=NUMBER,...; empty: numbered in sorted order')
+    flags.DEFINE_string('classes', '', "NAME=NUMBER,...; '': COCO's by id, others in sorted order")
     flags.DEFINE_string('attribute', '', 'that tells the classes apart, where regions have several')
     flags.DEFINE_float('line_width', 1.0, 'pixels, of polylines whose ends do not meet')
     cli.run(main)

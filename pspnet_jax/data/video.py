@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -13,6 +15,8 @@ import numpy as np
 
 from pspnet_jax.data.files import writing as aside_then_rename
 from pspnet_jax.errors import DataError, first_line
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv')
 PIP = 'pip install "av>=18.1,<19"'
@@ -26,6 +30,8 @@ CAMERAS = {
 # or elsewhere on the net, is a video to it whatever its name.
 CONTAINERS = 'mov,matroska,avi,mpeg,mpegvideo,mpegts,asf'
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
+MOST_PARTS = 10_000  # of a container that are looked at
+MOST_MISSING = 1  # second at the end that a sound file may be short of what its header says
 
 
 @contextlib.contextmanager
@@ -33,7 +39,7 @@ def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.nda
     """(frames a second, number of frames or 0 where unknown, the frames H W 3 uint8).
 
     `source` is a file or the number of a camera. Frames come upright, as players show them.
-    Raises DataError, also while the frames are read.
+    Raises DataError, also while the frames are read and for a file that ends before they do.
     """
     av = _imported(source)
     kind, place = None, str(source)
@@ -61,21 +67,117 @@ def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.nda
         stream.thread_type = 'AUTO'
         stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # sizes may change later
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        yield rate, stream.frames, _frames(av, container, stream, source)
+        if not kind and claimed_bytes(place) > os.path.getsize(place):
+            _check_cut(av, place, options, rate)
+        yield rate, stream.frames, _frames(av, container, stream, source, rate)
 
 
-def _frames(av, container, stream, source) -> Iterator[np.ndarray]:
-    size = None
-    with _readable(av, source):
-        for n, frame in enumerate(container.decode(stream), start=1):
-            pixels = np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation // 90 % 4)
-            size = size or pixels.shape
-            if pixels.shape != size:
-                raise DataError(
-                    f'{source} changes from {size[:2]} to {pixels.shape[:2]} pixels at frame {n}: '
-                    'cut it there'
-                )
-            yield pixels
+def _frames(av, container, stream, source, rate: Fraction) -> Iterator[np.ndarray]:
+    size, n, reached, whole = None, 0, 0, _seconds(stream)
+    try:
+        with _readable(av, source):
+            for packet in container.demux(stream):
+                at = [x for x in (packet.pts, packet.dts) if x is not None]
+                if at:
+                    reached = max(reached, (max(at) + (packet.duration or 1)) * packet.time_base)
+                for frame in packet.decode():
+                    n += 1
+                    pixels = np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation // 90 % 4)
+                    size = size or pixels.shape
+                    if pixels.shape != size:
+                        raise DataError(
+                            f'{source} changes from {size[:2]} to {pixels.shape[:2]} pixels at '
+                            f'frame {n}: cut it there'
+                        )
+                    yield pixels
+    except DataError as error:
+        if n and isinstance(error.__cause__, av.error.FFmpegError):
+            expected = stream.frames or round(whole * rate) or 'an unknown number of'
+            raise DataError(f'{error}; {n} of {expected} frames were read') from error
+        raise
+    if n and reached + max(MOST_MISSING, 2 / rate) < whole:
+        raise _ends_early(source, n, round(whole * rate))
+
+
+def _seconds(stream) -> float:
+    """How long the stream is by its own header; 0 where that is unknown, or only another's."""
+    if stream.container.format.name == 'avi':  # which counts frames, dropped ones too
+        return float(stream.frames / (stream.average_rate or 1))
+    written = re.fullmatch(r'(\d+):(\d+):(\d+\.\d+)', stream.metadata.get('DURATION', ''))
+    if not written:  # of Matroska
+        return 0.0
+    hours, minutes, seconds = map(float, written.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _check_cut(av, place: str, options: dict[str, str], rate: Fraction) -> None:
+    """Raise DataError for a file that was cut off, unless only its index was."""
+    with _readable(av, place), av.open(place, options=options) as container:
+        stream = container.streams.video[0]
+        expected = stream.frames or round(_seconds(stream) * rate)
+        if not expected and container.duration and len(container.streams) == 1:
+            expected = round(container.duration * rate / 10**6)
+        there = 0
+        with contextlib.suppress(av.error.FFmpegError):
+            for packet in container.demux(stream):
+                there += packet.size > 0 and not packet.is_corrupt
+    if not expected or there < expected:
+        raise _ends_early(place, there, expected or 'an unknown number of')
+    logger.warning('%s is cut off at its end, but its %d frames are there', place, there)
+
+
+def _ends_early(source, there: int, expected: int | str) -> DataError:
+    return DataError(
+        f'{source} ends early: {there} of {expected} frames are there; copy or export it again, '
+        'or to go on with these, write them into a file of their own (ffmpeg -i FILE -c copy NEW)'
+    )
+
+
+def claimed_bytes(path: str | Path) -> int:
+    """How long the file is by its container's own account; 0 where that does not say."""
+
+    def number(place: int, length: int, order: str) -> int:
+        file.seek(place)
+        return int.from_bytes(file.read(length), order)
+
+    end, size = 0, os.path.getsize(path)
+    with open(path, 'rb') as file:
+        head = file.read(16)
+        if head[:4] == b'RIFF':  # AVI: one after the other
+            for _ in range(MOST_PARTS):
+                length = number(end + 4, 4, 'little')
+                if number(end, 4, 'big') != int.from_bytes(b'RIFF') or length in (0, 2**32 - 1):
+                    break
+                end += 8 + length
+        elif head[4:8] in (b'ftyp', b'wide', b'mdat', b'moov', b'free', b'skip'):  # MP4, MOV
+            for _ in range(MOST_PARTS):
+                length, first = number(end, 4, 'big'), 8
+                if length == 1:
+                    length, first = number(end + 8, 8, 'big'), 16
+                if length < first or end >= size:  # 0: to the end of the file
+                    break
+                end += length
+        elif head[:4] == b'\x1a\x45\xdf\xa3':  # Matroska: a header, and a segment of all the rest
+            first, length, _ = _vint(file, 4)
+            segment = first + length
+            if number(segment, 4, 'big') == 0x18538067:
+                first, length, known = _vint(file, segment + 4)
+                end = first + length if known else 0
+        elif head == bytes.fromhex('3026b2758e66cf11a6d900aa0062ce6c'):  # ASF
+            file.seek(0)
+            place = file.read(2**16).find(bytes.fromhex('a1dcab8c47a9cf118ee400c00c205365'))
+            end = number(place + 40, 8, 'little') if place >= 0 else 0
+    return end
+
+
+def _vint(file, place: int) -> tuple[int, int, bool]:
+    """(place behind, value, whether it is known) of an EBML number."""
+    file.seek(place)
+    data = file.read(8).ljust(8, b'\0')
+    length = 9 - max(data[0].bit_length(), 1)
+    most = 2 ** (7 * length) - 1
+    value = int.from_bytes(data[:length], 'big') & most
+    return place + length, value, value != most
 
 
 @contextlib.contextmanager

@@ -5,28 +5,37 @@ Training reads slices in any order; evaluation reads whole volumes. A source
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pspnet_jax.errors import DataError
+
 logger = logging.getLogger(__name__)
 
-MEMINFO = Path('/proc/meminfo')
+MEMINFO, STATUS = Path('/proc/meminfo'), Path('/proc/self/status')
+GROUPS, OWN_GROUP = Path('/sys/fs/cgroup'), Path('/proc/self/cgroup')
+GROUPS_V1 = ('memory.limit_in_bytes', 'memory.usage_in_bytes')
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
+RANGE_PIXELS = 2**20  # of an image, evenly spread, that its range is measured on
 
 
 class Volume(NamedTuple):
     """One patient: image D H W C, mask D H W uint8, D slice numbers, (4, C) intensity.
 
     The image is uint8, uint16 or float32; spacing is (slice, row, column) in mm, None unknown.
+    `scan` is a number for each of the D slices: those of one number are neighbours in space, a
+    picture has its own. None: all D slices are one scan.
     """
 
     patient: str
@@ -35,6 +44,7 @@ class Volume(NamedTuple):
     slices: np.ndarray
     intensity: np.ndarray
     spacing: tuple[float, float, float] | None = None
+    scan: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +54,10 @@ class Slices:
     `read(key)` gives image H W C (uint8, uint16 or float32) and mask H W uint8; the arrays,
     all of length N, are the keys, and what sampling needs to know without reading.
     `intensity` holds each patient's (4, C) array from `measure_intensity`, `spacing` the
-    patients' steps in mm where they are known.
+    patients' steps in mm where they are known, `class_names` those of all classes in turn where the
+    source names them, `ranges` the `measure_range` of those whose images are not of 8 bits.
+    `scan` is `Volume`'s, of length N: a source whose patients may be several pictures or volumes
+    sets it. `digest` is each slice's `picture_digest`, where a source reads them anyway.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -54,6 +67,10 @@ class Slices:
     lesion_pixels: np.ndarray
     intensity: dict[str, np.ndarray]
     spacing: dict[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    scan: np.ndarray | None = None
+    digest: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -72,6 +89,8 @@ def select(slices: Slices, patients: Sequence[str]) -> Slices:
         patient=slices.patient[keep],
         slice=slices.slice[keep],
         lesion_pixels=slices.lesion_pixels[keep],
+        scan=None if slices.scan is None else slices.scan[keep],
+        digest=None if slices.digest is None else slices.digest[keep],
         intensity={patient: slices.intensity[patient] for patient in patients},
     )
 
@@ -103,7 +122,15 @@ def iterate_volumes(slices: Slices) -> Iterator[Volume]:
                 slices.slice[list(rows)],
                 slices.intensity[patient],
                 slices.spacing.get(patient),
+                None if slices.scan is None else slices.scan[list(rows)],
             )
+
+
+def scans(scan: np.ndarray | None, depth: int) -> list[np.ndarray]:
+    """Rows of each scan of `depth` slices: `Volume.scan`, or all of them where that is None."""
+    if scan is None:
+        return [np.arange(depth)]
+    return [np.flatnonzero(scan == number) for number in np.unique(scan)]
 
 
 def from_volumes(volumes: Sequence[Volume]) -> Slices:
@@ -117,15 +144,79 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
         slice=np.concatenate([v.slices for v in volumes]),
         lesion_pixels=np.array([lesion_pixels(labels) for labels in mask]),
         intensity={v.patient: v.intensity for v in volumes},
+        ranges={v.patient: measure_range(v.image) for v in volumes if v.image.dtype != np.uint8},
+        digest=np.array([picture_digest(pixels) for pixels in image]),
+        spacing={v.patient: v.spacing for v in volumes if v.spacing is not None},
+        scan=np.concatenate([np.zeros(len(v.mask)) if v.scan is None else v.scan for v in volumes]),
     )
 
 
+def with_channels(volume: Volume, channels: int) -> Volume:
+    """The volume as a network of so many channels takes it, see `fit_channels`."""
+    if volume.image.shape[-1] == channels:
+        return volume
+    image = fit_channels(volume.image, channels, volume.patient)
+    intensity = np.resize(volume.intensity.T, (channels, 4)).T
+    return volume._replace(image=image, intensity=intensity)
+
+
+def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray:
+    """Grey as three equal channels where the network takes three, and the other way round.
+
+    Raises DataError for other numbers of channels.
+    """
+    found = image_DHWC.shape[-1]
+    if found == channels:
+        return image_DHWC
+    if (found, channels) == (1, 3):
+        return np.broadcast_to(image_DHWC, (*image_DHWC.shape[:-1], 3))
+    if (found, channels) == (3, 1) and (image_DHWC == image_DHWC[..., :1]).all():
+        return image_DHWC[..., :1]
+    raise DataError(f'{name} has {found} channels, the network takes {channels}: give it these')
+
+
 def free_memory() -> int:
-    """Bytes that a program can still take; half of all where the system does not say."""
+    """Bytes that this program can still take: of the machine, of its container, by its ulimit.
+
+    Half of the machine's where the system does not say.
+    """
     found = MEMINFO.exists() and re.search(r'MemAvailable: *(\d+) kB', MEMINFO.read_text())
     if found:
-        return 1024 * int(found[1])
-    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
+        free = 1024 * int(found[1])
+    else:
+        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
+    return max(min([free, *_group_limits(), *_process_limits()]), 0)
+
+
+def _group_limits() -> Iterator[int]:
+    """Bytes left in the control groups that this process is in, as Docker and Slurm set them."""
+    own = OWN_GROUP.read_text() if OWN_GROUP.exists() else ''
+    for root, line, names in (
+        (GROUPS, r'^0::(/.*)$', ('memory.max', 'memory.current')),
+        (GROUPS / 'memory', r'^\d+:memory:(/.*)$', GROUPS_V1),
+    ):
+        below = re.search(line, own, re.MULTILINE)
+        folder = root / below[1].lstrip('/') if below else root
+        for place in (folder, *folder.parents):  # a limit of any group above holds too
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int((place / name).read_text()) for name in names)
+                stat = (place / 'memory.stat').read_text()
+                cache = re.search(r'^inactive_file (\d+)$', stat, re.MULTILINE)
+                yield limit - used + (int(cache[1]) if cache else 0)
+            if place == root:
+                break
+
+
+def _process_limits() -> Iterator[int]:
+    """Bytes left of the address space and of the data that `ulimit` allows."""
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        used = 1024 * int(re.search(r'VmSize:\s*(\d+) kB', STATUS.read_text())[1])
+        for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+            limit = resource.getrlimit(kind)[0]
+            if limit != resource.RLIM_INFINITY:
+                yield limit - used
 
 
 def in_memory(slices: Slices) -> Slices:
@@ -172,17 +263,27 @@ def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_labels(mask_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """h w labels at H W pixels: each takes the label at its centre."""
-    rows, columns = (
-        ((np.arange(n) + 0.5) * old / n).astype(int)
-        for n, old in zip(size, mask_HW.shape, strict=True)
-    )
+    """h w labels at H W pixels: each takes the label at its centre (`centres`)."""
+    rows, columns = (centres(n, old) for n, old in zip(size, mask_HW.shape, strict=True))
     return mask_HW[rows][:, columns]
 
 
-def lesion_pixels(mask: np.ndarray) -> int:
+def centres(cells: int, size: int) -> np.ndarray:
+    """(cells,) pixels of `size` that lie nearest to the centres of as many cells of equal width.
+
+    At even ratios two pixels are equally near: even cells take the lower, odd ones the upper,
+    so that nothing moves on average. (Always the upper, as PyTorch's 'nearest-exact' has it, moves
+    labels by half a pixel against the image.)
+    """
+    i = np.arange(cells)
+    doubled = (2 * i + 1) * size - cells  # the centre is pixel doubled / (2 cells)
+    lower, upper = -((cells - doubled) // (2 * cells)), (doubled + cells) // (2 * cells)
+    return np.where(i % 2, upper, lower)
+
+
+def lesion_pixels(mask: np.ndarray, ignore_label: int = IGNORE_LABEL) -> int:
     """Pixels that are neither background nor ignored."""
-    return int(np.count_nonzero((mask != 0) & (mask != IGNORE_LABEL)))
+    return int(np.count_nonzero((mask != 0) & (mask != ignore_label)))
 
 
 def measure_intensity(image: np.ndarray) -> np.ndarray:
@@ -193,11 +294,41 @@ def measure_intensity(image: np.ndarray) -> np.ndarray:
     Deviations: no crop to the head first, so low is usually the black background; a
     constant channel gets deviation 1.
     """
-    values = image.reshape(-1, image.shape[-1]).astype(np.float32)
-    low, high = np.percentile(values, (10, 99), axis=0)
-    clipped = np.clip(values, low, high)
-    mean, std = clipped.mean(axis=0, dtype=np.float64), clipped.std(axis=0, dtype=np.float64)
-    return np.stack([low, high, mean, np.where(std > 1e-6, std, 1.0)]).astype(np.float32)
+    if image.shape[-1] > 1 and image.strides[-1] == 0:  # grey, which `fit_channels` repeats
+        return np.repeat(measure_intensity(image[..., :1]), image.shape[-1], axis=1)
+    channels = np.moveaxis(image, -1, 0)
+    return np.stack([_measure(values.reshape(-1)) for values in channels], 1).astype(np.float32)
+
+
+def _measure(values_N: np.ndarray) -> tuple[float, float, float, float]:
+    """`measure_intensity` of one channel, in little more memory than it takes.
+
+    Of 8 and 16 bits by how often each value occurs, else by a copy in float32.
+    """
+    if values_N.dtype in (np.uint8, np.uint16):
+        kinds = 2 ** (8 * values_N.dtype.itemsize)
+        counts = sum(np.bincount(part, minlength=kinds) for part in _parts(values_N))
+        seen = np.flatnonzero(counts)
+        last = np.cumsum(counts[seen]) - 1  # place, in order, of the last of each value
+        places = (len(values_N) - 1) * np.array([0.1, 0.99])
+        below, share = np.floor(places), places % 1
+        one, next_one = (seen[np.searchsorted(last, at)] for at in (below, np.ceil(places)))
+        low, high = one + (next_one - one) * share
+        clipped, weights = np.clip(seen, low, high), counts[seen] / len(values_N)
+        mean = (clipped * weights).sum()
+        std = np.sqrt(((clipped - mean) ** 2 * weights).sum())
+    else:
+        sorting = np.array(values_N, np.float32)
+        low, high = np.percentile(sorting, (10, 99), overwrite_input=True)
+        mean = sum(np.clip(part, low, high).sum() for part in _parts(sorting)) / len(sorting)
+        squares = (((np.clip(part, low, high) - mean) ** 2).sum() for part in _parts(sorting))
+        std = np.sqrt(sum(squares) / len(sorting))
+    return low, high, mean, std if std > 1e-6 else 1.0
+
+
+def _parts(values_N: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(values_N), 2**16):
+        yield values_N[first : first + 2**16]
 
 
 def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
@@ -207,3 +338,81 @@ def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
     """
     low, high, mean, std = intensity
     return (np.clip(image.astype(np.float32), low, high) - mean) * (1 / std)
+
+
+def picture_digest(image_HWC: np.ndarray) -> str:
+    """By which the same pixels are known again, in whatever file; '' where all have one value.
+
+    Grey is the same in one channel and in three.
+    """
+    if (image_HWC == image_HWC[:1, :1]).all():
+        return ''
+    if (image_HWC == image_HWC[..., :1]).all():
+        image_HWC = image_HWC[..., :1]
+    digest = hashlib.blake2b(repr(image_HWC.shape).encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(image_HWC, '<f4').data)
+    return digest.hexdigest()
+
+
+def measure_range(image: np.ndarray) -> np.ndarray:
+    """(2, C) float32 of an image ... C: the 0.5th and the 99.5th percentile of each channel; the
+    least and largest value where those are one.
+    """
+    values = image.reshape(-1, image.shape[-1])
+    some = values[:: len(values) // RANGE_PIXELS | 1]  # odd, so that columns take turns
+    low, high = np.percentile(some, (0.5, 99.5), axis=0)
+    if (flat := low >= high).any():
+        low, high = np.where(flat, values.min(0), low), np.where(flat, values.max(0), high)
+    return np.stack([low, high]).astype(np.float32)
+
+
+def joint_range(slices: Slices, others: Sequence[Slices] = ()) -> np.ndarray | None:
+    """(2, C) low and high of the values of all images; None: they are of 8 bits, 0 to 255.
+
+    The medians over the patients, so that one odd image moves nothing. Raises DataError where
+    some, those of `others` among them, are of 8 bits and others not: nothing says what 255 of the
+    one is for the other.
+    """
+    known = [(name, name in part.ranges) for part in (slices, *others) for name in part.intensity]
+    deep, eight = ([name for name, is_deep in known if is_deep == kind] for kind in (True, False))
+    if deep and eight:
+        raise DataError(
+            f'{len(eight)} of {len(known)} patients have images of 8 bits ({eight[0]}), the others '
+            f'have not ({deep[0]}): set data.normalize="volume", which gives each its own scale, '
+            'or save all in one way'
+        )
+    if not deep:
+        return None
+    found = np.stack([slices.ranges[patient] for patient in slices.intensity])
+    low, high = np.median(found, axis=0)
+    flat = low >= high  # most of the images are constant
+    low, high = np.where(flat, found[:, 0].min(0), low), np.where(flat, found[:, 1].max(0), high)
+    return np.stack([low, np.where(low < high, high, low + 1)]).astype(np.float32)
+
+
+def check_kind(image: np.ndarray, intensity: np.ndarray, name: Any) -> None:
+    """Raise DataError for an image ... C whose numbers `intensity`, (4, C) of a run, is not for.
+
+    A run on images of 8 bits takes whatever holds whole numbers from 0 to 255; one on others, of
+    which only the values are known, takes no 8 bits.
+    """
+    low, high = intensity[:2]
+    if (low != 0).any() or (high != 255).any():
+        if image.dtype == np.uint8:
+            width = (high - low) / 3  # see `models.published.Normalization.intensity`
+            raise DataError(
+                f'{name} has 8 bits, the run was trained on images with values of about '
+                f'{(low + width).min():.4g} to {(high - width).max():.4g}: give it in their unit, '
+                'not as a picture of 8 bits'
+            )
+        return
+    if image.dtype == np.uint8:
+        return
+    least, most = image.min(), image.max()
+    whole = image.dtype.kind in 'iu' or (most > 1 and (image == np.rint(image)).all())
+    if least < 0 or most > 255 or not (whole or least == most == 0):
+        raise DataError(
+            f'{name} holds {image.dtype} values from {least:.4g} to {most:.4g}, the run was '
+            'trained on images of 8 bits, 0 to 255: save it with 8 bits, its black as 0 and its '
+            'white as 255, or train a run on images like it'
+        )

@@ -188,6 +188,8 @@ class BatchNorm(nn.Module):
         axis_name = None if self.is_initializing() else self.axis_name
         x, batch_mean, batch_var = normalize(x, scale, bias, self.epsilon, axis_name)
         if not self.is_initializing():
+            count = x.size // x.shape[-1] * _devices(axis_name)
+            batch_var *= count / max(count - 1, 1)  # PyTorch keeps the unbiased one, so do we
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
         return x.astype(self.dtype)
@@ -196,6 +198,10 @@ class BatchNorm(nn.Module):
 def _wide(vector_C: jax.Array, x: jax.Array) -> jax.Array:
     """With axes of length 1 in front, as many as x has."""
     return vector_C.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _devices(axis_name: str | None) -> int:
+    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
 
 
 def _means(axis_name: str | None, *arrays_BHWC: jax.Array) -> tuple[jax.Array, ...]:

@@ -25,7 +25,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from pspnet_jax.errors import PretrainedError, first_line
+from pspnet_jax.errors import PretrainedError, first_line, say
 from pspnet_jax.models.published import (
     IMAGENET,
     NETWORKS,
@@ -691,7 +691,7 @@ def main() -> None:
         dice=None,
     )
     writer.close()
-    print(
+    say(
         f'{len(arrays)} arrays of {path} ({kind}) are {options["name"]} in {given.out}: '
         f'{config.model.num_classes} classes, images as {source.normalization}'
     )

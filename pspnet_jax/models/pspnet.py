@@ -12,7 +12,8 @@ heads' 512 and 256 channels shrink in proportion.
 the blog post, kept for comparison: VGG16 without dilation, output at a quarter of
 the input's size, no auxiliary head, 17,093,442 parameters and statistics for two
 classes and three channels. Its constants (BatchNorm 0.99 and 1e-3, half-pixel
-resizing) are Keras' own.
+resizing) are Keras' own. Deviation: it learns the labels at the centres of its cells
+(`train.labels_at`), where prediction enlarges them; theirs are each fourth pixel's.
 """
 
 import flax.linen as nn

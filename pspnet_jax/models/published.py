@@ -19,16 +19,25 @@ class Normalization(NamedTuple):
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     trained_order: str = 'RGB'  # 'BGR': the first kernel is turned round when it is read
 
-    def intensity(self, channels: int) -> np.ndarray:
-        """(4, channels) for `data.volumes.normalize`: low, high, mean, deviation, in turn."""
-        rows = np.array([(0,) * 3, (255,) * 3, self.mean, self.std], np.float32)
-        return rows[:, np.arange(channels) % 3]
+    def intensity(self, channels: int, scale: np.ndarray | None = None) -> np.ndarray:
+        """(4, channels) for `data.volumes.normalize`: low, high, mean, deviation, in turn.
+
+        `scale` is (2, channels) of images that are not of 8 bits: what stands for 0 and 255. Nearly
+        all values lie between; the others, up to as far again, keep their distance.
+        """
+        rows = np.array([(0,) * 3, (255,) * 3, self.mean, self.std])[:, np.arange(channels) % 3]
+        if scale is not None:
+            low, high = np.asarray(scale, np.float64)
+            width = high - low
+            mean, std = low + width * rows[2] / 255, width * rows[3] / 255
+            rows = np.stack([low - width, high + width, mean, std])
+        return rows.astype(np.float32)
 
 
 def fixed_intensity(inputs: Mapping[str, Any]) -> np.ndarray | None:
     """(4, channels) for every image, of a checkpoint's 'inputs'; None: each volume's own."""
-    normalization = inputs['normalization']
-    return normalization and Normalization(**normalization).intensity(inputs['channels'])
+    normalization, scale = inputs['normalization'], inputs.get('range')
+    return normalization and Normalization(**normalization).intensity(inputs['channels'], scale)
 
 
 IMAGENET = Normalization()

@@ -1,0 +1,425 @@
+"""What the values of masks mean: found out from all files, decided file by file, said in one line.
+
+Where it could mean two things it is refused, with the choices, the likeliest first.
+"""
+
+import collections
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pspnet_jax.data import files
+from pspnet_jax.data.volumes import IGNORE_LABEL
+from pspnet_jax.errors import DataError
+
+FORMATS = ('auto', 'index', 'binary', 'color')
+COLORED = 1 << 24  # marks a number that is a colour
+WHITE = (1, 255, 65535)  # of masks that hold two values, by the bits of a pixel
+MANY = 20  # values, from which they are no classes that someone chose
+COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
+
+
+class Found(NamedTuple):
+    """In a mask's file: its distinct values, `as_numbers`, and where it has a palette the colours
+    0xRRGGBB of each index that is used (of several where pages differ).
+    """
+
+    values: np.ndarray
+    palette: dict[int, set[int]]
+
+
+class Code(NamedTuple):
+    """{file: {value: class}}, what it means in words, and whether values are colours."""
+
+    tables: dict[Path, dict[int, int]]
+    meaning: str
+    by_color: bool = False
+
+
+def look(path: Path) -> Found:
+    """Raises DataError."""
+    labels = files.read_labels(path)
+    colors, palette = files.read_palette(path), collections.defaultdict(set)
+    if colors is not None:
+        pairs = np.unique(labels.astype(np.int64) << 24 | as_colors(colors))
+        for pair in pairs.tolist():
+            palette[pair >> 24].add(pair & 0xFFFFFF)
+    return Found(np.unique(as_numbers(labels)).astype(np.int64), dict(palette))
+
+
+def read_classes(path: Path, like: files.Picture, code: Code) -> np.ndarray:
+    """D H W uint8 classes of a mask that `code` knows, on the grid of its picture."""
+    mask = files.read_labels(path, like)
+    if code.by_color:
+        colors = files.read_palette(path)
+        numbers = as_colors(mask if colors is None else colors)
+    else:
+        numbers = as_numbers(mask)
+    return _look_up(code.tables[path], numbers, path)
+
+
+def _look_up(table: Mapping[int, int], numbers: np.ndarray, path: Path) -> np.ndarray:
+    known = np.array(sorted(table), np.int64)
+    labels = np.array([table[value] for value in known.tolist()], np.uint8)
+    if known[0] >= 0 and known[-1] < 2**16 and 0 <= numbers.min() <= numbers.max() <= known[-1]:
+        there, label_of = np.zeros((2, known[-1] + 1), np.uint8)  # faster than to search
+        there[known], label_of[known] = 1, labels
+        same, found = there[numbers], label_of[numbers]
+    else:
+        at = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+        same, found = known[at] == numbers, labels[at]
+    if not same.all():
+        raise DataError(f'{path} holds other values than when it was looked at: start again')
+    return found
+
+
+def merged(labels: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
+    """Several masks of one picture: what any of them marks. Raises DataError where two mark a pixel
+    as different classes.
+    """
+    if len(labels) == 1:
+        return labels[0]
+    whole = labels[0].copy()
+    for mask, path in zip(labels[1:], paths[1:], strict=True):
+        both = (whole != 0) & (mask != 0) & (whole != mask)
+        if both.any():
+            one, other = whole[both][0], mask[both][0]
+            raise DataError(
+                f'{paths[0]} and {path} mark {np.count_nonzero(both)} pixels as classes {one} and '
+                f'{other}: make one mask of them'
+            )
+        np.copyto(whole, mask, where=mask != 0)
+    return whole
+
+
+# Pixels as numbers.
+
+
+def as_numbers(mask: np.ndarray) -> np.ndarray:
+    """D H W integers; of D H W 3 colours 0xRRGGBB, marked, or where all are grey their value."""
+    if mask.ndim == 3:
+        return mask
+    mask = _of_8_bits(mask) if mask.max() > 255 else mask
+    red, green, blue = (mask[..., c].astype(np.int64) for c in range(3))
+    if (red == green).all() and (green == blue).all():
+        return red
+    return COLORED | (red << 16) | (green << 8) | blue
+
+
+def as_colors(mask: np.ndarray) -> np.ndarray:
+    """0xRRGGBB of D H W 3, and of D H W grey values."""
+    if mask.min() < 0 or mask.max() > 255:
+        mask = _of_8_bits(mask)
+    if mask.ndim == 3:
+        return mask.astype(np.int64) * 0x010101
+    red, green, blue = (mask[..., c].astype(np.int64) for c in range(3))
+    return (red << 16) | (green << 8) | blue
+
+
+def _of_8_bits(mask: np.ndarray) -> np.ndarray:
+    if mask.min() < 0 or (mask % 257).any() or mask.max() > 65535:
+        raise DataError(f'a colour has 8 bits a channel, a mask has {mask.max()}: save it with 8')
+    return mask // 257
+
+
+# What they mean.
+
+
+def understand(
+    found: Mapping[Path, Found],
+    mask_format: str = 'auto',
+    colors: Sequence[str] = (),
+    label_map: Mapping[int | str, int] | None = None,
+    num_classes: int = 2,
+    ignore_label: int = IGNORE_LABEL,
+) -> Code:
+    """What the masks' values mean, from all of them.
+
+    'auto' takes class numbers where all values are some, 255 as class 1 of two in files that have
+    0 and 255 alone, and `colors` ('#rrggbb', in the order of the classes) where they are given.
+    `label_map` says it value by value, and others stay. Raises DataError where that leaves a doubt.
+    """
+    classes = {*range(num_classes), ignore_label}
+    if mask_format == 'color' or (mask_format == 'auto' and colors):
+        return _by_color(found, colors)
+    if mask_format != 'index' and (doubt := _doubt_of_palettes(found)):
+        return _by_palette(found, doubt, 0 if label_map else num_classes)
+    values = sorted({value for file in found.values() for value in file.values.tolist()})
+    if colored := [value for value in values if value >= COLORED]:
+        if len(colored) > MANY:
+            raise DataError(
+                f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a '
+                'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that '
+                "alone: PIL.Image.open(MASK).getchannel('A').save(MASK)"
+            )
+        raise DataError(
+            f'the masks have colours ({_shown(values)}): name them in the order of the classes, '
+            'data.mask_colors=("#000000", "#ff0000", ...)'
+        )
+    if label_map:
+        return _by_map(found, label_map, classes)
+    if mask_format == 'binary':
+        return _binary(found)
+    if mask_format == 'index':
+        return _as_they_are(found, ignore_label)
+    both = _files_with(found, {1, 255})
+    if num_classes == 2 and set(values) <= {0, *WHITE} and max(values, default=0) > 1:
+        if _one_of_each(found):
+            return _binary(found)
+        alone = [path for path in _files_with(found, {255}) if path not in both]
+        if both and alone and ignore_label == 255:
+            raise DataError(
+                f'255 stands beside class 1 in {_some(both)}, where it is ignored, and without it '
+                f'in {_some(alone)}, where it may be class 1: --config.data.mask_format="index" '
+                'ignores it in all, --config.data.label_map="{255: 1}" makes it class 1 in all'
+            )
+    if not classes.issuperset(values):
+        raise _no_classes(found, values, num_classes, ignore_label)
+    if ignore_label >= num_classes > 2 and (ignored := _files_with(found, {ignore_label})):
+        alone = [path for path in ignored if set(found[path].values.tolist()) <= {0, ignore_label}]
+        if len(alone) == len(ignored):
+            raise DataError(
+                f'{ignore_label} is to be ignored, and {_some(alone)} with it hold no class, the '
+                f'model has classes 0 to {num_classes - 1}: if it is the structure, and the only '
+                f'one, --config.model.num_classes=2; if it is one of several, say which, '
+                f'--config.data.label_map="{{{ignore_label}: 1}}"; if it is to be ignored, '
+                '--config.data.mask_format="index"'
+            )
+    return _as_they_are(found, ignore_label)
+
+
+def parse_map(label_map: Mapping[int | str, int]) -> dict[tuple[str, int], int]:
+    """{('', 4) or ('>', 0): class} of {4: 3, '>0': 1}. Raises ValueError."""
+    rules = {}
+    for key, label in label_map.items():
+        parts = re.fullmatch(r'\s*(>=|<=|>|<)?\s*(-?[0-9]{1,9})\s*', str(key))
+        whole = isinstance(label, int) and not isinstance(label, bool)
+        if not parts or not whole or not 0 <= label <= 255:
+            raise ValueError(f'{key}: {label}')
+        rules[parts[1] or '', int(parts[2])] = label
+    return rules
+
+
+def _by_map(
+    found: Mapping[Path, Found], label_map: Mapping[int | str, int], classes: set[int]
+) -> Code:
+    rules = parse_map(label_map)
+
+    def label_of(value: int) -> int:
+        if ('', value) in rules:
+            return rules['', value]
+        fits = (label for (sign, n), label in rules.items() if sign and COMPARISONS[sign](value, n))
+        return next(fits, value)
+
+    tables = {path: {v: label_of(v) for v in file.values.tolist()} for path, file in found.items()}
+    both = {pair for table in tables.values() for pair in table.items()}
+    for value, label in sorted(both):
+        if label not in classes:
+            where = _some([path for path, table in tables.items() if value in table])
+            raise DataError(
+                f'data.label_map makes {label} of the value {value} in {where}, the model has '
+                f'classes {_shown(sorted(classes))}: map {value} to one of them'
+            )
+    told = ', '.join(f'{value} is {label}' for value, label in sorted(both)[:8])
+    return Code(tables, f'by data.label_map, {told}')
+
+
+def _as_they_are(found: Mapping[Path, Found], ignore_label: int) -> Code:
+    tables = {}
+    for path, file in found.items():
+        low, high = int(file.values[0]), int(file.values[-1])
+        if low < 0 or high > 255:
+            raise DataError(f'{path}: labels go from {low} to {high}: 0 to 255 are classes')
+        tables[path] = {value: value for value in file.values.tolist()}
+    values = sorted({value for table in tables.values() for value in table})
+    ignored = f', {ignore_label} counts nowhere' if ignore_label in values else ''
+    return Code(tables, f'values {_shown(values)} are class numbers{ignored}')
+
+
+def _binary(found: Mapping[Path, Found]) -> Code:
+    """Class 1 is what is above half of a file's largest value.
+
+    Of files that hold shades (JPEG, resized) that is the largest of all such files, as an empty
+    one may hold a few dark pixels.
+    """
+    shades = collections.defaultdict(int)  # of 8 bits, or of more
+    for path, file in found.items():
+        if _has_shades(path, file):
+            deep = int(file.values[-1]) > 255
+            shades[deep] = max(shades[deep], int(file.values[-1]))
+    tables, halves = {}, collections.Counter()
+    for path, file in found.items():
+        top = int(file.values[-1])
+        half = (shades[top > 255] if _has_shades(path, file) else top) / 2
+        tables[path] = {value: int(value > half) for value in file.values.tolist()}
+        if top:
+            halves[half] += 1
+    values = sorted({value for table in tables.values() for value in table})
+    told = f'{next(iter(halves), 0):g}'
+    if len(halves) > 1:
+        told = ', '.join(f'{half:g} in {count} files' for half, count in sorted(halves.items()))
+    return Code(tables, f'values {_shown(values)}; class 1 is what is above {told}')
+
+
+def _has_shades(path: Path, file: Found) -> bool:
+    return len(file.values) > 2 or path.suffix.lower() in ('.jpg', '.jpeg')
+
+
+# Colours.
+
+
+def _doubt_of_palettes(found: Mapping[Path, Found]) -> str:
+    """In which way colour and index do not go together, in words; '' where they do.
+
+    A palette of greys, or one that shows two classes alike, says nothing.
+    """
+    seen: dict[tuple[str, int], tuple[int, Path]] = {}
+    for path, file in found.items():
+        colors = [color for several in file.palette.values() for color in several]
+        greys = all(color == index * 0x010101 for index, (color, *_) in _items(file.palette))
+        if greys or len(set(colors)) < len(file.palette):
+            continue
+        for index, several in _items(file.palette):
+            if len(several) > 1:
+                return f'{index} has different colours in the pages of {path}'
+            (color,) = several
+            if color == 0 and index:
+                return f'black is {index} in {path}'
+            for key, value in ((('of color', color), index), (('of index', index), color)):
+                other, where = seen.setdefault(key, (value, path))
+                if other != value and key[0] == 'of color':
+                    return f'#{color:06x} is {other} in {where} and {index} in {path}'
+                if other != value:
+                    return f'{index} is #{other:06x} in {where} and #{color:06x} in {path}'
+    return ''
+
+
+def _items(palette: Mapping[int, set[int]]) -> list[tuple[int, list[int]]]:
+    return [(index, sorted(colors)) for index, colors in sorted(palette.items())]
+
+
+def _by_palette(found: Mapping[Path, Found], doubt: str, num_classes: int) -> Code:
+    """By colour, where palettes do not agree and it is plain which one is background."""
+    index_of = collections.defaultdict(collections.Counter)
+    for file in found.values():
+        for index, colors in file.palette.items():
+            for color in colors:
+                index_of[color][index] += 1
+    in_turn = sorted(index_of, key=lambda color: (color != 0, index_of[color].most_common(1)[0][0]))
+    names = tuple(f'#{color:06x}' for color in in_turn)
+    black_and_one = num_classes == 2 and in_turn[0] == 0 and len(in_turn) <= 2
+    if not black_and_one or not all(file.palette for file in found.values()):
+        listed = ', '.join(f'"{name}"' for name in names[:8])
+        raise DataError(
+            f'the palettes of the masks do not agree ({doubt}): name the colours in the order of '
+            f"the classes, --config.data.mask_colors='({listed})'; or take the stored numbers, "
+            '--config.data.mask_format="index"'
+        )
+    code = _by_color(found, names)
+    told = ', '.join(f'{name} is {label}' for label, name in enumerate(names))
+    return code._replace(meaning=f'palettes do not agree ({doubt}), so colours decide: {told}')
+
+
+def _by_color(found: Mapping[Path, Found], colors: Sequence[str]) -> Code:
+    label_of = {}
+    for label, name in enumerate(colors):
+        if not re.fullmatch('#[0-9a-fA-F]{6}', name):
+            raise DataError(f'data.mask_colors has {name!r}: a colour is written #rrggbb')
+        label_of[int(name[1:], 16)] = label
+    tables, unknown = {}, collections.defaultdict(list)
+    for path, file in found.items():
+        used = {color for several in file.palette.values() for color in several}
+        used = used or {_color_of(value, path) for value in file.values.tolist()}
+        for color in used - label_of.keys():
+            unknown[color].append(path)
+        tables[path] = {color: label_of[color] for color in used & label_of.keys()}
+    if unknown:
+        some = ', '.join(f'#{color:06x}' for color in sorted(unknown)[:8])
+        where = _some(sorted({path for paths in unknown.values() for path in paths}))
+        raise DataError(
+            f'the masks have {some}, which data.mask_colors does not name ({where}): add them'
+        )
+    used = sorted({color for table in tables.values() for color in table})
+    shown = ', '.join(f'#{color:06x}' for color in used[:8])
+    told = f'colours {shown} are the classes in the order of data.mask_colors'
+    return Code(tables, told, by_color=True)
+
+
+def _color_of(value: int, path: Path) -> int:
+    """A grey value v is the colour #vvvvvv."""
+    if value >= COLORED:
+        return value & 0xFFFFFF
+    value = value // 257 if value > 255 and value % 257 == 0 else value
+    if not 0 <= value <= 255:
+        raise DataError(f'{path} has the value {value}, a colour has 8 bits a channel: save it so')
+    return value * 0x010101
+
+
+# Words.
+
+
+def _no_classes(
+    found: Mapping[Path, Found], values: Sequence[int], num_classes: int, ignore_label: int
+) -> DataError:
+    """Values that are no classes: what makes them some, without losing one of them."""
+    odd = next(v for v in values if v not in range(num_classes) and v != ignore_label)
+    where = _some(_files_with(found, {odd}))
+    told = f'the masks have values {_shown(values)}, the model has classes 0 to {num_classes - 1}'
+    told += f' ({odd} is in {where})'
+    if any(len(file.values) > MANY for file in found.values()):
+        return DataError(
+            f'{told}: so many are usually a mask saved as JPEG, or one that was resized: save it '
+            f'as PNG; --config.data.mask_format="binary" makes what is above {values[-1] / 2:g} '
+            'class 1'
+        )
+    if num_classes == 2 and len(found) > 1 and len(values) > 2 and _one_of_each(found):
+        return DataError(
+            f'{told}, and no file has two of them beside 0: if each is the same structure, '
+            f'--config.data.mask_format="binary"; else --config.model.num_classes={len(values)} '
+            f'--config.data.label_map="{ {value: rank for rank, value in enumerate(values)} }"'
+        )
+    # Among levels of grey 255 is one of them, among class numbers it is to be ignored.
+    numbers = [value for value in values if value >= 0 and value != ignore_label]
+    kept = numbers if numbers[-1] <= MANY else [value for value in values if value >= 0]
+    places = {value: rank for rank, value in enumerate(kept) if value != rank}
+    places |= {value: ignore_label for value in values if value < 0}
+    rest = f', {ignore_label}: {ignore_label}' * (ignore_label in values and kept == numbers)
+    one_class = f'--config.data.label_map="{{\'>0\': 1{rest}}}" makes one class of all but 0'
+    if not places:
+        flag = f'--config.model.num_classes={len(kept)}'
+        return DataError(f'{told}: model.num_classes must be {len(kept)}, {flag}; {one_class}')
+    if len(kept) == 2 and num_classes > 2:
+        return DataError(
+            f'{told}: if there is one structure, --config.model.num_classes=2 '
+            f'--config.data.mask_format="binary"; if it is one of several, say which, '
+            f'--config.data.label_map="{{{kept[1]}: 1}}"'
+        )
+    flags = f'--config.data.label_map="{places}"'
+    if len(kept) > num_classes:
+        flags = f'--config.model.num_classes={len(kept)} {flags} makes classes of them'
+        return DataError(f'{told}: {flags}; {one_class}')
+    return DataError(f'{told}: {flags} makes classes of them')
+
+
+def _one_of_each(found: Mapping[Path, Found]) -> bool:
+    """Whether every file holds one value beside 0."""
+    return all(np.count_nonzero(file.values) <= 1 for file in found.values())
+
+
+def _files_with(found: Mapping[Path, Found], values: set[int]) -> list[Path]:
+    return [path for path, file in found.items() if values <= set(file.values.tolist())]
+
+
+def _some(paths: Sequence[Path]) -> str:
+    """'a.png' or 'a.png and 3 more'."""
+    return f'{paths[0]}' + (f' and {len(paths) - 1} more' if len(paths) > 1 else '')
+
+
+def _shown(values: Sequence[int]) -> str:
+    rest = len(values) - 8
+    shown = (f'#{v & 0xFFFFFF:06x}' if v >= COLORED else str(v) for v in values[:8])
+    return ', '.join(shown) + (f' and {rest} more' if rest > 0 else '')
