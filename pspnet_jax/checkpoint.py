@@ -456,17 +456,24 @@ def first_sound(
     """(step, `read(step)`, {step: why} passed over) of the first candidate that `read` can read.
 
     `read` raises CheckpointError for a step that is damaged. A run that is still training replaces
-    its steps: where they changed meanwhile they are listed and tried again. Raises CheckpointError.
+    its steps, and deletes a folder file by file: what can't be read is damaged only where a second
+    look finds the same steps and the same faults. Raises CheckpointError.
     """
+    before = None
     for _ in range(100):
-        found, passed_over = steps(workdir), {}
+        found, passed_over, taken = steps(workdir), {}, None
         for step in candidates(workdir, which):
             try:
-                return step, read(step), passed_over
+                taken = step, read(step), passed_over
+                break
             except CheckpointError as error:
                 passed_over[step] = str(error)
-        if steps(workdir) == found:
+        looked = found, set(passed_over)
+        if not passed_over or (looked == before and steps(workdir) == found):
             break
+        before = looked
+    if taken:
+        return taken
     if which not in ('best', 'last'):
         raise CheckpointError(*passed_over.values())
     raise CheckpointError(
