@@ -15,7 +15,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from pspnet_jax import compilation, devices, hosts
-from pspnet_jax.config import RULES, nearest
+from pspnet_jax.config import RULES
+from pspnet_jax.config.flags import prepare
 from pspnet_jax.errors import ConfigError, DataError, PspnetError, StoppedError, one_line
 
 logger = logging.getLogger(__name__)
@@ -88,30 +89,6 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def define_prediction_flags() -> None:
-    """The config's `predict` section as flags; what is not given stays as the config has it."""
-    flags.DEFINE_integer('window', None, 'pixels a side of the tiles the network sees; 0: images')
-    flags.DEFINE_float('overlap', None, 'of neighbouring tiles, share of the window')
-    flags.DEFINE_list('scales', None, 'mean over these sizes of the image: 0.75,1.0,1.25')
-    flags.DEFINE_bool('flip', None, 'mean with the left-right mirror image')
-    flags.DEFINE_float('threshold', None, 'of the probability of class 1, where there are two')
-    flags.DEFINE_bool('largest_component', None, 'keep the largest component of each class')
-    flags.DEFINE_integer('min_size', None, 'pixels or voxels of a component that is kept')
-
-
-def prediction_changes() -> dict[str, Any]:
-    """Those of the flags that were given, as values of the config. Raises ConfigError."""
-    knobs = [key.removeprefix('predict.') for key in RULES if key.startswith('predict.')]
-    given = {knob: flags.FLAGS[knob].value for knob in knobs}
-    given = {knob: value for knob, value in given.items() if value is not None}
-    if 'scales' in given:
-        try:
-            given['scales'] = tuple(map(float, given['scales']))
-        except ValueError as error:
-            raise ConfigError(f'--scales={",".join(given["scales"])}: {error}') from error
-    return given
-
-
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         argv, unset = prepare(argv)
@@ -131,37 +108,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         _fail(ConfigError(f'{rest[1:]} is not understood: flags are written --name=value'))
     return rest
-
-
-def prepare(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the arguments as absl and ml_collections take them, keys of the config that become None).
-
-    A config's own folder is put on the path, so that its files can import each other. Raises
-    ConfigError for a --config that is no file, and a --config.KEY or None that no config has.
-    """
-    arguments, unset, rest = [argv[0]], [], iter(argv[1:])
-    for argument in rest:
-        if re.fullmatch(r'--?config(\.[\w.]+)?', argument):  # --config FILE
-            argument = f'{argument}={next(rest, "")}'
-        if match := re.match(r'--?config=([^:]*)', argument):
-            if not Path(match[1]).is_file():
-                raise ConfigError(f'--config={match[1]} is not a file: see configs/ for those here')
-            sys.path.append(str(Path(match[1]).absolute().parent))
-        elif match := re.match(r'--?config\.([\w.]+)=(.*)', argument, re.DOTALL):
-            key, value = match.groups()
-            if key not in RULES:
-                raise ConfigError(f'--config.{key} is not a key{nearest(key)}')
-            allowed, words = RULES[key]
-            if value == 'None':
-                if not allowed(None):
-                    raise ConfigError(f'--config.{key} can not be None: it must be {words}')
-                unset.append(key)
-                continue
-            if allowed(('a',)) and not re.match(r'\s*[(\[]', value):  # texts: a,b is two of them
-                texts = tuple(text.strip().strip('"\'') for text in value.split(',') if text)
-                argument = f'--config.{key}={texts!r}'
-        arguments.append(argument)
-    return arguments, unset
 
 
 def _reason(message: str) -> str:

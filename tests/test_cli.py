@@ -135,7 +135,7 @@ def test_names_that_are_too_long_are_an_error_of_one_line(module, tmp_path):
 
 def test_config_files_of_one_folder_import_each_other(monkeypatch, tmp_path):
     (tmp_path / 'common_part.py').write_text(
-        'from configs import phantom\nget = phantom.get_config'
+        'from pspnet_jax.config import phantom\nget = phantom.get_config'
     )
     (tmp_path / 'mine.py').write_text('import common_part\nget_config = common_part.get\n')
     assert parsed(monkeypatch, f'--config={tmp_path}/mine.py').data.name == 'phantom'
@@ -205,3 +205,14 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert '2 finished before are left as they are' in done.stdout
+
+
+def test_a_config_of_the_package_is_named_without_a_path(monkeypatch, tmp_path):
+    """From any folder, as an installed package is used; a file of that name goes before it."""
+    monkeypatch.chdir(tmp_path)
+    assert parsed(monkeypatch, '--config=phantom').data.name == 'phantom'
+    assert parsed(monkeypatch, '--config=folder:unet,strong').model.name == 'unet'
+    assert parsed(monkeypatch, '--config', 'lgg').data.name == 'lgg'
+    own = 'from pspnet_jax.config import phantom as p; get_config = p.get_config'
+    (tmp_path / 'lgg').write_text(own)
+    assert parsed(monkeypatch, '--config=lgg').data.name == 'phantom'
