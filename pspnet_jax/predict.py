@@ -62,7 +62,7 @@ from pspnet_jax import (
     postprocess,
     visualize,
 )
-from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.config import from_dict, to_dict, with_prediction
 from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
 from pspnet_jax.data import files, folder, pairing, sources, video
 from pspnet_jax.data.files import Picture
@@ -416,7 +416,8 @@ def begin_manifest(predictor: Predictor, book: manifest.Manifest, group: str | N
     config = predictor.config
     writer = ' and '.join(f'{run["workdir"]}, step {run["step"]}' for run in predictor.runs)
     options = to_dict(config)['predict'] | {'group': sources.grouping(config, group)}
-    told = ', '.join(f'{key}={value}' for key, value in options.items() if value)
+    usual = to_dict(from_dict({}))['predict']
+    told = ', '.join(f'{key}={x}' for key, x in options.items() if x != usual.get(key, ''))
     about = {'runs': predictor.runs, 'options': options, 'temperature': predictor.temperature}
     manifest.begin(book, f'{writer} ({told})' if told else writer, about)
 

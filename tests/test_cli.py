@@ -189,20 +189,17 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / 'out').rglob('*_mask.png'))) == 4
     (tmp_path / 'raw' / 'bad.png').write_bytes(b'no picture')
-    done = run(
-        'predict', f'--workdir={workdir},{workdir}', f'--workdir={workdir}', '--flip',
-        '--window=128', '--save=mask,outline', f'--input={tmp_path / "raw"}',
-        f'--output={tmp_path / "out"}',
-    )  # fmt: skip
+    three = [
+        f'--workdir={workdir},{workdir}', f'--workdir={workdir}', '--flip', '--window=128',
+        f'--output={tmp_path / "three"}',
+    ]  # fmt: skip
+    done = run('predict', *three, '--save=mask,outline', f'--input={tmp_path / "raw"}')
     assert done.returncode == 1
     assert 'error: 1 file(s) left out:' in done.stderr
     assert 'bad.png is not a readable picture' in done.stderr
     assert 'Traceback' not in done.stderr
-    assert len(list((tmp_path / 'out').rglob('*_outline.png'))) == 4
-    done = run(
-        'predict', f'--workdir={workdir}', f'--input={tmp_path}/raw/*/*_1.tif',
-        f'--output={tmp_path / "out"}', '--save=outline',
-    )  # fmt: skip
+    assert len(list((tmp_path / 'three').rglob('*_outline.png'))) == 4
+    done = run('predict', *three, '--save=outline', f'--input={tmp_path}/raw/*/*_1.tif')
     assert done.returncode == 0, done.stderr
     assert '2 finished before are left as they are' in done.stdout
 

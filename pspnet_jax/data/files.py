@@ -207,8 +207,8 @@ def find(folder: str | Path) -> dict[str, Path]:
     """{path below the folder, without ending: file}, in order, of the pictures and volumes in it.
 
     Names are NFC, which macOS does not keep. DICOM goes as `gather_dicom` says; hidden files are
-    left out. One DataError lists every symlink that leads out of the folder and every two files
-    that differ by their ending alone.
+    left out. One DataError lists every symlink that leads out of the folder, every two files that
+    differ by their ending alone and every folder that is closed.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -216,7 +216,8 @@ def find(folder: str | Path) -> dict[str, Path]:
     root = os.path.realpath(folder)
     found: dict[str, Path] = {}
     faults = []
-    for here, folders, names in os.walk(folder):
+    closed = []
+    for here, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         names = sorted(name for name in names if not name.startswith('.'))
         for name in (*folders, *names):
@@ -233,6 +234,7 @@ def find(folder: str | Path) -> dict[str, Path]:
             if name in found:
                 faults.append(f'{found[name]} and {path} are both called {name}: rename one')
             found.setdefault(name, path)
+    faults += [f'{error.filename} can not be listed ({error.strerror})' for error in closed]
     if faults:
         raise DataError(f'{len(faults)} fault(s) in {folder}:', faults)
     if not found:
