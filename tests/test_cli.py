@@ -1,6 +1,7 @@
 """The commands as a person types them: one clear line and exit status 1."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -213,3 +214,32 @@ def test_a_config_of_the_package_is_named_without_a_path(monkeypatch, tmp_path):
     own = 'from pspnet_jax.config import phantom as p; get_config = p.get_config'
     (tmp_path / 'lgg').write_text(own)
     assert parsed(monkeypatch, '--config=lgg').data.name == 'phantom'
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_help_shows_the_commands_own_flags_and_ends_well(name, tmp_path):
+    """As a console script starts it, from any folder."""
+    code = f'import sys; sys.argv = ["pspnet", "{name}", "--help"]\n'
+    code += 'from pspnet_jax.cli import pspnet; pspnet()'
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    flag = {'train': 'workdir', 'check': 'out', 'convert': 'source'}.get(name, 'checkpoint')
+    assert f'\n  --{flag}' in done.stdout
+    assert 'python -m pspnet_jax.' in done.stdout
+    assert not any(theirs in done.stdout for theirs in ('--alsologtostderr', 'grain', 'pdb'))
+    assert ('--config.KEY=VALUE' in done.stdout) == (name in ('train', 'check', 'convert'))
+    assert ('--threshold' in done.stdout) == (name in ('evaluate', 'predict'))
+
+
+def test_the_console_script_lists_its_commands_and_refuses_others(capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['pspnet'])
+    cli.pspnet()
+    told = capsys.readouterr().out
+    assert all(f'  {name:10}{words}\n' in told for name, (_, words) in cli.COMMANDS.items())
+    monkeypatch.setattr('sys.argv', ['pspnet', 'trian'])
+    with pytest.raises(SystemExit, match='1'):
+        cli.pspnet()
+    assert 'pspnet trian is not a command: give one of train, check' in capsys.readouterr().err
