@@ -12,7 +12,6 @@ All figures are of one quarter of the 78 patients that are not in the public hol
 of fold 0 of 4), by a network that never saw them: what is chosen here has not seen the hold-out.
 """
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import augmentations
 from experiments import run
 from pspnet_jax import cli
+from pspnet_jax.config import augmentations, lgg
 from pspnet_jax.errors import ConfigError
 
 RESULTS = Path(__file__).parent / 'results' / 'ablation.jsonl'
@@ -146,7 +145,7 @@ def config_of(study: Study, variant: str, seed: int, local: Mapping[str, Any]) -
     """The config of a run; `local` is where this machine keeps the data."""
     changes = dict(study.variants[variant])
     page = changes.pop('page', study.page)
-    config = importlib.import_module('configs.lgg').get_config(page)
+    config = lgg.get_config(page)
     config.update_from_flattened_dict({**study.changes, **changes, **local, 'seed': seed})
     return config
 

@@ -34,6 +34,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
 from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, one_line, say
@@ -751,7 +752,7 @@ def main() -> None:
         which=options.checkpoint,
         fit=options.fit_temperature,
         group=options.group,
-        changes=cli.prediction_changes(),
+        changes=prediction_changes(),
     )
 
 
@@ -767,6 +768,6 @@ if __name__ == '__main__':
     flags.DEFINE_bool(
         'fit_temperature', False, 'fit it on --split=validation and keep it with the run'
     )
-    cli.define_prediction_flags()
+    define_prediction_flags()
     hosts.define_flags()
     cli.run(main)

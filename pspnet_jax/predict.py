@@ -63,6 +63,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import from_dict, to_dict, with_prediction
+from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
 from pspnet_jax.data import files, folder, pairing, sources, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import (
@@ -1063,7 +1064,7 @@ def main() -> None:
         workdirs += [text] if Path(text).exists() else text.split(',')
     if wrong := [kind for kind in options.save if kind not in KINDS]:
         raise ConfigError(f'--save={",".join(wrong)} is not known: give some of {",".join(KINDS)}')
-    changes, group = cli.prediction_changes(), options.group
+    changes, group = prediction_changes(), options.group
     if options.input.isdigit() and not os.path.exists(options.input):
         output, name = Path(options.output).expanduser(), f'camera_{options.input}'
         if not options.overwrite and list(output.glob(f'{name}_*')):
@@ -1100,6 +1101,6 @@ if __name__ == '__main__':
     flags.DEFINE_string('group', None, cli.GROUP)
     flags.DEFINE_bool('overwrite', False, 'do again what is finished')
     flags.DEFINE_integer('frames', 0, 'of a camera; 0: until Ctrl-C')
-    cli.define_prediction_flags()
+    define_prediction_flags()
     hosts.define_flags()
     cli.run(main)

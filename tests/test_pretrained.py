@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from configs import base, folder, lgg, phantom
 from pspnet_jax import models, optim, predict, train
 from pspnet_jax.compilation import jit
-from pspnet_jax.config import validate
+from pspnet_jax.config import base, folder, lgg, phantom, validate
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import ConfigError, DataError, PretrainedError, PspnetError
 from pspnet_jax.models import backbones, pretrained, published

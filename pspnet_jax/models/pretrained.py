@@ -750,8 +750,9 @@ if __name__ == '__main__':
     from ml_collections import config_flags
 
     from pspnet_jax import cli
+    from pspnet_jax.config.flags import HERE
 
-    config_flags.DEFINE_config_file('config', 'configs/base.py', "the rest of the run's config")
+    config_flags.DEFINE_config_file('config', str(HERE / 'base.py'), "the rest of the run's config")
     flags.DEFINE_string('source', None, "the network's weights: a file, or hf:REPO[/FILE]")
     flags.DEFINE_string('model', '', "what the file must hold, such as fcn_resnet50; '': any")
     flags.DEFINE_enum('order', None, ['RGB', 'BGR'], "it was trained on, where not its source's")
