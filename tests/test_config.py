@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import ablation
 from pspnet_jax import config as rules
 from pspnet_jax import losses, models
 from pspnet_jax.config import augmentations, base, lgg, phantom
@@ -236,3 +237,17 @@ def test_a_limit_is_of_a_knob():
     from pspnet_jax.config import rules as limits
 
     assert set(limits.LIMITS) <= set(rules.RULES)
+
+
+@pytest.mark.parametrize('name', ablation.STUDIES)
+def test_every_variant_of_a_study_can_run_and_changes_something(name):
+    study = ablation.STUDIES[name]
+    configs = [
+        ablation.config_of(study, variant, seed=0, local={'data.source': 'x'})
+        for variant in study.variants
+    ]
+    for config in configs:
+        rules.validate(config)
+    told = [str(rules.to_dict(config)) for config in configs]
+    assert len(set(told)) == len(told)
+    assert dict(next(iter(study.variants.values()))) == {} or name == 'networks'
