@@ -30,6 +30,7 @@ def augment(
     bias: float = 0.0,
     noise: float = 0.0,
     ignore_label: int = IGNORE_LABEL,
+    context: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
 
@@ -39,7 +40,9 @@ def augment(
     zooms by 1/1.1 .. 1.1. rotate: degrees. elastic: standard deviation of the field in
     pixels, the same everywhere. gain: channel-wise factor 1 +- gain. bias: channel-wise shift,
     and noise: pixel noise's largest standard deviation, in units of the normalised image.
-    ignore_label: of what falls outside. Raises ValueError for a crop larger than the image.
+    ignore_label: of what falls outside. context: how many neighbours on either side the image has
+    the channels of (`data.volumes.channels_seen`); what is drawn for a channel is for theirs too.
+    Raises ValueError for a crop larger than the image.
     """
     h, w = mask_HW.shape
     out_h, out_w = (crop, crop) if crop else (h, w)
@@ -87,9 +90,12 @@ def augment(
     image_HWC = above + lowest_11C
     mask_HW = sample(mask_HW, 0, ignore_label)
 
-    channels = (1, 1, image_HWC.shape[-1])
-    image_HWC = image_HWC * (1.0 + uniform(keys[5], gain, channels))
-    image_HWC = image_HWC + uniform(keys[6], bias, channels)
+    def by_channel(key, limit):
+        seen = 2 * context + 1
+        return jnp.tile(uniform(key, limit, (1, 1, image_HWC.shape[-1] // seen)), seen)
+
+    image_HWC = image_HWC * (1.0 + by_channel(keys[5], gain))
+    image_HWC = image_HWC + by_channel(keys[6], bias)
     if noise > 0.0:
         amount, pixels = jax.random.split(keys[7])
         sigma = jax.random.uniform(amount, maxval=noise)
