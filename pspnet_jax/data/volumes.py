@@ -154,8 +154,7 @@ def neighbours(scan: np.ndarray | None, depth: int, context: int) -> np.ndarray:
 
 def stack(image_DHWC: np.ndarray, rows_Bn: np.ndarray) -> np.ndarray:
     """B H W nC: the n slices of each row, one after the other along the channels."""
-    found = np.moveaxis(image_DHWC[rows_Bn], 1, 3)  # B H W n C
-    return found.reshape(*found.shape[:3], -1)
+    return np.concatenate([image_DHWC[rows_B] for rows_B in rows_Bn.T], axis=-1)
 
 
 def tile(intensity: np.ndarray, context: int) -> np.ndarray:
