@@ -463,7 +463,8 @@ def _names(kind: str, num_classes: int) -> dict[int, str]:
 
 
 class Group(NamedTuple):
-    """Files that share an intensity scale, which those `beside` them only help to measure.
+    """Files that share an intensity scale; those `beside` them only help to measure it, and are
+    neighbours where the network sees some.
 
     `numbers` are those of the slices of one volume; a file without is by itself.
     """
@@ -962,7 +963,8 @@ def predict_video(
     `source` is a file or the number of a camera, which is read to `limit` frames or until
     Ctrl-C. Decoding, the network and encoding run at once. Where each volume has its own
     intensity scale, that of a file is measured over frames from its start to its end, and that of
-    a camera again and again over those it has given so far. Raises DataError.
+    a camera again and again over those it has given so far. With `data.context` a frame stands
+    between those before and after it. Raises DataError.
     """
     name = f'camera {source}' if isinstance(source, int) else str(source)
     batch_size, classes = predictor.config.eval.batch_size, predictor.config.model.num_classes

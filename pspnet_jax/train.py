@@ -730,9 +730,10 @@ def train_and_evaluate(
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    behind the built-in augmentation; `on_log(step, values)` gets every record of metrics.jsonl,
-    `on_validation(step, dice, state)` every validated state once its checkpoint is under way:
-    the next step reuses its arrays, so copy what is kept.
+    behind the built-in augmentation, the channels of its `data.context` with it;
+    `on_log(step, values)` gets every record of metrics.jsonl, `on_validation(step, dice, state)`
+    every validated state once its checkpoint is under way: the next step reuses its arrays, so
+    copy what is kept.
     Returns the evaluation of the test cases, else of the validation cases, as
     `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.

@@ -165,7 +165,7 @@ def tile(intensity: np.ndarray, context: int) -> np.ndarray:
 def with_context(slices: Slices, context: int) -> Slices:
     """The same slices, `channels_seen` in each image; `ranges` stay those of the pictures.
 
-    A slice is read again wherever it is a neighbour, unless it was one of the last ones read.
+    A slice is read again wherever it is a neighbour, unless it is one of the last few.
     """
     if not context:
         return slices
@@ -181,7 +181,7 @@ def with_context(slices: Slices, context: int) -> Slices:
             'name the slices of a volume, data.group="(.+)_(?P<slice>[0-9]+)", or set '
             'data.context=0', context,
         )  # fmt: skip
-    read_one = functools.lru_cache(maxsize=4 * (2 * context + 1))(slices.read)
+    read_one = functools.lru_cache(maxsize=2 * context + 1)(slices.read)
 
     def read(key: int) -> tuple[np.ndarray, np.ndarray]:
         found = {other: read_one(other) for other in around[key]}
