@@ -463,23 +463,23 @@ def test_some_slices_of_a_volume_are_predicted_as_among_all(leaning_run, tmp_pat
     names = [f'case_{n}' for n in (1, 2, 3, 4, 6, 7)]
     root = save_scenes(tmp_path, names, [1.0, 0.2, 0.5, 0.9, 1.0, 0.3])
     workdir = leaning_run(weights, **{'data.name': 'lgg'})
-    predict.predict_files(workdir, root / 'images', tmp_path / 'all', save=['mask'])
+    predict.predict_files(workdir, root / 'images', tmp_path / 'all', save=['probability'])
     images = [np.array(Image.open(root / 'images' / f'{name}.png')) for name in names]
     images = np.repeat(np.stack(images)[..., None], 3, axis=-1)
     scale = FIXED if weights else volumes.measure_intensity(images)
     images = volumes.normalize(images, scale)
-    expected = leaning(by_hand([images[:4], images[4:]], 1)).argmax(-1)
-    assert (expected != leaning(by_hand([images], 1)).argmax(-1)).any()
-    for name, mask in zip(names, expected, strict=True):
-        found = np.array(Image.open(tmp_path / 'all' / f'{name}_mask.png')) > 0
-        np.testing.assert_array_equal(found, mask)
+    expected = leaning(by_hand([images[:4], images[4:]], 1))[..., 1]
+    assert np.abs(expected - leaning(by_hand([images], 1))[..., 1]).max() > 0.1
+    for name, prob in zip(names, expected, strict=True):
+        found = np.array(Image.open(tmp_path / 'all' / f'{name}_probability.png')) / 65535
+        np.testing.assert_allclose(found, prob, atol=1e-4)
     for source in ('case_2.png', 'case_[134].png', 'case_[16].png'):
         out = tmp_path / source
-        predict.predict_files(workdir, root / 'images' / source, out, save=['mask'])
+        predict.predict_files(workdir, root / 'images' / source, out, save=['probability'])
         for path in out.glob('*.png'):
             both = [np.array(Image.open(p)) for p in (path, tmp_path / 'all' / path.name)]
             np.testing.assert_array_equal(*both)
-    assert len(list(tmp_path.rglob('case_1_mask.png'))) == 3
+    assert len(list(tmp_path.rglob('case_1_probability.png'))) == 3
 
 
 def test_arrays_are_volumes_or_slices_alone(leaning_run, rng):
