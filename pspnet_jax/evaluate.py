@@ -53,11 +53,16 @@ COUNTS = (
 
 
 def predict_slices(
-    predict_fn: PredictFn, volume: Volume, *, batch_size: int, intensity: np.ndarray | None
+    predict_fn: PredictFn,
+    volume: Volume,
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    context: int,
 ) -> Iterator[np.ndarray]:
     """n H W K probabilities, batch by batch: of all D slices in order, and of no padding."""
     left = len(volume.image)
-    for batch in pipeline.eval_batches(volume, batch_size, intensity):
+    for batch in pipeline.eval_batches(volume, batch_size, intensity, context):
         yield np.asarray(predict_fn(batch))[:left]
         left -= len(batch)
 
@@ -68,6 +73,7 @@ def predict_foreground(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     temperature: float = 1.0,
     threshold: float | None = None,
     **clean_options: Any,
@@ -78,8 +84,8 @@ def predict_foreground(
     temperature is the probability's alone: labels are those without.
     """
     labels, foreground = [], []
-    parts = predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity)
-    for prob in parts:
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
+    for prob in predict_slices(predict_fn, volume, **how):
         labels.append(postprocess.to_labels(prob, threshold))
         foreground.append(calibration.temper(prob, temperature)[..., 1:].sum(-1))
     labels = np.concatenate(labels)
@@ -98,8 +104,13 @@ def program_options(config) -> dict[str, Any]:
         'batch_size': config.eval.batch_size,
         'scales': predict.scales,
         'flip': predict.flip,
-        'crf_options': config.crf.to_dict(),
+        'crf_options': crf_options(config),
     }
+
+
+def crf_options(config) -> dict[str, Any]:
+    """The keyword arguments of `infer.refine` that a config decides."""
+    return config.crf.to_dict() | {'context': config.data.context}
 
 
 def views(config) -> dict[str, Any]:
@@ -129,6 +140,7 @@ def evaluate_options(config) -> dict[str, Any]:
     """The keyword arguments of `evaluate_volumes` that a config decides."""
     return {
         'batch_size': config.eval.batch_size,
+        'context': config.data.context,
         'num_classes': config.model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'spacing': config.eval.spacing,
@@ -148,6 +160,7 @@ def evaluate_volumes(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     num_classes: int,
     ignore_label: int,
     spacing: tuple[float, float, float],
@@ -183,6 +196,7 @@ def evaluate_volumes(
             volume,
             batch_size=batch_size,
             intensity=intensity,
+            context=context,
             temperature=temperature,
             **label_options,
         )
@@ -439,6 +453,7 @@ def fit_temperature(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     num_classes: int,
     ignore_label: int,
 ) -> dict[str, Any]:
@@ -447,11 +462,12 @@ def fit_temperature(
     On at most FIT_VOXELS voxels a volume, drawn evenly, so small volumes weigh what large
     ones do. Raises DataError when there is nothing to fit on.
     """
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
     probs, labels = [], []
     for index, volume in enumerate(data):
         _check_labels(volume, num_classes, ignore_label)
         start, depth = 0, len(volume.mask)
-        for part in predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity):
+        for part in predict_slices(predict_fn, volume, **how):
             mask, count = volume.mask[start : start + len(part)], FIT_VOXELS * len(part) // depth
             prob, label = calibration.sample(part, mask, ignore_label, count, [index, start])
             probs.append(prob)
@@ -519,7 +535,11 @@ def evaluate_checkpoint(
 
     program = infer.compile_predict(run.model, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(run.variables))
-    how = {'batch_size': config.eval.batch_size, 'intensity': run.intensity}
+    how = {
+        'batch_size': config.eval.batch_size,
+        'intensity': run.intensity,
+        'context': run.context,
+    }
     if fit:
         classes = {
             'num_classes': config.model.num_classes,

@@ -61,6 +61,8 @@ def get_config(arg: str = '') -> ConfigDict:
     data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient;
     # of slices of a volume "(.+)_(?P<slice>[0-9]+)", or a column slice: else each is by itself
     data.size = ()  # height, width that slices are resized to; (): their own, all the same
+    data.context = 0  # slices before and after each that the network sees too, as channels (2.5D):
+    # of the same scan, whose first and last are repeated
     data.normalize = placeholder(str)  # None: 'weights' with a file of them, else 'volume'; by
     # weights, images that are not of 8 bits have their measured range as 0 to 255
     data.split = 'holdout'  # or 'kfold', 'site': the patients of one fold or site are tested

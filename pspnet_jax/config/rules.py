@@ -138,6 +138,7 @@ LIMITS: dict[str, Rule] = {
         lambda x: isinstance(x, tuple) and _is_size(x),
         '(), or a tuple of height and width from 16 to 16384',
     ),
+    'data.context': _integer(0, 5),
     'data.normalize': _or_none(_one_of('volume', 'weights')),
     'data.split': _one_of('holdout', 'kfold', 'site'),
     'data.folds': _integer(2),
