@@ -118,7 +118,16 @@ ALLOWED = {
     },
     'compilation': {'paths'},
     'devices': {'errors'},
-    'cli': {'compilation', 'config', 'config.flags', 'devices', 'errors', 'hosts'},
+    'cli': {
+        'compilation',
+        'config',
+        'config.augmentations',
+        'config.flags',
+        'models',
+        'devices',
+        'errors',
+        'hosts',
+    },
 }
 COMMANDS = {
     'main',
