@@ -91,6 +91,7 @@ class Model:
             ),
         )
         result['data'] |= tell_overlap(workdirs, digests)
+        result['postprocessing'] = self.predictor.chosen
         return result
 
     def _labels_and_probabilities(self, image):

@@ -54,6 +54,7 @@ from tqdm import tqdm
 from pspnet_jax import (
     calibration,
     checkpoint,
+    choice,
     cli,
     hosts,
     infer,
@@ -73,7 +74,7 @@ from pspnet_jax.data.volumes import (
     normalize,
 )
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, NoRoomError, one_line, say
-from pspnet_jax.evaluate import label_options, program_options, views
+from pspnet_jax.evaluate import label_options, program_options, views, with_choice
 from pspnet_jax.runs import open_run
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ class Predictor(NamedTuple):
 
     `intensity` normalises every image alike; None: each volume has its own. `temperature` is
     that which was fitted for the checkpoint, of probabilities alone: labels are those without.
-    `runs` say which they are: workdir, step, digest and what was passed over.
+    `chosen` is what the config has of `evaluate.with_choice`. `runs` say which they are: workdir,
+    step, digest and what was passed over.
     """
 
     config: ConfigDict
@@ -106,6 +108,7 @@ class Predictor(NamedTuple):
     intensity: np.ndarray | None
     channels: int
     temperature: float = 1.0
+    chosen: Mapping[str, Any] | None = None
     runs: Sequence[Mapping[str, Any]] = ()
 
 
@@ -132,13 +135,13 @@ def load(
 ) -> Predictor:
     """The checkpoint of a run, or of several runs as one network: the mean of their probabilities.
 
-    `changes` are to the config's `predict` section, which is the first run's. Raises
+    `changes` are to the config's `predict` section, which is the first run's with what was chosen
+    on validation (`evaluate.with_choice`) where there is one run. Raises
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
     runs = [open_run(workdir, which) for workdir in workdirs]
     first, variables = runs[0], runs[0].variables
-    config = with_prediction(first.config, changes)
     for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
         faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
         if not np.array_equal(first.intensity, other.intensity):
@@ -151,12 +154,20 @@ def load(
                 f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '
                 f'{"; ".join(faults)}: give runs of one config'
             )
-    ensemble = len(runs) > 1
+    ensemble, place = len(runs) > 1, paths.local(workdirs[0])
+    config, chosen = with_prediction(first.config, changes), None
+    if not ensemble:
+        config, chosen = with_choice(first.config, place, first.step, changes)
+    elif any((Path(paths.local(each)) / choice.KEPT).exists() for each in workdirs):
+        logger.info(
+            '%s is chosen for one run by itself: not applied to the mean of %d',
+            choice.KEPT, len(runs),
+        )  # fmt: skip
     if ensemble:
         variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
     program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(workdirs[0], first.step, views(config))
+    temperature = 1.0 if ensemble else calibration.load(place, first.step, views(config))
     about = [
         {
             'workdir': os.path.abspath(paths.local(workdir)),
@@ -166,7 +177,9 @@ def load(
         }
         for workdir, run in zip(workdirs, runs, strict=True)
     ]
-    return Predictor(config, predict_fn, first.intensity, first.channels, temperature, about)
+    return Predictor(
+        config, predict_fn, first.intensity, first.channels, temperature, chosen, about
+    )
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
