@@ -153,7 +153,7 @@ RULES: dict[str, Rule] = {
         lambda x: isinstance(x, tuple) and (x == () or (len(x) == 2 and all(map(_is_size, x)))),
         '(), or a tuple of height and width from 16 to 16384',
     ),
-    'data.normalize': _or_none(_one_of('volume', 'weights')),
+    'data.normalize': _or_none(_one_of('volume', 'buda', 'weights')),
     'data.split': _one_of('holdout', 'kfold', 'site'),
     'data.folds': _integer(2),
     'data.fold': _integer(0),

@@ -562,7 +562,9 @@ def evaluate_checkpoint(
             _check_known(config, split)
     if group is not None and not _is_folder(config, data):
         raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
-    names, open_volumes = _volume_source(config, workdir, split, data, run.channels, group)
+    names, open_volumes = _volume_source(
+        config, workdir, split, data, run.channels, run.measured, group
+    )
     folder, digests = Path(workdir) / 'pictures', []
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
@@ -688,10 +690,10 @@ def _check_known(config, split: str) -> None:
 
 
 def _volume_source(
-    config, workdir, split: str, data: str, channels: int, group: str | None
+    config, workdir, split: str, data: str, channels: int, how: str, group: str | None
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these, with the network's channels.
+    time, or those of these, with the network's channels and intensities as `how` measures them.
     """
     kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
@@ -710,7 +712,8 @@ def _volume_source(
 
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
-            found_volumes = (lgg.read_case(case, size=None) for case in chosen)
+            cases = (lgg.read_case(case, size=None) for case in chosen)
+            found_volumes = (volumes.with_intensity(volume, how) for volume in cases)
             return (volumes.with_channels(volume, channels) for volume in found_volumes)
 
         return [case.patient for case in found], open_folder
@@ -728,7 +731,7 @@ def _volume_source(
                 name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients
             }
             chosen = [name for name in chosen if name in found]
-        for volume in volumes.iterate_volumes(volumes.select(slices, chosen)):
+        for volume in volumes.iterate_volumes(volumes.select(slices, chosen), how):
             own = volume.patient
             if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
                 yield volumes.with_channels(volume, channels)

@@ -70,6 +70,7 @@ from pspnet_jax.data.volumes import (
     check_kind,
     fit_channels,
     free_memory,
+    measure,
     measure_intensity,
     normalize,
 )
@@ -100,7 +101,7 @@ class Predictor(NamedTuple):
     `intensity` normalises every image alike; None: each volume has its own. `temperature` is
     that which was fitted for the checkpoint, of probabilities alone: labels are those without.
     `chosen` is what the config has of `evaluate.with_choice`. `runs` say which they are: workdir,
-    step, digest and what was passed over.
+    step, digest and what was passed over. `measured` is how a volume's own intensities are.
     """
 
     config: ConfigDict
@@ -110,6 +111,7 @@ class Predictor(NamedTuple):
     temperature: float = 1.0
     chosen: Mapping[str, Any] | None = None
     runs: Sequence[Mapping[str, Any]] = ()
+    measured: str = 'volume'
 
 
 class Case(NamedTuple):
@@ -144,7 +146,8 @@ def load(
     first, variables = runs[0], runs[0].variables
     for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
         faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
-        if not np.array_equal(first.intensity, other.intensity):
+        same = np.array_equal(first.intensity, other.intensity)
+        if not same or first.measured != other.measured:
             faults.append('images are normalised in two ways: data.normalize')
         ours, theirs = first.config.model.class_names, other.config.model.class_names
         if ours and theirs and ours != theirs:
@@ -178,8 +181,9 @@ def load(
         for workdir, run in zip(workdirs, runs, strict=True)
     ]
     return Predictor(
-        config, predict_fn, first.intensity, first.channels, temperature, chosen, about
-    )
+        config, predict_fn, first.intensity, first.channels, temperature, chosen, about,
+        first.measured,
+    )  # fmt: skip
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,11 +243,15 @@ def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndar
     return fit_channels(image_DHWC, predictor.channels, name)
 
 
-def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -> Case:
-    """A case whose scale, where the network needs one, is that of `context`, else of itself."""
+def _case(
+    predictor: Predictor, image_DHWC: np.ndarray, context: Sequence[np.ndarray] = (), **names
+) -> Case:
+    """A case whose scale, where the network needs one, is that of the images of `context`, else of
+    itself.
+    """
     if predictor.intensity is not None:
         return Case(image_DHWC, predictor.intensity, **names)
-    return Case(image_DHWC, measure_intensity(image_DHWC if context is None else context), **names)
+    return Case(image_DHWC, measure(context or [image_DHWC], predictor.measured), **names)
 
 
 # Which files, and what is in them.
@@ -590,10 +598,12 @@ def read_cases(
                 later.append(group)
                 return 0, [], []
             faults += [] if path in beside else [str(error)]
-    context = None
+    context = []
     if len(found) > 1 and predictor.intensity is None:
-        pixels = [image.reshape(1, 1, -1, predictor.channels) for _, _, image in found]
-        context = np.concatenate(pixels, axis=2)
+        by_size = defaultdict(list)
+        for _, _, image in found:
+            by_size[image.shape[1:]].append(image)
+        context = [np.concatenate(images) for images in by_size.values()]
     cases = []
     for some in _scans([item for item in found if item[0] not in beside], group.numbers):
         paths, pictures, images = zip(*some, strict=True)
@@ -650,7 +660,8 @@ def _needed(picture: Picture, predictor: Predictor, save: Sequence[str]) -> int:
     """
     D, H, W, C = picture.image.shape
     options = predictor.config.predict
-    each = 2 + 4 * (predictor.intensity is None)
+    measuring = 5 * C if predictor.measured == 'buda' else 4  # all channels, or one at a time
+    each = 2 + measuring * (predictor.intensity is None)
     each += 4 * (predictor.config.model.num_classes + 1) * ('probability' in save)
     each += 8 * (options.largest_component or options.min_size > 1)
     return H * W * (D * each + 4 * (C + 3 * predictor.config.model.num_classes))

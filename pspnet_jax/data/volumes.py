@@ -177,6 +177,13 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
     )
 
 
+def with_intensity(volume: Volume, how: str) -> Volume:
+    """The volume, which is all of its patient, with intensities as `how` measures them."""
+    if how == 'volume':
+        return volume
+    return volume._replace(intensity=measure([volume.image], how))
+
+
 def with_channels(volume: Volume, channels: int) -> Volume:
     """The volume as a network of so many channels takes it, see `fit_channels`."""
     if volume.image.shape[-1] == channels:
