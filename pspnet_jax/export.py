@@ -40,6 +40,7 @@ from pspnet_jax.errors import (
     first_line,
     say,
 )
+from pspnet_jax.evaluate import with_choice
 from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity, measured_how
 from pspnet_jax.runs import abstract_variables, open_run
@@ -213,7 +214,6 @@ def describe(
         },
         'normalization': normalization,
         'crf': crf,
-        'left_out': left_out(config),
         'inputs': inputs,
         'config': to_dict(config),
     }
@@ -249,6 +249,7 @@ def export_checkpoint(
     if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
     metadata = describe(fmt, config, inputs, run.step, size, crf_options['kernel'])
+    metadata['left_out'] = left_out(with_choice(config, paths.local(workdir), run.step, {})[0])
     function = functools.partial(
         serve, variables=variables, model=model, intensity=run.intensity, crf_options=crf_options
     )

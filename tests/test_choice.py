@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from pspnet_jax import api, calibration, choice, evaluate, manifest, postprocess, predict
+from pspnet_jax import api, calibration, choice, evaluate, export, manifest, postprocess, predict
 from pspnet_jax.config import from_dict, with_prediction
 from pspnet_jax.data.volumes import Volume
 from pspnet_jax.errors import ConfigError, DataError
@@ -247,6 +247,16 @@ def test_a_choice_of_one_run_is_not_applied_to_a_mean(chosen, trained, caplog):
         predictor = predict.load([trained[0], workdir])
     assert {key: predictor.config.predict[key] for key in choice.OPTIONS} == OWN
     assert 'postprocessing.json is chosen for one run by itself: not applied' in caplog.text
+
+
+def test_an_exported_file_says_what_was_chosen_and_is_not_in_it(chosen):
+    workdir, _, kept = chosen
+    _, metadata = export.read(export.export_checkpoint(workdir, 'savedparams', size=(32, 32)))
+    own = from_dict({}).predict
+    expected = {
+        f'predict.{key} = {value!r}' for key, value in kept['options'].items() if value != own[key]
+    }
+    assert {*metadata['left_out']} == expected != set()
 
 
 def test_options_that_are_given_are_not_chosen(trained, tmp_path):
