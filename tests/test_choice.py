@@ -19,6 +19,7 @@ from tests.conftest import refused, tiny_config
 OWN = {'flip': False, 'threshold': None, 'largest_component': False, 'min_size': 0}
 FIGURES = {
     'spacing': (1.0, 1.0, 1.0), 'surface_tolerance': 1.0, 'calibration_bins': 10, 'bootstrap': 10,
+    'lesion_options': {'dilation': 1, 'smallest': 2.0},
 }  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_each_dice_tried_is_that_of_evaluation_with_these_options(
     data = list(patients(rng, num_classes, ignore_label))
     tried = choice.grid(OWN, num_classes, given=())
     how = {
-        'batch_size': 2, 'intensity': None, 'num_classes': num_classes,
+        'batch_size': 2, 'intensity': None, 'context': 0, 'num_classes': num_classes,
         'ignore_label': ignore_label,
     }  # fmt: skip
     kept = []
@@ -292,7 +293,7 @@ def test_the_network_sees_each_slice_once_a_flip(rng):
         return lambda image: seen.append((flip, len(image))) or network(flip)(image)
 
     evaluate.choose_postprocessing(
-        program, data, tried=choice.grid(OWN, 2, given=()), batch_size=5, intensity=None,
+        program, data, tried=choice.grid(OWN, 2, given=()), batch_size=5, intensity=None, context=0,
         num_classes=2, ignore_label=255,
     )  # fmt: skip
     assert seen == [(False, 5), (True, 5)] * len(data)

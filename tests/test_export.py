@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import types
 import zipfile
 
@@ -480,8 +479,3 @@ def test_the_readmes_snippet_serves(exported, trained, tmp_path, fmt):
     assert done.returncode == 0, done.stderr
     expected = expected_of(trained[0], image)
     np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), expected, atol=1e-5)
-
-
-def test_the_version_is_pyprojects():
-    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-    assert project['version'] == pspnet_jax.__version__
