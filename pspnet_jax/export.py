@@ -31,7 +31,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import pspnet_jax
 from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, paths, stablehlo
 from pspnet_jax.config import from_dict, to_dict
-from pspnet_jax.data import files, volumes
+from pspnet_jax.data import volumes
 from pspnet_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -43,6 +43,7 @@ from pspnet_jax.errors import (
 from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity
 from pspnet_jax.runs import abstract_variables, open_run
+from pspnet_jax.storage import writing
 
 FILES = {
     'stablehlo': 'model.stablehlo.zip',
@@ -244,7 +245,7 @@ def export_checkpoint(
     )
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with files.writing(target) as aside:
+        with writing(target) as aside:
             if fmt == 'stablehlo':
                 exported = to_stablehlo(function, inputs['channels'], input_type(inputs))
                 program = exported.serialize()

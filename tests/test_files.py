@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pspnet_jax.data import files
+from pspnet_jax.data import formats
+from pspnet_jax.data.formats import files, flat, limits
 from pspnet_jax.errors import DataError
 
 
@@ -78,11 +79,11 @@ FLAT = {  # name -> (PIL picture, the image that it is, the labels that it is)
 def test_a_picture_gives_its_pixels_and_its_labels(tmp_path, name):
     picture, image, labels = FLAT[name]
     picture.save(tmp_path / name)
-    got = files.read(tmp_path / name)
+    got = formats.read(tmp_path / name)
     assert got.image.dtype == image.dtype
     np.testing.assert_array_equal(got.image, image[None])
     assert (got.spacing, got.geometry, got.source) == (None, None, tmp_path / name)
-    as_labels = files.read_labels(tmp_path / name)
+    as_labels = formats.read_labels(tmp_path / name)
     assert as_labels.dtype == labels.dtype
     np.testing.assert_array_equal(as_labels, labels[None])
 
@@ -90,12 +91,12 @@ def test_a_picture_gives_its_pixels_and_its_labels(tmp_path, name):
 def test_a_jpeg_is_close_to_its_pixels_and_other_numbers_become_float32(tmp_path):
     smooth = np.broadcast_to(np.linspace(0, 255, 32)[:, None, None], (32, 32, 3)).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / 'a.jpg', quality=95)
-    image = files.read(tmp_path / 'a.jpg').image
+    image = formats.read(tmp_path / 'a.jpg').image
     assert image.shape == (1, 32, 32, 3)
     assert np.abs(image[0].astype(int) - smooth).max() < 12
     for name, values in (('f', GREY / np.float32(7)), ('i', GREY.astype(np.int32) - 1000)):
         Image.fromarray(values).save(tmp_path / f'{name}.tif')
-        image = files.read(tmp_path / f'{name}.tif').image
+        image = formats.read(tmp_path / f'{name}.tif').image
         assert image.dtype == np.float32
         np.testing.assert_array_equal(image[0, ..., 0], values)
 
@@ -109,36 +110,36 @@ def test_a_mask_in_the_alpha_channel_is_read_from_there(tmp_path, colour):
         Image.fromarray(np.dstack([flat, values])).save(tmp_path / f'{name}.png')
         Image.fromarray(np.dstack([flat[..., :1], values]), 'LA').save(tmp_path / f'{name}_la.png')
         for path in (tmp_path / f'{name}.png', tmp_path / f'{name}_la.png'):
-            np.testing.assert_array_equal(files.read_labels(path), values[None])
+            np.testing.assert_array_equal(formats.read_labels(path), values[None])
     opaque = np.dstack([flat, np.full_like(alpha, 255)])
     Image.fromarray(opaque).save(tmp_path / 'opaque.png')
-    np.testing.assert_array_equal(files.read_labels(tmp_path / 'opaque.png')[0], flat)
+    np.testing.assert_array_equal(formats.read_labels(tmp_path / 'opaque.png')[0], flat)
 
 
 @pytest.mark.parametrize('ending', ['png', 'tif', 'webp'])
 @pytest.mark.parametrize('turn', range(1, 9))
 def test_a_picture_is_read_upright_as_viewers_show_it(tmp_path, ending, turn):
     exif, path = Image.Exif(), tmp_path / f'a.{ending}'
-    exif[files.ORIENTATION] = turn
+    exif[flat.ORIENTATION] = turn
     options = {'tif': {'compression': 'tiff_lzw'}, 'webp': {'lossless': True}}.get(ending, {})
     Image.fromarray(COLOUR).save(path, exif=exif, **options)
     plain = Image.fromarray(COLOUR)
-    plain.getexif()[files.ORIENTATION] = turn
-    np.testing.assert_array_equal(files.read(path).image[0], ImageOps.exif_transpose(plain))
-    np.testing.assert_array_equal(files.read_labels(path)[0], ImageOps.exif_transpose(plain))
+    plain.getexif()[flat.ORIENTATION] = turn
+    np.testing.assert_array_equal(formats.read(path).image[0], ImageOps.exif_transpose(plain))
+    np.testing.assert_array_equal(formats.read_labels(path)[0], ImageOps.exif_transpose(plain))
 
 
 def test_a_tiff_that_pillow_turns_wrongly_is_refused(tmp_path):
     exif = Image.Exif()
-    exif[files.ORIENTATION] = 6
+    exif[flat.ORIENTATION] = 6
     Image.fromarray(COLOUR).save(tmp_path / 'a.tif', exif=exif)
     with pytest.raises(DataError, match=r'a\.tif is stored turned and without compression'):
-        files.read(tmp_path / 'a.tif')
+        formats.read(tmp_path / 'a.tif')
 
 
 def test_webp_is_read_as_it_was_packed(tmp_path):
     Image.fromarray(COLOUR).save(tmp_path / 'a.webp', lossless=True)
-    np.testing.assert_array_equal(files.read(tmp_path / 'a.webp').image[0], COLOUR)
+    np.testing.assert_array_equal(formats.read(tmp_path / 'a.webp').image[0], COLOUR)
 
 
 def deep_colour_png(path, values_HWC):
@@ -202,54 +203,54 @@ def test_colour_of_16_bits_keeps_them(tmp_path, rng, channels):
     for order, deflate in itertools.product('<>', (False, True)):
         deep_colour_tiff(tmp_path / f'{"le" if order == "<" else "be"}{deflate}.tif', values, order)
     for path in sorted(tmp_path.iterdir()):
-        image = files.read(path).image
+        image = formats.read(path).image
         assert image.dtype == np.uint16
         np.testing.assert_array_equal(image[0], values[..., :3], err_msg=path.name)
     deep_colour_tiff(tmp_path / 'planar.tif', values, planar=True)
     with pytest.raises(DataError, match=r'planar\.tif has 16 bits a channel'):
-        files.read(tmp_path / 'planar.tif')
+        formats.read(tmp_path / 'planar.tif')
 
 
 def test_pages_are_slices_and_alike(tmp_path, rng):
     pages = rng.integers(0, 255, (12, 6, 5, 3), np.uint8)
     first, *rest = map(Image.fromarray, pages)
     first.save(tmp_path / 'a.tif', save_all=True, append_images=rest)
-    np.testing.assert_array_equal(files.read(tmp_path / 'a.tif').image, pages)
-    np.testing.assert_array_equal(files.read_labels(tmp_path / 'a.tif'), pages)
+    np.testing.assert_array_equal(formats.read(tmp_path / 'a.tif').image, pages)
+    np.testing.assert_array_equal(formats.read_labels(tmp_path / 'a.tif'), pages)
     odd = [*rest, Image.fromarray(pages[0, :3])]
     first.save(tmp_path / 'b.tif', save_all=True, append_images=odd)
     with pytest.raises(DataError, match='page 13'):
-        files.read(tmp_path / 'b.tif')
+        formats.read(tmp_path / 'b.tif')
 
 
 def test_a_folder_of_slices_is_a_volume_in_the_order_of_its_numbers(tmp_path, rng):
     slices = rng.integers(0, 9, (12, 6, 5), np.uint8)
     for n, pixels in enumerate(slices, 1):
         Image.fromarray(pixels).save(tmp_path / f'case_{n}.png')
-    picture = files.read(tmp_path)
+    picture = formats.read(tmp_path)
     np.testing.assert_array_equal(picture.image[..., 0], slices)
-    files.write_labels(tmp_path / 'masks', slices // 2, picture)
+    formats.write_labels(tmp_path / 'masks', slices // 2, picture)
     for n, pixels in enumerate(slices, 1):
         back = np.array(Image.open(tmp_path / 'masks' / f'case_{n}.png'))
         np.testing.assert_array_equal(back, pixels // 2)
     assert len(list((tmp_path / 'masks').iterdir())) == 12
     Image.fromarray(slices[0, :3]).save(tmp_path / 'case_13.png')
     with pytest.raises(DataError, match=r'case_13\.png.*case_1\.png'):
-        files.read(tmp_path)
+        formats.read(tmp_path)
 
 
 def test_arrays(tmp_path, rng):
     values = rng.normal(size=(3, 4, 5, 2))
     for name, array, shape in (('d', values, (3, 4, 5, 2)), ('c', values[0], (1, 4, 5, 2))):
         np.save(tmp_path / f'{name}.npy', array)
-        image = files.read(tmp_path / f'{name}.npy').image
+        image = formats.read(tmp_path / f'{name}.npy').image
         np.testing.assert_array_equal(image, array.astype(np.float32).reshape(shape))
     labels = rng.integers(0, 4, (3, 4, 5))
     np.save(tmp_path / 'labels.npy', labels)
-    np.testing.assert_array_equal(files.read_labels(tmp_path / 'labels.npy'), labels)
+    np.testing.assert_array_equal(formats.read_labels(tmp_path / 'labels.npy'), labels)
     np.save(tmp_path / 'objects.npy', np.array([[{}]]), allow_pickle=True)
     with pytest.raises(DataError, match=r'objects\.npy is not a readable array'):
-        files.read(tmp_path / 'objects.npy')
+        formats.read(tmp_path / 'objects.npy')
 
 
 # Volumes with a place in space.
@@ -295,7 +296,7 @@ def test_every_orientation_is_read_alike_and_written_back(tmp_path, rng, degrees
         original = nibabel.Nifti1Image(values, affine)
         original.set_qform(affine, 1)
         nibabel.save(original, path)
-        picture = files.read(path)
+        picture = formats.read(path)
         # nibabel's own: axes towards right, front, head; ours: head, back, left.
         canonical = np.asarray(nibabel.as_closest_canonical(original).dataobj)
         expected = canonical[::-1, ::-1, :].transpose(2, 1, 0)
@@ -306,13 +307,13 @@ def test_every_orientation_is_read_alike_and_written_back(tmp_path, rng, degrees
 
         labels = picture.image[..., 0] // 9
         out = tmp_path / 'labels.nii'
-        files.write_labels(out, labels, picture)
+        formats.write_labels(out, labels, picture)
         back = nibabel.load(out)
         np.testing.assert_array_equal(np.asarray(back.dataobj), values // 9)
         assert back.get_data_dtype() == np.uint8
         np.testing.assert_array_equal(back.affine, nibabel.load(path).affine)
         assert back.header.get_zooms() == nibabel.load(path).header.get_zooms()
-        np.testing.assert_array_equal(files.read_labels(out, like=picture), labels)
+        np.testing.assert_array_equal(formats.read_labels(out, like=picture), labels)
 
 
 @needs_nibabel
@@ -326,7 +327,7 @@ def test_where_things_are(tmp_path):
     places = ends @ affine[:3, :3].T + affine[:3, 3]
     values[tuple(ends[places.sum(1).argmax()])] = 1
     nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / 'a.nii')
-    picture = files.read(tmp_path / 'a.nii')
+    picture = formats.read(tmp_path / 'a.nii')
     assert picture.image.shape == (4, 6, 5, 1)
     assert picture.image[-1, 0, 0, 0] == 1
 
@@ -347,10 +348,10 @@ def test_a_single_slice_is_seen_from_the_front_of_it(tmp_path, shape, seen, corn
     values = np.zeros(shape, np.uint8)
     values[corner] = 7
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / 'a.nii')
-    picture = files.read(tmp_path / 'a.nii')
+    picture = formats.read(tmp_path / 'a.nii')
     assert picture.image.shape == (*seen, 1)
     assert picture.image[0, 0, 0, 0] == 7
-    files.write_labels(tmp_path / 'b.nii', picture.image[..., 0], picture)
+    formats.write_labels(tmp_path / 'b.nii', picture.image[..., 0], picture)
     back = np.asarray(nibabel.load(tmp_path / 'b.nii').dataobj)
     np.testing.assert_array_equal(back.reshape(shape), values)
 
@@ -383,14 +384,14 @@ def test_numbers_of_volumes(tmp_path, rng):
         ('big_endian', whole.astype('>i2'), np.uint16),
     ):
         path = save_nifti(tmp_path / f'{name}.nii.gz', values)
-        image = files.read(path).image
+        image = formats.read(path).image
         assert image.dtype == dtype, name
         expected = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata()
         expected = expected[::-1, ::-1].transpose(2, 1, 0)[..., None]
         np.testing.assert_allclose(image, expected, rtol=1e-6, err_msg=name)
     path = save_nifti(tmp_path / 'scaled.nii', whole, slope=0.25, intercept=-100.0)
     expected = whole[::-1, ::-1].transpose(2, 1, 0) * 0.25 - 100
-    image = files.read(path).image
+    image = formats.read(path).image
     assert image.dtype == np.float32
     np.testing.assert_array_equal(image[..., 0], expected)
     np.testing.assert_allclose(nibabel.load(path).get_fdata().max(), expected.max())
@@ -402,19 +403,19 @@ def test_a_volume_is_unpacked_by_what_it_holds_not_by_its_name(tmp_path, rng):
     values = rng.integers(0, 255, (3, 4, 5), np.uint8)
     plain = save_nifti(tmp_path / 'a.nii', values)
     packed = save_nifti(tmp_path / 'b.nii.gz', values)
-    expected = files.read(plain).image
+    expected = formats.read(plain).image
     for source, name in ((plain, 'c.nii.gz'), (packed, 'd.nii')):
         (tmp_path / name).write_bytes(source.read_bytes())
-        np.testing.assert_array_equal(files.read(tmp_path / name).image, expected)
-    picture = files.read(tmp_path / 'c.nii.gz')
-    files.write_labels(tmp_path / 'mask.nii.gz', expected[..., 0], picture)
+        np.testing.assert_array_equal(formats.read(tmp_path / name).image, expected)
+    picture = formats.read(tmp_path / 'c.nii.gz')
+    formats.write_labels(tmp_path / 'mask.nii.gz', expected[..., 0], picture)
     assert (tmp_path / 'mask.nii.gz').read_bytes()[:2] == b'\x1f\x8b'
 
 
 def test_a_picture_of_another_kind_is_not_to_be_copied_alone(tmp_path):
     (tmp_path / 'a.png').write_bytes(gif_bytes())
     with pytest.raises(DataError, match=r'save it as PNG: its content is none of PNG, JPEG'):
-        files.read(tmp_path / 'a.png')
+        formats.read(tmp_path / 'a.png')
 
 
 @needs_nibabel
@@ -422,14 +423,14 @@ def test_what_is_no_number_becomes_0(tmp_path, caplog):
     values = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
     values[0, 0] = np.nan
     values[1, 1, 1] = -np.inf
-    image = files.read(save_nifti(tmp_path / 'a.nii', values)).image[..., 0]
+    image = formats.read(save_nifti(tmp_path / 'a.nii', values)).image[..., 0]
     expected = np.where(np.isfinite(values), values, 0)[::-1, ::-1].transpose(2, 1, 0)
     np.testing.assert_array_equal(image, expected)
     huge = np.where(values > 30, 1e300, 1.0)  # beyond float32
-    image = files.read(save_nifti(tmp_path / 'huge.nii', huge)).image
+    image = formats.read(save_nifti(tmp_path / 'huge.nii', huge)).image
     assert set(image.ravel().tolist()) == {0.0, 1.0}
     with pytest.raises(DataError, match='no number at all'):
-        files.read(save_nifti(tmp_path / 'b.nii', values * np.nan))
+        formats.read(save_nifti(tmp_path / 'b.nii', values * np.nan))
 
 
 @needs_nibabel
@@ -437,17 +438,17 @@ def test_the_fourth_axis_is_channels(tmp_path, rng):
     values = rng.integers(0, 255, (3, 4, 5, 2), np.uint8)
     expected = values[::-1, ::-1].transpose(2, 1, 0, 3)
     for name, shaped in (('four', values), ('vector', values[:, :, :, None])):
-        image = files.read(save_nifti(tmp_path / f'{name}.nii', shaped)).image
+        image = formats.read(save_nifti(tmp_path / f'{name}.nii', shaped)).image
         np.testing.assert_array_equal(image, expected)
-    picture = files.read(tmp_path / 'four.nii')
-    files.write_labels(tmp_path / 'labels.nii', expected[..., 0], picture)
-    assert files.read_labels(tmp_path / 'labels.nii', like=picture).shape == (5, 4, 3)
+    picture = formats.read(tmp_path / 'four.nii')
+    formats.write_labels(tmp_path / 'labels.nii', expected[..., 0], picture)
+    assert formats.read_labels(tmp_path / 'labels.nii', like=picture).shape == (5, 4, 3)
     with pytest.raises(DataError, match='2 values a voxel'):
-        files.read_labels(tmp_path / 'four.nii')
+        formats.read_labels(tmp_path / 'four.nii')
     with pytest.raises(DataError, match='dimensions'):
-        files.read(save_nifti(tmp_path / 'five.nii', np.zeros((2, 2, 2, 2, 2), np.uint8)))
+        formats.read(save_nifti(tmp_path / 'five.nii', np.zeros((2, 2, 2, 2, 2), np.uint8)))
     with pytest.raises(DataError, match='voxels of'):
-        files.read(save_nifti(tmp_path / 'complex.nii', np.zeros((2, 2, 2), np.complex64)))
+        formats.read(save_nifti(tmp_path / 'complex.nii', np.zeros((2, 2, 2), np.complex64)))
 
 
 @needs_nibabel
@@ -455,7 +456,7 @@ def test_spacing_is_in_millimetres(tmp_path):
     values = np.zeros((3, 4, 5), np.uint8)
     affine = np.diag([300.0, 400.0, 5000.0, 1.0])
     path = save_nifti(tmp_path / 'a.nii', values, affine, xyzt_units=3)  # micrometres
-    np.testing.assert_allclose(files.read(path).spacing, (5.0, 0.4, 0.3))
+    np.testing.assert_allclose(formats.read(path).spacing, (5.0, 0.4, 0.3))
 
 
 @needs_nibabel
@@ -470,9 +471,9 @@ def test_labels_carry_the_header_of_their_image(tmp_path, rng, second):
     image.header.set_xyzt_units('mm', 'sec')
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension('comment', b'of the image'))
     nibabel.save(image, tmp_path / 'a.nii')
-    picture = files.read(tmp_path / 'a.nii')
+    picture = formats.read(tmp_path / 'a.nii')
     labels = np.full(picture.image.shape[:3], 700)
-    files.write_labels(tmp_path / 'b.nii', labels, picture)
+    formats.write_labels(tmp_path / 'b.nii', labels, picture)
     image, back = nibabel.load(tmp_path / 'a.nii'), nibabel.load(tmp_path / 'b.nii')
     assert type(back) is kind
     assert back.get_data_dtype() == np.int16
@@ -487,12 +488,12 @@ def test_labels_carry_the_header_of_their_image(tmp_path, rng, second):
 def test_a_mask_must_lie_where_its_image_lies(tmp_path, rng):
     affine = affine_of((0, 1, 2), (1, 1, 1))
     values = rng.integers(0, 3, (4, 5, 6)).astype(np.uint8)
-    picture = files.read(save_nifti(tmp_path / 'image.nii.gz', values, affine))
-    plain = files.read_labels(save_nifti(tmp_path / 'mask.nii', values, affine), like=picture)
+    picture = formats.read(save_nifti(tmp_path / 'image.nii.gz', values, affine))
+    plain = formats.read_labels(save_nifti(tmp_path / 'mask.nii', values, affine), like=picture)
     # The same voxels stored from the other side, and as floats: the same mask.
     other = affine @ np.array([[-1, 0, 0, 3], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     flipped = save_nifti(tmp_path / 'flipped.nii', values[::-1].astype(np.float32), other)
-    np.testing.assert_array_equal(files.read_labels(flipped, like=picture), plain)
+    np.testing.assert_array_equal(formats.read_labels(flipped, like=picture), plain)
     moved = affine.copy()
     moved[0, 3] += 1.0
     for name, mask, where, word in (
@@ -502,10 +503,10 @@ def test_a_mask_must_lie_where_its_image_lies(tmp_path, rng):
     ):
         path = save_nifti(tmp_path / f'{name}.nii', mask, where)
         with pytest.raises(DataError, match=rf'{name}\.nii and .*image\.nii\.gz.*{word}'):
-            files.read_labels(path, like=picture)
+            formats.read_labels(path, like=picture)
     half = save_nifti(tmp_path / 'half.nii', values * np.float32(0.5), affine)
     with pytest.raises(DataError, match=r'half\.nii holds 0\.5, labels are whole'):
-        files.read_labels(half)
+        formats.read_labels(half)
 
 
 @needs_nibabel
@@ -515,27 +516,27 @@ def test_a_mask_that_lacks_its_affine_is_told_to_take_the_images(tmp_path, rng):
 
     affine = affine_of((0, 1, 2), (1, 1, 1))
     values = rng.integers(0, 3, (4, 5, 6)).astype(np.uint8)
-    picture = files.read(save_nifti(tmp_path / 'image.nii.gz', values, affine))
-    expected = files.read_labels(save_nifti(tmp_path / 'true.nii', values, affine), like=picture)
+    picture = formats.read(save_nifti(tmp_path / 'image.nii.gz', values, affine))
+    expected = formats.read_labels(save_nifti(tmp_path / 'true.nii', values, affine), like=picture)
     path = tmp_path / 'mask.nii'
     for without in (None, np.eye(4), np.diag([-1.0, -1.0, 1.0, 1.0])):
         nibabel.save(nibabel.Nifti1Image(values, without), path)
         with pytest.raises(DataError, match=r'mask\.nii does not say where it lies') as told:
-            files.read_labels(path, like=picture)
+            formats.read_labels(path, like=picture)
         assert 'resample' not in str(told.value)
         script = str(told.value).partition('python -c "')[2].rstrip('"')
         exec(compile(script, 'advice', 'exec'), {})  # what is to be pasted does it
-        np.testing.assert_array_equal(files.read_labels(path, like=picture), expected)
-    plain = files.read(save_nifti(tmp_path / 'plain.nii', values, np.eye(4)))
+        np.testing.assert_array_equal(formats.read_labels(path, like=picture), expected)
+    plain = formats.read(save_nifti(tmp_path / 'plain.nii', values, np.eye(4)))
     with pytest.raises(DataError, match=r'plain\.nii does not say where it lies'):
-        files.read_labels(path, like=plain)
+        formats.read_labels(path, like=plain)
 
 
 @needs_nibabel
 def test_scaled_labels_come_out_whole(tmp_path):
     values = np.arange(24, dtype=np.int16).reshape(2, 3, 4) * 10
     path = save_nifti(tmp_path / 'a.nii', values, slope=0.1, intercept=2.0)
-    labels = files.read_labels(path)
+    labels = formats.read_labels(path)
     np.testing.assert_array_equal(labels, (values // 10 + 2)[::-1, ::-1].transpose(2, 1, 0))
 
 
@@ -544,15 +545,15 @@ def test_sequences_become_channels(tmp_path, rng):
     Image.fromarray(a).save(tmp_path / 'a.png')
     Image.fromarray(b.astype(np.uint16) * 100).save(tmp_path / 'b.png')
     Image.fromarray(b[:4]).save(tmp_path / 'c.png')
-    one, two, other = (files.read(tmp_path / f'{name}.png') for name in 'abc')
-    both = files.stack([one, two])
+    one, two, other = (formats.read(tmp_path / f'{name}.png') for name in 'abc')
+    both = formats.stack([one, two])
     assert both.image.dtype == np.uint16
     np.testing.assert_array_equal(both.image[0], np.dstack([a, b.astype(np.uint16) * 100]))
     with pytest.raises(DataError, match=r'c\.png and .*a\.png are not of one size'):
-        files.stack([one, other])
+        formats.stack([one, other])
     far = [p._replace(spacing=s) for p, s in ((one, (3.0, 1.0, 1.0)), (two, (3.0, 1.0, 0.9)))]
     with pytest.raises(DataError, match=r'b\.png and .*a\.png have voxels of'):
-        files.stack(far)
+        formats.stack(far)
 
 
 # DICOM.
@@ -602,14 +603,14 @@ def test_a_dicom_series_is_a_volume(tmp_path, rng):
             RescaleSlope=1,
             RescaleIntercept=-1024,
         )
-    picture = files.read(folder)
+    picture = formats.read(folder)
     # Feet to head, front to back, right to left: how an axial DICOM is stored.
     np.testing.assert_array_equal(picture.image[..., 0], stored.astype(np.float32) - 1024)
     np.testing.assert_allclose(picture.spacing, (2.5, 0.5, 0.75))
-    np.testing.assert_array_equal(files.read_labels(folder), stored)
+    np.testing.assert_array_equal(formats.read_labels(folder), stored)
 
-    assert files.output_suffix(picture) == '.nii.gz'
-    files.write_labels(tmp_path / 'a.nii.gz', stored, picture)
+    assert formats.output_suffix(picture) == '.nii.gz'
+    formats.write_labels(tmp_path / 'a.nii.gz', stored, picture)
     back = nibabel.load(tmp_path / 'a.nii.gz')
     for column, row, d in ((0, 0, 0), (5, 3, 4), (2, 1, 3)):
         assert back.dataobj[column, row, d] == stored[d, row, column]
@@ -619,40 +620,40 @@ def test_a_dicom_series_is_a_volume(tmp_path, rng):
 
     (folder / 'IM0').unlink()
     with pytest.raises(DataError, match='lacks a slice between IM4 and IM2'):
-        files.read(folder)
+        formats.read(folder)
     save_dicom(folder / 'IM0', stored[3], position=(-10.0, 20.0, 107.5), series='1.2.4')
     with pytest.raises(DataError, match='2 DICOM series'):
-        files.read(folder)
+        formats.read(folder)
     save_dicom(folder / 'IM0', stored[3], position=(-10.0, 20.0, 110.0))
     with pytest.raises(DataError, match='the same place'):
-        files.read(folder)
+        formats.read(folder)
 
 
 @needs_pydicom
 def test_single_dicom_files(tmp_path, rng):
     grey = rng.integers(0, 255, (4, 6), np.uint8)
     save_dicom(tmp_path / 'xray.dcm', grey, ImagerPixelSpacing=[0.2, 0.1])
-    picture = files.read(tmp_path / 'xray.dcm')
+    picture = formats.read(tmp_path / 'xray.dcm')
     np.testing.assert_array_equal(picture.image, grey[None, ..., None])
     assert picture.spacing == (1.0, 0.2, 0.1)
-    assert files.output_suffix(picture) == '.png'
+    assert formats.output_suffix(picture) == '.png'
     save_dicom(tmp_path / 'negative.dcm', 255 - grey, PhotometricInterpretation='MONOCHROME1')
-    np.testing.assert_array_equal(files.read(tmp_path / 'negative.dcm').image, picture.image)
+    np.testing.assert_array_equal(formats.read(tmp_path / 'negative.dcm').image, picture.image)
     colour = rng.integers(0, 255, (4, 6, 3), np.uint8)
     save_dicom(tmp_path / 'colour.dcm', colour)
-    np.testing.assert_array_equal(files.read(tmp_path / 'colour.dcm').image[0], colour)
+    np.testing.assert_array_equal(formats.read(tmp_path / 'colour.dcm').image[0], colour)
     # A coronal slice is kept whole, head up: columns to the left, rows to the feet.
     save_dicom(tmp_path / 'coronal', grey, position=(0, 0, 0), turned=(1, 0, 0, 0, 0, -1))
-    picture = files.read(tmp_path / 'coronal')
+    picture = formats.read(tmp_path / 'coronal')
     np.testing.assert_array_equal(picture.image, grey[None, ..., None])
     np.testing.assert_allclose(picture.spacing, (1.0, 0.5, 0.75))
 
     save_dicom(tmp_path / 'frames.dcm', np.tile(grey, (2, 1)), NumberOfFrames=2, Rows=4)
     with pytest.raises(DataError, match='several frames'):
-        files.read(tmp_path / 'frames.dcm')
+        formats.read(tmp_path / 'frames.dcm')
     save_dicom(tmp_path / 'deflated.dcm', grey, syntax='1.2.840.10008.1.2.1.99')
     with pytest.raises(DataError, match='deflated'):
-        files.read(tmp_path / 'deflated.dcm')
+        formats.read(tmp_path / 'deflated.dcm')
 
 
 @needs_pydicom
@@ -665,7 +666,7 @@ def test_what_lies_beside_the_slices_is_passed_over_by_name(tmp_path, rng, caplo
     save_no_picture(folder / 'RS.dcm', 'RTSTRUCT')
     save_no_picture(folder / 'report', 'SR')
     with caplog.at_level('INFO'):
-        np.testing.assert_array_equal(files.read(folder).image[..., 0], stored)
+        np.testing.assert_array_equal(formats.read(folder).image[..., 0], stored)
     assert 'RS.dcm (RTSTRUCT), report (SR)' in caplog.text
     assert files.find(tmp_path) == {'p1': folder}
 
@@ -683,7 +684,7 @@ def test_dicom_without_a_picture_names_what_converts_it(tmp_path, modality, tool
             save_dicom(tmp_path / name, frames, Modality='SEG', NumberOfFrames=2, Rows=2)
         else:
             save_no_picture(tmp_path / name, modality)
-        for read in (files.read, files.read_labels):
+        for read in (formats.read, formats.read_labels):
             with pytest.raises(DataError, match=rf'of the kind {modality}.*{tool}') as caught:
                 read(tmp_path / name)
             assert 'dcm2niix' not in str(caught.value)
@@ -718,11 +719,11 @@ def test_radiographs_are_pictures_and_series_are_volumes(tmp_path, rng):
     ways = ['ct', 'film0', 'film1', 'film2', 'one', 'xrays/view0', 'xrays/view1', 'xrays/view2']
     found = files.find(tmp_path)
     assert list(found) == ways
-    entries, others = files.gather_dicom(filter(files.is_dicom, tmp_path.rglob('*')), tmp_path)
+    entries, others = files.gather(filter(files.is_dicom, tmp_path.rglob('*')), tmp_path)
     assert sorted(entries) == sorted(found.values())
     assert not others
     for path in found.values():
-        assert files.read(path).image.shape == (3 if path.name == 'ct' else 1, 4, 6, 1)
+        assert formats.read(path).image.shape == (3 if path.name == 'ct' else 1, 4, 6, 1)
 
 
 @needs_pydicom
@@ -734,7 +735,7 @@ def test_slices_in_the_folder_itself_are_pictures_in_training_and_a_volume_as_in
         save_dicom(tmp_path / f'IM{n}.dcm', grey, position=(0, 0, 3.0 * n))
     assert list(files.find(tmp_path)) == ['IM0', 'IM1', 'IM2']
     assert 'put each series into a folder of its own' in caplog.text
-    assert files.gather_dicom(tmp_path.iterdir(), tmp_path) == ([tmp_path], {})
+    assert files.gather(tmp_path.iterdir(), tmp_path) == ([tmp_path], {})
 
 
 @needs_pydicom
@@ -758,7 +759,7 @@ def test_packed_dicom_names_the_plug_in(tmp_path):
         if words.startswith('pip') and pydicom.pixels.get_decoder(syntax).is_available:
             continue  # here it is installed
         with pytest.raises(DataError, match='packed as') as caught:
-            files.read(tmp_path / 'a.dcm')
+            formats.read(tmp_path / 'a.dcm')
         assert words in str(caught.value)
 
 
@@ -814,33 +815,33 @@ def test_find(tmp_path):
 
 def test_flat_and_paged_results(tmp_path, rng):
     Image.fromarray(GREY).save(tmp_path / 'a.jpg')
-    picture = files.read(tmp_path / 'a.jpg')
+    picture = formats.read(tmp_path / 'a.jpg')
     for labels, mode in ((GREY, 'L'), (GREY.astype(int) + 300, 'I;16')):
-        files.write_labels(tmp_path / 'm.png', labels[None], picture)
+        formats.write_labels(tmp_path / 'm.png', labels[None], picture)
         with Image.open(tmp_path / 'm.png') as back:
             assert back.mode == mode
             np.testing.assert_array_equal(np.array(back), labels)
     prob = rng.random((1, 4, 5))
-    files.write_probabilities(tmp_path / 'p.png', prob, picture)
+    formats.write_probabilities(tmp_path / 'p.png', prob, picture)
     with Image.open(tmp_path / 'p.png') as back:
         np.testing.assert_allclose(np.array(back) / 65535, prob[0], atol=1e-5)
 
     pages = [Image.fromarray(GREY)] * 3
     pages[0].save(tmp_path / 'b.tif', save_all=True, append_images=pages[1:])
-    picture = files.read(tmp_path / 'b.tif')
+    picture = formats.read(tmp_path / 'b.tif')
     for labels in (np.stack([GREY] * 3), np.stack([DEEP] * 3)):
-        files.write_labels(tmp_path / 'm.tif', labels, picture)
-        np.testing.assert_array_equal(files.read_labels(tmp_path / 'm.tif'), labels)
+        formats.write_labels(tmp_path / 'm.tif', labels, picture)
+        np.testing.assert_array_equal(formats.read_labels(tmp_path / 'm.tif'), labels)
     prob = rng.random((3, 4, 5)).astype(np.float32)
-    files.write_probabilities(tmp_path / 'p.tif', prob, picture)
-    np.testing.assert_array_equal(files.read(tmp_path / 'p.tif').image[..., 0], prob)
+    formats.write_probabilities(tmp_path / 'p.tif', prob, picture)
+    np.testing.assert_array_equal(formats.read(tmp_path / 'p.tif').image[..., 0], prob)
 
     with pytest.raises(DataError, match=r'must end in \.tif'):
-        files.write_labels(tmp_path / 'm.png', labels, picture)
+        formats.write_labels(tmp_path / 'm.png', labels, picture)
     with pytest.raises(DataError, match='which has'):
-        files.write_labels(tmp_path / 'm.tif', labels[1:], picture)
+        formats.write_labels(tmp_path / 'm.tif', labels[1:], picture)
     with pytest.raises(DataError, match='do not fit'):
-        files.write_labels(tmp_path / 'm.tif', labels.astype(int) - 70000, picture)
+        formats.write_labels(tmp_path / 'm.tif', labels.astype(int) - 70000, picture)
 
 
 @contextlib.contextmanager
@@ -872,19 +873,19 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, rng, name):
     else:
         first, *rest = map(Image.fromarray, values)
         first.save(source, **({'save_all': True, 'append_images': rest} if rest else {}))
-    picture = files.read(source)
+    picture = formats.read(source)
     if name == 'a.npy':
         picture = picture._replace(image=values[..., None])
     labels, out = picture.image[..., 0], tmp_path / 'out' / name
-    files.write_labels(out, labels, picture)
+    formats.write_labels(out, labels, picture)
     before = {path: path.read_bytes() for path in out.parent.rglob('*') if path.is_file()}
     with files_of_at_most(8192), pytest.raises(DataError, match='can not be written'):
-        files.write_labels(out, np.roll(labels, 1), picture)
+        formats.write_labels(out, np.roll(labels, 1), picture)
     after = {path: path.read_bytes() for path in out.parent.rglob('*') if path.is_file()}
     assert after == before
     (tmp_path / 'file').touch()
     with pytest.raises(DataError, match='can not be written'):
-        files.write_labels(tmp_path / 'file' / name, labels, picture)
+        formats.write_labels(tmp_path / 'file' / name, labels, picture)
 
 
 # What is not to be trusted.
@@ -973,7 +974,7 @@ def test_hostile_files_are_refused_before_they_cost(tmp_path, name):
     content, message = HOSTILE[name]
     (tmp_path / name).write_bytes(content)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for function in (files.read, files.read_labels):
+    for function in (formats.read, formats.read_labels):
         with pytest.raises(DataError, match=message) as caught:
             function(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
@@ -985,20 +986,20 @@ def test_hostile_files_are_refused_before_they_cost(tmp_path, name):
 def test_pages_and_memory_have_a_limit(tmp_path, monkeypatch):
     pages = [Image.fromarray(GREY)] * 6
     pages[0].save(tmp_path / 'a.tif', save_all=True, append_images=pages[1:])
-    assert len(files.read(tmp_path / 'a.tif').image) == 6
-    monkeypatch.setattr(files, 'MAX_SLICES', 5)
+    assert len(formats.read(tmp_path / 'a.tif').image) == 6
+    monkeypatch.setattr(limits, 'MAX_SLICES', 5)
     with pytest.raises(DataError, match='more than 5 pages'):
-        files.read(tmp_path / 'a.tif')
-    monkeypatch.setattr(files, 'MAX_SLICES', 6)
-    monkeypatch.setattr(files, 'MAX_VALUES', 6 * GREY.size - 1)
+        formats.read(tmp_path / 'a.tif')
+    monkeypatch.setattr(limits, 'MAX_SLICES', 6)
+    monkeypatch.setattr(limits, 'MAX_VALUES', 6 * GREY.size - 1)
     with pytest.raises(DataError, match='limit is 119 values'):
-        files.read(tmp_path / 'a.tif')
-    monkeypatch.setattr(files, 'MAX_VALUES', 6 * GREY.size)
-    monkeypatch.setattr(files, 'SMALL', 0)
+        formats.read(tmp_path / 'a.tif')
+    monkeypatch.setattr(limits, 'MAX_VALUES', 6 * GREY.size)
+    monkeypatch.setattr(limits, 'SMALL', 0)
     for free, fits in ((6 * GREY.size, True), (6 * GREY.size - 1, False)):
-        monkeypatch.setattr(files, 'free_memory', lambda n=free: n)
+        monkeypatch.setattr(limits, 'free_memory', lambda n=free: n)
         with contextlib.nullcontext() if fits else pytest.raises(DataError, match='are free'):
-            files.read(tmp_path / 'a.tif')
+            formats.read(tmp_path / 'a.tif')
 
 
 def samples(folder):
@@ -1032,7 +1033,7 @@ def test_whatever_is_wrong_is_a_data_error(tmp_path):
     rng = np.random.default_rng(1)
     messages, total = [], 0
     for path in sorted((tmp_path / 'good').iterdir()):
-        files.read(path)
+        formats.read(path)
         good = path.read_bytes()
         bad = tmp_path / path.name
         for turn in range(80):
@@ -1044,7 +1045,7 @@ def test_whatever_is_wrong_is_a_data_error(tmp_path):
                 for at in rng.integers(0, ends, rng.integers(1, 6)):
                     data[at] = rng.integers(256)
             bad.write_bytes(data)
-            for function in (files.read, files.read_labels):
+            for function in (formats.read, formats.read_labels):
                 total += 1
                 try:
                     function(bad)
@@ -1060,11 +1061,11 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, package, name
     (tmp_path / name).write_bytes(b'anything')
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DataError, match=rf'pip install "{package}'):
-        files.read(tmp_path / name)
+        formats.read(tmp_path / name)
 
 
 def test_nothing_waits_on_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / 'a.png')
     for path in (tmp_path / 'a.png', tmp_path / 'missing.png', tmp_path):
         with pytest.raises(DataError):
-            files.read(path)
+            formats.read(path)

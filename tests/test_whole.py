@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pspnet_jax import checkpoint, export
-from pspnet_jax.data import files, video
+from pspnet_jax.data import formats
+from pspnet_jax.data.formats import video
 from tests import test_via as drawn
 from tests.conftest import ROOT
 
@@ -227,7 +228,7 @@ def test_volumes_of_any_orientation(tmp_path):
         )
         assert mask.shape == image.shape
         np.testing.assert_array_equal(mask.affine, image.affine)
-        assert np.array_equal(files.read_labels(mask.get_filename()).shape, (2, *SIZE))
+        assert np.array_equal(formats.read_labels(mask.get_filename()).shape, (2, *SIZE))
 
 
 # Bad input: one line, and nothing but what was there.
