@@ -24,7 +24,9 @@ from pspnet_jax.data import formats, lgg
 from pspnet_jax.data.formats import flat, limits
 from pspnet_jax.errors import DataError, PspnetError
 from tests.conftest import ROOT
-from tests.test_files import GREY, has, nifti_bytes, save_dicom
+from tests.test_dicom import save_dicom
+from tests.test_flat import GREY, has
+from tests.test_nifti import nifti_bytes
 
 NEEDS = {'nifti': 'nibabel', 'mask': 'nibabel', 'dicom': 'pydicom', 'dicom_series': 'pydicom'}
 NEEDS |= {'video': 'av', 'microscopy': 'tifffile'}

@@ -18,7 +18,7 @@ from pspnet_jax.data.formats import annotations, files, flat, outlines, via, vid
 from pspnet_jax.data.formats.outlines import Shape
 from pspnet_jax.errors import LONGEST, DataError, PspnetError
 from tests.conftest import write_case
-from tests.test_files import GREY, has
+from tests.test_flat import GREY, has
 from tests.test_hostile_data import refusal, within
 from tests.test_via import read_annotations
 

@@ -1021,9 +1021,9 @@ def test_mutated_files_give_masks_or_a_message(tmp_path, tool):
 
 
 def test_the_command_writes_masks_or_one_line(tmp_path, images):
-    def command(*arguments):
+    def command(*arguments, module='pspnet_jax.data.formats.via'):
         return subprocess.run(
-            [sys.executable, '-m', 'pspnet_jax.data.via', *arguments],
+            [sys.executable, '-m', module, *arguments],
             cwd=ROOT, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 

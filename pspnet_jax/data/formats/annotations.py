@@ -106,10 +106,7 @@ def read(
     faults, passed = findings.faults, findings.passed_over
     tool, shapes, sizes, regions = '', {}, {}, []
     with contextlib.suppress(_TooManyFaultsError):
-        if os.path.isdir(path):
-            tool, pictures = 'labelme', _read_folder(path, findings)
-        else:
-            tool, pictures = _read_file(path, findings)
+        tool, pictures = (_open_folder if os.path.isdir(path) else _open)(path, findings)
         for picture in pictures:
             if picture.name in shapes:
                 faults.append(f'{show(picture.name)} is there twice: keep one, or rename a picture')
@@ -121,24 +118,21 @@ def read(
         faults.append(f'no picture is named: {AGAIN}')
     without_area = len(passed[POINTS]) + len(passed[NO_OUTLINE])
     if without_area and not regions and not faults:
-        faults.append(
-            f'none of its {count(without_area, "region")} has an area (points and boxes have '
-            'none): draw outlines'
-        )
-    found = f'{tool}: {count(len(shapes), "picture")}, {count(len(regions), "region")}'
-    numbers, labels, attribute, note, wrong = _number_classes(
-        [region for _, region in regions], classes, attribute, findings.declared
+        told = count(without_area, 'region')
+        faults.append(f'none of its {told} has an area (points and boxes have none): draw outlines')
+    numbers, labels, attribute, note = _number_classes(
+        [region for _, region in regions], classes, attribute, findings
     )
     for (name, region), label in zip(regions, labels, strict=True):
         shapes[name] += [shape._replace(label=label, where=region.where) for shape in region.shapes]
+    found = f'{tool}: {count(len(shapes), "picture")}, {count(len(regions), "region")}'
     left = [
         f'passed over: {reason} ({len(places)}): {some(places, separator="; ")}'
         for reason, places in passed.items()
         if places
     ]
-    loose = tool == 'labelme'
-    notes = [found, note, *left]
-    return Annotations(shapes, numbers, sizes, notes, attribute, loose), faults + wrong
+    notes, loose = [found, note, *left], tool == 'labelme'
+    return Annotations(shapes, numbers, sizes, notes, attribute, loose), faults
 
 
 def json_files(folder: Path) -> list[Path]:
@@ -212,7 +206,7 @@ def _listed(findings: Findings, where: str = '') -> Iterator[None]:
 # Files and values.
 
 
-def _read_file(path: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
+def _open(path: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
     """The tool that wrote the file, and its pictures."""
     content = text.read(path, AGAIN)
     header = content.partition('\n')[0].strip().lstrip('#').replace('"', '')
@@ -429,9 +423,13 @@ def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
 
 
 def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
-    images = _coco_table(tree, 'images', _coco_image, findings)
-    categories = _coco_table(tree, 'categories', _coco_category, findings)
-    findings.declared.extend(_coco_classes(categories))
+    images = _coco_table(tree, 'images', findings, _coco_image)
+    categories = _coco_table(tree, 'categories', findings, _coco_category)
+    # Without the category 0 that is only the group of others, as Roboflow writes it.
+    groups = {group for name, group in categories.values() if group != name}
+    ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
+    names = [categories[key][0] for key in ids if key != 0 or categories[key][0] not in groups]
+    findings.declared.extend('background' if is_background(name) else name for name in names)
     items, unnamed = [], set()
     with _listed(findings):
         items = _list(tree['annotations'], 'annotations')
@@ -442,7 +440,7 @@ def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
         with _listed(findings, where):
             picture, attributes = _find(images, _object(item), 'image_id'), {}
             if categories:
-                attributes['category'] = _find(categories, item, 'category_id')['name']
+                attributes['category'], _ = _find(categories, item, 'category_id')
             else:
                 unnamed.add(show(item.get('category_id')))
             where = f'{show(picture.name)}, {where}'
@@ -462,7 +460,7 @@ def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
         yield picture
 
 
-def _coco_table(tree: dict[str, Any], key: str, make: Callable, findings: Findings) -> dict:
+def _coco_table(tree: dict[str, Any], key: str, findings: Findings, make: Callable) -> dict:
     """{id: what `make` makes of the item}."""
     items, found = [], {}
     with _listed(findings):
@@ -482,24 +480,11 @@ def _coco_image(item: dict[str, Any]) -> Picture:
     return Picture(_name(item.get('file_name')), _size(item.get('height'), item.get('width')), [])
 
 
-def _coco_category(item: dict[str, Any]) -> dict[str, str]:
+def _coco_category(item: dict[str, Any]) -> tuple[str, str]:
     """Its name, and that of its group."""
     if not isinstance(item.get('name'), str) or not item['name'].strip():
         raise DataError(f'its name is {show(item.get("name"))}: give it one')
-    return {'name': item['name'].strip(), 'group': str(item.get('supercategory') or '').strip()}
-
-
-def _coco_classes(categories: dict[int | str, dict[str, str]]) -> list[str]:
-    """Their names in the order of their ids, numbers first.
-
-    Without the category 0 that is only the group of others, as Roboflow writes it.
-    """
-    ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
-    groups = {item['group'] for item in categories.values() if item['group'] != item['name']}
-    names = [
-        categories[key]['name'] for key in ids if key != 0 or categories[0]['name'] not in groups
-    ]
-    return ['background' if is_background(name) else name for name in names]
+    return item['name'].strip(), str(item.get('supercategory') or '').strip()
 
 
 def _find(table: dict[Any, Any], item: dict[str, Any], key: str) -> Any:
@@ -575,7 +560,7 @@ def _unpack(counts: str) -> list[int]:
 # labelme
 
 
-def _read_folder(folder: Path, findings: Findings) -> Iterator[Picture]:
+def _open_folder(folder: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
     """Every labelme file in the folder and below, in the order of their names.
 
     A picture is taken to be in the same sub-folder as its file, if there are several of its name.
@@ -583,18 +568,22 @@ def _read_folder(folder: Path, findings: Findings) -> Iterator[Picture]:
     files = json_files(folder)
     if not files:
         raise DataError(f'{folder} holds no .json: give the annotation file, or labelme files')
-    for path in files:
-        inner = findings._replace(faults=[])
-        try:
-            with _listed(findings):
-                tool, pictures = _read_file(path, inner)
-                if tool != 'labelme':
-                    raise DataError(f'{path} is of {tool}, not of labelme: give that file alone')
-                below = path.parent.relative_to(folder).as_posix()
-                for picture in pictures:
-                    yield picture._replace(name=_name(f'{below}/{picture.name}'))
-        finally:
-            findings.faults.extend(f'{path}: {fault}' for fault in inner.faults)
+
+    def pictures() -> Iterator[Picture]:
+        for path in files:
+            inner = findings._replace(faults=[])
+            try:
+                with _listed(findings):
+                    tool, found = _open(path, inner)
+                    if tool != 'labelme':
+                        raise DataError(f'{path} is of {tool}, not labelme: give that file alone')
+                    below = path.parent.relative_to(folder).as_posix()
+                    for picture in found:
+                        yield picture._replace(name=_name(f'{below}/{picture.name}'))
+            finally:
+                findings.faults.extend(f'{path}: {fault}' for fault in inner.faults)
+
+    return 'labelme', pictures()
 
 
 def _read_labelme(tree: dict[str, Any], findings: Findings) -> Picture:
@@ -604,7 +593,6 @@ def _read_labelme(tree: dict[str, Any], findings: Findings) -> Picture:
         name = _name(re.split(r'[/\\]', value)[-1] if isinstance(value, str) else value)
     with _listed(findings, show(name)):
         items = _list(tree['shapes'], 'its list of shapes')
-    with _listed(findings, show(name)):
         size = _size(tree.get('imageHeight'), tree.get('imageWidth'))
         if size is None:
             raise _PassedOverError(NO_SIZE)
@@ -677,8 +665,8 @@ def is_background(name: str) -> bool:
     return name.strip('_').lower() == 'background'
 
 
-def _choose_attribute(regions: Sequence[Region], attribute: str) -> tuple[str, list[str]]:
-    """(the attribute that tells the classes apart, '' where there is none; faults)."""
+def _choose_attribute(regions: Sequence[Region], attribute: str) -> str:
+    """The one that tells the classes apart, '' where there is none."""
     values = defaultdict(set)
     for region in regions:
         for key, value in region.attributes.items():
@@ -686,33 +674,34 @@ def _choose_attribute(regions: Sequence[Region], attribute: str) -> tuple[str, l
     choices = '; '.join(f'{show(key)} ({some(sorted(found), 5)})' for key, found in values.items())
     if attribute and attribute not in values and regions:
         there = f'they have {choices}' if values else 'they have none: leave it out'
-        return '', [f'no region has the attribute {show(attribute)}: {there}']
+        raise DataError(f'no region has the attribute {show(attribute)}: {there}')
     if not attribute and len(values) > 1:
-        return '', [f'regions have several attributes, choose the one with the class: {choices}']
-    return attribute or next(iter(values), ''), []
+        raise DataError(
+            f'regions have several attributes, choose the one with the class: {choices}'
+        )
+    return attribute or next(iter(values), '')
 
 
 def _number_classes(
-    regions: Sequence[Region],
-    classes: Mapping[str, int] | None,
-    attribute: str,
-    declared: Sequence[str],
-) -> tuple[dict[str, int], list[int], str, str, list[str]]:
+    regions: Sequence[Region], classes: Mapping[str, int] | None, attribute: str, findings: Findings
+) -> tuple[dict[str, int], list[int], str, str]:
     """({class name: number}, each region's number, the attribute that tells them apart, a note that
-    says all, faults).
+    says all).
     """
+    faults, declared = findings.faults, findings.declared
     numbers = {'background': 0, **(classes or {})}
-    attribute, faults = _choose_attribute(regions, attribute)
-    if faults:
-        return numbers, [0] * len(regions), '', '', faults
+    try:
+        attribute = _choose_attribute(regions, attribute)
+    except DataError as error:
+        faults.append(str(error))
+        return numbers, [0] * len(regions), '', ''
     if not attribute and not declared:
-        names = [name for name in classes or ['region'] if numbers.get(name, 1)]
+        names = [name for name in classes or () if numbers[name]] or ['region']
         if len(names) > 1 and regions:
             faults.append(f'no region has an attribute that tells {some(names)} apart: give one')
-        name = names[0] if names else 'region'
-        number = numbers.setdefault(name, 1)
-        note = f'every region is {show(name)} = {number}'
-        return numbers, [number] * len(regions), '', note, faults
+        number = numbers.setdefault(names[0], 1)
+        note = f'every region is {show(names[0])} = {number}'
+        return numbers, [number] * len(regions), '', note
     attribute, values = attribute or 'category', []
     for region in regions:
         value = region.attributes.get(attribute, '')
@@ -729,15 +718,11 @@ def _number_classes(
     new = [name for name in dict.fromkeys(listed) if name != 'background']
     odd = [show(name) for name in new if len(name) > 200 or not name.isprintable()]
     if len(new) > 254:
-        faults.append(
-            f'{show(attribute)} has {len(new)} values, a mask holds 254: give the classes, or '
-            'another attribute'
-        )
+        told = f'{len(new)} values, a mask holds 254: give the classes, or another attribute'
+        faults.append(f'{show(attribute)} has {told}')
     elif odd:
-        faults.append(
-            f'{show(attribute)} has values that are no names of at most 200 printable characters: '
-            f'{some(odd)}: rename them'
-        )
+        told = f'no names, of 200 printable characters at most: {some(odd)}'
+        faults.append(f'{show(attribute)} has values that are {told}')
     else:
         numbers |= {name: number for number, name in enumerate(new, 1)}
         if unknown := sorted(found.keys() - numbers.keys()):
@@ -750,4 +735,4 @@ def _number_classes(
     told = some([f'{show(name)} = {number}' for name, number in numbers.items()], 254)
     how = 'in the order of their ids' if declared else 'those found, in sorted order'
     note = f'classes by {show(attribute)}: {told} ({"as given" if classes else how})'
-    return numbers, [numbers.get(value, 0) for value in values], attribute, note, faults
+    return numbers, [numbers.get(value, 0) for value in values], attribute, note
