@@ -1,6 +1,8 @@
 """Who may import whom: downwards only, so that each file can be read by itself."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 
@@ -164,3 +166,11 @@ def test_data_never_starts_a_jax_backend(path):
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
 def test_configs_import_ml_collections_and_each_other_only(path):
     assert {module.split('.')[0] for module in imports(path)} <= {'ml_collections', 'configs'}
+
+
+def test_reading_data_imports_no_data_set_and_no_reader_before_it_is_asked_for():
+    heavy = ('tensorflow_datasets', 'jax', 'nibabel', 'pydicom', 'tifffile', 'av')
+    code = 'import sys; from pspnet_jax.data import folder, sources; print(*sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not set(heavy) & set(done.stdout.split())

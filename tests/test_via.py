@@ -1036,6 +1036,11 @@ def test_the_command_writes_masks_or_one_line(tmp_path, images):
     with Image.open(tmp_path / 'masks' / 'a.png') as picture:
         assert set(np.unique(picture).tolist()) == {0, 1, 3}
 
+    before = tree_of(tmp_path / 'masks')
+    done = command(*given, '--classes=tumor=3, edema=1', module='pspnet_jax.data.via')
+    assert 'pspnet_jax.data.via is now pspnet_jax.data.formats.via' in done.stderr
+    assert (done.returncode, tree_of(tmp_path / 'masks')) == (0, before)
+
     refused = command(*given[:2], f'--out={tmp_path / "other"}', '--classes=tumor=3')
     assert refused.returncode == 1
     assert refused.stderr.strip().split('\n')[-1].startswith('error: ')

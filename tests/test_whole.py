@@ -359,8 +359,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(own, tmp_path, comman
                    f'--output={tmp_path / "out" / "model.safetensors"}'),
         'check': ('check', '--config=configs/folder.py', f'--config.data.source={root}',
                   '--config.data.masks=binary', f'--out={tmp_path / "out"}'),
-        'via': ('data.formats.via', f'--annotations={root / "coco.json"}', f'--images={root / "images"}',
-                f'--out={tmp_path / "out"}'),
+        'via': ('data.formats.via', f'--annotations={root / "coco.json"}',
+                f'--images={root / "images"}', f'--out={tmp_path / "out"}'),
     }[command]  # fmt: skip
     before = snapshot(tmp_path)
     done = run(*call, largest=60)

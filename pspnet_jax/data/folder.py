@@ -270,16 +270,14 @@ def slice_numbers(patients: Mapping[str, str], group: str) -> tuple[dict[str, in
     """Stem -> number of the slice, where `group` tells it of these stems and their patients, and
     the faults; none are told: they are pictures by themselves.
     """
+    found = {}
     if group.endswith('.csv'):
         found = read_table(Path(group), 'slice')
     elif group and 'slice' in (expression := re.compile(group)).groupindex:
         found = {stem: expression.search(stem)['slice'] for stem in patients}
-        found = {stem: number for stem, number in found.items() if number is not None}
-    else:
-        return {}, []
     numbers, faults, taken = {}, [], {}
-    for stem in sorted(patients.keys() & found.keys()):
-        if not re.fullmatch(r'[0-9]{1,9}', found[stem] or ''):
+    for stem in sorted(stem for stem in patients if found.get(stem) is not None):
+        if not re.fullmatch(r'[0-9]{1,9}', found[stem]):
             faults.append(f'{stem} is slice {found[stem]!r} by data.group: it must be a number')
             continue
         numbers[stem] = int(found[stem])
@@ -296,13 +294,11 @@ def read_table(path: Path, column: str = 'patient') -> dict[str, str]:
         rows = csv.DictReader(io.StringIO(text.read(path, has), newline=''))
         if column != 'patient' and column not in (rows.fieldnames or ()):
             return {}
-        return {
-            unicodedata.normalize('NFC', row['stem'].strip()): row[column].strip() for row in rows
-        }
+        pairs = [(row['stem'].strip(), row[column].strip()) for row in rows]
     except (KeyError, AttributeError, csv.Error) as error:
-        raise DataError(
-            f'{path} is not a table of patients ({type(error).__name__}: {error}): {has}'
-        ) from error
+        reason = f'{type(error).__name__}: {error}'
+        raise DataError(f'{path} is not a table of patients ({reason}): {has}') from error
+    return {unicodedata.normalize('NFC', stem): value for stem, value in pairs}
 
 
 def load(
@@ -328,15 +324,7 @@ def load(
     among them unless `mixed_sizes`.
     """
     root = Path(source).expanduser()
-    places = [root / name for name in images]
-    for folder, _ in map(pairing.split, places):
-        if not folder.is_dir():
-            raise DataError(
-                f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
-                f'into {root / "masks"}, or set data.images and data.masks'
-            )
-    if not (root / masks).exists():
-        raise DataError(f'{root / masks} is neither a folder of masks nor a file of annotations')
+    places = _find_folders(root, images, masks)
     cases, faults, notes, names = scan(
         places, root / masks, group=group, classes=classes, attribute=attribute,
         mask_name=mask_name, root=root,
@@ -365,10 +353,29 @@ def load(
     if faults:
         raise all_faults(source, faults, MOST_LISTED)
 
+    return _as_slices(patients, code, bool(group), _in_turn(names, num_classes))
+
+
+def _find_folders(root: Path, images: Sequence[str], masks: str) -> list[Path]:
+    """The folders of images, with their rules."""
+    places = [root / name for name in images]
+    for folder, _ in map(pairing.split, places):
+        if not folder.is_dir():
+            raise DataError(
+                f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
+                f'into {root / "masks"}, or set data.images and data.masks'
+            )
+    if not (root / masks).exists():
+        raise DataError(f'{root / masks} is neither a folder of masks nor a file of annotations')
+    return places
+
+
+def _as_slices(
+    patients: Mapping[str, Patient], code: Code | None, grouped: bool, class_names: tuple[str, ...]
+) -> Slices:
     in_order = [case for patient in patients.values() for case in patient.cases]
     depths = [len(lesion) for patient in patients.values() for lesion in patient.lesion]
     places = [(number, d) for number, depth in enumerate(depths) for d in range(depth)]
-
     channels = {shape[2]: path for p in patients.values() for shape, path in p.shapes.items()}
     wide = max(channels)
     if len(channels) > 1:
@@ -379,8 +386,8 @@ def load(
 
     @functools.lru_cache(maxsize=8)  # a volume's slices are asked for one by one
     def read_case(number: int) -> tuple[np.ndarray, np.ndarray]:
-        found, labels = _read_case(in_order[number], code)
-        return _widened(found.image, wide), labels
+        picture, labels = _read_case(in_order[number], code)
+        return _widened(picture.image, wide), labels
 
     def read(key: int) -> tuple[np.ndarray, np.ndarray]:
         number, d = places[key]
@@ -390,17 +397,18 @@ def load(
     lesion = [np.concatenate(patient.lesion) for patient in patients.values()]
     scans = [_scans(patient) for patient in patients.values()]
     several = sum(bool(numbers.any()) for numbers in scans)
-    if group and in_order[0].slice is not None:
+    if grouped and in_order[0].slice is not None:
         logger.info(
             'data.group: the pictures are slices of %d volumes, by their numbers; %d lack some: '
             'distances and components are of each part', len(scans), several,
         )  # fmt: skip
-    elif group and several:
+    elif grouped and several:
         logger.info(
             'data.group: %d of %d patients have several files; distances and components are of '
             'each file by itself. If they are slices of one volume, name their number: '
             'data.group="(.+)_(?P<slice>[0-9]+)"', several, len(scans),
         )  # fmt: skip
+    deep = {name: p.range for name, p in patients.items() if p.range is not None}
     return Slices(
         read=read,
         key=np.arange(len(places)),
@@ -409,12 +417,10 @@ def load(
         lesion_pixels=np.concatenate(lesion),
         intensity={name: _widened(p.intensity, wide) for name, p in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
-        ranges={
-            name: _widened(p.range, wide) for name, p in patients.items() if p.range is not None
-        },
+        ranges={name: _widened(measured, wide) for name, measured in deep.items()},
         digest=np.concatenate([patient.digest for patient in patients.values()]),
         scan=np.concatenate(scans),
-        class_names=_in_turn(names, num_classes),
+        class_names=class_names,
     )
 
 
@@ -422,12 +428,11 @@ def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> st
     """The fault of annotations with more classes than the model."""
     told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
     remedy = f'set model.num_classes={max(names.values()) + 1}'
-    if drawn | {0} < set(names.values()):  # the others have no region
-        chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+    chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+    if len(chosen) < len(set(names.values())):  # the others have no region
         remedy += f', or model.class_names={chosen} and model.num_classes={len(chosen)}'
-    return (
-        f'the annotations have {len(names)} classes ({told}), the model has {num_classes}: {remedy}'
-    )
+    told = f'the annotations have {len(names)} classes ({told})'
+    return f'{told}, the model has {num_classes}: {remedy}'
 
 
 def _in_turn(names: Mapping[str, int], num_classes: int) -> tuple[str, ...]:
@@ -501,12 +506,12 @@ def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[s
     channels = {shape[2]: path for shape, path in shapes.items()}
     sizes = {shape[:2]: path for shape, path in shapes.items()}
     if len(channels) > 1 and set(channels) != {1, 3}:
-        some = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
-        yield f'not all images have as many channels: {some}; convert them'
+        told = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
+        yield f'not all images have as many channels: {told}; convert them'
     if len(sizes) > 1 and not mixed_sizes:
-        some = ', '.join(f'{path} is {h}x{w}' for (h, w), path in sorted(sizes.items())[:4])
+        told = ', '.join(f'{path} is {h}x{w}' for (h, w), path in sorted(sizes.items())[:4])
         yield (
-            f'images are of {len(sizes)} sizes ({some}): set data.size="(HEIGHT, WIDTH)", they are '
+            f'images are of {len(sizes)} sizes ({told}): set data.size="(HEIGHT, WIDTH)", they are '
             'resized to it for training and the masks that come out have their own size'
         )
 

@@ -49,9 +49,8 @@ def reading(path: object, kind: str) -> Iterator[None]:
         remedy = 'copy or export it again'
         if isinstance(error, UnidentifiedImageError) and os.path.getsize(path):
             remedy += ', or save it as PNG: its content is none of ' + ', '.join(PIL_FORMATS)
-        raise DataError(
-            f'{path} is not a readable {kind} ({first_line(error)}): {remedy}'
-        ) from error
+        reason = first_line(error)
+        raise DataError(f'{path} is not a readable {kind} ({reason}): {remedy}') from error
 
 
 def check_file(path: object, remedy: str) -> None:
@@ -69,9 +68,7 @@ def check_size(path: object, shape: Sequence[int], each: int, stored: float = ma
     if min(shape, default=1) < 1:
         raise DataError(f'{path} says its size is {words}, which is no size: copy it again')
     if values > MAX_VALUES:
-        raise DataError(
-            f'{path} says its size is {words}, the limit is {MAX_VALUES} values: cut it up'
-        )
+        raise DataError(f'{path} has the size {words}, the limit is {MAX_VALUES} values: cut it up')
     if values > max(SMALL, RATIO * stored):
         raise DataError(f'{path} is too short for its {words} values: copy it again')
     check_room(path, values * each)

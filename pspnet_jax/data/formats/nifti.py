@@ -26,9 +26,7 @@ def load(path: Path, labels: bool) -> tuple[np.ndarray, np.ndarray, Any, float]:
         if dtype.kind not in 'iuf':
             raise DataError(f'{path} holds voxels of {dtype}: save grey values, a volume a channel')
         if len(shape) < 2 or any(n > 1 for n in (*shape[3:4], *shape[5:]) if len(shape) > 4):
-            raise DataError(
-                f'{path} has the dimensions {shape}: 3, or 4 with the channels last, are read'
-            )
+            raise DataError(f'{path} has dimensions {shape}: 3, or 4 with channels last, are read')
         limits.check_size(path, shape, 2 * dtype.itemsize + 4)  # as stored, turned, as a number
         stored = path.stat().st_size * (GZIP_RATIO if packed else 1)
         if stored < math.prod(map(int, shape)) * dtype.itemsize:

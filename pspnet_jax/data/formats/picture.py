@@ -88,9 +88,8 @@ def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
     if labels.shape[-1] == 1:
         labels = labels[..., 0]
     elif labels.shape[-1] != 3 or suffix(path) in NIFTI:
-        raise DataError(
-            f'{path} has {labels.shape[-1]} values a voxel, a mask has one: save a volume of labels'
-        )
+        many = labels.shape[-1]
+        raise DataError(f'{path} has {many} values a voxel, a mask has one: save labels alone')
     if like is not None:
         _check_same_grid(mask._replace(image=labels), like)
     return labels

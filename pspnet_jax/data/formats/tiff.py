@@ -61,7 +61,7 @@ def beyond_pillow(path: Path, pages: int, labels: bool) -> str:
     samples = tags.get(SAMPLES, 1)
     if not labels and samples > bands and tags.get(PHOTOMETRIC) in (0, 1, 2):
         return f'has {samples} bands'
-    return _named_axes(str(tags.get(DESCRIPTION, '')), pages)
+    return _named_axes(str(tags.get(DESCRIPTION, '')), pages, samples)
 
 
 def _unknown(path: Path) -> str:
@@ -79,7 +79,7 @@ def _unknown(path: Path) -> str:
     return f'has {tags.get(SAMPLES, 1)} band(s) of {max(bits)} bits, which Pillow does not read'
 
 
-def _named_axes(description: str, pages: int) -> str:
+def _named_axes(description: str, pages: int, samples: int) -> str:
     """Axes that ImageJ, OME or tifffile note, where pages may be other than slices, in words."""
     if description.startswith('ImageJ='):
         lines = re.findall(r'^(images|channels|slices|frames)=(\d{1,9})\s*$', description, re.M)
@@ -88,8 +88,12 @@ def _named_axes(description: str, pages: int) -> str:
         long = [name for name, number in sizes.items() if number > 1]
         odd = 'channels' in long or len(long) > 1 or images > pages
         return f'has pages of {", ".join(long) or images}' * odd
-    if re.search(r'<(\w+:)?Pixels\b', description):
-        return 'has the axes that OME names'
+    if images := re.findall(r'<(?:\w+:)?Pixels\b[^>]*>', description):  # OME
+        sizes = dict(re.findall(r'\bSize([CZT])="(\d{1,9})"', images[0]))
+        c, z, t = (int(sizes.get(axis, 1)) for axis in 'CZT')
+        if len(images) > 1 or c not in (1, samples) or (z > 1 and t > 1) or z * t != pages:
+            return f'has OME axes (channels {c}, slices {z}, frames {t}, images {len(images)})'
+        return ''
     noted = re.search(r'"axes": *"([A-Z]{2,9})"', description)
     if noted and ('C' in noted[1] or len(set(noted[1]) - set('YXS')) > 1):
         return f'has the axes {noted[1]}'
