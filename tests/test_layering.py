@@ -58,7 +58,12 @@ ALLOWED = {
     },
     'data.formats.__init__': {'data.formats.picture'},
     'data.formats.outlines': {'errors'},
-    'data.formats.annotations': {'data.formats.outlines', 'errors', 'text'},
+    'data.formats.annotations': {
+        'data.formats.files',
+        'data.formats.outlines',
+        'errors',
+        'text',
+    },
     'data.formats.via': {
         'data.formats.annotations',
         'data.formats.files',

@@ -20,7 +20,13 @@ FORMATS = ('auto', 'index', 'binary', 'color')
 COLORED = 1 << 24  # marks a number that is a colour
 WHITE = (1, 255, 65535)  # of masks that hold two values, by the bits of a pixel
 MANY = 20  # values, from which they are no classes that someone chose
-COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
+COMPARISONS = {
+    '': operator.eq,
+    '>': operator.gt,
+    '>=': operator.ge,
+    '<': operator.lt,
+    '<=': operator.le,
+}
 
 
 class Found(NamedTuple):
@@ -199,13 +205,10 @@ def parse_map(label_map: Mapping[int | str, int]) -> dict[tuple[str, int], int]:
 def _by_map(
     found: Mapping[Path, Found], label_map: Mapping[int | str, int], classes: set[int]
 ) -> Code:
-    rules = parse_map(label_map)
+    rules = sorted(parse_map(label_map).items(), key=lambda rule: rule[0][0] != '')
 
     def label_of(value: int) -> int:
-        if ('', value) in rules:
-            return rules['', value]
-        fits = (label for (sign, n), label in rules.items() if sign and COMPARISONS[sign](value, n))
-        return next(fits, value)
+        return next((label for (sign, n), label in rules if COMPARISONS[sign](value, n)), value)
 
     tables = {path: {v: label_of(v) for v in file.values} for path, file in found.items()}
     both = {pair for table in tables.values() for pair in table.items()}

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax import text
+from pspnet_jax.data.formats import files
 from pspnet_jax.data.formats.outlines import MAX_PIXELS, MAX_SIDE, Shape, has_area
 from pspnet_jax.errors import ConfigError, DataError, first_line, some
 
@@ -133,16 +134,6 @@ def read(
     ]
     notes, loose = [found, note, *left], tool == 'labelme'
     return Annotations(shapes, numbers, sizes, notes, attribute, loose), faults
-
-
-def json_files(folder: Path) -> list[Path]:
-    """Every .json in the folder and below, in the order of their names."""
-    return [path for path in sorted(folder.rglob('*.json')) if not hidden(path, folder)]
-
-
-def hidden(path: Path, folder: Path) -> bool:
-    """Is there a leading dot below the folder, as in what systems and editors leave behind?"""
-    return any(part.startswith('.') for part in path.relative_to(folder).parts)
 
 
 def is_labelme(path: Path) -> bool:
@@ -563,12 +554,12 @@ def _open_folder(folder: Path, findings: Findings) -> tuple[str, Iterator[Pictur
 
     A picture is taken to be in the same sub-folder as its file, if there are several of its name.
     """
-    files = json_files(folder)
-    if not files:
+    paths = files.below(folder, ('.json',))
+    if not paths:
         raise DataError(f'{folder} holds no .json: give the annotation file, or labelme files')
 
     def pictures() -> Iterator[Picture]:
-        for path in files:
+        for path in paths:
             inner = findings._replace(faults=[])
             try:
                 with _listed(findings):

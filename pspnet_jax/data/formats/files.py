@@ -38,6 +38,19 @@ def numbers_in_order(path: Path) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
+def below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Every file in the folder and below with one of the endings, in the order of their names, but
+    for what systems and editors leave behind a leading dot.
+    """
+    return [
+        path
+        for path in sorted(folder.rglob('*'))
+        if path.name.lower().endswith(endings)
+        and not any(part.startswith('.') for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+
+
 def find(folder: str | Path) -> dict[str, Path]:
     """{path below the folder, without ending: file}, in order, of the pictures and volumes in it.
 

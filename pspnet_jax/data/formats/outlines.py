@@ -52,6 +52,7 @@ def rasterize(
     line `line_width` pixels wide with round ends and joints. A mask is as it is. Raises DataError
     for a size, or an amount of shapes, that is out of all proportion.
     """
+    check_size('a picture', size)
     if fault := _out_of_proportion(shapes, size):
         raise DataError(fault)
     mask_HW = np.zeros(size, np.uint8)
@@ -60,6 +61,12 @@ def rasterize(
             for window, inside in _fill(part, size):
                 mask_HW[window][inside] = shape.label
     return mask_HW
+
+
+def check_size(what: object, size: tuple[int, int]) -> None:
+    H, W = size
+    if not (0 < H < MAX_SIDE and 0 < W < MAX_SIDE and H * W <= MAX_PIXELS):
+        raise DataError(f'{what} of {W} x {H} pixels is no size for a mask: cut it in pieces')
 
 
 def _parts(shape: Shape, line_width: float) -> Iterator[Shape]:
@@ -186,10 +193,8 @@ def _in_mask(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
 
 
 def _out_of_proportion(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
-    """A fault where a size or coordinate is, or filling takes minutes, as no drawing's does."""
+    """A fault where a coordinate is, or filling would take minutes, as no drawing's does."""
     (H, W), work = size, 0
-    if not (0 < H < MAX_SIDE and 0 < W < MAX_SIDE and H * W <= MAX_PIXELS):
-        return f'a picture of {W} x {H} pixels is no size for a mask: cut it in pieces'
     for shape in shapes:
         if not len(shape.points):
             continue

@@ -22,8 +22,8 @@ from absl import flags
 from PIL import Image
 
 from pspnet_jax.data.formats import annotations, files, flat
-from pspnet_jax.data.formats.annotations import Annotations, count, hidden, listed, show
-from pspnet_jax.data.formats.outlines import Shape, check_shapes, rasterize
+from pspnet_jax.data.formats.annotations import Annotations, count, listed, show
+from pspnet_jax.data.formats.outlines import Shape, check_shapes, check_size, rasterize
 from pspnet_jax.errors import ConfigError, DataError, say, some
 from pspnet_jax.storage import writing
 
@@ -36,14 +36,11 @@ def holds_annotations(masks: Path, images: Path) -> tuple[bool, list[str]]:
     """
     if not masks.is_dir():
         return masks.is_file(), []
-    found, folder, elsewhere = annotations.json_files(masks), masks.resolve(), images.resolve()
+    found, elsewhere = files.below(masks, ('.json',)), images.resolve()
     if not found:
         return False, []
-    pictures = [
-        path
-        for path in sorted(folder.rglob('*'))
-        if files.suffix(path) and not hidden(path, folder) and not path.is_relative_to(elsewhere)
-    ]
+    pictures = files.below(masks.resolve(), files.SUFFIXES)
+    pictures = [path for path in pictures if not path.is_relative_to(elsewhere)]
     drawn = any(map(annotations.is_labelme, found)) or not pictures
     left = pictures if drawn else found
     what = 'pictures beside labelme files' if drawn else 'other .json beside masks'
@@ -114,11 +111,8 @@ def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
     masks = inner and inner.is_relative_to(outer) and root / inner.relative_to(outer)
     found = {
         unicodedata.normalize('NFC', path.relative_to(root).as_posix()): path
-        for path in sorted(root.rglob('*'))
-        if path.suffix.lower() in files.PICTURES
-        and not hidden(path, root)
-        and not (masks and path.is_relative_to(masks))
-        and path.is_file()
+        for path in files.below(root, files.PICTURES)
+        if not (masks and path.is_relative_to(masks))
     }
     if not found:
         known = ', '.join(files.PICTURES)
@@ -134,6 +128,7 @@ def check_drawn(
     for path, shapes in matched.items():
         with listed(faults):
             sizes[path] = flat.size(path)
+            check_size(path, sizes[path])
             wrong, odd = check_shapes(shapes, sizes[path])
             faults += wrong
             notes += odd
