@@ -390,7 +390,9 @@ def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
         for row in filter(None, lines):
             with _listed(findings, f'line {lines.line_num}'):
                 if len(row) != columns:
-                    raise DataError(f'it has {len(row)} fields, not {columns}: quote such names')
+                    raise DataError(
+                        f'it has {len(row)} fields, not {columns}: put names with commas in quotes'
+                    )
                 name = _name(row[0])
                 if bytes_of.setdefault(name, row[1]) != row[1]:
                     raise DataError(f'{show(name)} is of two sizes: rename one of the pictures')

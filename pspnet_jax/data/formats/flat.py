@@ -107,8 +107,9 @@ def check(picture: Image.Image, path: Path, pictures: int, stored: int) -> None:
     each = 4 if deep else 2 if '16' in picture.mode else 1
     shape = (pictures, *picture.size[::-1], len(picture.getbands()))
     limits.check_size(path, shape, each, stored * (8 if picture.mode == '1' else 1))
-    if max(picture.size) > limits.MAX_SIDE:
-        raise DataError(f'{path} has a side above the limit of {limits.MAX_SIDE} pixels: cut it up')
+    if (side := max(picture.size)) > limits.MAX_SIDE:
+        limit = f'the limit is {limits.MAX_SIDE} a side'
+        raise DataError(f'{path} is {side} pixels long, {limit}: cut it up')
     if picture.format in ('JPEG', 'MPO'):
         scans = path.read_bytes().count(b'\xff\xda')  # which coded pixels can't be
         if scans > MAX_SCANS:
