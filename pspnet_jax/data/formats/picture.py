@@ -224,7 +224,10 @@ def _turned(values_XYZC, affine, header, unit: float, path: Path) -> Picture:
     """The picture of a volume in the file's own axes."""
     nibabel = limits.imported('nibabel', path).orientations
     shape = values_XYZC.shape[:3]
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    axes = affine[:3, :3]
+    with np.errstate(over='ignore'):
+        sound = np.isfinite(affine).all() and np.isfinite(axes**2).all()
+    if not sound or abs(np.linalg.det(axes)) < 1e-12:
         raise DataError(f'{path} has an affine that spans no volume: set its sform or qform')
     with limits.reading(path, 'volume'):
         there = nibabel.io_orientation(affine)

@@ -41,13 +41,14 @@ def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.nda
     Raises DataError, also while the frames are read and for a file that ends before they do.
     """
     av = limits.imported('av', source)
-    kind, place, options = None, os.path.abspath(source), {}  # 'concat:...' is more to FFmpeg
+    kind, options = None, {}
     if isinstance(source, int):
         kind, pattern = CAMERAS.get(sys.platform, CAMERAS['linux'])
         place = pattern.format(source)
     elif not os.path.isfile(source):
         raise DataError(f'{source} is not a readable video (it is no file): give another')
     else:
+        place = os.path.abspath(source)  # FFmpeg takes 'concat:...' for more than a name
         options = {'format_whitelist': CONTAINERS, 'protocol_whitelist': 'file'}
     with contextlib.ExitStack() as stack:
         with _readable(source):
