@@ -172,8 +172,8 @@ def understand(
         alone = [path for path in _files_with(found, {255}) if path not in both]
         if both and alone and ignore_label == 255:
             raise DataError(
-                f'255 stands beside class 1 in {_few(both)}, where it is ignored, and without it '
-                f'in {_few(alone)}, where it may be class 1: --config.data.mask_format="index" '
+                f'255 stands beside class 1 in {some(both, 1)}, where it is ignored, and without '
+                f'it in {some(alone, 1)}, where it may be class 1: --config.data.mask_format="index" '
                 'ignores it in all, --config.data.label_map="{255: 1}" makes it class 1 in all'
             )
     if not classes.issuperset(values):
@@ -181,7 +181,7 @@ def understand(
     ignored = _files_with(found, {ignore_label}) if ignore_label >= num_classes > 2 else []
     if ignored and all(set(found[path].values) <= {0, ignore_label} for path in ignored):
         raise DataError(
-            f'{ignore_label} is to be ignored, and {_few(ignored)} with it hold no class, the '
+            f'{ignore_label} is to be ignored, and {some(ignored, 1)} with it hold no class, the '
             f'model has classes 0 to {num_classes - 1}: if it is the structure, and the only '
             f'one, --config.model.num_classes=2; if it is one of several, say which, '
             f'--config.data.label_map="{{{ignore_label}: 1}}"; if it is to be ignored, '
@@ -214,7 +214,7 @@ def _by_map(
     both = {pair for table in tables.values() for pair in table.items()}
     for value, label in sorted(both):
         if label not in classes:
-            where = _few([path for path, table in tables.items() if value in table])
+            where = some([path for path, table in tables.items() if value in table], 1)
             raise DataError(
                 f'data.label_map makes {label} of the value {value} in {where}, the model has '
                 f'classes {_shown(sorted(classes))}: map {value} to one of them'
@@ -325,7 +325,8 @@ def _by_color(found: Mapping[Path, Found], colors: Sequence[str]) -> Code:
     if unknown:
         told = some([_hex(color) for color in sorted(unknown)])
         raise DataError(
-            f'the masks have {told}, which data.mask_colors does not name ({_few(where)}): add them'
+            f'the masks have {told}, which data.mask_colors does not name ({some(where, 1)}): '
+            'add them'
         )
     shown = some([_hex(color) for color in _all_of(tables)])
     meaning = f'colours {shown} are the classes in the order of data.mask_colors'
@@ -352,7 +353,7 @@ def _no_classes(
     odd = next(v for v in values if v not in range(num_classes) and v != ignore_label)
     told = (
         f'the masks have values {_shown(values)}, the model has classes 0 to {num_classes - 1} '
-        f'({odd} is in {_few(_files_with(found, {odd}))})'
+        f'({odd} is in {some(_files_with(found, {odd}), 1)})'
     )
     if any(len(file.values) > MANY for file in found.values()):
         return DataError(
@@ -399,11 +400,6 @@ def _files_with(found: Mapping[Path, Found], values: set[int]) -> list[Path]:
 
 def _all_of(tables: Mapping[Path, Mapping[int, int]]) -> list[int]:
     return sorted({value for table in tables.values() for value in table})
-
-
-def _few(paths: Sequence[Path]) -> str:
-    """'a.png' or 'a.png and 3 more'."""
-    return some(paths, 1)
 
 
 def _hex(color: int) -> str:

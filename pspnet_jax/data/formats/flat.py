@@ -58,11 +58,8 @@ def palette(path: Path) -> np.ndarray | None:
         with Image.open(path, formats=PIL_FORMATS) as picture:
             if picture.mode != 'P':
                 return None
-        return np.stack(list(_each_page(path, max(pages, 1), _shown_colours, 3)))
-
-
-def _shown_colours(picture: Image.Image, path: Path) -> np.ndarray:
-    return np.array(picture.convert('RGB'))
+        colours = _each_page(path, max(pages, 1), lambda page, _: np.array(page.convert('RGB')), 3)
+        return np.stack(list(colours))
 
 
 def _each_page(path: Path, pages: int, take: Callable, beside: int) -> Iterator[np.ndarray]:
@@ -84,7 +81,8 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 def open_picture(path: Path) -> Image.Image:
     """The decoded picture, of several pages the first. Raises DataError."""
-    limits.check_file(path, 'give a picture')
+    if not os.path.isfile(path):  # a FIFO or a device would never end
+        raise DataError(f'{path} is not a file: give a picture')
     with reading(path, 'picture'):
         picture = Image.open(path, formats=PIL_FORMATS)
         check(picture, path, 1, path.stat().st_size)

@@ -53,12 +53,6 @@ def reading(path: object, kind: str) -> Iterator[None]:
         raise DataError(f'{path} is not a readable {kind} ({reason}): {remedy}') from error
 
 
-def check_file(path: object, remedy: str) -> None:
-    """Raise DataError for what is no regular file: a FIFO or a device would never end."""
-    if not os.path.isfile(path):
-        raise DataError(f'{path} is not a file: {remedy}')
-
-
 def check_size(path: object, shape: Sequence[int], each: int, stored: float = math.inf) -> None:
     """Raise DataError for what is too much to hold, at `each` bytes a value, or more than the
     `stored` bytes can unpack to.
