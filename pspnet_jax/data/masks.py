@@ -173,8 +173,9 @@ def understand(
         if both and alone and ignore_label == 255:
             raise DataError(
                 f'255 stands beside class 1 in {some(both, 1)}, where it is ignored, and without '
-                f'it in {some(alone, 1)}, where it may be class 1: --config.data.mask_format="index" '
-                'ignores it in all, --config.data.label_map="{255: 1}" makes it class 1 in all'
+                f'it in {some(alone, 1)}, where it may be class 1: '
+                '--config.data.mask_format="index" ignores it in all, '
+                '--config.data.label_map="{255: 1}" makes it class 1 in all'
             )
     if not classes.issuperset(values):
         raise _no_classes(found, values, num_classes, ignore_label)
