@@ -1,6 +1,9 @@
 """Which files there are."""
 
+import errno
+import os
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +53,19 @@ def test_find(tmp_path):
         files.find(tmp_path / 'nothing')
     with pytest.raises(DataError, match='is not a folder'):
         files.find(tmp_path / 'missing')
+
+
+def test_a_closed_folder_is_a_fault_and_not_passed_over(tmp_path, monkeypatch):
+    """Else a data set would shrink without a word."""
+    (tmp_path / 'closed').mkdir()
+    (tmp_path / 'a.png').touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == tmp_path / 'closed':
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(DataError, match=r'closed can not be listed \(Permission denied\)'):
+        files.find(tmp_path)

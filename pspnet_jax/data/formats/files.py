@@ -55,14 +55,14 @@ def find(folder: str | Path) -> dict[str, Path]:
     """{path below the folder, without ending: file}, in order, of the pictures and volumes in it.
 
     Names are NFC, which macOS does not keep. DICOM goes as `gather` says; hidden files are left
-    out. One DataError lists every symlink that leads out of the folder and every two files that
-    differ by their ending alone.
+    out. One DataError lists every symlink that leads out of the folder, every two files that differ
+    by their ending alone and every folder that is closed.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(f'{folder} is not a folder: give the one that holds the pictures')
-    root, found, faults = os.path.realpath(folder), {}, []
-    for here, folders, names in os.walk(folder):
+    root, found, faults, closed = os.path.realpath(folder), {}, [], []
+    for here, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         paths = [Path(here, name) for name in sorted(names) if not name.startswith('.')]
         for path in [Path(here, name) for name in folders] + paths:
@@ -76,6 +76,7 @@ def find(folder: str | Path) -> dict[str, Path]:
             name = unicodedata.normalize('NFC', (path.parent / name).relative_to(folder).as_posix())
             if found.setdefault(name, path) != path:
                 faults.append(f'{found[name]} and {path} are both called {name}: rename one')
+    faults += [f'{error.filename} can not be listed ({error.strerror})' for error in closed]
     if faults:
         raise all_faults(folder, faults)
     if not found:
