@@ -42,7 +42,7 @@ ROWS = {
     'F04': Row(
         'verify_dataset, stops at the first fault',
         'every fault at once with its remedy; leaks between the parts; a contact sheet',
-        'python -m pspnet_jax.data.check',
+        'python -m pspnet_jax.check',
         ('test_folder::test_every_fault_is_listed_at_once',
          'test_folder::test_check_finds_the_same_picture_in_two_parts'),
     ),
@@ -118,8 +118,8 @@ ROWS = {
     'F17': Row(
         'read_image_type',
         'found out: 8 and 16 bit, grey, palette, RGB, RGBA, TIFF, WebP, NIfTI, DICOM, arrays',
-        'pspnet_jax.data.files.read(PATH)',
-        ('test_files::test_a_picture_gives_its_pixels_and_its_labels',),
+        'pspnet_jax.data.formats.read(PATH)',
+        ('test_flat::test_a_picture_gives_its_pixels_and_its_labels',),
     ),
     'F20, F21': Row(
         'predict, predict_multiple: at model size, one at a time',
@@ -175,7 +175,7 @@ ROWS = {
     'F30': Row(
         'visualize_segmentation_dataset, in a window',
         'a contact sheet as a file, augmented pictures below each',
-        'python -m pspnet_jax.data.check --out=CHECK',
+        'python -m pspnet_jax.check --out=CHECK',
         ('test_folder::test_check_finds_the_same_picture_in_two_parts',),
     ),
     'F31, F32': Row(
@@ -188,7 +188,7 @@ ROWS = {
     ),
     'F34': Row(
         'train, predict, predict_video, verify_dataset, visualize_dataset, evaluate_model',
-        'main, predict (videos too), data.check (verifies and draws), evaluate',
+        'main, predict (videos too), check (verifies and draws), evaluate',
         'python -m pspnet_jax.evaluate --workdir=RUN',
         ('test_cli::test_build_then_evaluate_then_predict',
          'test_whole::test_pictures_go_through_every_command'),

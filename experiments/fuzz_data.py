@@ -22,17 +22,17 @@ MASK[3:8, 4:12] = 255
 
 def read_file(path: Path) -> None:
     """As `predict` does: the image, and a mask in its form."""
-    from pspnet_jax.data import files
+    from pspnet_jax.data import formats
 
-    picture = files.read(path)
-    out = path.parent / 'out' / f'mask{files.output_suffix(picture)}'
-    files.write_labels(out, np.zeros(picture.image.shape[:3], np.uint8), picture)
+    picture = formats.read(path)
+    out = path.parent / 'out' / f'mask{formats.output_suffix(picture)}'
+    formats.write_labels(out, np.zeros(picture.image.shape[:3], np.uint8), picture)
 
 
 def read_mask(path: Path) -> None:
-    from pspnet_jax.data import files
+    from pspnet_jax.data import formats
 
-    files.read_labels(path)
+    formats.read_labels(path)
 
 
 def _pictures(kind: str, folder: Path) -> list[Path]:
@@ -169,7 +169,7 @@ SHAPES = (
 
 
 def read_annotations(path: Path) -> None:
-    from pspnet_jax.data import via
+    from pspnet_jax.data.formats import via
 
     images = path.parent / 'out' / 'images'
     images.mkdir(parents=True)
@@ -206,7 +206,7 @@ def _via(folder: Path) -> list[Path]:
 def _via_csv(folder: Path) -> list[Path]:
     import csv
 
-    from pspnet_jax.data.annotations import CSV_HEADER
+    from pspnet_jax.data.formats.annotations import CSV_HEADER
 
     with (folder / 'a.csv').open('w', newline='') as file:
         writer = csv.writer(file)
@@ -320,7 +320,7 @@ def _lgg(folder: Path) -> list[Path]:
 
 
 def read_video(path: Path) -> None:
-    from pspnet_jax.data import video
+    from pspnet_jax.data.formats import video
 
     with video.reading(path) as (rate, _, frames):
         float(rate)
@@ -333,7 +333,7 @@ def _videos(folder: Path) -> list[Path]:
 
     import av
 
-    from pspnet_jax.data import video
+    from pspnet_jax.data.formats import video
 
     for name, exact in (('a.mp4', False), ('b.mkv', True)):
         with video.writing(folder / name, Fraction(25), exact=exact) as write:

@@ -12,9 +12,9 @@ Imports point downwards, held by tests/test_layering.py:
                                         -> calibration, metrics, postprocess
                 -> models, optim, losses, checkpoint
                 -> data.sources -> data.folder, data.lgg, data.phantom
-                                -> data.via, data.files -> data.volumes
+                                -> data.masks -> data.volumes -> data.formats
                 -> faults -> hosts
-  api, predict, export stand on these, cli on hosts; errors and text stand below all.
+  api, check, predict, export stand on these, cli on hosts; errors, text and storage below all.
 
 No file imports configs, experiments or tests.
 """

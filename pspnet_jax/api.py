@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import predict
-from pspnet_jax.data import files, pairing, sources, volumes
+from pspnet_jax.data import formats, pairing, sources, volumes
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options, tell_overlap
 from pspnet_jax.train import train_and_evaluate
@@ -50,9 +50,9 @@ class Model:
     def predict_volume(self, volume: np.ndarray | str | Path) -> np.ndarray:
         """D H W uint8 of a volume: a file (NIfTI, TIFF, DICOM), or an array D H W C.
 
-        Of a file in the orientation that `data.files.read` turns it into.
+        Of a file in the orientation that `data.formats.read` turns it into.
         """
-        image = files.read(volume).image if isinstance(volume, str | Path) else volume
+        image = formats.read(volume).image if isinstance(volume, str | Path) else volume
         return predict.predict_array(self.predictor, image)[0]
 
     def evaluate(
@@ -96,7 +96,7 @@ class Model:
 
     def _labels_and_probabilities(self, image):
         if isinstance(image, str | Path):
-            (image,) = files.read(image).image[:1]
+            (image,) = formats.read(image).image[:1]
         return predict.predict_array(self.predictor, image)
 
 

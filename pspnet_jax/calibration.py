@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special
 
-from pspnet_jax.data.files import writing
 from pspnet_jax.errors import DataError
+from pspnet_jax.storage import writing
 
 logger = logging.getLogger(__name__)
 

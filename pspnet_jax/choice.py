@@ -16,8 +16,8 @@ import numpy as np
 from pspnet_jax import metrics, postprocess
 from pspnet_jax.calibration import is_for
 from pspnet_jax.config import with_prediction
-from pspnet_jax.data.files import writing
 from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.storage import writing
 from pspnet_jax.text import read_json
 
 KEPT = 'postprocessing.json'  # in a run's workdir

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 COMMANDS = {  # of `pspnet`: the module, and what it does
     'train': ('main', 'train and evaluate what a config describes, or resume it'),
-    'check': ('data.check', 'say what is in a data set, and what is wrong with it'),
+    'check': ('check', 'say what is in a data set, and what is wrong with it'),
     'evaluate': ('evaluate', 'score a trained network on patients whose masks are known'),
     'predict': ('predict', 'write masks and pictures for images, volumes and videos'),
     'export': ('export', 'write a trained network as StableHLO or ONNX'),

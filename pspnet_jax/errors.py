@@ -36,6 +36,12 @@ def one_line(text: str) -> str:
     return ''.join(escaped)
 
 
+def some(items: Sequence[object], most: int = 8, separator: str = ', ') -> str:
+    """'a, b and 3 more'."""
+    more = f' and {len(items) - most} more' * (len(items) > most)
+    return separator.join(map(str, items[:most])) + more
+
+
 def say(line: str) -> None:
     """Print a line that quotes a name: it can neither add another nor steer the terminal."""
     print(one_line(line))
@@ -92,6 +98,12 @@ class HostError(PspnetError):
 
 class ExportError(PspnetError):
     """An exported file that would not compute what the model does, or can't be read back."""
+
+
+def all_faults(source: object, faults: Sequence[str], most: int = 1000) -> DataError:
+    """A list of them, cut where it is long."""
+    more = [f'and {len(faults) - most} more'] * (len(faults) > most)
+    return DataError(f'{len(faults)} fault(s) in {source}:', [*faults[:most], *more])
 
 
 def not_written(path: object, reason: object) -> str:

@@ -37,10 +37,11 @@ from pspnet_jax import (
 )
 from pspnet_jax.config import to_dict, with_prediction
 from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
-from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
+from pspnet_jax.data import pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, one_line, say
 from pspnet_jax.runs import open_run
+from pspnet_jax.storage import writing
 
 logger = logging.getLogger(__name__)
 
@@ -613,7 +614,7 @@ def evaluate_checkpoint(
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
         digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
         picture = visualize.volume_picture(volume, pred)
-        with files.writing(folder / f'{volume.patient}.png') as aside:
+        with writing(folder / f'{volume.patient}.png') as aside:
             Image.fromarray(picture).save(aside, 'png')
 
     variables, options = jax.device_put(run.variables), program_options(config)
@@ -671,7 +672,7 @@ def evaluate_checkpoint(
     if not hosts.is_first():
         return result
     path = Path(workdir) / 'evaluation.json'
-    with files.writing(path) as aside:
+    with writing(path) as aside:
         aside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
 
     # Which patient is the median is known only now: the few shown are predicted again.

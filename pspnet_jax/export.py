@@ -42,7 +42,7 @@ from pspnet_jax import (
     stablehlo,
 )
 from pspnet_jax.config import from_dict, to_dict
-from pspnet_jax.data import files, volumes
+from pspnet_jax.data import volumes
 from pspnet_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -55,6 +55,7 @@ from pspnet_jax.evaluate import with_choice
 from pspnet_jax.models.pretrained import check_archive
 from pspnet_jax.models.published import fixed_intensity, measured_how
 from pspnet_jax.runs import abstract_variables, open_run
+from pspnet_jax.storage import writing
 
 FILES = {
     'stablehlo': 'model.stablehlo.zip',
@@ -308,7 +309,7 @@ def export_checkpoint(
     )
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with files.writing(target) as aside:
+        with writing(target) as aside:
             if fmt == 'stablehlo':
                 exported = to_stablehlo(function, inputs['channels'], input_type(inputs))
                 program = exported.serialize()

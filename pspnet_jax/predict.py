@@ -65,8 +65,8 @@ from pspnet_jax import (
 )
 from pspnet_jax.config import from_dict, to_dict, with_prediction
 from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
-from pspnet_jax.data import files, folder, pairing, sources, video
-from pspnet_jax.data.files import Picture
+from pspnet_jax.data import folder, formats, pairing, sources
+from pspnet_jax.data.formats import Picture, files, limits, video
 from pspnet_jax.data.volumes import (
     channels_seen,
     check_kind,
@@ -81,6 +81,7 @@ from pspnet_jax.data.volumes import (
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, NoRoomError, one_line, say
 from pspnet_jax.evaluate import label_options, program_options, views, with_choice
 from pspnet_jax.runs import open_run
+from pspnet_jax.storage import sweep, writing
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +278,7 @@ def _case(
 def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[Path]]:
     """(folder that results are named after, files) of a file, a folder or a pattern.
 
-    DICOM files go as `files.gather_dicom` says. Raises DataError where nothing is left.
+    DICOM files go as `files.gather` says. Raises DataError where nothing is left.
     """
     return take_stock(source, output)[:2]
 
@@ -300,7 +301,7 @@ def take_stock(
             dicom.append(path)
         else:
             found.add(path)
-    volumes, others = files.gather_dicom(dicom, root)
+    volumes, others = files.gather(dicom, root)
     found.update(volumes)
     for path, what in others.items():
         passed[f'DICOM without a picture ({what})'].append(path)
@@ -610,8 +611,8 @@ def read_cases(
     for path in (*group.paths, *group.beside):
         try:
             if path not in beside or whole:
-                picture = files.stack([files.read(part) for part in channels.get(path, [path])])
-                files.check_room(path, _needed(picture, predictor, save))
+                picture = formats.stack([formats.read(part) for part in channels.get(path, [path])])
+                limits.check_room(path, _needed(picture, predictor, save))
                 image = as_taken(predictor, picture.image, path)
                 found.append((path, picture, image))
         except DataError as error:
@@ -657,7 +658,7 @@ def _scans(found: Sequence[tuple], numbers: Mapping[Path, int]) -> list[list[tup
 def _too_large(group: Group) -> str:
     """Why the files of a group can't be held together; '' where they can."""
     needed = sum(map(_decoded_bytes, (*group.paths, *group.beside)))
-    if needed <= files.SMALL or needed <= (free := free_memory()) / 2:
+    if needed <= limits.SMALL or needed <= (free := free_memory()) / 2:
         return ''
     return (
         f'the {len(group.paths) + len(group.beside)} pictures of its patient, which are read '
@@ -671,7 +672,7 @@ def _decoded_bytes(path: Path) -> int:
     reports.
     """
     try:
-        with Image.open(path, formats=files.PIL_FORMATS) as picture:
+        with Image.open(path, formats=limits.PIL_FORMATS) as picture:
             return math.prod(picture.size) * len(picture.getbands())
     except Exception:  # Pillow's parsers raise whatever a damaged header leads to
         return 0
@@ -766,7 +767,7 @@ def predict_files(
     read = functools.partial(
         read_cases, predictor=predictor, stems=targets, channels=channels, save=save
     )
-    files.sweep(output)
+    sweep(output)
     begin_manifest(predictor, book, group)
     write = functools.partial(write_results, predictor=predictor, save=save, note_of=note_of)
     probabilities = 'probability' in save
@@ -909,7 +910,7 @@ def _write(
     config: ConfigDict,
 ) -> None:
     """The results of one file."""
-    num_classes, ending = config.model.num_classes, files.output_suffix(picture)
+    num_classes, ending = config.model.num_classes, formats.output_suffix(picture)
     d = int((labels_DHW > 0).sum((1, 2)).argmax())
     shown = visualize.to_uint8(image_DHWC[d], intensity[0], intensity[1])
     for kind in save:
@@ -918,12 +919,12 @@ def _write(
             if kind == 'mask':
                 shades = num_classes == 2 and ending in ('.png', '.tif')
                 values = labels_DHW * np.uint8(255) if shades else labels_DHW
-                files.write_labels(f'{path}{ending}', values, picture)
+                formats.write_labels(f'{path}{ending}', values, picture)
             elif kind == 'probability':
-                files.write_probabilities(f'{path}{ending}', prob_DHWK[..., label], picture)
+                formats.write_probabilities(f'{path}{ending}', prob_DHWK[..., label], picture)
             else:
                 pixels = draw(kind, shown, labels_DHW[d], config.model.class_names)
-                with files.writing(Path(f'{path}.png')) as aside:
+                with writing(Path(f'{path}.png')) as aside:
                     Image.fromarray(pixels).save(aside, 'png')
 
 

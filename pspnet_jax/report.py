@@ -19,8 +19,8 @@ from PIL import Image
 
 from pspnet_jax import chart, choice, log, metrics, visualize
 from pspnet_jax.chart import Chart, Series
-from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
+from pspnet_jax.storage import writing
 
 MOST_SLICES = 48  # of a patient shown
 MOST_PIXELS = 256  # a side of a picture shown

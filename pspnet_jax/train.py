@@ -44,7 +44,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import from_dict, to_dict, validate, with_absolute_paths
-from pspnet_jax.data import files, pipeline, sources, splits, volumes
+from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.data.augment import augment
 from pspnet_jax.errors import (
     CheckpointError,
@@ -58,6 +58,7 @@ from pspnet_jax.log import MetricLog, Silent
 from pspnet_jax.models import pretrained, published
 from pspnet_jax.models.convolution import CONVOLVED
 from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
+from pspnet_jax.storage import writing
 
 logger = logging.getLogger(__name__)
 
@@ -500,7 +501,7 @@ def read_metrics(
                     f'step {step}{why}: {values}. Nothing after the last checkpoint was kept. '
                     'Look at the learning rate (optim.learning_rate, optim.warmup_steps), '
                     'optim.clip_norm, the class weights, and at the data (python -m '
-                    "pspnet_jax.data.check); train.nan_policy='skip' goes on without up to "
+                    "pspnet_jax.check); train.nan_policy='skip' goes on without up to "
                     'train.max_skipped updates'
                 )
             values = {n: v if math.isfinite(v) else None for n, v in values.items()}
@@ -1021,7 +1022,7 @@ def keep_config(
     """WORKDIR/config.json, and of a changed one config_until_step_N.json as it was before."""
     kept = {'config.json': config} | ({f'config_until_step_{step}.json': before} if before else {})
     for name, tree in kept.items():
-        with files.writing(Path(workdir) / name) as aside:
+        with writing(Path(workdir) / name) as aside:
             aside.write_text(json.dumps(tree, indent=1) + '\n')
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments import chaos
 from pspnet_jax import checkpoint, export, faults, log, manifest, predict, train
-from pspnet_jax.data import video
+from pspnet_jax.data.formats import video
 from pspnet_jax.errors import ConfigError, DataError, LogError, PspnetError
 from pspnet_jax.evaluate import evaluate_checkpoint
 from tests.conftest import ROOT, TINY, tiny_config

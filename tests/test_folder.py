@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax import check
 from pspnet_jax.config import from_dict, to_dict, validate
-from pspnet_jax.data import check, folder, volumes
+from pspnet_jax.data import folder, sources, volumes
 from pspnet_jax.errors import DataError
 from tests.conftest import tiny_config
 
@@ -162,10 +163,10 @@ def test_a_label_map_reaches_the_masks(tmp_path):
     config = config_of(tmp_path, **{'data.label_map': {2: 1, 4: 2}, 'model.num_classes': 3})
     validate(config)
     for kept in (config, from_dict(to_dict(config))):  # as a checkpoint keeps it
-        (mask,) = masks_of(check.sources.read_folder(kept))
+        (mask,) = masks_of(sources.read_folder(kept))
         np.testing.assert_array_equal(mask, LABELS)
     config = config_of(tmp_path, **{'data.label_map': {'>0': 1}})
-    (mask,) = masks_of(check.sources.read_folder(config))
+    (mask,) = masks_of(sources.read_folder(config))
     np.testing.assert_array_equal(mask, LABELS > 0)
 
 
@@ -536,14 +537,14 @@ def test_the_numbers_of_classes_do_not_depend_on_which_of_them_occur(tmp_path, t
 def test_a_run_that_does_not_name_its_classes_is_not_evaluated_on_annotations_of_several(tmp_path):
     masks = annotate(tmp_path, 'VIA', BOXES)
     config = config_of(tmp_path, **{'data.masks': masks, 'model.num_classes': 4})
-    slices = check.sources.read_folder(config)
+    slices = sources.read_folder(config)
     with pytest.raises(DataError, match=r'--classes=bone=NUMBER,muscle=NUMBER,tumor=NUMBER'):
-        check.sources.check_class_names(slices, config)
+        sources.check_class_names(slices, config)
     config.model.class_names = RUN
-    check.sources.check_class_names(check.sources.read_folder(config), config)
+    sources.check_class_names(sources.read_folder(config), config)
     annotate(tmp_path, 'VIA', ['tumor'])  # one structure can only be class 1
     config = config_of(tmp_path, **{'data.masks': masks})
-    check.sources.check_class_names(check.sources.read_folder(config), config)
+    sources.check_class_names(sources.read_folder(config), config)
 
 
 def test_regions_without_a_class_give_no_name(tmp_path):
@@ -701,8 +702,8 @@ def test_other_data_of_a_run_is_not_the_data_that_it_was_trained_on(tmp_path):
             **{'data.images': (str(place / 'images' / '{stem}_0000'),)},
             **{'data.masks': str(place / 'masks')},
         )
-        where = check.sources.elsewhere(config, str(tmp_path / 'other'))
-        slices = check.sources.read_folder(config, **where)
+        where = sources.elsewhere(config, str(tmp_path / 'other'))
+        slices = sources.read_folder(config, **where)
         assert slices.patient.tolist() == ['other']
         np.testing.assert_array_equal(masks_of(slices)[0], LABELS == 2)
 
@@ -716,7 +717,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
     assert '40x48x3 uint8: 8' in printed
     sheet = np.array(Image.open(tmp_path / 'out' / 'contact_sheet.png'))
     assert sheet.shape[0] == 3 * check.CELL
-    split = check.sources.load(config_of(tmp_path))[1]
+    split = sources.load(config_of(tmp_path))[1]
     (a, *_), (b, *_) = split['train'], split['test']
     image = np.array(Image.open(tmp_path / 'images' / f'{a}.png')).astype(int)
     noisy = np.clip(image + rng.integers(-3, 4, image.shape), 0, 255).astype(np.uint8)

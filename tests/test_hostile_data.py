@@ -20,10 +20,13 @@ import pytest
 from PIL import Image
 
 from experiments import fuzz, fuzz_data, mutate
-from pspnet_jax.data import files, lgg, via
+from pspnet_jax.data import formats, lgg
+from pspnet_jax.data.formats import flat, limits
 from pspnet_jax.errors import DataError, PspnetError
 from tests.conftest import ROOT
-from tests.test_files import GREY, has, nifti_bytes, save_dicom
+from tests.test_dicom import save_dicom
+from tests.test_flat import GREY, has
+from tests.test_nifti import nifti_bytes
 
 NEEDS = {'nifti': 'nibabel', 'mask': 'nibabel', 'dicom': 'pydicom', 'dicom_series': 'pydicom'}
 NEEDS |= {'video': 'av', 'microscopy': 'tifffile'}
@@ -283,7 +286,7 @@ def test_a_header_is_not_believed(tmp_path, monkeypatch, name):
     content, message = HOSTILE[name]
     assert len(content) < 2**18
     (tmp_path / name).write_bytes(content)
-    for function in (files.read, files.read_labels, lgg.read_image):
+    for function in (formats.read, formats.read_labels, lgg.read_image):
         refused = refusal(function, tmp_path / name)
         assert re.search(message, refused) or function is lgg.read_image, refused
     assert os.listdir(tmp_path) == [name]
@@ -299,7 +302,7 @@ def test_what_lies_behind_the_header_of_a_nifti_file_is_not_unpacked(tmp_path):
             file.write(ZEROS)
     assert (tmp_path / 'a.nii.gz').stat().st_size < 2**22
     with within(10):
-        assert not files.read(tmp_path / 'a.nii.gz').image.any()
+        assert not formats.read(tmp_path / 'a.nii.gz').image.any()
 
 
 @pytest.mark.skipif(not has('pydicom') or not has('nibabel'), reason='pydicom is not installed')
@@ -318,20 +321,20 @@ def test_what_lies_behind_the_header_of_a_nifti_file_is_not_unpacked(tmp_path):
 @pytest.mark.filterwarnings('ignore')
 def test_a_dicom_header_is_not_believed(tmp_path, says, message):
     save_dicom(tmp_path / 'a.dcm', GREY, position=(0, 0, 0), **says)
-    assert re.search(message, refusal(files.read, tmp_path / 'a.dcm'))
+    assert re.search(message, refusal(formats.read, tmp_path / 'a.dcm'))
 
 
 def test_sizes_that_slides_and_scans_have_pass(tmp_path, monkeypatch):
     """20,000 x 20,000 RGB, which a png of 40 kB can not hold, and 512 x 512 x 1,000 of CT."""
-    monkeypatch.setattr(files, 'free_memory', lambda: 2**34)
+    monkeypatch.setattr(limits, 'free_memory', lambda: 2**34)
     path = tmp_path / 'a.png'
     path.write_bytes(chunked_png(20_000, 20_000, (b'IDAT', b'')))
-    assert via.picture_size(path) == (20_000, 20_000)
+    assert flat.size(path) == (20_000, 20_000)
     with Image.open(path) as picture:
-        files._check_picture(picture, path, 3, 10**9)
+        flat.check(picture, path, 3, 10**9)
         with pytest.raises(DataError, match='too short'):
-            files._check_picture(picture, path, 3, 10**5)
-    files._check_size(path, (512, 512, 1000), np.dtype(np.int16).itemsize)
+            flat.check(picture, path, 3, 10**5)
+    limits.check_size(path, (512, 512, 1000), 2)
 
 
 def test_scans_of_a_jpeg_have_a_limit(tmp_path):
@@ -339,12 +342,12 @@ def test_scans_of_a_jpeg_have_a_limit(tmp_path):
     Image.fromarray(GREY).save(tmp_path / 'a.jpg', progressive=True)
     data = (tmp_path / 'a.jpg').read_bytes()
     assert 1 < data.count(b'\xff\xda') < 20
-    files.read(tmp_path / 'a.jpg')
+    formats.read(tmp_path / 'a.jpg')
     last = data[data.rindex(b'\xff\xda') : -2]
     (tmp_path / 'b.jpg').write_bytes(data[:-2] + 200 * last + data[-2:])
     with Image.open(tmp_path / 'b.jpg') as picture:
         picture.load()  # Pillow goes through them all
-    assert 'scans, the limit is 100' in refusal(files.read, tmp_path / 'b.jpg')
+    assert 'scans, the limit is 100' in refusal(formats.read, tmp_path / 'b.jpg')
 
 
 # Pages.
@@ -363,7 +366,7 @@ def test_pages_that_lead_in_a_circle_end(tmp_path):
         struct.pack_into('<I', data, at, back)
         (tmp_path / 'b.tif').write_bytes(data)
         with within(5):
-            pages = files.read(tmp_path / 'b.tif').image[..., 0]
+            pages = formats.read(tmp_path / 'b.tif').image[..., 0]
         np.testing.assert_array_equal(pages, np.stack([GREY + n for n in range(3)]))
 
 
@@ -382,4 +385,4 @@ def test_pages_that_lie_on_one_another_are_refused_at_once(tmp_path):
     (tmp_path / 'a.tif').write_bytes(data)
     with Image.open(tmp_path / 'a.tif') as picture:
         picture.seek(3)  # sound pages, as far as one looks
-    assert 'pages that lie on one another' in refusal(files.read, tmp_path / 'a.tif')
+    assert 'pages that lie on one another' in refusal(formats.read, tmp_path / 'a.tif')

@@ -13,12 +13,14 @@ from PIL import Image
 
 from experiments import fuzz, fuzz_data
 from pspnet_jax import predict, text
-from pspnet_jax.data import files, folder, lgg, phantom, splits, via, video
-from pspnet_jax.data.outlines import Shape
+from pspnet_jax.data import folder, formats, lgg, phantom, splits
+from pspnet_jax.data.formats import annotations, files, flat, outlines, via, video
+from pspnet_jax.data.formats.outlines import Shape
 from pspnet_jax.errors import LONGEST, DataError, PspnetError
 from tests.conftest import write_case
-from tests.test_files import GREY, has
+from tests.test_flat import GREY, has
 from tests.test_hostile_data import refusal, within
+from tests.test_via import read_annotations
 
 quick = settings(
     derandomize=True,
@@ -69,11 +71,11 @@ def test_names_can_not_add_a_line_nor_steer_a_terminal(tmp_path, name):
     (place / 'kaggle_3m' / name).mkdir(parents=True)
     for function, path in (
         (folder.load, place),
-        (files.read, place / 'images' / f'{name}.png'),
-        (files.read, place / 'nothing'),
+        (formats.read, place / 'images' / f'{name}.png'),
+        (formats.read, place / 'nothing'),
         (files.find, place / 'nothing'),
         (lgg.check, place),
-        (via.read_annotations, place / 'images' / f'{name}.png'),
+        (read_annotations, place / 'images' / f'{name}.png'),
         (predict.find_files, place / 'nothing'),
     ):
         refusal(function, path)
@@ -95,8 +97,8 @@ def what_is_no_file(root):
 
 def test_nothing_waits_on_a_fifo_a_device_or_a_link_in_a_circle(tmp_path):
     endings = {
-        'png': files.read, 'tif': lgg.read_image, 'jpg': files.open_picture, 'npy': files.read,
-        'nii.gz': files.read_labels, 'dcm': files.read, 'xyz': files.read, 'json': text.read,
+        'png': formats.read, 'tif': lgg.read_image, 'jpg': flat.open_picture, 'npy': formats.read,
+        'nii.gz': formats.read_labels, 'dcm': formats.read, 'xyz': formats.read, 'json': text.read,
         'csv': folder.read_table,
     }  # fmt: skip
     for n, place in enumerate(what_is_no_file(tmp_path / 'here')):
@@ -105,7 +107,7 @@ def test_nothing_waits_on_a_fifo_a_device_or_a_link_in_a_circle(tmp_path):
             path.symlink_to(place)
             refusal(read, path)
         refusal(splits.read, place, SLICES)
-        refusal(via.read_annotations, place)
+        refusal(read_annotations, place)
         refusal(predict.find_files, place)
         if has('av'):
             refusal(video.reading(place).__enter__)
@@ -125,7 +127,7 @@ def test_links_in_a_circle_are_not_followed(tmp_path):
         assert predict.find_files(root) == (root, [path])
         assert predict.find_files(f'{root}/**/*.png') == (root, [path])
         assert predict.find_files(f'{root}/**') == (root, [path])
-        read = via.Annotations({'a.png': []}, {}, {}, [])
+        read = annotations.Annotations({'a.png': []}, {}, {}, [])
         assert list(via.match_pictures(read, root)[0]) == [path]
     assert 'is no pattern' in refusal(predict.find_files, f'{root}/**x')
 
@@ -212,7 +214,7 @@ def test_outlines_of_hundreds_of_thousands_of_points_end(tmp_path, rng):
         path = write_json(tmp_path / 'a.json', labelme_tree('a.png', outline))
         assert 'times what is filled' in refusal(via.write_masks, path, tmp_path, tmp_path / 'out')
     with pytest.raises(DataError, match='coordinates beyond'):
-        via.rasterize([Shape('polygon', np.array([[0, 0], [np.nan, 1], [1, 1]]))], (9, 9))
+        outlines.rasterize([Shape('polygon', np.array([[0, 0], [np.nan, 1], [1, 1]]))], (9, 9))
 
 
 def test_run_lengths_that_do_not_fit_are_refused_and_not_unpacked(tmp_path):
@@ -221,9 +223,9 @@ def test_run_lengths_that_do_not_fit_are_refused_and_not_unpacked(tmp_path):
     for counts in ([5, 3], [2**62], [-1, 9], [4.5, 4.5], [True] * 9, [0] * 10**6, None, *texts):
         for size in ([3, 3], [2**31, 2**31], [-1, 5], [3], [0, 0], None):
             tree = coco_tree('a.png', {'counts': counts, 'size': size})
-            refusal(via.read_annotations, write_json(tmp_path / 'a.json', tree))
+            refusal(read_annotations, write_json(tmp_path / 'a.json', tree))
     huge = {'counts': [2**31], 'size': [2**15, 2**16 - 1]}
-    told = refusal(via.read_annotations, write_json(tmp_path / 'a.json', coco_tree('a.png', huge)))
+    told = refusal(read_annotations, write_json(tmp_path / 'a.json', coco_tree('a.png', huge)))
     assert 'not height and width' in told
 
 
@@ -245,7 +247,7 @@ def test_masks_of_labelme_that_are_no_picture_are_refused(tmp_path, mask):
         mask, corners = png(np.ones((8000, 8000), bool)), ((0, 0), (65000, 65000))
     tree = labelme_tree('a.png', corners)
     tree['shapes'][0] |= {'shape_type': 'mask', 'mask': mask}
-    told = refusal(via.read_annotations, write_json(tmp_path / 'a.json', tree))
+    told = refusal(read_annotations, write_json(tmp_path / 'a.json', tree))
     assert "'a.png', region 1: its mask is" in told
     assert len(told) < 500
 
@@ -330,7 +332,7 @@ def test_text_that_is_no_json(tmp_path, kind):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in refusal(text.read_json, path)
     assert message in refusal(splits.read, path, SLICES)
-    assert message in refusal(via.read_annotations, path)
+    assert message in refusal(read_annotations, path)
 
 
 # Data sets and videos.

@@ -185,8 +185,8 @@ def test_two_commands_into_one_folder_at_once(trained, tmp_path):
 
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'a'), tmp_path / 'out'
-    code = 'import os, sys; from pathlib import Path; from pspnet_jax.data import files\n'
-    code += 'with files.writing(Path(sys.argv[1])) as aside: aside.touch(); os._exit(9)'
+    code = 'import os, sys; from pathlib import Path; from pspnet_jax import storage\n'
+    code += 'with storage.writing(Path(sys.argv[1])) as aside: aside.touch(); os._exit(9)'
     subprocess.run([sys.executable, '-c', code, out / 'sub' / 'x.png'], cwd=ROOT, check=False)
     (left,) = (out / 'sub').iterdir()
     parts = left.name.split('.')

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax.data import files, masks
+from pspnet_jax.data import formats, masks
 from pspnet_jax.errors import DataError
 
 RED = 0xC80000
@@ -16,10 +16,7 @@ RED = 0xC80000
 
 def found(**values):
     """{'a.png': what is in it} of lists of values."""
-    return {
-        Path(f'{name}.png'): masks.Found(np.array(sorted(some)), {})
-        for name, some in values.items()
-    }
+    return {Path(f'{name}.png'): masks.Found(sorted(some), {}) for name, some in values.items()}
 
 
 def tables(code):
@@ -193,10 +190,10 @@ def test_masks_whose_palettes_are_in_another_order_are_the_same(tmp_path, rng, e
     for options in ({}, {'mask_format': 'binary'}, {'colors': ('#000000', '#c80000')}):
         code = masks.understand(there, **options)
         for path in there:
-            picture = files.read(path)
+            picture = formats.read(path)
             np.testing.assert_array_equal(masks.read_classes(path, picture, code), mask[None])
     by_index = masks.understand(there, 'index')
-    assert (masks.read_classes(other, files.read(other), by_index) == 1 - mask).all()
+    assert (masks.read_classes(other, formats.read(other), by_index) == 1 - mask).all()
 
 
 def test_black_is_background_where_all_palettes_begin_with_the_object(tmp_path, rng):
@@ -204,7 +201,7 @@ def test_black_is_background_where_all_palettes_begin_with_the_object(tmp_path, 
     path = save_indexed(tmp_path / 'a.png', 1 - mask, [REDS, BLACK])
     code = masks.understand({path: masks.look(path)})
     assert 'black is 1' in code.meaning
-    np.testing.assert_array_equal(masks.read_classes(path, files.read(path), code), mask[None])
+    np.testing.assert_array_equal(masks.read_classes(path, formats.read(path), code), mask[None])
 
 
 def test_three_colours_out_of_order_are_refused_and_named(tmp_path, labels):
@@ -220,7 +217,7 @@ def test_three_colours_out_of_order_are_refused_and_named(tmp_path, labels):
     code = masks.understand(there, colors=('#000000', '#c80000', '#00c800'), num_classes=3)
     for path in there:
         np.testing.assert_array_equal(
-            masks.read_classes(path, files.read(path), code), labels[None]
+            masks.read_classes(path, formats.read(path), code), labels[None]
         )
 
 
@@ -234,7 +231,9 @@ def test_palettes_that_say_nothing_are_no_reason_to_doubt(tmp_path, labels, pale
     other = save_indexed(tmp_path / 'b.png', labels, palette)
     there = {path: masks.look(path) for path in (one, other)}
     code = masks.understand(there, num_classes=3)
-    np.testing.assert_array_equal(masks.read_classes(other, files.read(other), code), labels[None])
+    np.testing.assert_array_equal(
+        masks.read_classes(other, formats.read(other), code), labels[None]
+    )
 
 
 def test_palettes_of_pages_are_their_own(tmp_path, rng):
@@ -245,7 +244,7 @@ def test_palettes_of_pages_are_their_own(tmp_path, rng):
         first.save(tmp_path / 'c.tif', save_all=True, append_images=[second])
     there = {tmp_path / 'c.tif': masks.look(tmp_path / 'c.tif')}
     code = masks.understand(there)
-    picture = files.read(tmp_path / 'c.tif')
+    picture = formats.read(tmp_path / 'c.tif')
     got = masks.read_classes(tmp_path / 'c.tif', picture, code)
     np.testing.assert_array_equal(got, np.stack([mask, mask]))
 
@@ -260,7 +259,7 @@ def test_grey_levels_are_colours_too(tmp_path, dtype, rng):
     code = masks.understand(
         {path: masks.look(path)}, colors=('#000000', '#808080', '#ffffff'), num_classes=3
     )
-    like = files.Picture(levels[..., None], None, None, path)
+    like = formats.Picture(levels[..., None], None, None, path)
     np.testing.assert_array_equal(masks.read_classes(path, like, code), classes)
 
 
@@ -270,7 +269,7 @@ def test_grey_levels_of_16_bits_are_those_of_8_where_they_are_multiples(tmp_path
     path = tmp_path / 'a.png'
     colors = ('#000000', '#808080', '#ffffff')
     code = masks.understand({path: masks.look(path)}, colors=colors, num_classes=3)
-    got = masks.read_classes(path, files.read(path), code)
+    got = masks.read_classes(path, formats.read(path), code)
     np.testing.assert_array_equal(got, [[[0, 1, 2]]])
     with pytest.raises(DataError, match='has the value 1000, a colour has 8 bits'):
         masks.understand(found(a=[0, 1000]), colors=colors)

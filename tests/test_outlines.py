@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import spatial
 
-from pspnet_jax.data import outlines
-from pspnet_jax.data.outlines import Shape, check_shapes, rasterize
+from pspnet_jax.data.formats import outlines
+from pspnet_jax.data.formats.outlines import Shape, check_shapes, rasterize
 from pspnet_jax.errors import DataError
 
 

@@ -27,7 +27,8 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import to_dict
-from pspnet_jax.data import files, folder, sources, splits, volumes
+from pspnet_jax.data import folder, formats, sources, splits, volumes
+from pspnet_jax.data.formats import files, limits
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
 from pspnet_jax.models.published import IMAGENET
 from pspnet_jax.runs import open_run
@@ -245,9 +246,9 @@ def dice_by_hand(out, masks, patient_of):
     """{patient: Dice over all its files} of what `predict` wrote and of the true masks."""
     sums = collections.defaultdict(lambda: np.zeros(3))
     for path in masks:
-        truth = files.read_labels(path) > 0
+        truth = formats.read_labels(path) > 0
         found = next(out.rglob(f'{files.stem(path).removesuffix("_mask")}_mask.*'))
-        ours = files.read_labels(found) > 0
+        ours = formats.read_labels(found) > 0
         name = patient_of(files.stem(path))
         sums[name] += [(ours & truth).sum(), ours.sum(), truth.sum()]
     return {name: 2 * both / (ours + theirs) for name, (both, ours, theirs) in sums.items()}
@@ -644,7 +645,7 @@ def test_pictures_of_many_sizes_are_predicted_as_each_alone(trained, predictor, 
 def test_deep_pictures_are_predicted_as_they_are_and_shown_in_8_bits(trained, predictor, tmp_path):
     noise(tmp_path / 'in' / 'deep.png', (40, 32), dtype=np.uint16, high=4000)
     predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['mask', 'panels'])
-    pixels = files.read(tmp_path / 'in' / 'deep.png').image[0]
+    pixels = formats.read(tmp_path / 'in' / 'deep.png').image[0]
     assert pixels.max() > 3000
     labels, _ = predict.predict_array(predictor, pixels)
     np.testing.assert_array_equal(Image.open(tmp_path / 'out' / 'deep_mask.png'), 255 * labels)
@@ -672,8 +673,8 @@ def test_nifti_in_gives_nifti_out_on_the_same_grid(trained, predictor, tmp_path,
     assert mask.shape == prob.shape == voxels.shape
     np.testing.assert_array_equal(np.asarray(mask.dataobj), prob > 0.5)
     # The network saw slices from feet to head: the file's second axis is the third here.
-    _, expected = predict.predict_array(predictor, files.read(source).image)
-    ours = files.read(tmp_path / 'out' / 'scan_probability.nii.gz').image[..., 0]
+    _, expected = predict.predict_array(predictor, formats.read(source).image)
+    ours = formats.read(tmp_path / 'out' / 'scan_probability.nii.gz').image[..., 0]
     np.testing.assert_allclose(ours, expected[..., 1], atol=1e-4)
 
 
@@ -792,9 +793,9 @@ def test_pictures_of_one_patient_that_do_not_fit_the_memory_are_refused(
     bright_run, tmp_path, monkeypatch
 ):
     root = save_scenes(tmp_path, ['a_1', 'a_2', 'b_1'], [1.0, 1.0, 1.0])
-    monkeypatch.setattr(files, 'SMALL', 0)
+    monkeypatch.setattr(limits, 'SMALL', 0)
     monkeypatch.setattr(predict, 'free_memory', lambda: 4 * 48 * 48 - 1)
-    monkeypatch.setattr(files, 'free_memory', lambda: 2**30)
+    monkeypatch.setattr(limits, 'free_memory', lambda: 2**30)
     faults = predict.predict_files(
         bright_run(), root / 'images', tmp_path / 'out', save=['mask'], group=NUMBERED
     )
@@ -889,7 +890,7 @@ def test_a_volume_takes_no_more_memory_than_is_asked_for(
     path = a_ct(tmp_path / 'ct.nii.gz', kind=kind)
     predictor = predict.Predictor(tiny_config(**{'eval.batch_size': 1, **changes}), blind, None, 3)
     asked, voxels, how = [], 96 * 96 * 40, {'predictor': predictor, 'save': save}
-    monkeypatch.setattr(files, 'check_room', lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(limits, 'check_room', lambda _, needed: asked.append(needed))
     stems = {path: tmp_path / 'out' / 'ct'}
     Image.init()
     tracemalloc.start()
@@ -915,8 +916,8 @@ def test_a_volume_takes_no_more_memory_than_is_asked_for(
 def test_what_does_not_fit_is_refused_before_it_is_read(bright_run, tmp_path, monkeypatch):
     noise(tmp_path / 'in' / 'a.png', (48, 48))
     a_ct(tmp_path / 'in' / 'ct.nii.gz')
-    monkeypatch.setattr(files, 'SMALL', 2**18)
-    monkeypatch.setattr(files, 'free_memory', lambda: 2**20)
+    monkeypatch.setattr(limits, 'SMALL', 2**18)
+    monkeypatch.setattr(limits, 'free_memory', lambda: 2**20)
     (fault,) = predict.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
     assert 'ct.nii.gz needs 3 MB and 1 MB are free: close other programs or cut it up' in fault
     assert written(tmp_path / 'out') == {'a_mask.png'}
@@ -927,8 +928,8 @@ def test_what_does_not_fit_beside_others_is_done_by_itself(bright_run, tmp_path,
     for name in 'abc':
         a_ct(tmp_path / 'in' / f'{name}.nii.gz', (16, 16, 4))
     free = iter([0, 2**30, 0])  # of a, b and c while others are in work; then there is room
-    monkeypatch.setattr(files, 'SMALL', 0)
-    monkeypatch.setattr(files, 'free_memory', lambda: next(free, 2**30))
+    monkeypatch.setattr(limits, 'SMALL', 0)
+    monkeypatch.setattr(limits, 'free_memory', lambda: next(free, 2**30))
     workdir, out = bright_run(), tmp_path / 'out'
     assert predict.predict_files(workdir, tmp_path / 'in', out, save=['mask']) == []
     assert written(out) == {f'{name}_mask.nii.gz' for name in 'abc'}

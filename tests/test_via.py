@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from pspnet_jax import text
-from pspnet_jax.data import annotations, files, via
+from pspnet_jax.data import formats
+from pspnet_jax.data.formats import annotations, flat, outlines, via
 from pspnet_jax.errors import ConfigError, DataError
 from tests.conftest import ROOT
 
@@ -201,6 +202,13 @@ def tree_of(folder):
     }
 
 
+def read_annotations(path, **options):
+    read, faults = annotations.read(path, **options)
+    if faults:
+        raise annotations.all_faults(path, faults)
+    return read
+
+
 def region(x=2, y=2, **attributes):
     """A square of VIA."""
     return {
@@ -235,7 +243,7 @@ def test_the_same_drawing_gives_the_same_masks_from_every_tool(tmp_path, images,
     assert any("all background: 'c.png'" in note for note in notes)
     assert not any('b.png' in note for note in notes)
 
-    read = via.read_annotations(path, classes={'tumor': 5, 'edema': 255})
+    read = read_annotations(path, classes={'tumor': 5, 'edema': 255})
     assert read.classes == {'background': 0, 'tumor': 5, 'edema': 255}
     assert [shape.label for shape in read.shapes['a.png']] == [5, 255, 5]
     told = dict.fromkeys(DRAWING, SIZE) if tool in ('COCO', 'labelme') else {}
@@ -249,25 +257,25 @@ def test_circles_and_turned_ellipses_of_via_and_labelme(tmp_path):
         {'name': 'ellipse', 'cx': 8, 'cy': 9, 'rx': 6, 'ry': 3, 'theta': np.pi / 2},
     ]
     regions = [{'shape_attributes': shape, 'region_attributes': {}} for shape in shapes]
-    read = via.read_annotations(via_file(tmp_path, *regions)).shapes['a.png']
-    circle, level, upright = (via.rasterize([shape], SIZE) for shape in read)
+    read = read_annotations(via_file(tmp_path, *regions)).shapes['a.png']
+    circle, level, upright = (outlines.rasterize([shape], SIZE) for shape in read)
     x, y = np.meshgrid(np.arange(24) + 0.5, np.arange(20) + 0.5)
     assert (circle == ((x - 8) ** 2 + (y - 9) ** 2 < 25)).all()
     assert (level == ((x - 8) ** 2 / 36 + (y - 9) ** 2 / 9 < 1)).all()
     assert (upright == ((x - 8) ** 2 / 9 + (y - 9) ** 2 / 36 < 1)).all()
 
     path = write(tmp_path / 'l.json', labelme('a.png', [('circle', [(8, 9), (11, 5)], 'x')]))
-    (shape,) = via.read_annotations(path).shapes['a.png']
-    assert (via.rasterize([shape], SIZE) == circle).all()
+    (shape,) = read_annotations(path).shapes['a.png']
+    assert (outlines.rasterize([shape], SIZE) == circle).all()
 
 
 def test_the_parts_of_a_coco_annotation_are_united(tmp_path):
     tree = coco({'a.png': [('rect', [(2, 2), (8, 8)], 'tumor')]})
     tree['annotations'][0]['segmentation'].append([5, 5, 12, 5, 12, 12, 5, 12])
-    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    read = read_annotations(write(tmp_path / 'c.json', tree))
     expected = np.zeros(SIZE, np.uint8)
     expected[2:8, 2:8] = expected[5:12, 5:12] = 2  # the second of the categories
-    assert (via.rasterize(read.shapes['a.png'], SIZE) == expected).all()
+    assert (outlines.rasterize(read.shapes['a.png'], SIZE) == expected).all()
 
 
 def coco_of(*used, categories=((7, 'tumor'), (3, 'edema'), (12, 'bone'))):
@@ -280,7 +288,7 @@ def coco_of(*used, categories=((7, 'tumor'), (3, 'edema'), (12, 'bone'))):
 
 
 def labels_of(path, **options):
-    read = via.read_annotations(path, **options)
+    read = read_annotations(path, **options)
     return [shape.label for shapes in read.shapes.values() for shape in shapes]
 
 
@@ -300,7 +308,7 @@ def test_coco_has_the_numbers_of_its_categories_whichever_of_them_occur(tmp_path
     for name in ('background', '_background_', '__background__', 'Background'):
         assert labels(0, 2, categories=((0, name), (2, 'tumor'))) == [0, 1]
         assert labels(9, 2, categories=((9, name), (2, 'tumor'))) == [0, 1]
-    read = via.read_annotations(write(tmp_path / 'c.json', coco_of(7)))
+    read = read_annotations(write(tmp_path / 'c.json', coco_of(7)))
     assert read.classes == {'background': 0, 'edema': 1, 'tumor': 2, 'bone': 3}
     assert (
         "classes by 'category': 'background' = 0, 'edema' = 1, 'tumor' = 2, 'bone' = 3 "
@@ -315,7 +323,7 @@ def test_the_group_that_roboflow_writes_as_category_0_is_no_class(tmp_path):
     path = write(tmp_path / 'c.json', tree)
     assert labels_of(path) == [1, 2]
     tree['annotations'][0]['category_id'] = 0
-    told = fault(via.read_annotations, write(path, tree))
+    told = fault(read_annotations, write(path, tree))
     assert "no class: 'cells' (1 region); known are 'background', 'red', 'white'" in told
 
 
@@ -324,21 +332,21 @@ def test_coco_without_categories_is_one_class_or_refused(tmp_path):
     del tree['categories']
     assert labels_of(write(tmp_path / 'c.json', tree)) == [1, 1]
     tree['annotations'][0]['category_id'] = 5
-    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    told = fault(read_annotations, write(tmp_path / 'c.json', tree))
     assert 'have category_id 4, 5, and it has no categories: add them, "categories": [' in told
 
 
 def test_regions_of_via_1_are_in_the_order_of_their_numbers(tmp_path):
     regions = {str(n): region(x=n, type=f'{n:02d}') for n in (10, 2, 0, 11)}
     tree = {'k': {'filename': 'a.png', 'regions': regions}}
-    read = via.read_annotations(write(tmp_path / 'v.json', tree))
+    read = read_annotations(write(tmp_path / 'v.json', tree))
     assert [shape.points[0, 0] for shape in read.shapes['a.png']] == [0, 2, 10, 11]
     assert [shape.label for shape in read.shapes['a.png']] == [1, 2, 3, 4]
 
 
 def test_how_regions_get_their_class(tmp_path):
     def labels(*regions, **options):
-        read = via.read_annotations(via_file(tmp_path, *regions), **options)
+        read = read_annotations(via_file(tmp_path, *regions), **options)
         return [shape.label for shape in read.shapes['a.png']], read.classes
 
     assert labels(region(), region()) == ([1, 1], {'background': 0, 'region': 1})
@@ -358,7 +366,7 @@ def test_how_regions_get_their_class(tmp_path):
 
 def test_regions_without_a_class_are_refused_with_what_there_is(tmp_path):
     def message(*regions, **options):
-        return fault(via.read_annotations, via_file(tmp_path, *regions), **options)
+        return fault(read_annotations, via_file(tmp_path, *regions), **options)
 
     several = message(region(kind='tumor', side='left'), region(kind='edema', side='left'))
     for word in ("'kind' ('edema', 'tumor')", "'side' ('left')"):
@@ -378,7 +386,7 @@ def test_regions_without_a_class_are_refused_with_what_there_is(tmp_path):
     assert '254' in message(*(region(t=str(n)) for n in range(255)))
     for number in (256, -1, True, 1.0, '1'):
         with pytest.raises(ConfigError, match='0 to 255'):
-            via.read_annotations(via_file(tmp_path, region()), classes={'a': number})
+            read_annotations(via_file(tmp_path, region()), classes={'a': number})
 
 
 @pytest.mark.parametrize(
@@ -460,7 +468,7 @@ def test_a_name_is_matched_with_the_pictures_that_are_there(tmp_path):
 
     def match(*names):
         shapes = {annotations._name(name): [name] for name in names}
-        read = via.Annotations(shapes, {}, {}, [])
+        read = annotations.Annotations(shapes, {}, {}, [])
         matched, faults, _ = via.match_pictures(read, images, leave_out=images / 'masks')
         assert len(matched) == 5
         there = {path.relative_to(images).as_posix(): s[0] for path, s in matched.items() if s}
@@ -558,12 +566,12 @@ def test_the_picture_must_be_the_one_that_was_annotated(tmp_path, images):
 def test_a_picture_that_is_stored_turned_was_annotated_upright(tmp_path, images):
     (images / 'a.png').unlink()
     exif = Image.Exif()
-    exif[files.ORIENTATION] = 6
+    exif[flat.ORIENTATION] = 6
     save_picture(images / 'a.jpg', (20, 24), exif=exif)
     path = via_file(tmp_path, region(), name='a.jpg')
     via.write_masks(path, images, tmp_path / 'masks')
     assert np.array(Image.open(tmp_path / 'masks' / 'a.png')).shape == (24, 20)
-    assert files.read(images / 'a.jpg').image.shape[:3] == (1, 24, 20)
+    assert formats.read(images / 'a.jpg').image.shape[:3] == (1, 24, 20)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +593,7 @@ def test_a_picture_that_is_stored_turned_was_annotated_upright(tmp_path, images)
     ],
 )
 def test_files_that_are_no_annotations(tmp_path, text, words):
-    message = fault(via.read_annotations, write(tmp_path / 'f.json', text))
+    message = fault(read_annotations, write(tmp_path / 'f.json', text))
     assert words in message
     assert message.startswith(str(tmp_path / 'f.json'))
     assert '\n' not in message
@@ -594,22 +602,22 @@ def test_files_that_are_no_annotations(tmp_path, text, words):
 def test_files_that_can_not_be_read(tmp_path, monkeypatch):
     for encoding, at in (('gbk', 2), ('utf-16', 0), ('cp1252', 2)):
         (tmp_path / 'f.json').write_bytes('{"\xd7": 1}'.encode(encoding))
-        told = fault(via.read_annotations, tmp_path / 'f.json')
+        told = fault(read_annotations, tmp_path / 'f.json')
         assert f'is not UTF-8 text (byte {at}): save it as UTF-8' in told
         assert 'iconv -f GBK -t UTF-8' in told
-    assert 'not a file' in fault(via.read_annotations, tmp_path / 'none.json')
-    assert 'not a file' in fault(via.read_annotations, tmp_path / ('x' * 300))
-    assert 'not a file' in fault(via.read_annotations, '/dev/null')
+    assert 'not a file' in fault(read_annotations, tmp_path / 'none.json')
+    assert 'not a file' in fault(read_annotations, tmp_path / ('x' * 300))
+    assert 'not a file' in fault(read_annotations, '/dev/null')
     (tmp_path / 'empty').mkdir()
-    assert 'no .json' in fault(via.read_annotations, tmp_path / 'empty')
+    assert 'no .json' in fault(read_annotations, tmp_path / 'empty')
     assert 'does not begin with filename' in fault(
-        via.read_annotations, write(tmp_path / 'f.csv', 'name;size\n')
+        read_annotations, write(tmp_path / 'f.csv', 'name;size\n')
     )
     path = via_file(tmp_path, region())
     path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())  # as some editors on Windows save it
-    assert list(via.read_annotations(path).shapes) == ['a.png']
+    assert list(read_annotations(path).shapes) == ['a.png']
     monkeypatch.setattr(text, 'MAX_BYTES', path.stat().st_size - 1)
-    assert 'split it' in fault(via.read_annotations, path)
+    assert 'split it' in fault(read_annotations, path)
 
 
 def test_damaged_csv_is_said_by_line(tmp_path):
@@ -622,10 +630,10 @@ def test_damaged_csv_is_said_by_line(tmp_path):
         ('d.png,1,"{}",0,0,"{}"x,"{}"', 'line 7 is damaged'),
         ('d.png,1,"{}",0,0,"{}","{}', 'line 7 is damaged'),
     ):
-        message = fault(via.read_annotations, write(tmp_path / 'f.csv', f'{good}\n{line}\n'))
+        message = fault(read_annotations, write(tmp_path / 'f.csv', f'{good}\n{line}\n'))
         assert words in message
     crlf = good.replace('\n', '\r\n').replace('filename', '#filename', 1)  # VIA 1.0, Windows
-    read = via.read_annotations(write(tmp_path / 'f.csv', crlf))
+    read = read_annotations(write(tmp_path / 'f.csv', crlf))
     assert [len(shapes) for shapes in read.shapes.values()] == [3, 1, 0]
 
 
@@ -647,7 +655,7 @@ def test_damaged_csv_is_said_by_line(tmp_path):
 def test_coco_that_is_no_outline_or_refers_to_nothing(tmp_path, key, value, words):
     tree = coco(DRAWING)
     tree['annotations'][1][key] = value
-    message = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    message = fault(read_annotations, write(tmp_path / 'c.json', tree))
     assert 'annotation 2: ' in message
     assert words in message
 
@@ -658,7 +666,7 @@ def test_coco_annotations_without_an_outline_are_passed_over_and_counted(tmp_pat
     tree['annotations'][1] |= {'segmentation': value, 'bbox': [1, 1, 5, 5]}
     if value == 'lacking':
         del tree['annotations'][1]['segmentation']
-    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    read = read_annotations(write(tmp_path / 'c.json', tree))
     assert [shape.label for shape in read.shapes['a.png']] == [2, 2]
     (note,) = (note for note in read.notes if note.startswith('passed over'))
     assert note.endswith("without an outline, as a box is none (1): 'a.png', annotation 2")
@@ -668,8 +676,8 @@ def test_coco_annotations_without_an_outline_are_passed_over_and_counted(tmp_pat
 def test_parts_of_coco_annotations_without_area_are_passed_over_and_counted(tmp_path):
     tree = coco(DRAWING)
     tree['annotations'][0]['segmentation'] += [[5, 5, 9, 9], [], [2, 2, 2, 2, 2, 2]]
-    read = via.read_annotations(write(tmp_path / 'c.json', tree))
-    assert (via.rasterize(read.shapes['a.png'], SIZE) == expected_masks()['a.png']).all()
+    read = read_annotations(write(tmp_path / 'c.json', tree))
+    assert (outlines.rasterize(read.shapes['a.png'], SIZE) == expected_masks()['a.png']).all()
     (note,) = (note for note in read.notes if note.startswith('passed over'))
     assert 'without area (3)' in note
     assert note.count("'a.png', annotation 1") == 3
@@ -679,10 +687,10 @@ def test_a_file_of_nothing_but_boxes_or_points_is_refused(tmp_path):
     tree = coco(DRAWING)
     for item in tree['annotations']:
         item['segmentation'] = []
-    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    told = fault(read_annotations, write(tmp_path / 'c.json', tree))
     assert 'none of its 4 regions has an area (points and boxes have none): draw outlines' in told
     tree = labelme('a.png', [('point', [(3, 3)], 'seed')] * 2)
-    told = fault(via.read_annotations, write(tmp_path / 'l.json', tree))
+    told = fault(read_annotations, write(tmp_path / 'l.json', tree))
     assert 'none of its 2 regions has an area' in told
 
 
@@ -737,8 +745,8 @@ def test_run_lengths_of_coco_are_the_pixels(tmp_path, compressed):
             assert coded['size'] == [*SIZE]
             counts = coded['counts'].decode()
         tree['annotations'][0]['segmentation'] = {'counts': counts, 'size': [*SIZE]}
-        read = via.read_annotations(write(tmp_path / 'c.json', tree))
-        assert (via.rasterize(read.shapes['a.png'], SIZE) == 2 * mask).all()
+        read = read_annotations(write(tmp_path / 'c.json', tree))
+        assert (outlines.rasterize(read.shapes['a.png'], SIZE) == 2 * mask).all()
         assert read.sizes == {'a.png': SIZE}
 
 
@@ -762,7 +770,7 @@ def test_compressed_run_lengths_of_large_masks():
 def test_coco_masks_that_are_empty_are_passed_over(tmp_path):
     tree = coco_of(7, 7)
     tree['annotations'][0]['segmentation'] = {'counts': [480], 'size': [*SIZE]}
-    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    read = read_annotations(write(tmp_path / 'c.json', tree))
     assert len(read.shapes['a.png']) == 1
     assert any('without an outline, as a box is none (1)' in note for note in read.notes)
 
@@ -772,7 +780,7 @@ def test_coco_has_two_masks_of_one_size(tmp_path):
     del tree['images'][0]['height']
     for item, size in zip(tree['annotations'], ([20, 24], [24, 20]), strict=True):
         item['segmentation'] = {'counts': [100, 80, 300], 'size': size}
-    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    told = fault(read_annotations, write(tmp_path / 'c.json', tree))
     assert "'a.png', annotation 2: its mask is 20 x 24 pixels, the picture 24 x 20" in told
 
 
@@ -804,8 +812,8 @@ def test_masks_of_labelme_lie_at_their_corner(tmp_path, kind):
         tree['shapes'][0]['points'] = [[6.2, 3.7], [14.4, 10.3]]
     if kind == 'exclusive':
         tree['shapes'][0]['points'] = [[6, 4], [15, 11]]
-    read = via.read_annotations(write(tmp_path / 'l.json', tree))
-    assert (via.rasterize(read.shapes['a.png'], SIZE) == expected).all()
+    read = read_annotations(write(tmp_path / 'l.json', tree))
+    assert (outlines.rasterize(read.shapes['a.png'], SIZE) == expected).all()
 
 
 def test_a_mask_of_labelme_that_leaves_the_picture_is_clipped_and_named(tmp_path, images):
@@ -823,8 +831,8 @@ def test_rectangles_of_four_corners_and_turned_ones(tmp_path):
     def drawn(kind, *points):
         tree = labelme('a.png', [(kind, points, 'x')])
         tree['shapes'][0] |= {'shape_type': kind, 'direction': 0.3}
-        read = via.read_annotations(write(tmp_path / 'l.json', tree))
-        return via.rasterize(read.shapes['a.png'], SIZE)
+        read = read_annotations(write(tmp_path / 'l.json', tree))
+        return outlines.rasterize(read.shapes['a.png'], SIZE)
 
     level = np.zeros(SIZE, bool)
     level[3:9, 5:15] = True
@@ -840,7 +848,7 @@ def test_rectangles_of_four_corners_and_turned_ones(tmp_path):
     for kind in ('rotation', 'rectangle'):
         assert (drawn(kind, *diamond) == turned).all()
     path = write(tmp_path / 'l.json', labelme('a.png', [('rectangle', corners[:3], 'x')]))
-    assert 'it is a rectangle of 3 points, not two' in fault(via.read_annotations, path)
+    assert 'it is a rectangle of 3 points, not two' in fault(read_annotations, path)
 
 
 def test_labelme_files_in_sub_folders_belong_to_the_pictures_of_theirs(tmp_path):
@@ -872,7 +880,7 @@ def test_coco_that_has_an_id_or_a_picture_twice_is_refused(tmp_path):
     ):
         tree = coco(DRAWING)
         tree['images'][2][key] = value
-        assert words in fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+        assert words in fault(read_annotations, write(tmp_path / 'c.json', tree))
 
 
 def test_ids_are_the_same_as_numbers_and_as_text(tmp_path):
@@ -880,11 +888,11 @@ def test_ids_are_the_same_as_numbers_and_as_text(tmp_path):
     for n, item in enumerate(tree['annotations']):
         item['image_id'] = (str, float, int, str)[n](item['image_id'])
         item['category_id'] = (float, str, str, int)[n](item['category_id'])
-    read = via.read_annotations(write(tmp_path / 'c.json', tree))
+    read = read_annotations(write(tmp_path / 'c.json', tree))
     for name, expected in expected_masks().items():
-        assert (via.rasterize(read.shapes[name], SIZE) == expected).all(), name
+        assert (outlines.rasterize(read.shapes[name], SIZE) == expected).all(), name
     tree['images'][0]['id'] = str(tree['images'][1]['id'])
-    told = fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    told = fault(read_annotations, write(tmp_path / 'c.json', tree))
     assert 'its id 11 is there twice' in told
 
 
@@ -895,7 +903,7 @@ def test_sizes_are_the_same_as_numbers_and_as_text(tmp_path, size):
         picture['height'], picture['width'] = size
     trees[1]['imageHeight'], trees[1]['imageWidth'] = size
     for tree in trees:
-        read = via.read_annotations(write(tmp_path / 'f.json', tree))
+        read = read_annotations(write(tmp_path / 'f.json', tree))
         assert set(read.sizes.values()) == {SIZE}
 
 
@@ -909,7 +917,7 @@ def test_sizes_that_a_file_lacks_are_not_compared_and_counted(tmp_path, images, 
     assert Image.open(tmp_path / 'masks' / 'b.png').size == (30, 30)
     one = labelme('a.png', DRAWING['a.png'])
     one['imageHeight'], one['imageWidth'] = size
-    read = via.read_annotations(write(tmp_path / 'l.json', one))
+    read = read_annotations(write(tmp_path / 'l.json', one))
     assert not read.sizes
     assert any('does not have (1)' in note for note in read.notes)
 
@@ -918,9 +926,9 @@ def test_sizes_that_a_file_lacks_are_not_compared_and_counted(tmp_path, images, 
 def test_absurd_sizes_are_refused(tmp_path, size):
     tree = coco(DRAWING)
     tree['images'][0]['height'] = size
-    assert 'no size of a picture' in fault(via.read_annotations, write(tmp_path / 'c.json', tree))
+    assert 'no size of a picture' in fault(read_annotations, write(tmp_path / 'c.json', tree))
     tree = labelme('a.png', []) | {'imageWidth': size}
-    assert 'no size of a picture' in fault(via.read_annotations, write(tmp_path / 'l.json', tree))
+    assert 'no size of a picture' in fault(read_annotations, write(tmp_path / 'l.json', tree))
 
 
 @pytest.mark.parametrize(
@@ -929,7 +937,7 @@ def test_absurd_sizes_are_refused(tmp_path, size):
 def test_a_file_of_faults_is_not_read_to_its_end(tmp_path, start):
     end = ']}' if 'images' in start else ']}}'
     message = fault(
-        via.read_annotations, write(tmp_path / 'f.json', start + '{},' * 50_000 + '{}' + end)
+        read_annotations, write(tmp_path / 'f.json', start + '{},' * 50_000 + '{}' + end)
     )
     assert len(message.split('\n')) == annotations.MAX_FAULTS + 2
     assert message.endswith('and there may be more')
@@ -994,12 +1002,12 @@ def test_mutated_files_give_masks_or_a_message(tmp_path, tool):
             )
         path = write(tmp_path / 'f.json', mutant)
         try:
-            read = via.read_annotations(path)
+            read = read_annotations(path)
             matched, faults, notes = via.match_pictures(read, tmp_path / 'images')
             for shapes in matched.values():
-                wrong, odd = via.check_shapes(shapes, SIZE)
+                wrong, odd = outlines.check_shapes(shapes, SIZE)
                 faults, notes = faults + wrong, notes + odd
-                mask = via.rasterize(shapes, SIZE)
+                mask = outlines.rasterize(shapes, SIZE)
                 assert mask.shape == SIZE
             outcomes.add('fault' if faults else 'mask')
             lines = [*faults, *read.notes, *notes]
@@ -1013,9 +1021,9 @@ def test_mutated_files_give_masks_or_a_message(tmp_path, tool):
 
 
 def test_the_command_writes_masks_or_one_line(tmp_path, images):
-    def command(*arguments):
+    def command(*arguments, module='pspnet_jax.data.formats.via'):
         return subprocess.run(
-            [sys.executable, '-m', 'pspnet_jax.data.via', *arguments],
+            [sys.executable, '-m', module, *arguments],
             cwd=ROOT, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
@@ -1027,6 +1035,11 @@ def test_the_command_writes_masks_or_one_line(tmp_path, images):
         assert words in done.stdout
     with Image.open(tmp_path / 'masks' / 'a.png') as picture:
         assert set(np.unique(picture).tolist()) == {0, 1, 3}
+
+    before = tree_of(tmp_path / 'masks')
+    done = command(*given, '--classes=tumor=3, edema=1', module='pspnet_jax.data.via')
+    assert 'pspnet_jax.data.via is now pspnet_jax.data.formats.via' in done.stderr
+    assert (done.returncode, tree_of(tmp_path / 'masks')) == (0, before)
 
     refused = command(*given[:2], f'--out={tmp_path / "other"}', '--classes=tumor=3')
     assert refused.returncode == 1

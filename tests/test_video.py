@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import predict
-from pspnet_jax.data import video
+from pspnet_jax.data.formats import video
 from pspnet_jax.errors import DataError
 from tests.conftest import tiny_config
 from tests.test_predict import full_disk, written

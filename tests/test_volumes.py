@@ -10,6 +10,7 @@ import pytest
 from scipy import ndimage
 
 from pspnet_jax.data import phantom, volumes
+from pspnet_jax.data.formats import limits
 from pspnet_jax.errors import DataError
 from pspnet_jax.models.published import CAFFE, IMAGENET
 from tests.conftest import ROOT
@@ -209,8 +210,8 @@ def test_slices_in_memory_are_decoded_once(monkeypatch):
 
 def test_free_memory_is_the_containers_and_the_ulimits(tmp_path, monkeypatch):
     """Of the groups above, too; pages of files that can be dropped count as free."""
-    monkeypatch.setattr(volumes, 'GROUPS', tmp_path)
-    monkeypatch.setattr(volumes, 'OWN_GROUP', tmp_path / 'own')
+    monkeypatch.setattr(limits, 'GROUPS', tmp_path)
+    monkeypatch.setattr(limits, 'OWN_GROUP', tmp_path / 'own')
     machine = volumes.free_memory()
     (tmp_path / 'own').write_text('12:cpu:/x\n0::/slurm/job\n')
     job = tmp_path / 'slurm' / 'job'

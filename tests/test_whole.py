@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pspnet_jax import checkpoint, export, manifest
-from pspnet_jax.data import files, video
+from pspnet_jax.data import formats
+from pspnet_jax.data.formats import video
 from tests import test_via as drawn
 from tests.conftest import ROOT
 
@@ -227,7 +228,7 @@ def test_volumes_of_any_orientation(tmp_path):
         )
         assert mask.shape == image.shape
         np.testing.assert_array_equal(mask.affine, image.affine)
-        assert np.array_equal(files.read_labels(mask.get_filename()).shape, (2, *SIZE))
+        assert np.array_equal(formats.read_labels(mask.get_filename()).shape, (2, *SIZE))
 
 
 # Bad input: one line, and nothing but what was there.
@@ -313,7 +314,7 @@ def shape(**changes):
 def test_a_bad_drawing_is_one_line_and_no_mask(pictures, tmp_path, name, regions, words):
     drawn.write(tmp_path / 'via.json', {'x1': {'filename': name, 'size': 1, 'regions': regions}})
     before = snapshot(tmp_path)
-    done = run('data.via', f'--annotations={tmp_path / "via.json"}',
+    done = run('data.formats.via', f'--annotations={tmp_path / "via.json"}',
                f'--images={pictures / "images"}', f'--out={tmp_path / "masks"}')  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     assert done.returncode == 1
@@ -327,7 +328,7 @@ def test_an_outline_that_crosses_itself_is_named_and_taken(pictures, tmp_path):
     drawn.write(
         tmp_path / 'via.json', {'x1': {'filename': 'p1.png', 'size': 1, 'regions': regions}}
     )
-    told = ok('data.via', f'--annotations={tmp_path / "via.json"}',
+    told = ok('data.formats.via', f'--annotations={tmp_path / "via.json"}',
               f'--images={pictures / "images"}', f'--out={tmp_path / "masks"}')  # fmt: skip
     assert "'p1.png', region 1 crosses itself: what is enclosed twice is outside; draw it" in told
     assert (tmp_path / 'masks' / 'p1.png').exists()
@@ -356,10 +357,10 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(own, tmp_path, comman
                     f'--output={tmp_path / "out"}', '--save=overlay'),
         'export': ('export', f'--workdir={workdir}', '--format=savedparams',
                    f'--output={tmp_path / "out" / "model.safetensors"}'),
-        'check': ('data.check', '--config=configs/folder.py', f'--config.data.source={root}',
+        'check': ('check', '--config=configs/folder.py', f'--config.data.source={root}',
                   '--config.data.masks=binary', f'--out={tmp_path / "out"}'),
-        'via': ('data.via', f'--annotations={root / "coco.json"}', f'--images={root / "images"}',
-                f'--out={tmp_path / "out"}'),
+        'via': ('data.formats.via', f'--annotations={root / "coco.json"}',
+                f'--images={root / "images"}', f'--out={tmp_path / "out"}'),
     }[command]  # fmt: skip
     before = snapshot(tmp_path)
     done = run(*call, largest=60)

@@ -6,7 +6,7 @@
 
 The argument is a network's name and a recipe of augmentation, as in configs/lgg.py; backbones start
 from ImageNet weights, as there, with --config.model.pretrained='' from random ones. `python -m
-pspnet_jax.data.check` with the same flags says what is wrong with the data before training.
+pspnet_jax.check` with the same flags says what is wrong with the data before training.
 """
 
 from pspnet_jax.config import base, lgg

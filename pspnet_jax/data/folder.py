@@ -18,15 +18,17 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pspnet_jax import text
-from pspnet_jax.data import files, pairing, via, volumes
+from pspnet_jax.data import formats, pairing, volumes
+from pspnet_jax.data.formats import annotations, files, flat, via
+from pspnet_jax.data.formats.outlines import Shape, rasterize
 from pspnet_jax.data.masks import Code, Found, look, merged, read_classes, understand
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
-from pspnet_jax.errors import DataError
+from pspnet_jax.errors import DataError, all_faults, some
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +38,16 @@ MAX_NAME = 200  # characters of a patient, as file systems take 255 bytes with w
 
 
 class Case(NamedTuple):
-    """One picture or volume: its patient, one file a channel stack, its mask or its shapes.
-
-    `more` are further masks of the same picture: what any of them marks is marked. `slice` is its
-    place among the slices of a volume, where `group` tells.
+    """One picture or volume: its patient, one file a channel stack, its masks, where one marks what
+    any of them marks, or the shapes that are drawn on it; and its place among the slices of a
+    volume, where `group` tells.
     """
 
     patient: str
     images: tuple[Path, ...]
-    mask: Path | Sequence[via.Shape]
-    more: tuple[Path, ...] = ()
-    slice: int | None = None
+    masks: tuple[Path, ...]
+    shapes: Sequence[Shape]
+    slice: int | None
 
 
 class Patient(NamedTuple):
@@ -65,7 +66,7 @@ class Patient(NamedTuple):
 
 
 def scan(
-    images: Sequence[Path],
+    places: Sequence[Path],
     masks: Path,
     *,
     group: str = '',
@@ -77,40 +78,38 @@ def scan(
     """The cases below the folders, their faults, what annotations were understood as, and the
     numbers of the classes that they name.
 
-    `images` are folders, or FOLDER/RULE, and `mask_name` is the rule of the masks, both as
-    `pairing` has them; a rule that is proposed is below `root`. Where two pictures share a name,
+    `places` are folders of images, or FOLDER/RULE, and `mask_name` is the rule of the masks, both
+    as `pairing` has them; a rule that is proposed is below `root`. Where two pictures share a name,
     the folders above it are part of it. `masks` is a folder of masks, a file of annotations
-    (`via.read_annotations`, which is given `classes` and `attribute`) or a folder of labelme's.
+    (`annotations.read`, which is given `classes` and `attribute`) or a folder of labelme's.
     `group` is a regular expression whose first group, searched in the stem, is the patient; or a
     .csv with the columns stem and patient; '' makes each picture a patient of its own. A group
     (?P<slice>[0-9]+) or a column slice makes a patient's pictures the slices of a volume; without
     it each picture is by itself.
     """
-    rules = [pairing.split(place)[1] for place in images]
-    images = [pairing.split(place)[0] for place in images]
-    stacks, ways = _find_pictures(images, rules, masks)
-    first, faults, names = stacks[0], [], {}
-    for folder, stack in zip(images[1:], stacks[1:], strict=True):
+    stacks, ways = _find_pictures(places, masks)
+    (first, images), faults, names = stacks[0], [], {}
+    for stack, folder in stacks[1:]:
         for stem in sorted(first.keys() ^ stack.keys()):
-            here, there = (folder, images[0]) if stem in stack else (images[0], folder)
+            here, there = (folder, images) if stem in stack else (images, folder)
             faults.append(f'{stem} is in {here} and not in {there}: every channel needs it')
-    drawn, notes = via.holds_annotations(masks, images[0])
+    drawn, notes = via.holds_annotations(masks, images)
+    masks_of, shapes = {}, {}
     if drawn:
-        shapes, names, wrong, told = _find_shapes(masks, images[0], classes, attribute)
-        faults, notes = faults + wrong, told + notes
-        mask_of, more_of = {stem: shapes.get(path, ()) for stem, path in first.items()}, {}
+        shapes, names, told = _find_shapes(masks, images, classes, attribute, faults)
+        notes = told + notes
     else:
-        mask_of, more_of, wrong = _find_masks(images[0], first, ways, masks, mask_name, root)
-        faults += wrong
-    whole = [s for s in sorted(first) if s in mask_of and all(s in stack for stack in stacks)]
+        masks_of = _find_masks(images, first, ways, masks, mask_name, root, faults)
+    known = first if drawn else masks_of
+    whole = [s for s in sorted(known) if all(s in stack for stack, _ in stacks)]
     patients, wrong = group_stems(whole, group)
     numbers, more = slice_numbers(patients, group)
     cases = [
         Case(
             patients[stem],
-            tuple(stack[stem] for stack in stacks),
-            mask_of[stem],
-            more_of.get(stem, ()),
+            tuple(stack[stem] for stack, _ in stacks),
+            masks_of.get(stem, ()),
+            shapes.get(first[stem], ()),
             numbers.get(stem),
         )
         for stem in sorted(patients, key=lambda stem: (numbers.get(stem, 0), stem))
@@ -119,45 +118,51 @@ def scan(
 
 
 def _find_shapes(
-    masks: Path, images: Path, classes: Mapping[str, int] | None, attribute: str
-) -> tuple[dict[Path, list[via.Shape]], dict[str, int], list[str], list[str]]:
-    """({picture: its shapes}, numbers of the classes where the regions name theirs, faults, what
-    was understood and passed over).
+    masks: Path,
+    images: Path,
+    classes: Mapping[str, int] | None,
+    attribute: str,
+    faults: list[str],
+) -> tuple[dict[Path, list[Shape]], dict[str, int], list[str]]:
+    """({picture: its shapes}, numbers of the classes where the regions name theirs, what was
+    understood and passed over).
     """
-    annotations, faults = via.read_with_faults(masks, classes, attribute)
-    shapes, wrong, notes = via.match_pictures(annotations, images)
+    drawn, damaged = annotations.read(masks, classes, attribute)
+    shapes, wrong, notes = via.match_pictures(drawn, images)
     _, odd, small = via.check_drawn({path: found for path, found in shapes.items() if found})
+    faults += damaged + wrong + odd
     if rest := small[MOST_LISTED:]:
-        more = f'and {len(rest)} more such lines: python -m pspnet_jax.data.via prints all'
+        more = f'and {len(rest)} more such lines: python -m pspnet_jax.data.formats.via prints all'
         small = [*small[:MOST_LISTED], more]
-    names = dict(classes or annotations.classes) if annotations.attribute else {}
-    return shapes, names, faults + wrong + odd, annotations.notes + notes + small
+    names = dict(classes or drawn.classes) if drawn.attribute else {}
+    return shapes, names, drawn.notes + notes + small
 
 
 def _find_pictures(
-    images: Sequence[Path], rules: Sequence[str], masks: Path
-) -> tuple[list[dict[str, Path]], dict[str, str]]:
-    """({name: file} of each folder of images, {name: way below the first}).
+    places: Sequence[Path], masks: Path
+) -> tuple[list[tuple[dict[str, Path], Path]], dict[str, str]]:
+    """(({name: file}, folder) of each place of images, {name: way below the first folder}).
 
     Raises DataError for a rule that names no picture.
     """
     stacks = []
-    for folder, rule in zip(images, rules, strict=True):
-        found = files.find(folder)
-        inner = masks.resolve()
+    for folder, rule in map(pairing.split, places):
+        found, inner = files.find(folder), masks.resolve()
         if inner != folder.resolve() and inner.is_relative_to(folder.resolve()):
             found = {way: p for way, p in found.items() if not p.resolve().is_relative_to(inner)}
-        stacks.append(pairing.named(found, files.stem(rule)))
-        if not stacks[-1]:
-            some = ', '.join(list(found)[:3])
+        stacks.append((pairing.named(found, files.stem(rule)), folder))
+        if not stacks[-1][0]:
             raise DataError(
-                f'data.images: {rule} names no picture of {folder}, which holds {some}: '
-                f'write {pairing.STEM} for what differs in their names'
+                f'data.images: {rule} names no picture of {folder}, which holds '
+                f'{some(list(found), 3)}: write {pairing.STEM} for what differs in their names'
             )
-    ways = {way: way for way in stacks[0]}
-    if all(map(pairing.are_unique, stacks)):
+    ways = {way: way for way in stacks[0][0]}
+    if all(pairing.are_unique(stack) for stack, _ in stacks):
         ways = {pairing.last(way): way for way in ways}
-        stacks = [{pairing.last(way): path for way, path in stack.items()} for stack in stacks]
+        stacks = [
+            ({pairing.last(way): path for way, path in stack.items()}, folder)
+            for stack, folder in stacks
+        ]
     return stacks, ways
 
 
@@ -168,8 +173,9 @@ def _find_masks(
     masks: Path,
     rule: str,
     root: Path | None,
-) -> tuple[dict[str, Path], dict[str, tuple[Path, ...]], list[str]]:
-    """({picture's name: its mask}, {picture's name: further ones}, faults).
+    faults: list[str],
+) -> dict[str, tuple[Path, ...]]:
+    """{picture's name: its masks}.
 
     Of a folder that holds both, what is a mask is taken out of `pictures`.
     """
@@ -178,49 +184,49 @@ def _find_masks(
     place = images.relative_to(root) if root and images.is_relative_to(root) else images
     if together and rule == pairing.STEM:
         hint = pairing.suggest(place, list(found), list(found))
-        return {}, {}, [
+        faults.append(
             f'{masks} holds pictures and masks: say how masks are called, for instance '
             f'--config.data.mask_name={{stem}}_mask{hint and f" ({hint})"}'
-        ]  # fmt: skip
+        )
+        return {}
     if not together and images.resolve().is_relative_to(masks.resolve()):
         found = {way: path for way, path in found.items() if path not in pictures.values()}
-    called = [ways[name] for name in pictures]
-    pairs = pairing.match(called, list(found), rule, together=together)
+    pairs = pairing.match([ways[name] for name in pictures], list(found), rule, together=together)
     used = {way for own in pairs.values() for way in own}
     if together:
         files_used = {found[way] for way in used}
         for name in [name for name, path in pictures.items() if path in files_used]:
             del pictures[name]
-    mask_of, more_of, faults = {}, {}, []
-    for name in sorted(pictures):
-        if own := sorted(pairs.get(ways[name], ())):
-            mask_of[name], more_of[name] = found[own[0]], tuple(found[way] for way in own[1:])
-    lost = [name for name in sorted(pictures) if name not in mask_of]
+    masks_of = {
+        name: tuple(found[way] for way in sorted(pairs[ways[name]]))
+        for name in sorted(pictures)
+        if pairs.get(ways[name])
+    }
+    lost = [name for name in sorted(pictures) if name not in masks_of]
     idle = [] if together else sorted(found.keys() - used)
     several = f'{pairing.STEM}*'
-    further = {way for own in pairing.match(called, idle, several).values() for way in own}
-    if idle and not lost and further.issuperset(idle):
+    further = pairing.match([ways[name] for name in pictures], idle, several).values()
+    if idle and not lost and {way for own in further for way in own}.issuperset(idle):
         faults.append(
             f'{found[idle[0]]} has no image of its own, nor have {len(idle) - 1} more: if they are '
             f"further masks of others' pictures, --config.data.mask_name='{several}'; else remove "
             'them'
         )
-        return mask_of, more_of, faults
+        return masks_of
     hint = lost and idle and pairing.suggest(place, [ways[name] for name in lost], idle)
-    if hint and not mask_of:
-        some = [', '.join(names[:3]) for names in (lost, idle)]
+    if hint and not masks_of:
         faults.append(
-            f'no picture of {images} has a mask in {masks}: pictures are called {some[0]}, '
-            f'masks {some[1]}: {hint}'
+            f'no picture of {images} has a mask in {masks}: pictures are called '
+            f'{some(lost, 3)}, masks {some(idle, 3)}: {hint}'
         )
-        return mask_of, more_of, faults
+        return masks_of
     if hint:
         faults.append(f'names differ: {hint} of those below')
     for name in lost:
         mask = rule.replace(pairing.STEM, pairing.last(name))
         faults.append(f'{pictures[name]} has no mask: add {masks / mask}.png or remove it')
     faults += [f'{found[way]} has no image: add it or remove the mask' for way in idle]
-    return mask_of, more_of, faults
+    return masks_of
 
 
 def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[str]]:
@@ -233,8 +239,7 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
                 both = ' and '.join(stem for stem in stems if table[stem] == name)
                 faults.append(f'{both} would both be the patient {name}: rename one')
     elif group.endswith('.csv'):
-        table = read_table(Path(group))
-        remedy = f'add it to {group}'
+        table, remedy = read_table(Path(group)), f'add it to {group}'
     else:
         try:
             expression = re.compile(group)
@@ -245,10 +250,10 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
         if not patient:
             raise DataError(f'data.group {group!r} has no group: put the patient in (), as "(.+)_"')
         with text.within(EXPRESSION_SECONDS, f'data.group {group!r}'):
-            found = [(stem, expression.search(stem)) for stem in stems]
+            found = {stem: expression.search(stem) for stem in stems}
         table = {
-            stem: match[patient].replace('/', '_')
-            for stem, match in found
+            s: match[patient].replace('/', '_')
+            for s, match in found.items()
             if match and match[patient]
         }
         remedy = f'data.group {group!r} must find one in it'
@@ -265,16 +270,14 @@ def slice_numbers(patients: Mapping[str, str], group: str) -> tuple[dict[str, in
     """Stem -> number of the slice, where `group` tells it of these stems and their patients, and
     the faults; none are told: they are pictures by themselves.
     """
+    found = {}
     if group.endswith('.csv'):
         found = read_table(Path(group), 'slice')
     elif group and 'slice' in (expression := re.compile(group)).groupindex:
         found = {stem: expression.search(stem)['slice'] for stem in patients}
-        found = {stem: number for stem, number in found.items() if number is not None}
-    else:
-        return {}, []
     numbers, faults, taken = {}, [], {}
-    for stem in sorted(patients.keys() & found.keys()):
-        if not re.fullmatch(r'[0-9]{1,9}', found[stem] or ''):
+    for stem in sorted(stem for stem in patients if found.get(stem) is not None):
+        if not re.fullmatch(r'[0-9]{1,9}', found[stem]):
             faults.append(f'{stem} is slice {found[stem]!r} by data.group: it must be a number')
             continue
         numbers[stem] = int(found[stem])
@@ -291,13 +294,11 @@ def read_table(path: Path, column: str = 'patient') -> dict[str, str]:
         rows = csv.DictReader(io.StringIO(text.read(path, has), newline=''))
         if column != 'patient' and column not in (rows.fieldnames or ()):
             return {}
-        return {
-            unicodedata.normalize('NFC', row['stem'].strip()): row[column].strip() for row in rows
-        }
+        pairs = [(row['stem'].strip(), row[column].strip()) for row in rows]
     except (KeyError, AttributeError, csv.Error) as error:
-        raise DataError(
-            f'{path} is not a table of patients ({type(error).__name__}: {error}): {has}'
-        ) from error
+        reason = f'{type(error).__name__}: {error}'
+        raise DataError(f'{path} is not a table of patients ({reason}): {has}') from error
+    return {unicodedata.normalize('NFC', stem): value for stem, value in pairs}
 
 
 def load(
@@ -323,13 +324,13 @@ def load(
     among them unless `mixed_sizes`.
     """
     root = Path(source).expanduser()
-    folders, masks = _find_folders(root, images, masks)
+    places = _find_folders(root, images, masks)
     cases, faults, notes, names = scan(
-        folders, masks, group=group, classes=classes, attribute=attribute, mask_name=mask_name,
-        root=root,
+        places, root / masks, group=group, classes=classes, attribute=attribute,
+        mask_name=mask_name, root=root,
     )  # fmt: skip
     if not cases and not faults:
-        raise DataError(f'{folders[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
+        raise DataError(f'{places[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
     for note in notes:
         logger.info('annotations: %s', note)
     if cases and not group and not any(volumes_by_name(case.images[0]) for case in cases):
@@ -338,60 +339,76 @@ def load(
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
 
-    drawn = {s.label for case in cases if not isinstance(case.mask, Path) for s in case.mask}
+    drawn = {shape.label for case in cases for shape in case.shapes}
     if names and max(drawn, default=0) >= num_classes:
         faults.append(_too_many(names, drawn, num_classes))
     with ThreadPoolExecutor(threads) as pool:
         meaning = (mask_format, mask_colors, label_map, num_classes, ignore_label)
-        cases, code, wrong = _look_at_masks(cases, meaning, pool.map)
-        faults += wrong
+        cases, code = _look_at_masks(cases, meaning, pool.map, faults)
         patients = {}
         for name in sorted({case.patient for case in cases}):
             own = [case for case in cases if case.patient == name]
-            patients[name], more = _survey(own, code, pool.map, num_classes, ignore_label)
-            faults += more
+            patients[name] = _survey(own, code, pool.map, num_classes, ignore_label, faults)
     faults += _disagreements(patients.values(), mixed_sizes)
     if faults:
-        raise _all_faults(source, faults)
+        raise all_faults(source, faults, MOST_LISTED)
 
+    return _as_slices(patients, code, bool(group), _in_turn(names, num_classes))
+
+
+def _find_folders(root: Path, images: Sequence[str], masks: str) -> list[Path]:
+    """The folders of images, with their rules."""
+    places = [root / name for name in images]
+    for folder, _ in map(pairing.split, places):
+        if not folder.is_dir():
+            raise DataError(
+                f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
+                f'into {root / "masks"}, or set data.images and data.masks'
+            )
+    if not (root / masks).exists():
+        raise DataError(f'{root / masks} is neither a folder of masks nor a file of annotations')
+    return places
+
+
+def _as_slices(
+    patients: Mapping[str, Patient], code: Code | None, grouped: bool, class_names: tuple[str, ...]
+) -> Slices:
     in_order = [case for patient in patients.values() for case in patient.cases]
     depths = [len(lesion) for patient in patients.values() for lesion in patient.lesion]
     places = [(number, d) for number, depth in enumerate(depths) for d in range(depth)]
-
-    channels = {
-        shape[2]: path for patient in patients.values() for shape, path in patient.shapes.items()
-    }
+    channels = {shape[2]: path for p in patients.values() for shape, path in p.shapes.items()}
+    wide = max(channels)
     if len(channels) > 1:
         logger.info(
             'some pictures are grey (%s) and some RGB (%s): grey is taken as three equal channels',
             channels[1], channels[3],
         )  # fmt: skip
-    wide = max(channels)
 
     @functools.lru_cache(maxsize=8)  # a volume's slices are asked for one by one
-    def read_case(number: int) -> tuple[files.Picture, np.ndarray]:
+    def read_case(number: int) -> tuple[np.ndarray, np.ndarray]:
         picture, labels = _read_case(in_order[number], code)
-        return picture._replace(image=_widened(picture.image, wide)), labels
+        return _widened(picture.image, wide), labels
 
     def read(key: int) -> tuple[np.ndarray, np.ndarray]:
         number, d = places[key]
-        picture, labels = read_case(number)
-        return picture.image[d], labels[d]
+        image, labels = read_case(number)
+        return image[d], labels[d]
 
     lesion = [np.concatenate(patient.lesion) for patient in patients.values()]
     scans = [_scans(patient) for patient in patients.values()]
     several = sum(bool(numbers.any()) for numbers in scans)
-    if group and in_order[0].slice is not None:
+    if grouped and in_order[0].slice is not None:
         logger.info(
             'data.group: the pictures are slices of %d volumes, by their numbers; %d lack some: '
             'distances and components are of each part', len(scans), several,
         )  # fmt: skip
-    elif group and several:
+    elif grouped and several:
         logger.info(
             'data.group: %d of %d patients have several files; distances and components are of '
             'each file by itself. If they are slices of one volume, name their number: '
             'data.group="(.+)_(?P<slice>[0-9]+)"', several, len(scans),
         )  # fmt: skip
+    deep = {name: p.range for name, p in patients.items() if p.range is not None}
     return Slices(
         read=read,
         key=np.arange(len(places)),
@@ -400,12 +417,10 @@ def load(
         lesion_pixels=np.concatenate(lesion),
         intensity={name: _widened(p.intensity, wide) for name, p in patients.items()},
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
-        ranges={
-            name: _widened(p.range, wide) for name, p in patients.items() if p.range is not None
-        },
+        ranges={name: _widened(measured, wide) for name, measured in deep.items()},
         digest=np.concatenate([patient.digest for patient in patients.values()]),
         scan=np.concatenate(scans),
-        class_names=_in_turn(names, num_classes),
+        class_names=class_names,
     )
 
 
@@ -413,12 +428,11 @@ def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> st
     """The fault of annotations with more classes than the model."""
     told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
     remedy = f'set model.num_classes={max(names.values()) + 1}'
-    if drawn | {0} < set(names.values()):  # the others have no region
-        chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+    chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+    if len(chosen) < len(set(names.values())):  # the others have no region
         remedy += f', or model.class_names={chosen} and model.num_classes={len(chosen)}'
-    return (
-        f'the annotations have {len(names)} classes ({told}), the model has {num_classes}: {remedy}'
-    )
+    told = f'the annotations have {len(names)} classes ({told})'
+    return f'{told}, the model has {num_classes}: {remedy}'
 
 
 def _in_turn(names: Mapping[str, int], num_classes: int) -> tuple[str, ...]:
@@ -444,61 +458,46 @@ def _scans(patient: Patient) -> np.ndarray:
     return np.cumsum(np.diff(numbers, prepend=numbers[0]) > 1)
 
 
-def _find_folders(root: Path, images: Sequence[str], masks: str) -> tuple[list[Path], Path]:
-    """The folders of images, with their rules, and that of masks or the file of annotations."""
-    folders = [root / name for name in images]
-    for folder, _ in map(pairing.split, folders):
-        if not folder.is_dir():
-            raise DataError(
-                f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
-                f'into {root / "masks"}, or set data.images and data.masks'
-            )
-    if not (root / masks).exists():
-        raise DataError(f'{root / masks} is neither a folder of masks nor a file of annotations')
-    return folders, root / masks
-
-
 def _survey(
     cases: Sequence[Case],
     code: Code | None,
     map_: Callable,
     num_classes: int,
     ignore_label: int,
-) -> tuple[Patient, list[str]]:
-    """What is to be known of a patient's cases, and their faults."""
+    faults: list[str],
+) -> Patient:
+    """What is to be known of a patient's cases."""
     known = [*range(num_classes), ignore_label]
 
-    def measure(case: Case) -> tuple[files.Picture, list[int]]:
-        picture, labels = _read_case(case, code)
+    def measure(case: Case) -> tuple[formats.Picture, list[int]]:
+        found, labels = _read_case(case, code)
         wrong = np.setdiff1d(labels, known)
-        if wrong.size and isinstance(case.mask, Path):
+        if wrong.size and case.masks:
             raise DataError(
                 f'the mask of {case.images[0]} has labels {wrong.tolist()[:8]}, the model has '
                 f'classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
             )
-        return picture, [volumes.lesion_pixels(mask, ignore_label) for mask in labels]
+        return found, [volumes.lesion_pixels(mask, ignore_label) for mask in labels]
 
-    found = list(map_(functools.partial(_attempt, measure), cases))
-    good = [result for result, fault in found if not fault]
-    shapes = {picture.image.shape[1:]: picture.source for picture, _ in good}
-    spacing = {picture.spacing for picture, _ in good}
+    good = _sound(map_(functools.partial(_attempt, measure), cases), faults)
+    shapes = {found.image.shape[1:]: found.source for found, _ in good}
+    spacing = {found.spacing for found, _ in good}
     intensity = measured = None
     channels = {shape[2] for shape in shapes}
     if channels and (len(channels) == 1 or channels == {1, 3}):
-        images = [_widened(picture.image, max(channels)) for picture, _ in good]
+        images = [_widened(found.image, max(channels)) for found, _ in good]
         pixels = np.concatenate([image.reshape(-1, image.shape[-1]) for image in images])
         intensity = volumes.measure_intensity(pixels)
         measured = None if pixels.dtype == np.uint8 else volumes.measure_range(pixels)
-    patient = Patient(
+    return Patient(
         list(cases),
         [lesion for _, lesion in good],
         shapes,
         spacing.pop() if len(spacing) == 1 else None,
         intensity,
         measured,
-        [volumes.picture_digest(image) for picture, _ in good for image in picture.image],
+        [volumes.picture_digest(image) for found, _ in good for image in found.image],
     )
-    return patient, [fault for _, fault in found if fault]
 
 
 def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[str]:
@@ -507,12 +506,12 @@ def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[s
     channels = {shape[2]: path for shape, path in shapes.items()}
     sizes = {shape[:2]: path for shape, path in shapes.items()}
     if len(channels) > 1 and set(channels) != {1, 3}:
-        some = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
-        yield f'not all images have as many channels: {some}; convert them'
+        told = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
+        yield f'not all images have as many channels: {told}; convert them'
     if len(sizes) > 1 and not mixed_sizes:
-        some = ', '.join(f'{path} is {h}x{w}' for (h, w), path in sorted(sizes.items())[:4])
+        told = ', '.join(f'{path} is {h}x{w}' for (h, w), path in sorted(sizes.items())[:4])
         yield (
-            f'images are of {len(sizes)} sizes ({some}): set data.size="(HEIGHT, WIDTH)", they are '
+            f'images are of {len(sizes)} sizes ({told}): set data.size="(HEIGHT, WIDTH)", they are '
             'resized to it for training and the masks that come out have their own size'
         )
 
@@ -520,12 +519,6 @@ def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[s
 def volumes_by_name(path: Path) -> bool:
     """Whether the file holds more than a flat picture, by its name."""
     return path.name.lower().endswith(('.nii', '.nii.gz', '.npy')) or path.is_dir()
-
-
-def _all_faults(source: str | Path, faults: list[str]) -> DataError:
-    rest = len(faults) - MOST_LISTED
-    more = [f'and {rest} more'] if rest > 0 else []
-    return DataError(f'{len(faults)} fault(s) in {source}:', [*faults[:MOST_LISTED], *more])
 
 
 def _attempt(function: Callable, *arguments):
@@ -536,59 +529,67 @@ def _attempt(function: Callable, *arguments):
         return None, str(error)
 
 
+def _sound(attempts: Iterable[tuple[Any, str]], faults: list[str]) -> list[Any]:
+    """The results of those that were no fault."""
+    attempts = list(attempts)
+    faults += [fault for _, fault in attempts if fault]
+    return [result for result, fault in attempts if not fault]
+
+
 def _look_at_masks(
-    cases: Sequence[Case], meaning: Sequence, map_: Callable
-) -> tuple[list[Case], Code | None, list[str]]:
+    cases: Sequence[Case], meaning: Sequence, map_: Callable, faults: list[str]
+) -> tuple[list[Case], Code | None]:
     """(cases, those whose masks can't be read without them; what the masks mean, None where that is
-    not known; faults). `meaning` are `understand`'s further arguments.
+    not known). `meaning` are `understand`'s further arguments.
     """
 
     def look_at(case: Case) -> dict[Path, Found]:
-        paths = (case.mask, *case.more) if isinstance(case.mask, Path) else ()
-        return {path: look(path) for path in paths}
+        return {path: look(path) for path in case.masks}
 
-    results = list(map_(functools.partial(_attempt, look_at), cases))
-    found = {path: one for several, _ in results for path, one in (several or {}).items()}
+    looks = list(map_(functools.partial(_attempt, look_at), cases))
+    kept = [
+        case._replace(masks=()) if fault else case
+        for case, (_, fault) in zip(cases, looks, strict=True)
+    ]
+    found = {path: one for several in _sound(looks, faults) for path, one in several.items()}
     code, doubt = _attempt(understand, found, *meaning)
-    if code and found:
+    if doubt:
+        faults.append(doubt)
+    elif found:
         logger.info('masks: %s', code.meaning)
     turned = [
-        case.images[0] for case, turn in zip(cases, map_(_unclear_turn, cases), strict=True) if turn
+        c.images[0] for c, turn in zip(cases, map_(_unclear_turn, cases), strict=True) if turn
     ]
     if turned:
         logger.warning(
             '%d pictures (%s) are turned or mirrored by their EXIF orientation and read upright, '
             'as viewers show them: their masks must be drawn upright too', len(turned), turned[0],
         )  # fmt: skip
-    kept = [
-        case._replace(mask=(), more=()) if fault else case
-        for case, (_, fault) in zip(cases, results, strict=True)
-    ]
-    return kept, code, [fault for _, fault in results if fault] + ([doubt] if doubt else [])
+    return kept, code
 
 
 def _unclear_turn(case: Case) -> bool:
     """Whether the picture is turned by EXIF so that its mask, unturned, would be of its size."""
-    if not isinstance(case.mask, Path) or files.turn_by_exif(case.mask) != 1:
+    if not case.masks or flat.turn_by_exif(case.masks[0]) != 1:
         return False
-    turn = files.turn_by_exif(case.images[0])
-    return turn in (2, 3, 4) or (turn != 1 and files.is_square(case.images[0]))
+    turn = flat.turn_by_exif(case.images[0])
+    return turn in (2, 3, 4) or (turn != 1 and len(set(flat.size(case.images[0]))) == 1)
 
 
-def _read_case(case: Case, code: Code | None) -> tuple[files.Picture, np.ndarray]:
+def _read_case(case: Case, code: Code | None) -> tuple[formats.Picture, np.ndarray]:
     """The picture D H W C and its labels D H W uint8, of one size; 0 where no code is known."""
-    picture = files.stack([files.read(path) for path in case.images])
-    if not isinstance(case.mask, Path):
-        depth, *size, _ = picture.image.shape
-        if depth > 1 and case.mask:
+    picture = formats.stack([formats.read(path) for path in case.images])
+    depth, *size, _ = picture.image.shape
+    if not case.masks:
+        if depth > 1 and case.shapes:
             raise DataError(
                 f'{case.images[0]} has {depth} slices, and regions are drawn on one: save each '
                 'slice as a picture, or the masks as a volume'
             )
-        mask = via.rasterize(case.mask, tuple(size))
-        return picture, np.repeat(mask[None], depth, axis=0)
-    paths = (case.mask, *case.more)
+        return picture, np.repeat(rasterize(case.shapes, tuple(size))[None], depth, axis=0)
     if code is None:
-        sizes = [files.read_labels(path, picture).shape[:3] for path in paths]
-        return picture, np.zeros(sizes[0], np.uint8)
-    return picture, merged([read_classes(path, picture, code) for path in paths], paths)
+        for path in case.masks:
+            formats.read_labels(path, picture)
+        return picture, np.zeros((depth, *size), np.uint8)
+    labels = [read_classes(path, picture, code) for path in case.masks]
+    return picture, merged(labels, case.masks)

@@ -29,7 +29,8 @@ from absl import flags
 from etils import epath
 from PIL import Image
 
-from pspnet_jax.data import files, splits, volumes
+from pspnet_jax.data import splits, volumes
+from pspnet_jax.data.formats.flat import open_picture
 from pspnet_jax.data.volumes import Slices, Volume
 from pspnet_jax.errors import DataError, first_line, say
 
@@ -113,7 +114,7 @@ def _all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
 
 def read_image(path: Path) -> np.ndarray:
     """H W 3 uint8. Raises DataError for a file that is not that."""
-    with files.open_picture(path) as picture:
+    with open_picture(path) as picture:
         if picture.mode != 'RGB':
             raise DataError(f'{path} is {picture.mode}, not 8-bit RGB: convert it')
         return np.array(picture)
@@ -121,7 +122,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def read_mask(path: Path) -> np.ndarray:
     """H W uint8, 0 or 1. Raises DataError for other values than 0 and 255."""
-    with files.open_picture(path) as picture:
+    with open_picture(path) as picture:
         if picture.mode not in ('L', '1', 'P'):
             raise DataError(f'{path} is {picture.mode}, not 8-bit grey: convert it')
         labels = np.array(picture.convert('L') if picture.mode == '1' else picture)

@@ -12,23 +12,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pspnet_jax.data import files
+from pspnet_jax.data.formats import Picture, read_labels, read_palette
 from pspnet_jax.data.volumes import IGNORE_LABEL
-from pspnet_jax.errors import DataError
+from pspnet_jax.errors import DataError, some
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 COLORED = 1 << 24  # marks a number that is a colour
 WHITE = (1, 255, 65535)  # of masks that hold two values, by the bits of a pixel
 MANY = 20  # values, from which they are no classes that someone chose
-COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
+COMPARISONS = {
+    '': operator.eq,
+    '>': operator.gt,
+    '>=': operator.ge,
+    '<': operator.lt,
+    '<=': operator.le,
+}
 
 
 class Found(NamedTuple):
-    """In a mask's file: its distinct values, `as_numbers`, and where it has a palette the colours
-    0xRRGGBB of each index that is used (of several where pages differ).
+    """In a mask's file: its distinct values, `as_numbers`, in order, and where it has a palette the
+    colours 0xRRGGBB of each index that is used (of several where pages differ).
     """
 
-    values: np.ndarray
+    values: list[int]
     palette: dict[int, set[int]]
 
 
@@ -42,24 +48,21 @@ class Code(NamedTuple):
 
 def look(path: Path) -> Found:
     """Raises DataError."""
-    labels = files.read_labels(path)
-    colors, palette = files.read_palette(path), collections.defaultdict(set)
+    labels = read_labels(path)
+    colors, palette = read_palette(path), collections.defaultdict(set)
     if colors is not None:
-        pairs = np.unique(labels.astype(np.int64) << 24 | as_colors(colors))
-        for pair in pairs.tolist():
+        for pair in np.unique(labels.astype(np.int64) << 24 | as_colors(colors)).tolist():
             palette[pair >> 24].add(pair & 0xFFFFFF)
-    return Found(np.unique(as_numbers(labels)).astype(np.int64), dict(palette))
+    return Found(np.unique(as_numbers(labels)).tolist(), dict(palette))
 
 
-def read_classes(path: Path, like: files.Picture, code: Code) -> np.ndarray:
+def read_classes(path: Path, like: Picture, code: Code) -> np.ndarray:
     """D H W uint8 classes of a mask that `code` knows, on the grid of its picture."""
-    mask = files.read_labels(path, like)
+    mask = read_labels(path, like)
     if code.by_color:
-        colors = files.read_palette(path)
-        numbers = as_colors(mask if colors is None else colors)
-    else:
-        numbers = as_numbers(mask)
-    return _look_up(code.tables[path], numbers, path)
+        colors = read_palette(path)
+        return _look_up(code.tables[path], as_colors(mask if colors is None else colors), path)
+    return _look_up(code.tables[path], as_numbers(mask), path)
 
 
 def _look_up(table: Mapping[int, int], numbers: np.ndarray, path: Path) -> np.ndarray:
@@ -103,27 +106,22 @@ def as_numbers(mask: np.ndarray) -> np.ndarray:
     """D H W integers; of D H W 3 colours 0xRRGGBB, marked, or where all are grey their value."""
     if mask.ndim == 3:
         return mask
-    mask = _of_8_bits(mask) if mask.max() > 255 else mask
-    red, green, blue = (mask[..., c].astype(np.int64) for c in range(3))
-    if (red == green).all() and (green == blue).all():
-        return red
-    return COLORED | (red << 16) | (green << 8) | blue
+    colors = as_colors(mask)
+    grey = colors & 0xFF
+    return grey if (colors == grey * 0x010101).all() else COLORED | colors
 
 
 def as_colors(mask: np.ndarray) -> np.ndarray:
     """0xRRGGBB of D H W 3, and of D H W grey values."""
     if mask.min() < 0 or mask.max() > 255:
-        mask = _of_8_bits(mask)
+        if mask.min() < 0 or (mask % 257).any() or mask.max() > 65535:
+            most = mask.max()
+            raise DataError(f'a colour has 8 bits a channel, a mask has {most}: save it with 8')
+        mask = mask // 257
     if mask.ndim == 3:
         return mask.astype(np.int64) * 0x010101
     red, green, blue = (mask[..., c].astype(np.int64) for c in range(3))
     return (red << 16) | (green << 8) | blue
-
-
-def _of_8_bits(mask: np.ndarray) -> np.ndarray:
-    if mask.min() < 0 or (mask % 257).any() or mask.max() > 65535:
-        raise DataError(f'a colour has 8 bits a channel, a mask has {mask.max()}: save it with 8')
-    return mask // 257
 
 
 # What they mean.
@@ -148,14 +146,15 @@ def understand(
         return _by_color(found, colors)
     if mask_format != 'index' and (doubt := _doubt_of_palettes(found)):
         return _by_palette(found, doubt, 0 if label_map else num_classes)
-    values = sorted({value for file in found.values() for value in file.values.tolist()})
-    if colored := [value for value in values if value >= COLORED]:
-        if len(colored) > MANY:
-            raise DataError(
-                f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a '
-                'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that '
-                "alone: PIL.Image.open(MASK).getchannel('A').save(MASK)"
-            )
+    values = sorted({value for file in found.values() for value in file.values})
+    colored = [value for value in values if value >= COLORED]
+    if len(colored) > MANY:
+        raise DataError(
+            f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a '
+            'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that '
+            "alone: PIL.Image.open(MASK).getchannel('A').save(MASK)"
+        )
+    if colored:
         raise DataError(
             f'the masks have colours ({_shown(values)}): name them in the order of the classes, '
             'data.mask_colors=("#000000", "#ff0000", ...)'
@@ -173,22 +172,22 @@ def understand(
         alone = [path for path in _files_with(found, {255}) if path not in both]
         if both and alone and ignore_label == 255:
             raise DataError(
-                f'255 stands beside class 1 in {_some(both)}, where it is ignored, and without it '
-                f'in {_some(alone)}, where it may be class 1: --config.data.mask_format="index" '
-                'ignores it in all, --config.data.label_map="{255: 1}" makes it class 1 in all'
+                f'255 stands beside class 1 in {some(both, 1)}, where it is ignored, and without '
+                f'it in {some(alone, 1)}, where it may be class 1: '
+                '--config.data.mask_format="index" ignores it in all, '
+                '--config.data.label_map="{255: 1}" makes it class 1 in all'
             )
     if not classes.issuperset(values):
         raise _no_classes(found, values, num_classes, ignore_label)
-    if ignore_label >= num_classes > 2 and (ignored := _files_with(found, {ignore_label})):
-        alone = [path for path in ignored if set(found[path].values.tolist()) <= {0, ignore_label}]
-        if len(alone) == len(ignored):
-            raise DataError(
-                f'{ignore_label} is to be ignored, and {_some(alone)} with it hold no class, the '
-                f'model has classes 0 to {num_classes - 1}: if it is the structure, and the only '
-                f'one, --config.model.num_classes=2; if it is one of several, say which, '
-                f'--config.data.label_map="{{{ignore_label}: 1}}"; if it is to be ignored, '
-                '--config.data.mask_format="index"'
-            )
+    ignored = _files_with(found, {ignore_label}) if ignore_label >= num_classes > 2 else []
+    if ignored and all(set(found[path].values) <= {0, ignore_label} for path in ignored):
+        raise DataError(
+            f'{ignore_label} is to be ignored, and {some(ignored, 1)} with it hold no class, the '
+            f'model has classes 0 to {num_classes - 1}: if it is the structure, and the only '
+            f'one, --config.model.num_classes=2; if it is one of several, say which, '
+            f'--config.data.label_map="{{{ignore_label}: 1}}"; if it is to be ignored, '
+            '--config.data.mask_format="index"'
+        )
     return _as_they_are(found, ignore_label)
 
 
@@ -207,19 +206,16 @@ def parse_map(label_map: Mapping[int | str, int]) -> dict[tuple[str, int], int]:
 def _by_map(
     found: Mapping[Path, Found], label_map: Mapping[int | str, int], classes: set[int]
 ) -> Code:
-    rules = parse_map(label_map)
+    rules = sorted(parse_map(label_map).items(), key=lambda rule: rule[0][0] != '')
 
     def label_of(value: int) -> int:
-        if ('', value) in rules:
-            return rules['', value]
-        fits = (label for (sign, n), label in rules.items() if sign and COMPARISONS[sign](value, n))
-        return next(fits, value)
+        return next((label for (sign, n), label in rules if COMPARISONS[sign](value, n)), value)
 
-    tables = {path: {v: label_of(v) for v in file.values.tolist()} for path, file in found.items()}
+    tables = {path: {v: label_of(v) for v in file.values} for path, file in found.items()}
     both = {pair for table in tables.values() for pair in table.items()}
     for value, label in sorted(both):
         if label not in classes:
-            where = _some([path for path, table in tables.items() if value in table])
+            where = some([path for path, table in tables.items() if value in table], 1)
             raise DataError(
                 f'data.label_map makes {label} of the value {value} in {where}, the model has '
                 f'classes {_shown(sorted(classes))}: map {value} to one of them'
@@ -231,12 +227,12 @@ def _by_map(
 def _as_they_are(found: Mapping[Path, Found], ignore_label: int) -> Code:
     tables = {}
     for path, file in found.items():
-        low, high = int(file.values[0]), int(file.values[-1])
+        low, *_, high = [*file.values, file.values[-1]]
         if low < 0 or high > 255:
             raise DataError(f'{path}: labels go from {low} to {high}: 0 to 255 are classes')
-        tables[path] = {value: value for value in file.values.tolist()}
-    values = sorted({value for table in tables.values() for value in table})
-    ignored = f', {ignore_label} counts nowhere' if ignore_label in values else ''
+        tables[path] = {value: value for value in file.values}
+    values = _all_of(tables)
+    ignored = f', {ignore_label} counts nowhere' * (ignore_label in values)
     return Code(tables, f'values {_shown(values)} are class numbers{ignored}')
 
 
@@ -246,27 +242,22 @@ def _binary(found: Mapping[Path, Found]) -> Code:
     Of files that hold shades (JPEG, resized) that is the largest of all such files, as an empty
     one may hold a few dark pixels.
     """
-    shades = collections.defaultdict(int)  # of 8 bits, or of more
-    for path, file in found.items():
-        if _has_shades(path, file):
-            deep = int(file.values[-1]) > 255
-            shades[deep] = max(shades[deep], int(file.values[-1]))
+    shaded = {
+        path: file.values[-1]
+        for path, file in found.items()
+        if len(file.values) > 2 or path.suffix.lower() in ('.jpg', '.jpeg')
+    }
+    largest = {top > 255: top for top in sorted(shaded.values())}  # of 8 bits, and of more
     tables, halves = {}, collections.Counter()
     for path, file in found.items():
-        top = int(file.values[-1])
-        half = (shades[top > 255] if _has_shades(path, file) else top) / 2
-        tables[path] = {value: int(value > half) for value in file.values.tolist()}
-        if top:
-            halves[half] += 1
-    values = sorted({value for table in tables.values() for value in table})
+        top = file.values[-1]
+        half = (largest[top > 255] if path in shaded else top) / 2
+        tables[path] = {value: int(value > half) for value in file.values}
+        halves.update([half] * (top > 0))
     told = f'{next(iter(halves), 0):g}'
     if len(halves) > 1:
         told = ', '.join(f'{half:g} in {count} files' for half, count in sorted(halves.items()))
-    return Code(tables, f'values {_shown(values)}; class 1 is what is above {told}')
-
-
-def _has_shades(path: Path, file: Found) -> bool:
-    return len(file.values) > 2 or path.suffix.lower() in ('.jpg', '.jpeg')
+    return Code(tables, f'values {_shown(_all_of(tables))}; class 1 is what is above {told}')
 
 
 # Colours.
@@ -277,29 +268,24 @@ def _doubt_of_palettes(found: Mapping[Path, Found]) -> str:
 
     A palette of greys, or one that shows two classes alike, says nothing.
     """
-    seen: dict[tuple[str, int], tuple[int, Path]] = {}
+    index_of, color_of = {}, {}  # and the file that says so
     for path, file in found.items():
-        colors = [color for several in file.palette.values() for color in several]
-        greys = all(color == index * 0x010101 for index, (color, *_) in _items(file.palette))
-        if greys or len(set(colors)) < len(file.palette):
+        shown = [(index, color) for index, own in file.palette.items() for color in own]
+        greys = all(color == index * 0x010101 for index, color in shown)
+        if greys or len({color for _, color in shown}) < len(file.palette):
             continue
-        for index, several in _items(file.palette):
-            if len(several) > 1:
+        for index, color in sorted(shown):
+            if len(file.palette[index]) > 1:
                 return f'{index} has different colours in the pages of {path}'
-            (color,) = several
             if color == 0 and index:
                 return f'black is {index} in {path}'
-            for key, value in ((('of color', color), index), (('of index', index), color)):
-                other, where = seen.setdefault(key, (value, path))
-                if other != value and key[0] == 'of color':
-                    return f'#{color:06x} is {other} in {where} and {index} in {path}'
-                if other != value:
-                    return f'{index} is #{other:06x} in {where} and #{color:06x} in {path}'
+            other, where = index_of.setdefault(color, (index, path))
+            if other != index:
+                return f'{_hex(color)} is {other} in {where} and {index} in {path}'
+            other, where = color_of.setdefault(index, (color, path))
+            if other != color:
+                return f'{index} is {_hex(other)} in {where} and {_hex(color)} in {path}'
     return ''
-
-
-def _items(palette: Mapping[int, set[int]]) -> list[tuple[int, list[int]]]:
-    return [(index, sorted(colors)) for index, colors in sorted(palette.items())]
 
 
 def _by_palette(found: Mapping[Path, Found], doubt: str, num_classes: int) -> Code:
@@ -310,7 +296,7 @@ def _by_palette(found: Mapping[Path, Found], doubt: str, num_classes: int) -> Co
             for color in colors:
                 index_of[color][index] += 1
     in_turn = sorted(index_of, key=lambda color: (color != 0, index_of[color].most_common(1)[0][0]))
-    names = tuple(f'#{color:06x}' for color in in_turn)
+    names = [_hex(color) for color in in_turn]
     black_and_one = num_classes == 2 and in_turn[0] == 0 and len(in_turn) <= 2
     if not black_and_one or not all(file.palette for file in found.values()):
         listed = ', '.join(f'"{name}"' for name in names[:8])
@@ -319,34 +305,33 @@ def _by_palette(found: Mapping[Path, Found], doubt: str, num_classes: int) -> Co
             f"the classes, --config.data.mask_colors='({listed})'; or take the stored numbers, "
             '--config.data.mask_format="index"'
         )
-    code = _by_color(found, names)
     told = ', '.join(f'{name} is {label}' for label, name in enumerate(names))
-    return code._replace(meaning=f'palettes do not agree ({doubt}), so colours decide: {told}')
+    meaning = f'palettes do not agree ({doubt}), so colours decide: {told}'
+    return _by_color(found, names)._replace(meaning=meaning)
 
 
 def _by_color(found: Mapping[Path, Found], colors: Sequence[str]) -> Code:
-    label_of = {}
-    for label, name in enumerate(colors):
+    for name in colors:
         if not re.fullmatch('#[0-9a-fA-F]{6}', name):
             raise DataError(f'data.mask_colors has {name!r}: a colour is written #rrggbb')
-        label_of[int(name[1:], 16)] = label
-    tables, unknown = {}, collections.defaultdict(list)
+    label_of = {int(name[1:], 16): label for label, name in enumerate(colors)}
+    tables, unknown, where = {}, set(), []
     for path, file in found.items():
         used = {color for several in file.palette.values() for color in several}
-        used = used or {_color_of(value, path) for value in file.values.tolist()}
-        for color in used - label_of.keys():
-            unknown[color].append(path)
-        tables[path] = {color: label_of[color] for color in used & label_of.keys()}
+        used = used or {_color_of(value, path) for value in file.values}
+        if odd := used - label_of.keys():
+            unknown |= odd
+            where.append(path)
+        tables[path] = {color: label_of[color] for color in used - odd}
     if unknown:
-        some = ', '.join(f'#{color:06x}' for color in sorted(unknown)[:8])
-        where = _some(sorted({path for paths in unknown.values() for path in paths}))
+        told = some([_hex(color) for color in sorted(unknown)])
         raise DataError(
-            f'the masks have {some}, which data.mask_colors does not name ({where}): add them'
+            f'the masks have {told}, which data.mask_colors does not name ({some(where, 1)}): '
+            'add them'
         )
-    used = sorted({color for table in tables.values() for color in table})
-    shown = ', '.join(f'#{color:06x}' for color in used[:8])
-    told = f'colours {shown} are the classes in the order of data.mask_colors'
-    return Code(tables, told, by_color=True)
+    shown = some([_hex(color) for color in _all_of(tables)])
+    meaning = f'colours {shown} are the classes in the order of data.mask_colors'
+    return Code(tables, meaning, by_color=True)
 
 
 def _color_of(value: int, path: Path) -> int:
@@ -367,9 +352,10 @@ def _no_classes(
 ) -> DataError:
     """Values that are no classes: what makes them some, without losing one of them."""
     odd = next(v for v in values if v not in range(num_classes) and v != ignore_label)
-    where = _some(_files_with(found, {odd}))
-    told = f'the masks have values {_shown(values)}, the model has classes 0 to {num_classes - 1}'
-    told += f' ({odd} is in {where})'
+    told = (
+        f'the masks have values {_shown(values)}, the model has classes 0 to {num_classes - 1} '
+        f'({odd} is in {some(_files_with(found, {odd}), 1)})'
+    )
     if any(len(file.values) > MANY for file in found.values()):
         return DataError(
             f'{told}: so many are usually a mask saved as JPEG, or one that was resized: save it '
@@ -384,25 +370,24 @@ def _no_classes(
         )
     # Among levels of grey 255 is one of them, among class numbers it is to be ignored.
     numbers = [value for value in values if value >= 0 and value != ignore_label]
-    kept = numbers if numbers[-1] <= MANY else [value for value in values if value >= 0]
-    places = {value: rank for rank, value in enumerate(kept) if value != rank}
-    places |= {value: ignore_label for value in values if value < 0}
-    rest = f', {ignore_label}: {ignore_label}' * (ignore_label in values and kept == numbers)
-    one_class = f'--config.data.label_map="{{\'>0\': 1{rest}}}" makes one class of all but 0'
-    if not places:
-        flag = f'--config.model.num_classes={len(kept)}'
-        return DataError(f'{told}: model.num_classes must be {len(kept)}, {flag}; {one_class}')
-    if len(kept) == 2 and num_classes > 2:
+    kept = numbers if max(numbers, default=0) <= MANY else [value for value in values if value >= 0]
+    if len(kept) == 2 < num_classes and kept != [0, 1]:
         return DataError(
             f'{told}: if there is one structure, --config.model.num_classes=2 '
             f'--config.data.mask_format="binary"; if it is one of several, say which, '
             f'--config.data.label_map="{{{kept[1]}: 1}}"'
         )
-    flags = f'--config.data.label_map="{places}"'
-    if len(kept) > num_classes:
-        flags = f'--config.model.num_classes={len(kept)} {flags} makes classes of them'
-        return DataError(f'{told}: {flags}; {one_class}')
-    return DataError(f'{told}: {flags} makes classes of them')
+    places = {value: rank for rank, value in enumerate(kept) if value != rank}
+    places |= {value: ignore_label for value in values if value < 0}
+    mapped = f'--config.data.label_map="{places}"'
+    if len(kept) <= num_classes and places:
+        return DataError(f'{told}: {mapped} makes classes of them')
+    rest = f', {ignore_label}: {ignore_label}' * (ignore_label in values and kept == numbers)
+    one_class = f'--config.data.label_map="{{\'>0\': 1{rest}}}" makes one class of all but 0'
+    flag = f'--config.model.num_classes={len(kept)}'
+    if places:
+        return DataError(f'{told}: {flag} {mapped} makes classes of them; {one_class}')
+    return DataError(f'{told}: model.num_classes must be {len(kept)}, {flag}; {one_class}')
 
 
 def _one_of_each(found: Mapping[Path, Found]) -> bool:
@@ -411,15 +396,16 @@ def _one_of_each(found: Mapping[Path, Found]) -> bool:
 
 
 def _files_with(found: Mapping[Path, Found], values: set[int]) -> list[Path]:
-    return [path for path, file in found.items() if values <= set(file.values.tolist())]
+    return [path for path, file in found.items() if values <= set(file.values)]
 
 
-def _some(paths: Sequence[Path]) -> str:
-    """'a.png' or 'a.png and 3 more'."""
-    return f'{paths[0]}' + (f' and {len(paths) - 1} more' if len(paths) > 1 else '')
+def _all_of(tables: Mapping[Path, Mapping[int, int]]) -> list[int]:
+    return sorted({value for table in tables.values() for value in table})
+
+
+def _hex(color: int) -> str:
+    return f'#{color:06x}'
 
 
 def _shown(values: Sequence[int]) -> str:
-    rest = len(values) - 8
-    shown = (f'#{v & 0xFFFFFF:06x}' if v >= COLORED else str(v) for v in values[:8])
-    return ', '.join(shown) + (f' and {rest} more' if rest > 0 else '')
+    return some([_hex(v & 0xFFFFFF) if v >= COLORED else v for v in values])

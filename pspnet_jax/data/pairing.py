@@ -68,31 +68,22 @@ def match(
     could be of two pictures is the longer name's. `together`: in one folder, where nothing is a
     mask of itself.
     """
-    if STEM in rule and '/' not in rule and are_unique(pictures) and are_unique(masks):
-        whole = {last(way): way for way in masks}
-        short = _match({last(way): way for way in pictures}, list(whole), rule, together)
-        return {way: [whole[mask] for mask in found] for way, found in short.items()}
-    return _match({way: way for way in pictures}, masks, rule, together)
-
-
-def _match(
-    pictures: Mapping[str, str], masks: Sequence[str], rule: str, together: bool
-) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    alone = STEM in rule and '/' not in rule and are_unique(pictures) and are_unique(masks)
+    known, ways = ({last(way) if alone else way: way for way in some} for some in (masks, pictures))
+    found = collections.defaultdict(list)
     if '*' not in rule:
-        there = set(masks)
-        for name, way in pictures.items():
+        for name, way in ways.items():
             folder, slash, stem = name.rpartition('/')
             mask = folder + slash + rule.replace(STEM, stem)
-            if mask in there and not (together and mask == name):
-                found[way] = [mask]
-        return found
+            if mask in known and not (together and mask == name):
+                found[way].append(known[mask])
+        return dict(found)
     before, after = rule.split(STEM)
     pattern = re.compile(re.escape(after).replace(r'\*', '[^/]*'))
-    for mask in masks:
-        if way := _owner(mask, pictures, before, pattern, together):
-            found.setdefault(way, []).append(mask)
-    return found
+    for mask, whole in known.items():
+        if way := _owner(mask, ways, before, pattern, together):
+            found[way].append(whole)
+    return dict(found)
 
 
 def _owner(
@@ -153,14 +144,13 @@ def _affixes(stems: Sequence[str], names: Sequence[str]) -> collections.Counter[
     """What names have around the longest of the stems in them, and how often."""
     known, found = set(stems), collections.Counter()
     for name in names[:MOST_NAMES]:
-        parts = (
-            (name[start : start + size], Affix(name[:start], name[start + size :]))
+        affixes = (
+            Affix(name[:start], name[start + size :])
             for size in range(len(name) - 1, 0, -1)
             for start in range(len(name) - size + 1)
+            if name[start : start + size] in known
         )
-        affix = next((affix for part, affix in parts if part in known), None)
-        if affix:
-            found[affix] += 1
+        found.update(itertools.islice(affixes, 1))
     return found
 
 

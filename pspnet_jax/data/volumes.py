@@ -5,28 +5,22 @@ Training reads slices in any order; evaluation reads whole volumes. A source
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pspnet_jax.data.formats.limits import free_memory
 from pspnet_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-MEMINFO, STATUS = Path('/proc/meminfo'), Path('/proc/self/status')
-GROUPS, OWN_GROUP = Path('/sys/fs/cgroup'), Path('/proc/self/cgroup')
-GROUPS_V1 = ('memory.limit_in_bytes', 'memory.usage_in_bytes')
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
 RANGE_PIXELS = 2**20  # of an image, evenly spread, that its range is measured on
 
@@ -265,50 +259,6 @@ def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray
     if (found, channels) == (3, 1) and (image_DHWC == image_DHWC[..., :1]).all():
         return image_DHWC[..., :1]
     raise DataError(f'{name} has {found} channels, the network takes {channels}: give it these')
-
-
-def free_memory() -> int:
-    """Bytes that this program can still take: of the machine, of its container, by its ulimit.
-
-    Half of the machine's where the system does not say.
-    """
-    found = MEMINFO.exists() and re.search(r'MemAvailable: *(\d+) kB', MEMINFO.read_text())
-    if found:
-        free = 1024 * int(found[1])
-    else:
-        free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
-    return max(min([free, *_group_limits(), *_process_limits()]), 0)
-
-
-def _group_limits() -> Iterator[int]:
-    """Bytes left in the control groups that this process is in, as Docker and Slurm set them."""
-    own = OWN_GROUP.read_text() if OWN_GROUP.exists() else ''
-    for root, line, names in (
-        (GROUPS, r'^0::(/.*)$', ('memory.max', 'memory.current')),
-        (GROUPS / 'memory', r'^\d+:memory:(/.*)$', GROUPS_V1),
-    ):
-        below = re.search(line, own, re.MULTILINE)
-        folder = root / below[1].lstrip('/') if below else root
-        for place in (folder, *folder.parents):  # a limit of any group above holds too
-            with contextlib.suppress(OSError, ValueError):
-                limit, used = (int((place / name).read_text()) for name in names)
-                stat = (place / 'memory.stat').read_text()
-                cache = re.search(r'^inactive_file (\d+)$', stat, re.MULTILINE)
-                yield limit - used + (int(cache[1]) if cache else 0)
-            if place == root:
-                break
-
-
-def _process_limits() -> Iterator[int]:
-    """Bytes left of the address space and of the data that `ulimit` allows."""
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
-        used = 1024 * int(re.search(r'VmSize:\s*(\d+) kB', STATUS.read_text())[1])
-        for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-            limit = resource.getrlimit(kind)[0]
-            if limit != resource.RLIM_INFINITY:
-                yield limit - used
 
 
 def in_memory(slices: Slices) -> Slices:

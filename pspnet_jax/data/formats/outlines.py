@@ -52,17 +52,21 @@ def rasterize(
     line `line_width` pixels wide with round ends and joints. A mask is as it is. Raises DataError
     for a size, or an amount of shapes, that is out of all proportion.
     """
-    H, W = size
-    if not (0 < H < MAX_SIDE and 0 < W < MAX_SIDE and H * W <= MAX_PIXELS):
-        raise DataError(f'a picture of {W} x {H} pixels is no size for a mask: cut it in pieces')
+    check_size('a picture', size)
     if fault := _out_of_proportion(shapes, size):
         raise DataError(fault)
-    mask_HW = np.zeros((H, W), np.uint8)
+    mask_HW = np.zeros(size, np.uint8)
     for shape in shapes:
         for part in _parts(shape, line_width):
             for window, inside in _fill(part, size):
                 mask_HW[window][inside] = shape.label
     return mask_HW
+
+
+def check_size(what: object, size: tuple[int, int]) -> None:
+    H, W = size
+    if not (0 < H < MAX_SIDE and 0 < W < MAX_SIDE and H * W <= MAX_PIXELS):
+        raise DataError(f'{what} of {W} x {H} pixels is no size for a mask: cut it in pieces')
 
 
 def _parts(shape: Shape, line_width: float) -> Iterator[Shape]:
@@ -109,17 +113,14 @@ def _fill(shape: Shape, size: tuple[int, int]) -> Iterator[tuple[Any, np.ndarray
     top, bottom, left, right = _box(shape, size)
     if bottom == top or right == left:
         return
-    if shape.kind == 'mask':
-        rows, step = slice(top, bottom), max(1, BAND // shape.size[0])
-        for first in range(left, right, step):
-            columns = slice(first, min(first + step, right))
-            yield (rows, columns), _in_mask(shape, rows, columns)
-        return
-    step = max(1, BAND // (right - left))
-    for first in range(top, bottom, step):
-        rows, columns = slice(first, min(first + step, bottom)), slice(left, right)
-        inside = _in_ellipse if shape.kind == 'ellipse' else _in_polygon
-        yield (rows, columns), inside(shape, rows, columns)
+    down = shape.kind == 'mask'
+    first, last, breadth = (left, right, shape.size[0]) if down else (top, bottom, right - left)
+    inside = {'mask': _in_mask, 'ellipse': _in_ellipse}.get(shape.kind, _in_polygon)
+    step = max(1, BAND // breadth)
+    for at in range(first, last, step):
+        band = slice(at, min(at + step, last))
+        window = (slice(top, bottom), band) if down else (band, slice(left, right))
+        yield window, inside(shape, *window)
 
 
 def _grid(points_N2: np.ndarray) -> np.ndarray:
@@ -193,8 +194,7 @@ def _in_mask(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
 
 def _out_of_proportion(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
     """A fault where a coordinate is, or filling would take minutes, as no drawing's does."""
-    H, W = size
-    work = 0
+    (H, W), work = size, 0
     for shape in shapes:
         if not len(shape.points):
             continue

@@ -17,7 +17,7 @@ import re
 import reprlib
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,9 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax import text
-from pspnet_jax.data.outlines import MAX_PIXELS, MAX_SIDE, Shape, has_area
-from pspnet_jax.errors import ConfigError, DataError, first_line
+from pspnet_jax.data.formats import files
+from pspnet_jax.data.formats.outlines import MAX_PIXELS, MAX_SIDE, Shape, has_area
+from pspnet_jax.errors import ConfigError, DataError, first_line, some
 
 MAX_FAULTS = 1000  # of a file, after which it is not read on
 CSV_HEADER = (
@@ -87,39 +88,26 @@ class Findings(NamedTuple):
     declared: list[str]
 
 
-def read_annotations(
-    path: str | Path, *, classes: Mapping[str, int] | None = None, attribute: str = ''
-) -> Annotations:
-    """The regions of every picture that a file names, whichever tool wrote it.
+def read(
+    path: str | Path, classes: Mapping[str, int] | None = None, attribute: str = ''
+) -> tuple[Annotations, list[str]]:
+    """The regions of every picture that a file names, whichever tool wrote it, and its faults.
 
     Without `classes`, COCO's categories are numbered 1, 2, ... in the order of their ids, found
     in a region or not, and the values of other attributes in sorted order, of those found alone;
     'background' and '_background_' are 0, and where regions have no attribute all are class 1.
     With `classes`, other names are a fault. `attribute` is needed where regions have several;
-    COCO's is called category, labelme's label. Raises one DataError that lists every fault,
+    COCO's is called category, labelme's label. Raises DataError for what is no file of annotations,
     ConfigError for classes that no mask can hold.
     """
-    annotations, faults = read_with_faults(path, classes, attribute)
-    if faults:
-        raise all_faults(path, faults)
-    return annotations
-
-
-def read_with_faults(
-    path: str | Path, classes: Mapping[str, int] | None = None, attribute: str = ''
-) -> tuple[Annotations, list[str]]:
-    """As `read_annotations`, for a caller that has further faults to list."""
     for name, number in (classes or {}).items():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= 255:
             raise ConfigError(f'class {show(name)} is {show(number)}: give a number 0 to 255')
     path, findings = Path(path).expanduser(), Findings([], defaultdict(list), [])
-    faults = findings.faults
+    faults, passed = findings.faults, findings.passed_over
     tool, shapes, sizes, regions = '', {}, {}, []
     with contextlib.suppress(_TooManyFaultsError):
-        if os.path.isdir(path):
-            tool, pictures = 'labelme', _read_labelme_folder(path, findings)
-        else:
-            tool, pictures = _read_file(path, findings)
+        tool, pictures = (_open_folder if os.path.isdir(path) else _open)(path, findings)
         for picture in pictures:
             if picture.name in shapes:
                 faults.append(f'{show(picture.name)} is there twice: keep one, or rename a picture')
@@ -129,39 +117,29 @@ def read_with_faults(
                 sizes[picture.name] = picture.size
     if not shapes and not faults:
         faults.append(f'no picture is named: {AGAIN}')
-    passed = [told for reason in (POINTS, NO_OUTLINE) for told in findings.passed_over[reason]]
-    if passed and not regions and not faults:
-        faults.append(
-            f'none of its {count(len(passed), "region")} has an area (points and boxes have none): '
-            'draw outlines'
-        )
-    found = f'{tool}: {count(len(shapes), "picture")}, {count(len(regions), "region")}'
-    numbers, labels, attribute, note, wrong = _number_classes(
-        [region for _, region in regions], classes, attribute, findings.declared
+    without_area = len(passed[POINTS]) + len(passed[NO_OUTLINE])
+    if without_area and not regions and not faults:
+        told = count(without_area, 'region')
+        faults.append(f'none of its {told} has an area (points and boxes have none): draw outlines')
+    numbers, labels, attribute, note = _number_classes(
+        [region for _, region in regions], classes, attribute, findings
     )
     for (name, region), label in zip(regions, labels, strict=True):
         shapes[name] += [shape._replace(label=label, where=region.where) for shape in region.shapes]
-    notes = [found, note, *_passed_over(findings)]
-    loose = tool == 'labelme'
-    return Annotations(shapes, numbers, sizes, notes, attribute, loose), faults + wrong
-
-
-def _passed_over(findings: Findings) -> Iterator[str]:
-    """A line for each reason."""
-    for reason, places in findings.passed_over.items():
-        if places:
-            yield f'passed over: {reason} ({len(places)}): {some(places, separator="; ")}'
-
-
-def json_files(folder: Path) -> list[Path]:
-    """Every .json in the folder and below, in the order of their names."""
-    return [path for path in sorted(folder.rglob('*.json')) if not hidden(path, folder)]
+    found = f'{tool}: {count(len(shapes), "picture")}, {count(len(regions), "region")}'
+    left = [
+        f'passed over: {reason} ({len(places)}): {some(places, separator="; ")}'
+        for reason, places in passed.items()
+        if places
+    ]
+    notes, loose = [found, note, *left], tool == 'labelme'
+    return Annotations(shapes, numbers, sizes, notes, attribute, loose), faults
 
 
 def is_labelme(path: Path) -> bool:
     with contextlib.suppress(DataError):
         tree = text.read_json(path)
-        return isinstance(tree, dict) and 'shapes' in tree and 'imagePath' in tree
+        return isinstance(tree, dict) and {'shapes', 'imagePath'} <= tree.keys()
     return False
 
 
@@ -176,12 +154,6 @@ def show(value: Any) -> str:
     return _shorten.repr(value)
 
 
-def some(items: Sequence[str], most: int = 8, separator: str = ', ') -> str:
-    """'a, b and 3 more'."""
-    rest = len(items) - most
-    return separator.join(items[:most]) + (f' and {rest} more' if rest > 0 else '')
-
-
 def count(number: int, noun: str) -> str:
     return f'{number} {noun}{"" if number == 1 else "s"}'
 
@@ -190,7 +162,7 @@ def all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
     """One line where there is one fault, else a list."""
     if len(faults) == 1:
         return DataError(f'{source}: {faults[0]}')
-    more = ['and there may be more'] if len(faults) >= MAX_FAULTS else []
+    more = ['and there may be more'] * (len(faults) >= MAX_FAULTS)
     return DataError(f'{len(faults)} faults in {source}:', [*faults[:MAX_FAULTS], *more])
 
 
@@ -225,7 +197,7 @@ def _listed(findings: Findings, where: str = '') -> Iterator[None]:
 # Files and values.
 
 
-def _read_file(path: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
+def _open(path: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
     """The tool that wrote the file, and its pictures."""
     content = text.read(path, AGAIN)
     header = content.partition('\n')[0].strip().lstrip('#').replace('"', '')
@@ -240,9 +212,9 @@ def _read_file(path: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
     if isinstance(tree, dict):
         if '_via_img_metadata' in tree:
             return 'VIA 2 project', _read_via(tree['_via_img_metadata'], findings)
-        if 'annotations' in tree and 'images' in tree:
+        if {'annotations', 'images'} <= tree.keys():
             return 'COCO', _read_coco(tree, findings)
-        if 'shapes' in tree and 'imagePath' in tree:
+        if {'shapes', 'imagePath'} <= tree.keys():
             return 'labelme', iter([_read_labelme(tree, findings)])
         if any(isinstance(item, dict) and 'filename' in item for item in tree.values()):
             return 'VIA', _read_via(tree, findings)
@@ -268,10 +240,9 @@ def _name(value: Any) -> str:
     """The picture's way below some folder, whichever way its slashes lean: a whole path, too, is
     only compared with pictures that are there.
     """
-    if not isinstance(value, str):
-        raise DataError(f'the picture name is {show(value)}: write the name of the file')
-    name = unicodedata.normalize('NFC', value).replace('\\', '/')
-    name = '/'.join(part for part in name.split('/') if part not in ('', '.'))
+    name = unicodedata.normalize('NFC', value if isinstance(value, str) else '')
+    parts = name.replace('\\', '/').split('/')
+    name = '/'.join(part for part in parts if part not in ('', '.'))
     if not name.strip():
         raise DataError(f'the picture name is {show(value)}: write the name of the file')
     return name
@@ -286,17 +257,17 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _size(height: Any, width: Any) -> tuple[int, int] | None:
     """(H, W), or None where the file has none, or 0."""
     sides = _whole(height), _whole(width)
-    for side in sides:
-        if isinstance(side, bool) or (side is not None and not isinstance(side, int)):
-            raise DataError(f'{show(width)} x {show(height)} is no size of a picture: {AGAIN}')
-    if not all(sides):
-        return None
-    if not all(0 < side < MAX_SIDE for side in sides):
-        raise DataError(f'{show(width)} x {show(height)} is no size of a picture: {AGAIN}')
-    return sides
+    known = [side for side in sides if side is not None]
+    if all(_is_int(side) and 0 <= side < MAX_SIDE for side in known):
+        return sides if all(sides) else None
+    raise DataError(f'{show(width)} x {show(height)} is no size of a picture: {AGAIN}')
 
 
 def _attributes(value: Any) -> dict[str, str | tuple[str, ...]]:
@@ -306,7 +277,7 @@ def _attributes(value: Any) -> dict[str, str | tuple[str, ...]]:
         if isinstance(item, dict):
             ticked = tuple(sorted(name for name, on in item.items() if on is True))
             item = ticked[0] if len(ticked) == 1 else ticked
-        elif isinstance(item, int | float) and not isinstance(item, bool):
+        elif isinstance(item, float) or _is_int(item):
             item = str(item)
         if isinstance(item, str):
             item = item.strip()
@@ -317,7 +288,7 @@ def _attributes(value: Any) -> dict[str, str | tuple[str, ...]]:
 
 def _number(value: Any, what: str, low: float = -MAX_SIDE) -> float:
     """A coordinate, or with `low` 0 a length, in pixels."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, float) and not _is_int(value):
         raise DataError(f'its {what} is {show(value)}, not a number: {REDRAW}')
     if not low <= value <= MAX_SIDE:  # as NaN is not
         raise DataError(f'its {what} is {show(value)}, not from {low} to {MAX_SIDE}: {REDRAW}')
@@ -333,34 +304,22 @@ def _points(xs: Any, ys: Any) -> np.ndarray:
     return np.array(pairs, np.float64).reshape(-1, 2)
 
 
-def _polygon(points_N2: np.ndarray) -> Shape:
-    """A closed outline; VIA 1 repeats the first point at the end."""
-    if len(points_N2) > 1 and (points_N2[0] == points_N2[-1]).all():
-        points_N2 = points_N2[:-1]
-    return Shape('polygon', points_N2)
-
-
-def _polyline(points_N2: np.ndarray) -> Shape:
-    """An open line; one whose ends meet is the region that it encloses."""
-    if len(points_N2) > 3 and (points_N2[0] == points_N2[-1]).all():
-        return _polygon(points_N2)
-    return Shape('polyline', points_N2)
+def _outline(points: Any, open_line: bool = False) -> Shape:
+    """A closed outline; VIA 1 repeats the first point at the end. An open line whose ends meet is
+    the region that it encloses.
+    """
+    points_N2 = np.array(points, np.float64).reshape(-1, 2)
+    meets = len(points_N2) > (3 if open_line else 1) and (points_N2[0] == points_N2[-1]).all()
+    kind = 'polyline' if open_line and not meets else 'polygon'
+    return Shape(kind, points_N2[:-1] if meets else points_N2)
 
 
 def _rectangle(x0: float, y0: float, x1: float, y1: float) -> Shape:
-    return Shape('polygon', np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], np.float64))
+    return _outline([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float, theta: float = 0.0) -> Shape:
     return Shape('ellipse', np.array([(x, y)], np.float64), radii=(rx, ry), theta=theta)
-
-
-def _mask(inside_HW: np.ndarray, x: int, y: int) -> Shape:
-    """Of True and False, with its upper left corner at x y."""
-    flat = np.zeros(inside_HW.size + 2, bool)
-    flat[1:-1] = inside_HW.ravel(order='F')
-    runs = np.flatnonzero(flat[1:] != flat[:-1]).reshape(-1, 2)
-    return Shape('mask', np.array([(x, y)], np.float64), size=inside_HW.shape, runs=runs)
 
 
 def _unknown_shape(name: Any) -> Exception:
@@ -378,14 +337,11 @@ def _read_via(entries: Any, findings: Findings) -> Iterator[Picture]:
         entries = _object(entries, '_via_img_metadata')
     for key, entry in entries.items() if isinstance(entries, dict) else ():
         with _listed(findings, f'entry {show(key)}'):
-            entry = _object(entry)
-            name = _name(entry.get('filename'))
-            found = []
+            name, found = _name(_object(entry).get('filename')), []
             for n, region in enumerate(_via_regions(entry.get('regions')), 1):
                 where = f'{show(name)}, region {n}'
                 with _listed(findings, where):
-                    region = _object(region)
-                    shape = _via_shape(region.get('shape_attributes'))
+                    shape = _via_shape(_object(region).get('shape_attributes'))
                     attributes = _attributes(region.get('region_attributes'))
                     found.append(Region(where, [shape], attributes))
             yield Picture(name, None, found)
@@ -412,7 +368,7 @@ def _via_shape(value: Any) -> Shape:
 
     if name in ('polygon', 'polyline'):
         points = _points(item.get('all_points_x'), item.get('all_points_y'))
-        return _polygon(points) if name == 'polygon' else _polyline(points)
+        return _outline(points, name == 'polyline')
     if name == 'rect':
         (x, y), (width, height) = at('x', 'y'), long('width', 'height')
         return _rectangle(x, y, x + width, y + height)
@@ -435,14 +391,13 @@ def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
             with _listed(findings, f'line {lines.line_num}'):
                 if len(row) != columns:
                     raise DataError(
-                        f'it has {len(row)} fields, not {columns}: put a name with a comma in '
-                        'quotes'
+                        f'it has {len(row)} fields, not {columns}: put names with commas in quotes'
                     )
                 name = _name(row[0])
                 if bytes_of.setdefault(name, row[1]) != row[1]:
                     raise DataError(f'{show(name)} is of two sizes: rename one of the pictures')
-                shape, attributes = _via_field(row[5]), _attributes(_via_field(row[6]))
-                found = regions[name]
+                shape, attributes = (text.parse_json(field, AGAIN) for field in row[5:7])
+                attributes, found = _attributes(attributes), regions[name]
                 if shape != {} or attributes:
                     numbers[name] += 1
                     where = f'{show(name)}, region {numbers[name]}'
@@ -455,31 +410,30 @@ def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
         yield Picture(name, None, found)
 
 
-def _via_field(value: str) -> Any:
-    return text.parse_json(value, AGAIN)
-
-
 # COCO
 
 
 def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
-    images = _coco_table(tree, 'images', _coco_image, findings)
-    categories = _coco_table(tree, 'categories', _coco_category, findings)
-    findings.declared.extend(_coco_classes(categories))
-    damaged = bool(findings.faults)  # what an annotation refers to may be what could not be read
+    images = _coco_table(tree, 'images', findings, _coco_image)
+    categories = _coco_table(tree, 'categories', findings, _coco_category)
+    # Without the category 0 that is only the group of others, as Roboflow writes it.
+    groups = {group for name, group in categories.values() if group != name}
+    ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
+    names = [categories[key][0] for key in ids if key != 0 or categories[key][0] not in groups]
+    findings.declared.extend('background' if is_background(name) else name for name in names)
     items, unnamed = [], set()
     with _listed(findings):
         items = _list(tree['annotations'], 'annotations')
+    if findings.faults:  # what an annotation refers to may be what could not be read
+        items = []
     for n, item in enumerate(items, 1):
         where = f'annotation {n}'
         with _listed(findings, where):
-            attributes = {}
-            if (category := _find(categories, _object(item), 'category_id', damaged)) is not None:
-                attributes['category'] = category['name']
-            elif not damaged:
+            picture, attributes = _find(images, _object(item), 'image_id'), {}
+            if categories:
+                attributes['category'], _ = _find(categories, item, 'category_id')
+            else:
                 unnamed.add(show(item.get('category_id')))
-            if (picture := _find(images, item, 'image_id', damaged)) is None:
-                continue
             where = f'{show(picture.name)}, {where}'
             with _listed(findings, where):
                 shapes = _coco_shapes(item.get('segmentation'), picture, findings, where)
@@ -497,19 +451,19 @@ def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
         yield picture
 
 
-def _coco_table(tree: dict[str, Any], key: str, read: Any, findings: Findings) -> dict[Any, Any]:
-    """{id: what `read` makes of the item}."""
+def _coco_table(tree: dict[str, Any], key: str, findings: Findings, make: Callable) -> dict:
+    """{id: what `make` makes of the item}."""
     items, found = [], {}
     with _listed(findings):
         items = _list(tree.get(key, []), key)
     for n, item in enumerate(items, 1):
         with _listed(findings, f'{key} {n}'):
             identity = _whole(_object(item).get('id'))
-            if isinstance(identity, bool) or not isinstance(identity, int | str):
+            if not _is_int(identity) and not isinstance(identity, str):
                 raise DataError(f'its id is {show(identity)}: give it a number')
             if identity in found:
                 raise DataError(f'its id {show(identity)} is there twice: give it another')
-            found[identity] = read(item)
+            found[identity] = make(item)
     return found
 
 
@@ -517,48 +471,29 @@ def _coco_image(item: dict[str, Any]) -> Picture:
     return Picture(_name(item.get('file_name')), _size(item.get('height'), item.get('width')), [])
 
 
-def _coco_category(item: dict[str, Any]) -> dict[str, str]:
+def _coco_category(item: dict[str, Any]) -> tuple[str, str]:
     """Its name, and that of its group."""
     if not isinstance(item.get('name'), str) or not item['name'].strip():
         raise DataError(f'its name is {show(item.get("name"))}: give it one')
-    return {'name': item['name'].strip(), 'group': str(item.get('supercategory') or '').strip()}
+    return item['name'].strip(), str(item.get('supercategory') or '').strip()
 
 
-def _coco_classes(categories: dict[int | str, dict[str, str]]) -> list[str]:
-    """Their names in the order of their ids, numbers first.
-
-    Without the category 0 that is only the group of others, as Roboflow writes it.
-    """
-    ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
-    groups = {item['group'] for item in categories.values() if item['group'] != item['name']}
-    names = [categories[key]['name'] for key in ids]
-    if ids and ids[0] == 0 and names[0] in groups:
-        names = names[1:]
-    return ['background' if is_background(name) else name for name in names]
-
-
-def _find(table: dict[Any, Any], item: dict[str, Any], key: str, damaged: bool) -> Any:
-    """What item[key] refers to; None where the file has no such table."""
+def _find(table: dict[Any, Any], item: dict[str, Any], key: str) -> Any:
+    """What item[key] refers to."""
     identity = _whole(item.get(key))
-    if isinstance(identity, int | str) and not isinstance(identity, bool) and identity in table:
+    if (_is_int(identity) or isinstance(identity, str)) and identity in table:
         return table[identity]
-    if damaged or (not table and key == 'category_id'):
-        return None
     raise DataError(f'its {key} {show(item.get(key))} is not in the file: add it, or remove this')
 
 
 def _coco_shapes(parts: Any, picture: Picture, findings: Findings, where: str) -> list[Shape]:
     """The parts, whose union the annotation is: one after the other they give that."""
-    if isinstance(parts, dict):
-        shapes = [_coco_mask(parts, picture)]
-    else:
-        shapes = []
-        for part in [] if parts is None else _list(parts, 'its segmentation'):
-            if len(_list(part, 'a part of its segmentation')) % 2:
-                raise DataError(f'a part of it has {len(part)} numbers, not x y x y ...: {REDRAW}')
-            shapes.append(_polygon(_points(part[0::2], part[1::2])))
-    least = {'polygon': 3, 'mask': 1}
-    sound = [s for s in shapes if len(s.points) >= least[s.kind] and has_area(s)]
+    shapes = [_coco_mask(parts, picture)] if isinstance(parts, dict) else []
+    for part in _list(parts or [], 'its segmentation') if not shapes else ():
+        if len(_list(part, 'a part of its segmentation')) % 2:
+            raise DataError(f'a part of it has {len(part)} numbers, not x y x y ...: {REDRAW}')
+        shapes.append(_outline(_points(part[0::2], part[1::2])))
+    sound = [s for s in shapes if (s.kind == 'mask' or len(s.points) > 2) and has_area(s)]
     if not sound:
         raise _PassedOverError(NO_OUTLINE)
     findings.passed_over[NO_AREA] += [where] * (len(shapes) - len(sound))
@@ -573,25 +508,22 @@ def _coco_mask(item: dict[str, Any], picture: Picture) -> Shape:
     """
     sides = _list(item.get('size'), 'the size of its mask')
     size = _size(*sides) if len(sides) == 2 else None
-    if not size or size[0] * size[1] > MAX_PIXELS:
+    if not size or math.prod(size) > MAX_PIXELS:
         raise DataError(f'the size of its mask is {show(sides)}, not height and width: {AGAIN}')
     if picture.size and size != picture.size:
         raise DataError(
             f'its mask is {size[1]} x {size[0]} pixels, the picture {picture.size[1]} x '
             f'{picture.size[0]}: {AGAIN}'
         )
-    counts, whole = item.get('counts'), size[0] * size[1]
+    counts, whole = item.get('counts'), math.prod(size)
     if isinstance(counts, str):
         counts = _unpack(counts)
     for number in _list(counts, 'its run lengths'):
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= whole:
+        if not _is_int(number) or not 0 <= number <= whole:
             raise DataError(f'one of its run lengths is {show(number)}: {AGAIN}')
-    if sum(counts) != whole:
-        raise DataError(
-            f'its run lengths add up to {sum(counts)}, not {size[0]} x {size[1]}: {AGAIN}'
-        )
-    ends = np.cumsum(counts)
-    runs = ends[: len(ends) // 2 * 2].reshape(-1, 2)
+    if (total := sum(counts)) != whole:
+        raise DataError(f'its run lengths add up to {total}, not {size[0]} x {size[1]}: {AGAIN}')
+    runs = np.cumsum(counts)[: len(counts) // 2 * 2].reshape(-1, 2)
     return Shape('mask', np.zeros((1, 2)), size=size, runs=runs)
 
 
@@ -619,31 +551,30 @@ def _unpack(counts: str) -> list[int]:
 # labelme
 
 
-def _read_labelme_folder(folder: Path, findings: Findings) -> Iterator[Picture]:
+def _open_folder(folder: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
     """Every labelme file in the folder and below, in the order of their names.
 
     A picture is taken to be in the same sub-folder as its file, if there are several of its name.
     """
-    files = json_files(folder)
-    if not files:
+    paths = files.below(folder, ('.json',))
+    if not paths:
         raise DataError(f'{folder} holds no .json: give the annotation file, or labelme files')
-    for path in files:
-        inner = findings._replace(faults=[])
-        try:
-            with _listed(findings):
-                tool, pictures = _read_file(path, inner)
-                if tool != 'labelme':
-                    raise DataError(f'{path} is of {tool}, not of labelme: give that file alone')
-                below = path.parent.relative_to(folder).as_posix()
-                for picture in pictures:
-                    yield picture._replace(name=_name(f'{below}/{picture.name}'))
-        finally:
-            findings.faults.extend(f'{path}: {fault}' for fault in inner.faults)
 
+    def pictures() -> Iterator[Picture]:
+        for path in paths:
+            inner = findings._replace(faults=[])
+            try:
+                with _listed(findings):
+                    tool, found = _open(path, inner)
+                    if tool != 'labelme':
+                        raise DataError(f'{path} is of {tool}, not labelme: give that file alone')
+                    below = path.parent.relative_to(folder).as_posix()
+                    for picture in found:
+                        yield picture._replace(name=_name(f'{below}/{picture.name}'))
+            finally:
+                findings.faults.extend(f'{path}: {fault}' for fault in inner.faults)
 
-def hidden(path: Path, folder: Path) -> bool:
-    """Is there a leading dot below the folder, as in what systems and editors leave behind?"""
-    return any(part.startswith('.') for part in path.relative_to(folder).parts)
+    return 'labelme', pictures()
 
 
 def _read_labelme(tree: dict[str, Any], findings: Findings) -> Picture:
@@ -652,11 +583,10 @@ def _read_labelme(tree: dict[str, Any], findings: Findings) -> Picture:
     with _listed(findings):
         name = _name(re.split(r'[/\\]', value)[-1] if isinstance(value, str) else value)
     with _listed(findings, show(name)):
+        items = _list(tree['shapes'], 'its list of shapes')
         size = _size(tree.get('imageHeight'), tree.get('imageWidth'))
         if size is None:
             raise _PassedOverError(NO_SIZE)
-    with _listed(findings, show(name)):
-        items = _list(tree['shapes'], 'its list of shapes')
     for n, item in enumerate(items, 1):
         where = f'{show(name)}, region {n}'
         with _listed(findings, where):
@@ -675,19 +605,18 @@ def _labelme_shape(item: dict[str, Any]) -> Shape:
     if kind == 'rectangle' and len(points) == 4:
         low, high = points.min(0), points.max(0)
         level = ((points == low) | (points == high)).all()  # then in any order
-        return _rectangle(*low, *high) if level else _polygon(points)
+        return _rectangle(*low, *high) if level else _outline(points)
     if kind in ('polygon', 'oriented_rectangle', 'rotation', 'quadrilateral'):
-        return _polygon(points)
+        return _outline(points)
     if kind in ('line', 'linestrip'):
-        return _polyline(points)
+        return _outline(points, open_line=True)
     if kind not in ('rectangle', 'circle', 'mask'):
         raise _unknown_shape(kind)
     if len(points) != 2:
         raise DataError(f'it is a {kind} of {count(len(points), "point")}, not two: {REDRAW}')
     (x0, y0), (x1, y1) = points.tolist()
     if kind == 'circle':  # its centre and a point on it
-        radius = math.hypot(x1 - x0, y1 - y0)
-        return _ellipse(x0, y0, radius, radius)
+        return _ellipse(x0, y0, *[math.hypot(x1 - x0, y1 - y0)] * 2)
     if kind == 'mask':
         return _labelme_mask(item.get('mask'), points)
     return _rectangle(x0, y0, x1, y1)
@@ -714,7 +643,9 @@ def _labelme_mask(value: Any, corners: np.ndarray) -> Shape:
         raise DataError(f'its mask is no PNG ({first_line(error)}): {REDRAW}') from error
     if inside.ndim != 2:
         raise DataError(f'its mask is in colour: {REDRAW}')
-    return _mask(inside, x0, y0)
+    flat = np.pad(inside.ravel(order='F'), 1)
+    runs = np.flatnonzero(flat[1:] != flat[:-1]).reshape(-1, 2)
+    return Shape('mask', np.array([(x0, y0)], np.float64), size=inside.shape, runs=runs)
 
 
 # Classes
@@ -725,8 +656,8 @@ def is_background(name: str) -> bool:
     return name.strip('_').lower() == 'background'
 
 
-def _choose_attribute(regions: Sequence[Region], attribute: str) -> tuple[str, list[str]]:
-    """(the attribute that tells the classes apart, '' where there is none; faults)."""
+def _choose_attribute(regions: Sequence[Region], attribute: str) -> str:
+    """The one that tells the classes apart, '' where there is none."""
     values = defaultdict(set)
     for region in regions:
         for key, value in region.attributes.items():
@@ -734,75 +665,65 @@ def _choose_attribute(regions: Sequence[Region], attribute: str) -> tuple[str, l
     choices = '; '.join(f'{show(key)} ({some(sorted(found), 5)})' for key, found in values.items())
     if attribute and attribute not in values and regions:
         there = f'they have {choices}' if values else 'they have none: leave it out'
-        return '', [f'no region has the attribute {show(attribute)}: {there}']
+        raise DataError(f'no region has the attribute {show(attribute)}: {there}')
     if not attribute and len(values) > 1:
-        return '', [f'regions have several attributes, choose the one with the class: {choices}']
-    return attribute or next(iter(values), ''), []
+        raise DataError(
+            f'regions have several attributes, choose the one with the class: {choices}'
+        )
+    return attribute or next(iter(values), '')
 
 
 def _number_classes(
-    regions: Sequence[Region],
-    classes: Mapping[str, int] | None,
-    attribute: str,
-    declared: Sequence[str],
-) -> tuple[dict[str, int], list[int], str, str, list[str]]:
+    regions: Sequence[Region], classes: Mapping[str, int] | None, attribute: str, findings: Findings
+) -> tuple[dict[str, int], list[int], str, str]:
     """({class name: number}, each region's number, the attribute that tells them apart, a note that
-    says all, faults).
+    says all).
     """
+    faults, declared = findings.faults, findings.declared
     numbers = {'background': 0, **(classes or {})}
-    attribute, faults = _choose_attribute(regions, attribute)
-    if faults:
-        return numbers, [0] * len(regions), '', '', faults
+    try:
+        attribute = _choose_attribute(regions, attribute)
+    except DataError as error:
+        faults.append(str(error))
+        return numbers, [0] * len(regions), '', ''
     if not attribute and not declared:
-        names = [name for name in classes or ['region'] if numbers.get(name, 1)]
+        names = [name for name in classes or () if numbers[name]] or ['region']
         if len(names) > 1 and regions:
             faults.append(f'no region has an attribute that tells {some(names)} apart: give one')
-        name = names[0] if names else 'region'
-        number = numbers.setdefault(name, 1)
-        note = f'every region is {show(name)} = {number}'
-        return numbers, [number] * len(regions), '', note, faults
+        number = numbers.setdefault(names[0], 1)
+        note = f'every region is {show(names[0])} = {number}'
+        return numbers, [number] * len(regions), '', note
     attribute, values = attribute or 'category', []
     for region in regions:
-        value = region.attributes.get(attribute)
-        if value is None:
+        value = region.attributes.get(attribute, '')
+        if not value:
             faults.append(f'{region.where} has no {show(attribute)}: fill it in, or delete it')
         elif isinstance(value, tuple):
             faults.append(f'{region.where} has {show(attribute)} {show(value)}: leave one ticked')
         elif value not in numbers and is_background(value):
             value = 'background'
         values.append(value)
-    found = Counter(value for value in values if isinstance(value, str))
+    found = Counter(value for value in values if value and isinstance(value, str))
     # Of what a file lists a number depends on no region: a file of some classes has the same.
     listed = () if classes else declared or sorted(found)
     new = [name for name in dict.fromkeys(listed) if name != 'background']
+    odd = [show(name) for name in new if len(name) > 200 or not name.isprintable()]
     if len(new) > 254:
-        faults.append(
-            f'{show(attribute)} has {len(new)} values, a mask holds 254: give the classes, or '
-            'another attribute'
-        )
-    elif odd := [show(name) for name in new if len(name) > 200 or not name.isprintable()]:
-        faults.append(
-            f'{show(attribute)} has values that are no names, as which 200 printable characters '
-            f'will do: {some(odd)}'
-        )
+        told = f'{len(new)} values, a mask holds 254: give the classes, or another attribute'
+        faults.append(f'{show(attribute)} has {told}')
+    elif odd:
+        told = f'no names, of 200 printable characters at most: {some(odd)}'
+        faults.append(f'{show(attribute)} has values that are {told}')
     else:
         numbers |= {name: number for number, name in enumerate(new, 1)}
-        faults += _unknown_classes(found, numbers, attribute)
+        if unknown := sorted(found.keys() - numbers.keys()):
+            told = some([f'{show(name)} ({count(found[name], "region")})' for name in unknown], 254)
+            faults.append(
+                f'{show(attribute)} has values that are no class: {told}; known are '
+                f'{some([show(name) for name in numbers], 254)}: rename or remove them there, or '
+                'before training add them to the classes (model.class_names; of data.via --classes)'
+            )
     told = some([f'{show(name)} = {number}' for name, number in numbers.items()], 254)
     how = 'in the order of their ids' if declared else 'those found, in sorted order'
     note = f'classes by {show(attribute)}: {told} ({"as given" if classes else how})'
-    labels = [numbers.get(value, 0) if isinstance(value, str) else 0 for value in values]
-    return numbers, labels, attribute, note, faults
-
-
-def _unknown_classes(
-    found: Mapping[str, int], numbers: Mapping[str, int], attribute: str
-) -> Iterator[str]:
-    if unknown := sorted(found.keys() - numbers.keys()):
-        told = some([f'{show(name)} ({count(found[name], "region")})' for name in unknown], 254)
-        known = some([show(name) for name in numbers], 254)
-        yield (
-            f'{show(attribute)} has values that are no class: {told}; known are {known}: rename '
-            'or remove them there, or before training add them to the classes '
-            '(model.class_names; of data.via --classes)'
-        )
+    return numbers, [numbers.get(value, 0) for value in values], attribute, note

@@ -1,7 +1,6 @@
 """Videos and cameras, by PyAV: RGB frames in, RGB or grey frames out."""
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pspnet_jax.data.files import writing as aside_then_rename
+from pspnet_jax import storage
+from pspnet_jax.data.formats import limits
 from pspnet_jax.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv')
-PIP = 'pip install "av>=18.1,<19"'
 # System -> how FFmpeg calls its cameras, and the camera of a number.
 CAMERAS = {
     'linux': ('v4l2', '/dev/video{}'),
@@ -41,18 +40,18 @@ def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.nda
     `source` is a file or the number of a camera. Frames come upright, as players show them.
     Raises DataError, also while the frames are read and for a file that ends before they do.
     """
-    av = _imported(source)
-    kind, place = None, str(source)
+    av = limits.imported('av', source)
+    kind, options = None, {}
     if isinstance(source, int):
         kind, pattern = CAMERAS.get(sys.platform, CAMERAS['linux'])
         place = pattern.format(source)
-    elif os.path.isfile(source):
-        place = os.path.abspath(source)  # FFmpeg takes 'concat:...' for more than a name
-    else:
+    elif not os.path.isfile(source):
         raise DataError(f'{source} is not a readable video (it is no file): give another')
-    options = {} if kind else {'format_whitelist': CONTAINERS, 'protocol_whitelist': 'file'}
+    else:
+        place = os.path.abspath(source)  # FFmpeg takes 'concat:...' for more than a name
+        options = {'format_whitelist': CONTAINERS, 'protocol_whitelist': 'file'}
     with contextlib.ExitStack() as stack:
-        with _readable(av, source):
+        with _readable(source):
             container = stack.enter_context(av.open(place, format=kind, options=options))
         if not container.streams.video:
             raise DataError(f'{source} has no picture in it: give a video')
@@ -69,17 +68,17 @@ def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.nda
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         if not kind and claimed_bytes(place) > os.path.getsize(place):
             _check_cut(av, place, options, rate)
-        yield rate, stream.frames, _frames(av, container, stream, source, rate)
+        yield rate, stream.frames, _frames(container, stream, source, rate)
 
 
-def _frames(av, container, stream, source, rate: Fraction) -> Iterator[np.ndarray]:
+def _frames(container, stream, source: Path | int, rate: Fraction) -> Iterator[np.ndarray]:
     size, n, reached, whole = None, 0, 0, _seconds(stream)
     try:
-        with _readable(av, source):
+        with _readable(source):
             for packet in container.demux(stream):
-                at = [x for x in (packet.pts, packet.dts) if x is not None]
-                if at:
-                    reached = max(reached, (max(at) + (packet.duration or 1)) * packet.time_base)
+                at = max((x for x in (packet.pts, packet.dts) if x is not None), default=None)
+                if at is not None:
+                    reached = max(reached, (at + (packet.duration or 1)) * packet.time_base)
                 for frame in packet.decode():
                     n += 1
                     pixels = np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation // 90 % 4)
@@ -91,10 +90,10 @@ def _frames(av, container, stream, source, rate: Fraction) -> Iterator[np.ndarra
                         )
                     yield pixels
     except DataError as error:
-        if n and isinstance(error.__cause__, av.error.FFmpegError):
-            expected = stream.frames or round(whole * rate) or 'an unknown number of'
-            raise DataError(f'{error}; {n} of {expected} frames were read') from error
-        raise
+        if not n or not error.__cause__:
+            raise
+        expected = stream.frames or round(whole * rate) or 'an unknown number of'
+        raise DataError(f'{error}; {n} of {expected} frames were read') from error
     if n and reached + max(MOST_MISSING, 2 / rate) < whole:
         raise _ends_early(source, n, round(whole * rate))
 
@@ -112,7 +111,7 @@ def _seconds(stream) -> float:
 
 def _check_cut(av, place: str, options: dict[str, str], rate: Fraction) -> None:
     """Raise DataError for a file that was cut off, unless only its index was."""
-    with _readable(av, place), av.open(place, options=options) as container:
+    with _readable(place), av.open(place, options=options) as container:
         stream = container.streams.video[0]
         expected = stream.frames or round(_seconds(stream) * rate)
         if not expected and container.duration and len(container.streams) == 1:
@@ -136,7 +135,7 @@ def _ends_early(source, there: int, expected: int | str) -> DataError:
 def claimed_bytes(path: str | Path) -> int:
     """How long the file is by its container's own account; 0 where that does not say."""
 
-    def number(place: int, length: int, order: str) -> int:
+    def number(place: int, length: int, order: str = 'big') -> int:
         file.seek(place)
         return int.from_bytes(file.read(length), order)
 
@@ -146,21 +145,20 @@ def claimed_bytes(path: str | Path) -> int:
         if head[:4] == b'RIFF':  # AVI: one after the other
             for _ in range(MOST_PARTS):
                 length = number(end + 4, 4, 'little')
-                if number(end, 4, 'big') != int.from_bytes(b'RIFF') or length in (0, 2**32 - 1):
+                if number(end, 4) != int.from_bytes(b'RIFF') or length in (0, 2**32 - 1):
                     break
                 end += 8 + length
         elif head[4:8] in (b'ftyp', b'wide', b'mdat', b'moov', b'free', b'skip'):  # MP4, MOV
             for _ in range(MOST_PARTS):
-                length, first = number(end, 4, 'big'), 8
+                length, first = number(end, 4), 8
                 if length == 1:
-                    length, first = number(end + 8, 8, 'big'), 16
+                    length, first = number(end + 8, 8), 16
                 if length < first or end >= size:  # 0: to the end of the file
                     break
                 end += length
         elif head[:4] == b'\x1a\x45\xdf\xa3':  # Matroska: a header, and a segment of all the rest
-            first, length, _ = _vint(file, 4)
-            segment = first + length
-            if number(segment, 4, 'big') == 0x18538067:
+            segment = sum(_vint(file, 4)[:2])
+            if number(segment, 4) == 0x18538067:
                 first, length, known = _vint(file, segment + 4)
                 end = first + length if known else 0
         elif head == bytes.fromhex('3026b2758e66cf11a6d900aa0062ce6c'):  # ASF
@@ -187,14 +185,14 @@ def writing(path: Path, rate: Fraction, *, exact: bool) -> Iterator[Callable[[np
     H.264 in .mp4, which every player shows; with `exact` FFV1 in .mkv, which keeps each value.
     After an error, and where no frame came, nothing is left. Raises DataError.
     """
-    av = _imported(path)
+    av = limits.imported('av', path)
     with contextlib.ExitStack() as stack:
         container, stream = None, None
 
         def write(frame: np.ndarray) -> None:
             nonlocal container, stream
             if container is None:
-                aside = stack.enter_context(aside_then_rename(path))
+                aside = stack.enter_context(storage.writing(path))
                 kind = 'matroska' if exact else 'mp4'
                 container = stack.enter_context(av.open(str(aside), 'w', format=kind))
                 stream = _add_stream(av, container, frame, rate, exact)
@@ -220,24 +218,14 @@ def _add_stream(av, container, frame: np.ndarray, rate: Fraction, exact: bool) -
 
 
 @contextlib.contextmanager
-def _readable(av, source: Path | int) -> Iterator[None]:
+def _readable(source: Path | str | int) -> Iterator[None]:
     try:
-        yield
-    except DataError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = first_line(error)
-        if isinstance(source, int):
-            raise DataError(
-                f'camera {source} does not answer ({reason}): is it plugged in, and yours to read?'
-            ) from error
+        with limits.reading(source, 'video'):
+            yield
+    except DataError as error:
+        if not isinstance(source, int) or not error.__cause__:
+            raise
         raise DataError(
-            f'{source} is not a readable video ({reason}): copy or export it again'
+            f'camera {source} does not answer ({first_line(error.__cause__)}): is it plugged in, '
+            'and yours to read?'
         ) from error
-
-
-def _imported(source):
-    try:
-        return importlib.import_module('av')
-    except ImportError as error:
-        raise DataError(f'{source} is a video, which needs PyAV: {PIP}') from error

@@ -1,0 +1,15 @@
+"""Pictures, volumes, videos and annotations of every format, in and out."""
+
+from pspnet_jax.data.formats.picture import (
+    Picture,
+    output_suffix,
+    read,
+    read_labels,
+    read_palette,
+    stack,
+    write_labels,
+    write_probabilities,
+)
+
+__all__ = ['Picture', 'output_suffix', 'read', 'read_labels', 'read_palette', 'stack',
+           'write_labels', 'write_probabilities']  # fmt: skip

@@ -1,0 +1,229 @@
+"""Label masks from the regions that were drawn in an annotation tool.
+
+  python -m pspnet_jax.data.formats.via --annotations=FILE --images=FOLDER --out=MASKS
+  python -m pspnet_jax.data.formats.via --annotations=FILE --images=FOLDER --out=MASKS \
+      --classes=tumor=1,edema=2 --attribute=type
+
+FILE is of VGG Image Annotator 1 or 2 (JSON or CSV), COCO or labelme (also a folder of its
+files). MASKS/NAME.png holds class numbers, 0 is background; later regions cover earlier ones.
+COCO's categories are numbered in the order of their ids. The names in other files are numbered as
+found, so give --classes where several files belong together.
+"""
+
+import os
+import re
+import shlex
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from PIL import Image
+
+from pspnet_jax.data.formats import annotations, files, flat
+from pspnet_jax.data.formats.annotations import Annotations, count, listed, show
+from pspnet_jax.data.formats.outlines import Shape, check_shapes, check_size, rasterize
+from pspnet_jax.errors import ConfigError, DataError, say, some
+from pspnet_jax.storage import writing
+
+
+def holds_annotations(masks: Path, images: Path) -> tuple[bool, list[str]]:
+    """(whether this is a file of annotations or a folder of labelme's, and no folder of masks;
+    notes of what is passed over in it).
+
+    Masks may have a .json of another kind beside them, and labelme files pictures.
+    """
+    if not masks.is_dir():
+        return masks.is_file(), []
+    found, elsewhere = files.below(masks, ('.json',)), images.resolve()
+    if not found:
+        return False, []
+    pictures = files.below(masks.resolve(), files.SUFFIXES)
+    pictures = [path for path in pictures if not path.is_relative_to(elsewhere)]
+    drawn = any(map(annotations.is_labelme, found)) or not pictures
+    left = pictures if drawn else found
+    what = 'pictures beside labelme files' if drawn else 'other .json beside masks'
+    told = some([show(path.name) for path in left])
+    return drawn, [f'passed over: {what} ({len(left)}): {told}'] if left else []
+
+
+def match_pictures(
+    drawn: Annotations, images: str | Path, *, leave_out: str | Path | None = None
+) -> tuple[dict[Path, list[Shape]], list[str], list[str]]:
+    """({path of every picture below `images`: its shapes}, faults, notes).
+
+    A name is a picture's where one of the two ways ends in the other: 'a.png' may be in a
+    sub-folder, and 'train/a.png' or '/home/ann/train/a.png' in a folder that is itself called
+    train. A loose name is also that of a picture in another folder, if there is only one. A name
+    with no picture, or with several, is a fault; a picture without a name has no shapes, by a
+    note.
+    What is below `leave_out` is not looked at. Raises DataError where there is no picture.
+    """
+    root = Path(images).expanduser()
+    pictures = _find_pictures(root, leave_out)
+    same_name = defaultdict(list)
+    for way in pictures:
+        same_name[way.rpartition('/')[2]].append(way)
+    owner, missing, faults, notes = {}, [], [], []
+    for name in drawn.shapes:
+        alike = same_name[name.rpartition('/')[2]]
+        ways = [w for w in alike if f'/{w}'.endswith(f'/{name}') or f'/{name}'.endswith(f'/{w}')]
+        ways = [name] if name in pictures else ways or alike * drawn.loose
+        if not ways:
+            missing.append(show(name))
+        elif len(ways) > 1:
+            faults.append(f'{show(name)} can be {some(list(map(show, ways)))}: name the folder too')
+        elif owner.setdefault(ways[0], name) != name:
+            faults.append(
+                f'{show(ways[0])} is named as {show(owner[ways[0]])} and as {show(name)}: keep one'
+            )
+    if missing:
+        faults.append(
+            f'{root} lacks {count(len(missing), "picture")} of the annotations: '
+            f'{some(missing, 50)}; add them there, or take them out of the annotations'
+        )
+    unnamed = [show(way) for way in pictures if way not in owner]
+    if unnamed and not faults:
+        notes.append(
+            f'not in the annotations, so all background: {some(unnamed)}; move them away if they '
+            'were only not looked at'
+        )
+    if empty := [show(way) for way, name in owner.items() if not drawn.shapes[name]]:
+        notes.append(f'without a region, so all background: {some(empty)}')
+    for way, name in owner.items():
+        if told := drawn.sizes.get(name):
+            with listed(faults):
+                size = flat.size(pictures[way])
+                if size != told:
+                    faults.append(
+                        f'{show(way)} is {size[1]} x {size[0]} pixels, the annotations are of '
+                        f'{told[1]} x {told[0]}: take the picture that was annotated'
+                    )
+    return {p: drawn.shapes.get(owner.get(way), []) for way, p in pictures.items()}, faults, notes
+
+
+def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
+    """{way below the folder: path} of every picture, in order."""
+    if not os.path.isdir(root):
+        raise DataError(f'{root} is not a folder: give the one that holds the pictures')
+    outer, inner = root.resolve(), leave_out and Path(leave_out).expanduser().resolve()
+    masks = inner and inner.is_relative_to(outer) and root / inner.relative_to(outer)
+    found = {
+        unicodedata.normalize('NFC', path.relative_to(root).as_posix()): path
+        for path in files.below(root, files.PICTURES)
+        if not (masks and path.is_relative_to(masks))
+    }
+    if not found:
+        known = ', '.join(files.PICTURES)
+        raise DataError(f'{root} holds no picture: the endings known are {known}')
+    return found
+
+
+def check_drawn(
+    matched: Mapping[Path, Sequence[Shape]],
+) -> tuple[dict[Path, tuple[int, int]], list[str], list[str]]:
+    """({picture: (H, W)}, faults, notes) of pictures and the shapes on them."""
+    sizes, faults, notes = {}, [], []
+    for path, shapes in matched.items():
+        with listed(faults):
+            sizes[path] = flat.size(path)
+            check_size(path, sizes[path])
+            wrong, odd = check_shapes(shapes, sizes[path])
+            faults += wrong
+            notes += odd
+    return sizes, faults, notes
+
+
+def write_masks(
+    source: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    classes: Mapping[str, int] | None = None,
+    attribute: str = '',
+    line_width: float = 1.0,
+) -> list[str]:
+    """OUT/NAME.png, 8-bit class numbers, for every picture below `images`; returns the notes.
+
+    A picture in a sub-folder has its mask in that of `out`. Every fault is in one DataError, and
+    then nothing is written; each mask is written aside and renamed.
+    """
+    if not 0 < line_width <= 1000:
+        raise ConfigError(f'line width {line_width}: it must be above 0 and up to 1000 pixels')
+    root, out = Path(images).expanduser(), Path(out).expanduser()
+    if out.resolve() == root.resolve():
+        raise DataError(f'{out} holds the pictures themselves: give another folder for the masks')
+    drawn, faults = annotations.read(source, classes, attribute)
+    matched, wrong, more = match_pictures(drawn, root, leave_out=out)
+    sizes, odd, small = check_drawn(matched)
+    notes = drawn.notes + more + small
+    if not classes and len(drawn.classes) > 2 and ',' not in ''.join(drawn.classes):
+        told = ','.join(f'{name}={number}' for name, number in drawn.classes.items() if number)
+        notes.append(f'for other files of these classes: {shlex.quote(f"--classes={told}")}')
+    targets = {path: out / path.relative_to(root).with_suffix('.png') for path in matched}
+    faults = list(dict.fromkeys(faults + wrong + odd + _check_targets(targets, root, out)))
+    if faults:
+        raise annotations.all_faults(source, faults)
+    for path, shapes in matched.items():
+        with writing(targets[path]) as aside:
+            mask = rasterize(shapes, sizes[path], line_width=line_width)
+            Image.fromarray(mask).save(aside, 'png')
+    return notes
+
+
+def _check_targets(targets: Mapping[Path, Path], root: Path, out: Path) -> list[str]:
+    """Faults of masks that would share a file, lie among the pictures or outside of `out`."""
+    faults, pictures, first = [], {path.resolve() for path in targets}, {}
+    root, below = root.resolve(), out.resolve()
+    for path, target in targets.items():
+        folder = target.parent.resolve()
+        if not folder.is_relative_to(below):
+            faults.append(f'{target.parent} leads out of {out}: remove the link')
+        elif folder / target.name in pictures or (
+            folder.is_relative_to(root) and not below.is_relative_to(root)
+        ):
+            faults.append(f'the mask of {path} would lie among the pictures: give another folder')
+        if (other := first.setdefault(target, path)) != path:
+            faults.append(f'{other} and {path} would share the mask {target}: rename one of them')
+    return faults
+
+
+def parse_classes(text: str) -> dict[str, int]:
+    """'tumor=1,edema=2' as a dict. Raises ConfigError."""
+    classes = {}
+    for item in filter(None, text.split(',')):
+        name, _, number = item.rpartition('=')
+        name = name.strip()
+        if not name or not re.fullmatch(r'\s*[0-9]{1,3}\s*', number):
+            raise ConfigError(f'--classes has {item!r}: write NAME=NUMBER,NAME=NUMBER')
+        if name in classes:
+            raise ConfigError(f'--classes has {name!r} twice: give it one number')
+        classes[name] = int(number)
+    return classes
+
+
+def main() -> None:
+    options = flags.FLAGS
+    notes = write_masks(
+        options.annotations,
+        options.images,
+        options.out,
+        classes=parse_classes(options.classes),
+        attribute=options.attribute,
+        line_width=options.line_width,
+    )
+    for note in [*notes, f'masks are in {options.out}']:
+        say(note)
+
+
+if __name__ == '__main__':
+    from pspnet_jax import cli
+
+    flags.DEFINE_string('annotations', None, 'file of VIA, COCO or labelme', required=True)
+    flags.DEFINE_string('images', None, 'folder of the pictures', required=True)
+    flags.DEFINE_string('out', None, 'folder for the masks', required=True)
+    flags.DEFINE_string('classes', '', "NAME=NUMBER,...; '': COCO's by id, others in sorted order")
+    flags.DEFINE_string('attribute', '', 'that tells the classes apart, where regions have several')
+    flags.DEFINE_float('line_width', 1.0, 'pixels, of polylines whose ends do not meet')
+    cli.run(main)
