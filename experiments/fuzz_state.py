@@ -300,10 +300,10 @@ def _run(folder: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> None:
-    from pspnet_jax import calibration, chart, faults, log, report
+    from pspnet_jax import calibration, charts, faults, log
 
-    for each in report.run_charts(log.read(path)):
-        chart.svg(each)
+    for each in charts.run_charts(log.read(path)):
+        charts.svg(each)
     with faults.alone(path):
         calibration.load(path, 7)
 
