@@ -6,7 +6,7 @@ An axis spans the values, not all that they could be. A line has its name beside
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -21,27 +21,7 @@ WIDTH, HEIGHT = 420, 280  # of a chart, in points
 LEFT, RIGHT, TOP, BOTTOM = 60, 24, 56, 42  # margins around its axes
 NAMES = 100  # points on the right, instead of RIGHT, for the names at the ends of lines
 NAME_HEIGHT = 15
-STYLE = {
-    'svg.fonttype': 'none',  # text stays text
-    'svg.hashsalt': 'pspnet_jax',  # the same chart is the same bytes
-    'text.parse_math': False,
-    'font.sans-serif': ['DejaVu Sans'],  # which matplotlib brings along
-    'font.size': 12,
-    'text.color': '#222222',
-    'xtick.color': GRAY,
-    'ytick.color': GRAY,
-    'axes.edgecolor': GRAY,
-    'axes.spines.left': False,
-    'axes.spines.right': False,
-    'axes.spines.top': False,
-    'axes.grid': True,
-    'axes.grid.axis': 'y',
-    'axes.axisbelow': True,
-    'grid.color': '#dddddd',
-    'ytick.left': False,
-    'lines.linewidth': 2,
-    'lines.markersize': 6.5,
-}
+STYLE = Path(__file__).parent / 'templates' / 'charts.mplstyle'
 
 
 class Line(NamedTuple):
@@ -113,7 +93,7 @@ def run_charts(
         ('Learning rate', 'as scheduled', {'within': (0, math.inf)}, [line('', 'learning_rate')]),
     )  # fmt: skip
     rows = [(*row, drawn) for *row, lines in rows if (drawn := [each for each in lines if each.x])]
-    steps = Axis('step', (0, max((max(one.x) for *_, lines in rows for one in lines), default=1)))
+    steps = Axis('step', (0, max([1, *(one.x[-1] for *_, lines in rows for one in lines)])))
     return [
         Chart(title, steps, fit(label, [y for one in lines for y in one.y], **options), lines)
         for title, label, options, lines in rows
@@ -205,12 +185,10 @@ def _saved(charts: Sequence[Chart], columns: int = 1, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def _styled() -> Iterator[None]:
+def _styled() -> contextlib.AbstractContextManager:
     from matplotlib import style
 
-    with style.context(['default', STYLE]):  # whatever the user's own matplotlibrc says
-        yield
+    return style.context(['default', STYLE])
 
 
 def figure(charts: Sequence[Chart], columns: int = 1):

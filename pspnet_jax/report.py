@@ -127,9 +127,9 @@ def render(
     bins = [each for each in result['calibration']['bins'] if each['voxels']]
     rows = {row['patient']: row for row in result['patients']}
     checkpoint, structures = result['checkpoint'], result['summary']['structures']
-    distance, _ = _units(result['patients'], result['data']['spacing'])
+    distance = _unit(result['patients'], result['data']['spacing'])
     lesions = [p for p in result['patients'] if p['dice'] is not None and p['lesion_voxels']]
-    _, volume = _units(lesions, result['data']['spacing'])
+    volume = _unit(lesions, result['data']['spacing'], 'cubic ')
     return _template().render(
         result,
         title=f'{checkpoint["config"]["model"]["name"]}: evaluation of step {checkpoint["step"]}',
@@ -190,16 +190,11 @@ def _interval(figures: dict[str, Any], digits: int) -> str:
     return ' to '.join(_number(end, digits) for end in figures['ci95'])
 
 
-def _units(patients: Sequence[dict[str, Any]], spacing: Sequence[float]) -> tuple[str, str]:
-    """Those of distances and of volumes, in words; `spacing` is of those whose files have none."""
-    known = [row['in_mm'] for row in patients]
-    mm = ('millimetres', 'cubic millimetres')
-    if all(known):
-        return mm
-    steps = ('voxels', 'voxels') if set(spacing) == {1.0} else ('units of eval.spacing', 'its cubed units')
-    if not any(known):
-        return steps
-    return tuple(f'{a} where known, else {b}' for a, b in zip(mm, steps, strict=True))
+def _unit(patients: Sequence[dict[str, Any]], spacing: Sequence[float], cubic: str = '') -> str:
+    """That of distances, or of volumes, in words; `spacing` is of those whose files have none."""
+    known, mm = [row['in_mm'] for row in patients], f'{cubic}millimetres'
+    steps = 'voxels' if set(spacing) == {1.0} else f'{cubic}units of eval.spacing'
+    return mm if all(known) else f'{mm} where known, else {steps}' if any(known) else steps
 
 
 def _legend(cases: Sequence[Case]) -> dict[str, list[tuple[str, str]]]:
