@@ -85,7 +85,7 @@ def run_charts(
     dots = {'form': 'o-'}
     rows = (
         ('Training loss', 'loss of a batch', {'log': True}, [line('', 'loss')]),
-        ('Validation Dice', 'over the volumes', {'least': 0.05, 'within': (0, 1)},
+        ('Validation Dice', 'mean and median over volumes', {'least': 0.05, 'within': (0, 1)},
          [line('mean', 'validation/dice', **dots),
           line('median', 'validation/dice_median', color=ORANGE, **dots)]),
         ('Validation HD95', f'mean over volumes, in {unit}', {'least': 1, 'within': (0, math.inf)},
@@ -93,7 +93,8 @@ def run_charts(
         ('Learning rate', 'as scheduled', {'within': (0, math.inf)}, [line('', 'learning_rate')]),
     )  # fmt: skip
     rows = [(*row, drawn) for *row, lines in rows if (drawn := [each for each in lines if each.x])]
-    steps = Axis('step', (0, max([1, *(one.x[-1] for *_, lines in rows for one in lines)])))
+    last = max((step for *_, lines in rows for one in lines for step in one.x), default=0)
+    steps = Axis('step', (0, max(last, 1)))
     return [
         Chart(title, steps, fit(label, [y for one in lines for y in one.y], **options), lines)
         for title, label, options, lines in rows

@@ -132,8 +132,8 @@ def test_json_in_the_page_is_the_same_json_and_ends_no_script(evaluated, monkeyp
 
 def test_what_the_template_asks_for_is_there(evaluated):
     result, cases = evaluated
-    del result['calibration']['temperature']
-    with pytest.raises(jinja2.UndefinedError, match='temperature'):
+    del result['data']['hd95_unit']
+    with pytest.raises(jinja2.UndefinedError, match='hd95_unit'):
         report.render(result, [], cases)
 
 
