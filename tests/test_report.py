@@ -118,6 +118,16 @@ def test_a_name_stands_in_the_page_as_it_is_and_is_no_markup(evaluated):
     assert not any('hacked' in json.dumps(attributes) for _, attributes in page.tags)
 
 
+def test_a_name_may_be_no_text(evaluated, tmp_path):
+    """Of a file whose name is not UTF-8, or has control characters."""
+    result, cases = evaluated
+    row = next(row for row in result['patients'] if row['patient'] == cases[0][1].patient)
+    row['patient'] = 'odd\udcff\x1b'
+    cases[0] = (cases[0][0], cases[0][1]._replace(patient=row['patient']))
+    page = Page(report.write(tmp_path, result, cases).read_text())
+    assert sum('odd?\x1b' in text for text in page.text) == 3  # the table, its dot, its pictures
+
+
 def test_json_in_the_page_is_the_same_json_and_ends_no_script(evaluated, monkeypatch):
     value = {'</script>': ['<!--', '&amp;', '\u2028', '"', None, 0.5]}
     monkeypatch.setattr(report, '_encode', lambda cases: value)
