@@ -136,8 +136,7 @@ def _h5(folder: Path) -> list[Path]:
 
 
 def _config() -> dict:
-    from configs import phantom
-    from pspnet_jax.config import to_dict
+    from pspnet_jax.config import phantom, to_dict
 
     config = phantom.get_config('unet_mini')
     config.model.width = 4

@@ -128,7 +128,7 @@ def train(
     folders of images stack as channels). `changes` are by dotted key, {'train.epochs': 20}.
     `hooks` are `train.train_and_evaluate`'s. Raises what that raises.
     """
-    from configs import folder as own_pictures  # only here: configs stand above the package
+    from pspnet_jax.config import folder as own_pictures
 
     named = isinstance(config, str)
     config = own_pictures.get_config(config) if named else config.copy_and_resolve_references()

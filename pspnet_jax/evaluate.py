@@ -34,6 +34,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
 from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, one_line, say
@@ -52,11 +53,16 @@ COUNTS = (
 
 
 def predict_slices(
-    predict_fn: PredictFn, volume: Volume, *, batch_size: int, intensity: np.ndarray | None
+    predict_fn: PredictFn,
+    volume: Volume,
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    context: int,
 ) -> Iterator[np.ndarray]:
     """n H W K probabilities, batch by batch: of all D slices in order, and of no padding."""
     left = len(volume.image)
-    for batch in pipeline.eval_batches(volume, batch_size, intensity):
+    for batch in pipeline.eval_batches(volume, batch_size, intensity, context):
         yield np.asarray(predict_fn(batch))[:left]
         left -= len(batch)
 
@@ -67,6 +73,7 @@ def predict_foreground(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     temperature: float = 1.0,
     threshold: float | None = None,
     **clean_options: Any,
@@ -77,8 +84,8 @@ def predict_foreground(
     temperature is the probability's alone: labels are those without.
     """
     labels, foreground = [], []
-    parts = predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity)
-    for prob in parts:
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
+    for prob in predict_slices(predict_fn, volume, **how):
         labels.append(postprocess.to_labels(prob, threshold))
         foreground.append(calibration.temper(prob, temperature)[..., 1:].sum(-1))
     labels = np.concatenate(labels)
@@ -97,8 +104,13 @@ def program_options(config) -> dict[str, Any]:
         'batch_size': config.eval.batch_size,
         'scales': predict.scales,
         'flip': predict.flip,
-        'crf_options': config.crf.to_dict(),
+        'crf_options': crf_options(config),
     }
+
+
+def crf_options(config) -> dict[str, Any]:
+    """The keyword arguments of `infer.refine` that a config decides."""
+    return config.crf.to_dict() | {'context': config.data.context}
 
 
 def views(config) -> dict[str, Any]:
@@ -128,6 +140,7 @@ def evaluate_options(config) -> dict[str, Any]:
     """The keyword arguments of `evaluate_volumes` that a config decides."""
     return {
         'batch_size': config.eval.batch_size,
+        'context': config.data.context,
         'num_classes': config.model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'spacing': config.eval.spacing,
@@ -147,6 +160,7 @@ def evaluate_volumes(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     num_classes: int,
     ignore_label: int,
     spacing: tuple[float, float, float],
@@ -182,6 +196,7 @@ def evaluate_volumes(
             volume,
             batch_size=batch_size,
             intensity=intensity,
+            context=context,
             temperature=temperature,
             **label_options,
         )
@@ -438,6 +453,7 @@ def fit_temperature(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     num_classes: int,
     ignore_label: int,
 ) -> dict[str, Any]:
@@ -446,11 +462,12 @@ def fit_temperature(
     On at most FIT_VOXELS voxels a volume, drawn evenly, so small volumes weigh what large
     ones do. Raises DataError when there is nothing to fit on.
     """
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
     probs, labels = [], []
     for index, volume in enumerate(data):
         _check_labels(volume, num_classes, ignore_label)
         start, depth = 0, len(volume.mask)
-        for part in predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity):
+        for part in predict_slices(predict_fn, volume, **how):
             mask, count = volume.mask[start : start + len(part)], FIT_VOXELS * len(part) // depth
             prob, label = calibration.sample(part, mask, ignore_label, count, [index, start])
             probs.append(prob)
@@ -518,7 +535,11 @@ def evaluate_checkpoint(
 
     program = infer.compile_predict(run.model, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(run.variables))
-    how = {'batch_size': config.eval.batch_size, 'intensity': run.intensity}
+    how = {
+        'batch_size': config.eval.batch_size,
+        'intensity': run.intensity,
+        'context': run.context,
+    }
     if fit:
         classes = {
             'num_classes': config.model.num_classes,
@@ -751,7 +772,7 @@ def main() -> None:
         which=options.checkpoint,
         fit=options.fit_temperature,
         group=options.group,
-        changes=cli.prediction_changes(),
+        changes=prediction_changes(),
     )
 
 
@@ -767,6 +788,6 @@ if __name__ == '__main__':
     flags.DEFINE_bool(
         'fit_temperature', False, 'fit it on --split=validation and keep it with the run'
     )
-    cli.define_prediction_flags()
+    define_prediction_flags()
     hosts.define_flags()
     cli.run(main)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import checkpoint, models, paths
 from pspnet_jax.config import from_dict
+from pspnet_jax.data.volumes import channels_seen
 from pspnet_jax.errors import ConfigError, first_line
 from pspnet_jax.models.published import fixed_intensity
 
@@ -41,7 +42,12 @@ class Run:
 
     @property
     def channels(self) -> int:
+        """Of a picture; the network sees `volumes.channels_seen` of them and `context`."""
         return self.inputs['channels']
+
+    @property
+    def context(self) -> int:
+        return self.config.data.context
 
     @property
     def intensity(self) -> np.ndarray | None:
@@ -66,7 +72,8 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
         meta = checkpoint.metadata(workdir, step)
         config = from_dict(meta['config'])
         model = models.create(**config.model)
-        shapes = abstract_variables(model, meta['inputs']['channels'])
+        seen = channels_seen(meta['inputs']['channels'], config.data.context)
+        shapes = abstract_variables(model, seen)
         return meta, config, model, checkpoint.restore_variables(workdir, step, shapes)
 
     step, (meta, config, model, variables), passed_over = checkpoint.first_sound(

@@ -318,7 +318,7 @@ def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Calla
     """`train_step(state, batch)` with what the config decides, and further options of it."""
     decided = {
         'loss_options': config.loss.to_dict(),
-        'augment_options': config.augment.to_dict(),
+        'augment_options': config.augment.to_dict() | {'context': config.data.context},
         'seed': config.seed,
         'accumulate': config.train.accumulate,
         'remat': config.train.remat,
@@ -574,13 +574,15 @@ def start_or_resume(
     measure: Callable[[], np.ndarray | None] = lambda: None,
 ):
     """(state, progress, inputs, config): from the newest sound checkpoint, else new, pretrained or
-    from another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s; the
-    config is the checkpoint's, None of a new run.
+    from another run if asked for. `channels` are a picture's. `inputs` is what the network takes,
+    `checkpoint.save`'s; the config is the checkpoint's, None of a new run.
 
     `measure` is `volumes.joint_range` of the training images, asked for where one scale is for all.
     """
     ema = config.train.ema_decay > 0
-    state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
+    context = config.data.context
+    seen = volumes.channels_seen(channels, context)
+    state = create_state(model, tx, seed=config.seed, channels=seen, ema=ema)
     for line in parameter_table(state.params).splitlines():
         logger.info('%s', line)
     restored = checkpoint.restore(workdir, state, to_dict(config))
@@ -592,7 +594,11 @@ def start_or_resume(
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     if config.train.init_from:
         variables, theirs, report = transfer.first_weights(
-            variables, config.train.init_from, channels=channels, stem=config.model.stem
+            variables,
+            config.train.init_from,
+            channels=channels,
+            stem=config.model.stem,
+            context=context,
         )
         normalization = normalize_as_there(config, theirs)
         for line in f'weights {report}'.splitlines():
@@ -604,6 +610,7 @@ def start_or_resume(
             stem=config.model.stem,
             unit_deviation=normalization is None,
             options=config.model,
+            context=context,
         )
         normalization = normalization and theirs
         logger.info('%s', report)
@@ -665,6 +672,8 @@ def loader(
     collects the faults of slices that are passed over, where the config says so.
     """
     data, batch_size = config.data, config.train.batch_size
+    slices = volumes.with_context(slices, data.context)
+    intensity = None if intensity is None else volumes.tile(intensity, data.context)
     drawn = pipeline.draws(
         slices, seed=config.seed, sampling=data.sampling, lesion_floor=data.lesion_floor
     )
@@ -719,9 +728,10 @@ def train_and_evaluate(
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    behind the built-in augmentation; `on_log(step, values)` gets every record of metrics.jsonl,
-    `on_validation(step, dice, state)` every validated state once its checkpoint is under way:
-    the next step reuses its arrays, so copy what is kept.
+    behind the built-in augmentation, the channels of its `data.context` with it;
+    `on_log(step, values)` gets every record of metrics.jsonl, `on_validation(step, dice, state)`
+    every validated state once its checkpoint is under way: the next step reuses its arrays, so
+    copy what is kept.
     Returns the evaluation of the test cases, else of the validation cases, as
     `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
@@ -849,7 +859,12 @@ def run_steps(
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0
         teacher, taught = transfer.load_teacher(
-            where, model, inputs, features=features, class_names=config.model.class_names
+            where,
+            model,
+            inputs,
+            features=features,
+            class_names=config.model.class_names,
+            context=config.data.context,
         )
         state = state.replace(teacher=taught)
     damaged = checkpoint.find_damaged(workdir, state.replace(teacher=None))

@@ -18,6 +18,7 @@ from tests.conftest import tiny_config, write_case
 OPTIONS = {
     'batch_size': 2,
     'intensity': None,
+    'context': 0,
     'num_classes': 2,
     'ignore_label': 255,
     'spacing': (1.0, 1.0, 1.0),
@@ -365,7 +366,7 @@ def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
 
 def test_a_temperature_changes_probabilities_and_no_label():
     data = volume('a', MASK)
-    how = {'batch_size': 2, 'intensity': None}
+    how = {'batch_size': 2, 'intensity': None, 'context': 0}
     labels, plain = evaluate.predict_foreground(hesitant, data, **how)
     again, tempered = evaluate.predict_foreground(hesitant, data, **how, temperature=4.0)
     assert (labels == again).all()
@@ -386,7 +387,7 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
     found = evaluate.fit_temperature(
         sure,
         [wrong._replace(mask=ignored.astype(np.uint8)), wrong],
-        batch_size=2, intensity=None, num_classes=2, ignore_label=255,
+        batch_size=2, intensity=None, context=0, num_classes=2, ignore_label=255,
     )  # fmt: skip
     assert found['voxels'] == 107 + 108
     assert found['patients'] == 2

@@ -133,6 +133,65 @@ def scans(scan: np.ndarray | None, depth: int) -> list[np.ndarray]:
     return [np.flatnonzero(scan == number) for number in np.unique(scan)]
 
 
+def channels_seen(channels: int, context: int) -> int:
+    """Channels that the network sees of pictures that have `channels`: with `data.context` those of
+    a slice stand between those of as many slices on either side.
+    """
+    return channels * (2 * context + 1)
+
+
+def neighbours(scan: np.ndarray | None, depth: int, context: int) -> np.ndarray:
+    """(D, 2 context + 1) rows: of each of `depth` slices its own between those of its neighbours.
+
+    They are of the same scan, as `scans` has it; its first and last slice are repeated.
+    """
+    rows = np.empty((depth, 2 * context + 1), np.intp)
+    for own in scans(scan, depth):
+        places = np.arange(len(own))[:, None] + np.arange(-context, context + 1)
+        rows[own] = own[np.clip(places, 0, len(own) - 1)]
+    return rows
+
+
+def stack(image_DHWC: np.ndarray, rows_Bn: np.ndarray) -> np.ndarray:
+    """B H W nC: the n slices of each row, one after the other along the channels."""
+    return np.concatenate([image_DHWC[rows_B] for rows_B in rows_Bn.T], axis=-1)
+
+
+def tile(intensity: np.ndarray, context: int) -> np.ndarray:
+    """(4, C) as `channels_seen` has the channels: of one scan, neighbours have one scale."""
+    return np.tile(intensity, (1, 2 * context + 1))
+
+
+def with_context(slices: Slices, context: int) -> Slices:
+    """The same slices, `channels_seen` in each image; `ranges` stay those of the pictures.
+
+    A slice is read again wherever it is a neighbour, unless it is one of the last few.
+    """
+    if not context:
+        return slices
+    around = {}
+    for patient in slices.intensity:
+        rows = np.flatnonzero(slices.patient == patient)
+        scan, keys = None if slices.scan is None else slices.scan[rows], slices.key[rows]
+        keys_Dn = keys[neighbours(scan, len(rows), context)]
+        around |= zip(keys.tolist(), keys_Dn.tolist(), strict=True)
+    if all(len(set(keys)) == 1 for keys in around.values()):
+        logger.warning(
+            'data.context=%d, but no slice has a neighbour, so that each is stacked with itself: '
+            'name the slices of a volume, data.group="(.+)_(?P<slice>[0-9]+)", or set '
+            'data.context=0', context,
+        )  # fmt: skip
+    read_one = functools.lru_cache(maxsize=2 * context + 1)(slices.read)
+
+    def read(key: int) -> tuple[np.ndarray, np.ndarray]:
+        found = {other: read_one(other) for other in around[key]}
+        image = np.concatenate([found[other][0] for other in around[key]], axis=-1)
+        return image, found[key][1]
+
+    intensity = {name: tile(own, context) for name, own in slices.intensity.items()}
+    return dataclasses.replace(slices, read=read, intensity=intensity)
+
+
 def from_volumes(volumes: Sequence[Volume]) -> Slices:
     """Slices of volumes that are in memory."""
     image = [pixels for volume in volumes for pixels in volume.image]
