@@ -58,7 +58,7 @@ FAULTS = (
           ['checkpoint::an_empty_newer_step_is_passed_over',
            'faults::a_damaged_newer_step_is_set_aside_and_saved_again'], 3),
     Fault('a flipped bit or a cut anywhere in the best checkpoint, in the newest',
-          ['faults::damage_anywhere_in_the_step_to_take_leads_to_the_other'], 320),
+          ['faults::damage_anywhere_in_the_step_to_take_leads_to_the_other'], 200),
     Fault('a flipped bit or a cut in the metrics of a checkpoint',
           ['faults::no_flipped_bit_of_the_metrics_has_the_best_step_deleted',
            'checkpoint::the_last_and_the_best_are_kept_whatever_orbaxs_file_says'], 134),

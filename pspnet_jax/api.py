@@ -78,7 +78,7 @@ class Model:
         sources.check_class_names(slices, config)
         workdirs = [self.workdir] if isinstance(self.workdir, str | Path) else self.workdir
         digests = {}
-        found = volumes.iterate_volumes(slices)
+        found = volumes.iterate_volumes(slices, self.predictor.measured)
         result = evaluate_volumes(
             self.predictor.predict_fn,
             (volumes.with_channels(volume, self.predictor.channels) for volume in found),
@@ -91,6 +91,7 @@ class Model:
             ),
         )
         result['data'] |= tell_overlap(workdirs, digests)
+        result['postprocessing'] = self.predictor.chosen
         return result
 
     def _labels_and_probabilities(self, image):

@@ -174,8 +174,9 @@ def save(
 
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
     `progress` is what the loop needs to go on that is not in the state; `inputs` what the
-    network takes: 'channels', 'normalization' (None where each volume brings its own), and with
-    one 'range', where the images are not of 8 bits: (2, channels), which stand for 0 and 255.
+    network takes: 'channels', 'normalization' (None where each volume brings its own, 'buda' where
+    that is measured as Buda's code does), and with one of all images 'range', where these are not
+    of 8 bits: (2, channels), which stand for 0 and 255.
     Raises CheckpointError where this or the save before could not be written.
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
@@ -280,7 +281,7 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
     try:
         channels, how = inputs['channels'], inputs['normalization']
         sound = type(channels) is int and 1 <= channels <= MOST_CHANNELS
-        if how is not None:
+        if how not in (None, 'buda'):
             numbers = [*how['mean'], *how['std']]
             sound &= how.keys() == {'mean', 'std', 'trained_order'}
             sound &= len(how['mean']) == len(how['std']) == 3 and min(how['std']) > 0
@@ -288,7 +289,7 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
             sound &= how['trained_order'] in ('RGB', 'BGR')
         if 'range' in inputs:
             low, high = inputs['range']
-            sound &= how is not None and len(low) == len(high) == channels
+            sound &= how not in (None, 'buda') and len(low) == len(high) == channels
             sound &= all(_is_number(x, -1e30, 1e30) for x in (*low, *high))
             sound &= all(a < b for a, b in zip(low, high, strict=True))
     except (KeyError, TypeError, AttributeError, ValueError):

@@ -51,8 +51,9 @@ from pspnet_jax.errors import (
     first_line,
     say,
 )
+from pspnet_jax.evaluate import with_choice
 from pspnet_jax.models.pretrained import check_archive
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.models.published import fixed_intensity, measured_how
 from pspnet_jax.runs import abstract_variables, open_run
 
 FILES = {
@@ -145,11 +146,12 @@ def reference(
     variables,
     predict_fn,
     intensity: np.ndarray | None,
+    measured: str,
     context: int = 0,
 ) -> np.ndarray:
     """The same as `evaluate` and `predict` have it: measured, normalised and stacked by numpy."""
     if intensity is None:
-        intensity = volumes.measure_intensity(image_BHWC)
+        intensity = volumes.measure([image_BHWC], measured)
     else:
         volumes.check_kind(image_BHWC, intensity, 'the image')
     rows_Bn = volumes.neighbours(None, len(image_BHWC), context)
@@ -214,7 +216,12 @@ def describe(
 ) -> dict[str, Any]:
     """The metadata: what goes in and comes out, and what made it."""
     intensity = fixed_intensity(inputs)
-    if intensity is None:
+    if measured_how(inputs) == 'buda':
+        normalization = {
+            'kind': 'buda',
+            'how': 'the batch is one volume, measured as pspnet_jax.data.volumes.measure_head says',
+        }
+    elif intensity is None:
         normalization = {
             'kind': 'volume',
             'how': 'the batch is one volume, measured by channel: clipped to its 10th and 99th '
@@ -255,7 +262,6 @@ def describe(
         'normalization': normalization,
         'context': context,
         'crf': crf,
-        'left_out': left_out(config),
         'inputs': inputs,
         'config': to_dict(config),
     }
@@ -283,9 +289,15 @@ def export_checkpoint(
     config, model, variables, inputs = run.config, run.model, run.variables, run.inputs
     crf_options = evaluate.crf_options(config) | ({} if crf else {'kernel': 'none'})
     check_crf(fmt, crf_options['kernel'])
+    if run.measured == 'buda' and fmt != 'savedparams':
+        raise ConfigError(
+            f"data.normalize 'buda' has no form in {fmt}: give --format=savedparams, or train with "
+            '--config.data.normalize=volume'
+        )
     if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
     metadata = describe(fmt, config, inputs, run.step, size, crf_options['kernel'])
+    metadata['left_out'] = left_out(with_choice(config, paths.local(workdir), run.step, {})[0])
     function = functools.partial(
         serve,
         variables=variables,
@@ -314,6 +326,7 @@ def export_checkpoint(
                 variables=variables,
                 predict_fn=infer.compile_predict(model, crf_options=crf_options),
                 intensity=run.intensity,
+                measured=run.measured,
                 context=run.context,
             )
             other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
@@ -503,6 +516,7 @@ def read_savedparams(path: str | Path) -> tuple[Predict, dict[str, Any]]:
         variables=variables,
         predict_fn=infer.compile_predict(models.create(**config.model), crf_options=crf_options),
         intensity=fixed_intensity(metadata['inputs']),
+        measured=measured_how(metadata['inputs']),
         context=config.data.context,
     )
     return predict, metadata

@@ -54,6 +54,7 @@ from tqdm import tqdm
 from pspnet_jax import (
     calibration,
     checkpoint,
+    choice,
     cli,
     hosts,
     infer,
@@ -71,13 +72,14 @@ from pspnet_jax.data.volumes import (
     check_kind,
     fit_channels,
     free_memory,
+    measure,
     measure_intensity,
     neighbours,
     normalize,
     tile,
 )
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, NoRoomError, one_line, say
-from pspnet_jax.evaluate import label_options, program_options, views
+from pspnet_jax.evaluate import label_options, program_options, views, with_choice
 from pspnet_jax.runs import open_run
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,8 @@ class Predictor(NamedTuple):
 
     `intensity` normalises every image alike; None: each volume has its own. `temperature` is
     that which was fitted for the checkpoint, of probabilities alone: labels are those without.
-    `runs` say which they are: workdir, step, digest and what was passed over.
+    `chosen` is what the config has of `evaluate.with_choice`. `runs` say which they are: workdir,
+    step, digest and what was passed over. `measured` is how a volume's own intensities are.
     """
 
     config: ConfigDict
@@ -110,7 +113,9 @@ class Predictor(NamedTuple):
     intensity: np.ndarray | None
     channels: int  # of a picture, see `runs.Run`
     temperature: float = 1.0
+    chosen: Mapping[str, Any] | None = None
     runs: Sequence[Mapping[str, Any]] = ()
+    measured: str = 'volume'
 
 
 class Case(NamedTuple):
@@ -138,16 +143,17 @@ def load(
 ) -> Predictor:
     """The checkpoint of a run, or of several runs as one network: the mean of their probabilities.
 
-    `changes` are to the config's `predict` section, which is the first run's. Raises
+    `changes` are to the config's `predict` section, which is the first run's with what was chosen
+    on validation (`evaluate.with_choice`) where there is one run. Raises
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
     runs = [open_run(workdir, which) for workdir in workdirs]
     first, variables = runs[0], runs[0].variables
-    config = with_prediction(first.config, changes)
     for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
         faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
-        if not np.array_equal(first.intensity, other.intensity):
+        same = np.array_equal(first.intensity, other.intensity)
+        if not same or first.measured != other.measured:
             faults.append('images are normalised in two ways: data.normalize')
         ours, theirs = first.config.model.class_names, other.config.model.class_names
         if ours and theirs and ours != theirs:
@@ -157,12 +163,20 @@ def load(
                 f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '
                 f'{"; ".join(faults)}: give runs of one config'
             )
-    ensemble = len(runs) > 1
+    ensemble, place = len(runs) > 1, paths.local(workdirs[0])
+    config, chosen = with_prediction(first.config, changes), None
+    if not ensemble:
+        config, chosen = with_choice(first.config, place, first.step, changes)
+    elif any((Path(paths.local(each)) / choice.KEPT).exists() for each in workdirs):
+        logger.info(
+            '%s is chosen for one run by itself: not applied to the mean of %d',
+            choice.KEPT, len(runs),
+        )  # fmt: skip
     if ensemble:
         variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
     program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(workdirs[0], first.step, views(config))
+    temperature = 1.0 if ensemble else calibration.load(place, first.step, views(config))
     about = [
         {
             'workdir': os.path.abspath(paths.local(workdir)),
@@ -172,7 +186,10 @@ def load(
         }
         for workdir, run in zip(workdirs, runs, strict=True)
     ]
-    return Predictor(config, predict_fn, first.intensity, first.channels, temperature, about)
+    return Predictor(
+        config, predict_fn, first.intensity, first.channels, temperature, chosen, about,
+        first.measured,
+    )  # fmt: skip
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,11 +260,15 @@ def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndar
     return fit_channels(image_DHWC, predictor.channels, name)
 
 
-def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -> Case:
-    """A case whose scale, where the network needs one, is that of `context`, else of itself."""
+def _case(
+    predictor: Predictor, image_DHWC: np.ndarray, context: Sequence[np.ndarray] = (), **names
+) -> Case:
+    """A case whose scale, where the network needs one, is that of the images of `context`, else of
+    itself.
+    """
     if predictor.intensity is not None:
         return Case(image_DHWC, predictor.intensity, **names)
-    return Case(image_DHWC, measure_intensity(image_DHWC if context is None else context), **names)
+    return Case(image_DHWC, measure(context or [image_DHWC], predictor.measured), **names)
 
 
 # Which files, and what is in them.
@@ -598,10 +619,12 @@ def read_cases(
                 later.append(group)
                 return 0, [], []
             faults += [] if path in beside else [str(error)]
-    context = None
+    context = []
     if len(found) > 1 and predictor.intensity is None:
-        pixels = [image.reshape(1, 1, -1, predictor.channels) for _, _, image in found]
-        context = np.concatenate(pixels, axis=2)
+        by_size = defaultdict(list)
+        for _, _, image in found:
+            by_size[image.shape[1:]].append(image)
+        context = [np.concatenate(images) for images in by_size.values()]
     cases, around = [], {}
     for some in _scans(found, group.numbers) if seen else ():
         images = [image[0] for _, _, image in some]
@@ -663,7 +686,8 @@ def _needed(picture: Picture, predictor: Predictor, save: Sequence[str]) -> int:
     """
     D, H, W, C = picture.image.shape
     options = predictor.config.predict
-    each = 2 + 4 * (predictor.intensity is None)
+    measuring = 5 * C if predictor.measured == 'buda' else 4  # all channels, or one at a time
+    each = 2 + measuring * (predictor.intensity is None)
     each += 4 * (predictor.config.model.num_classes + 1) * ('probability' in save)
     each += 8 * (options.largest_component or options.min_size > 1)
     seen = channels_seen(C, predictor.config.data.context)

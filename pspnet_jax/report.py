@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pspnet_jax import charts, log, metrics, visualize
+from pspnet_jax import charts, choice, log, metrics, visualize
 from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
 
@@ -126,6 +126,7 @@ def render(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     bins = [each for each in result['calibration']['bins'] if each['voxels']]
     rows = {row['patient']: row for row in result['patients']}
+    chosen = result.get('postprocessing')
     checkpoint, structures = result['checkpoint'], result['summary']['structures']
     distance = _unit(result['patients'], result['data']['spacing'])
     lesions = [p for p in result['patients'] if p['dice'] is not None and p['lesion_voxels']]
@@ -138,6 +139,7 @@ def render(
         style=(TEMPLATES / 'report.css').read_text(),
         script=script,
         few=metrics.FEW,
+        chosen=chosen and choice.words(chosen, result['data']['split']),
         seen=len((result['data'].get('overlap') or {'train': ()})['train']),
         figures=FIGURES,
         structure_figures={name: of for name, of in FIGURES.items() if name in structures[0]},

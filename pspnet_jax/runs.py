@@ -18,7 +18,7 @@ from pspnet_jax import checkpoint, models, paths
 from pspnet_jax.config import from_dict
 from pspnet_jax.data.volumes import channels_seen
 from pspnet_jax.errors import ConfigError, first_line
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.models.published import fixed_intensity, measured_how
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ class Run:
     def intensity(self) -> np.ndarray | None:
         """(4, C) that normalises every image alike; None: each volume has its own."""
         return fixed_intensity(self.inputs)
+
+    @property
+    def measured(self) -> str:
+        """How each volume's own intensities are measured, for `data.volumes.measure`."""
+        return measured_how(self.inputs)
 
 
 def open_run(workdir: str | Path, which: str = '') -> Run:

@@ -543,18 +543,27 @@ def normalize_by_weights(config: ConfigDict) -> bool:
     return (config.data.normalize or own_choice) == 'weights'
 
 
+def chosen_normalization(config: ConfigDict) -> published.Normalization | str | None:
+    """What `data.normalize` asks for, as `checkpoint.save` has it: before any weights are read."""
+    if config.data.normalize == 'buda':
+        return 'buda'
+    return published.IMAGENET if normalize_by_weights(config) else None
+
+
 def normalize_as_there(
-    config: ConfigDict, theirs: published.Normalization | None
-) -> published.Normalization | None:
+    config: ConfigDict, theirs: published.Normalization | str | None
+) -> published.Normalization | str | None:
     """Of a run that starts from another: data.normalize's, or where it is None that run's.
 
-    None: volume by volume. Warns where the two differ.
+    Warns where the two differ.
     """
     if config.data.normalize is None:
         return theirs
-    ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
+    ours = chosen_normalization(config)
+    if is_fixed(ours) and is_fixed(theirs):
+        ours = theirs
     if ours != theirs:
-        there, here = (transfer.words({'normalization': x and x._asdict()}) for x in (theirs, ours))
+        there, here = (transfer.words({'normalization': plain(x)}) for x in (theirs, ours))
         logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
@@ -563,6 +572,16 @@ def normalize_as_there(
             config.data.normalize,
         )
     return ours
+
+
+def is_fixed(normalization: published.Normalization | str | None) -> bool:
+    """Whether it is the same for all images, and not measured volume by volume."""
+    return isinstance(normalization, published.Normalization)
+
+
+def plain(normalization: published.Normalization | str | None) -> dict[str, Any] | str | None:
+    """As a checkpoint's 'inputs' have it."""
+    return normalization._asdict() if is_fixed(normalization) else normalization
 
 
 def start_or_resume(
@@ -590,7 +609,7 @@ def start_or_resume(
         state, meta = restored
         logger.info('resuming from step %d', state.step)
         return state, meta['progress'], meta['inputs'], meta['config']
-    normalization = published.IMAGENET if normalize_by_weights(config) else None
+    normalization = chosen_normalization(config)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     if config.train.init_from:
         variables, theirs, report = transfer.first_weights(
@@ -608,11 +627,11 @@ def start_or_resume(
             variables,
             str(path),
             stem=config.model.stem,
-            unit_deviation=normalization is None,
+            unit_deviation=not is_fixed(normalization),
             options=config.model,
             context=context,
         )
-        normalization = normalization and theirs
+        normalization = theirs if is_fixed(normalization) else normalization
         logger.info('%s', report)
     # A copy of the average: the step donates both, and a buffer can be donated once.
     params = variables['params']
@@ -620,8 +639,8 @@ def start_or_resume(
     state = state.replace(
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
-    inputs = {'channels': channels, 'normalization': normalization and normalization._asdict()}
-    if normalization and (scale := measure()) is not None:
+    inputs = {'channels': channels, 'normalization': plain(normalization)}
+    if is_fixed(normalization) and (scale := measure()) is not None:
         inputs['range'] = scale.tolist()
     logger.info('images are normalised %s', transfer.words(inputs))
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs, None
@@ -854,7 +873,8 @@ def run_steps(
         lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
     )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
-    intensity = published.fixed_intensity(inputs)
+    intensity, how = published.fixed_intensity(inputs), published.measured_how(inputs)
+    split = split | {name: volumes.measured(split[name], how) for name in ('train', 'validation')}
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0

@@ -16,14 +16,15 @@ from pspnet_jax import checkpoint
 from pspnet_jax.data.volumes import channels_seen
 from pspnet_jax.errors import CheckpointError, ConfigError, one_line
 from pspnet_jax.models.pretrained import adapt_stem
-from pspnet_jax.models.published import Normalization, fixed_intensity
+from pspnet_jax.models.published import Normalization, fixed_intensity, measured_how
 from pspnet_jax.runs import open_run
 
 
 def first_weights(
     variables: Mapping[str, Any], where: str, *, channels: int, stem: str, context: int = 0
-) -> tuple[dict[str, Any], Normalization | None, str]:
-    """`variables` with all that the run at `where` has for them, its normalisation, a report.
+) -> tuple[dict[str, Any], Normalization | str | None, str]:
+    """`variables` with all that the run at `where` has for them, its normalisation (None or 'buda'
+    volume by volume), a report.
 
     The average of its parameters, where it kept one. `channels` are those of the images here,
     `context` its `data.context`: where that run has others, the first kernel is made from its own
@@ -46,7 +47,9 @@ def first_weights(
     if merged is None:
         raise CheckpointError(f'nothing of {name} fits this network:\n{report}')
     normalization = run.inputs['normalization']
-    return merged, normalization and Normalization(**normalization), f'from {name}:\n{report}'
+    if isinstance(normalization, Mapping):
+        normalization = Normalization(**normalization)
+    return merged, normalization, f'from {name}:\n{report}'
 
 
 def merge(
@@ -167,7 +170,9 @@ def load_teacher(
             f'{name} has data.context={run.context}, this run {context}: '
             f'set data.context={run.context}, or use a teacher that sees as many slices'
         )
-    if not np.array_equal(fixed_intensity(theirs), fixed_intensity(inputs)):
+    if measured_how(theirs) != measured_how(inputs) or not np.array_equal(
+        fixed_intensity(theirs), fixed_intensity(inputs)
+    ):
         raise ConfigError(
             f'{name} was trained on images normalised {words(theirs)}, this run '
             f'normalises them {words(inputs)}: see data.normalize; the range is that of the '
@@ -187,6 +192,8 @@ def words(inputs: Mapping[str, Any]) -> str:
     normalization = inputs['normalization']
     if normalization is None:
         return 'volume by volume'
+    if normalization == 'buda':
+        return "volume by volume as Buda's code does"
     mean, std = (tuple(normalization[key]) for key in ('mean', 'std'))
     by = f'by mean {mean} and deviation {std}'
     if 'range' not in inputs:

@@ -136,6 +136,7 @@ def test_names_that_are_too_long_are_an_error_of_one_line(module, tmp_path):
 
 def test_an_interrupt_is_one_line_and_status_130():
     code = 'import os, signal\nfrom pspnet_jax import cli\n'
+    code += 'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # none in background jobs
     code += 'cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130

@@ -266,6 +266,22 @@ def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt
     assert metadata['step'] == 7
 
 
+def test_a_measure_of_the_head_is_left_to_those_who_read_the_parameters(tmp_path):
+    workdir = save_published(tmp_path, normalization='buda')
+    for fmt in ('stablehlo', 'onnx'):
+        with pytest.raises(ConfigError, match=r"'buda' has no form in .* --format=savedparams"):
+            export.export_checkpoint(workdir, fmt)
+    export.export_checkpoint(workdir, 'savedparams', size=(32, 48))
+    predict, metadata = export.read(workdir / export.FILES['savedparams'])
+    assert metadata['normalization']['kind'] == 'buda'
+    image = images(2, 32, 48, 3)
+    image[:, :9] = 4  # dark: outside the head
+    run = open_run(workdir)
+    normal = volumes.normalize(image, volumes.measure_head([image]))
+    expected = infer.compile_predict(run.model)(run.variables, normal)
+    np.testing.assert_allclose(predict(image), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fmt):
     if fmt == 'onnx':

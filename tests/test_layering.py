@@ -79,7 +79,8 @@ ALLOWED = {
     'faults': {'errors'},
     'charts': {'data.files', 'log'},
     'calibration': {'data.files', 'errors'},
-    'report': {'charts', 'data.files', 'data.volumes', 'log', 'metrics', 'visualize'},
+    'choice': {'calibration', 'config', 'data.files', 'errors', 'metrics', 'postprocess', 'text'},
+    'report': {'charts', 'choice', 'data.files', 'data.volumes', 'log', 'metrics', 'visualize'},
     'checkpoint': {'errors', 'hosts', 'paths'},
     'config.base': set(),
     'config.augmentations': set(),
@@ -118,7 +119,16 @@ ALLOWED = {
     },
     'compilation': {'paths'},
     'devices': {'errors'},
-    'cli': {'compilation', 'config', 'config.flags', 'devices', 'errors', 'hosts'},
+    'cli': {
+        'compilation',
+        'config',
+        'config.augmentations',
+        'config.flags',
+        'models',
+        'devices',
+        'errors',
+        'hosts',
+    },
 }
 COMMANDS = {
     'main',

@@ -335,6 +335,15 @@ def test_figures_on_pictures_of_the_training_are_called_too_good(evaluated):
     )
 
 
+def test_chosen_post_processing_is_named(evaluated):
+    result, cases = evaluated
+    assert 'Post-processing' not in report.render(result, [], cases)
+    facts = {'options': {'<flip>': True}, 'patients': 8, 'dice': 0.9, 'without': None}
+    page = Page(report.render(result | {'postprocessing': facts}, [], cases))
+    said = 'Post-processing: <flip>=True, chosen on 8 validation patients (their Dice 0.900, - '
+    assert any(text.startswith(said) for _, text in page.of('p'))
+
+
 @pytest.fixture
 def browser(tmp_path):
     """`call(path, body)` to a headless Chromium, by the WebDriver protocol."""

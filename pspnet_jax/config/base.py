@@ -64,7 +64,8 @@ def get_config(arg: str = '') -> ConfigDict:
     data.context = 0  # slices before and after each that the network sees too, as channels (2.5D):
     # of the same scan, whose first and last are repeated
     data.normalize = placeholder(str)  # None: 'weights' with a file of them, else 'volume'; by
-    # weights, images that are not of 8 bits have their measured range as 0 to 255
+    # weights, images that are not of 8 bits have their measured range as 0 to 255; 'buda': volumes
+    # as Buda's code does, one range for all channels, measured on the head
     data.split = 'holdout'  # or 'kfold', 'site': the patients of one fold or site are tested
     data.folds = 5  # of 'kfold'; python -m experiments.crossval runs them all
     data.fold = 0  # which one is tested

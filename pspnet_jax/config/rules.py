@@ -139,7 +139,7 @@ LIMITS: dict[str, Rule] = {
         '(), or a tuple of height and width from 16 to 16384',
     ),
     'data.context': _integer(0, 5),
-    'data.normalize': _or_none(_one_of('volume', 'weights')),
+    'data.normalize': _or_none(_one_of('volume', 'buda', 'weights')),
     'data.split': _one_of('holdout', 'kfold', 'site'),
     'data.folds': _integer(2),
     'data.test_fraction': _number(0, 0.9),

@@ -53,7 +53,9 @@ def augment(
     channel-wise factor 1 +- gain. bias: channel-wise shift, and noise: pixel noise's largest
     standard deviation, in units of the normalised image. ignore_label: of what falls outside.
     context: how many neighbours on either side the image has the channels of
-    (`volumes.channels_seen`); what is drawn for a channel is for theirs too. Raises ValueError for a crop larger than the image.
+    (`volumes.channels_seen`); what is drawn for a channel is for theirs too.
+
+    Raises ValueError for a crop larger than the image.
     """
     h, w = mask_HW.shape
     out_h, out_w = (crop, crop) if crop else (h, w)
