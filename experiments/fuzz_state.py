@@ -302,11 +302,11 @@ def _run(folder: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> None:
-    from pspnet_jax import calibration, chart, choice, faults, log, report
+    from pspnet_jax import calibration, charts, choice, faults, log
     from pspnet_jax.config import from_dict
 
-    for each in report.run_charts(log.read(path)):
-        chart.svg(each)
+    for each in charts.run_charts(log.read(path)):
+        charts.svg(each)
     with faults.alone(path):
         calibration.load(path, 7)
         if kept := choice.load(path, from_dict({}), 7, {'window': 0}):

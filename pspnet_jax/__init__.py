@@ -8,7 +8,7 @@ Dimension letters, wherever a name carries its shape (logits_BHWK, labels_BHW):
 Imports point downwards, held by tests/test_layering.py:
 
   main -> train -> transfer -> evaluate -> infer -> crf
-                                        -> report -> chart, log, visualize
+                                        -> report -> charts -> log; visualize
                                         -> calibration, metrics, postprocess
                 -> models, optim, losses, checkpoint
                 -> data.sources -> data.folder, data.lgg, data.phantom

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pspnet_jax import (
+    charts,
     checkpoint,
     compilation,
     faults,
@@ -39,7 +40,6 @@ from pspnet_jax import (
     models,
     optim,
     paths,
-    report,
     transfer,
     visualize,
 )
@@ -1041,7 +1041,7 @@ def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
 def draw_curves(workdir: str) -> None:
     """The run's curves; a fault in writing them must not hide the one that ended it."""
     try:
-        report.write_curves(workdir)
+        charts.write_curves(workdir)
     except DataError as error:
         logger.warning('%s', error)
 

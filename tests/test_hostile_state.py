@@ -19,13 +19,12 @@ from PIL import Image
 from experiments import fuzz, fuzz_state, mutate
 from pspnet_jax import (
     calibration,
-    chart,
+    charts,
     checkpoint,
     config,
     export,
     faults,
     log,
-    report,
     stablehlo,
 )
 from pspnet_jax.data import lgg
@@ -226,8 +225,8 @@ FIGURE = st.none() | st.floats(-1e39, 1e39, allow_nan=False) | st.integers(-(10*
 @settings(often, max_examples=50)
 @given(st.lists(st.fixed_dictionaries({'step': st.integers(0, 2**31 - 1), 'loss': FIGURE})))
 def test_every_record_can_be_drawn(records):
-    for each in report.run_charts(records):
-        chart.svg(each)
+    for each in charts.run_charts(records):
+        charts.svg(each)
 
 
 def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path):

@@ -4,19 +4,23 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
+import tomllib
 import urllib.request
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import evaluate, report, visualize
+from pspnet_jax import charts, evaluate, report, visualize
 from pspnet_jax.data.volumes import Volume
-from tests.conftest import tiny_config
+from tests.conftest import ROOT, tiny_config
+from tests.test_charts import RECORDS
 
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="hacked=1">\'"&'
 
@@ -59,12 +63,6 @@ def evaluated(rng):
     return result, cases
 
 
-RECORDS = [{'step': s, 'loss': 2.0 / s, 'learning_rate': 1e-3} for s in range(1, 900)] + [
-    {'step': s, 'validation/dice': s / 1000, 'validation/dice_median': None, 'validation/hd95': 4}
-    for s in (300, 600, 899)
-]
-
-
 class Page(HTMLParser):
     """Tags with their attributes, and the text that follows each up to the next tag."""
 
@@ -97,12 +95,12 @@ def png(uri):
 
 
 def test_the_page_asks_for_nothing_and_runs_only_its_own_script(evaluated):
-    text = report.render(evaluated[0], report.run_charts(RECORDS), evaluated[1])
+    text = report.render(evaluated[0], RECORDS, evaluated[1])
     page = Page(text)
     for tag, attributes in page.tags:
         assert not any(name.startswith('on') for name in attributes), (tag, attributes)
         for name in ('src', 'href', 'action', 'data'):
-            assert attributes.get(name, 'data:').startswith('data:'), (tag, attributes)
+            assert attributes.get(name, 'data:').startswith(('data:', '#')), (tag, attributes)
     assert 'http://' not in text
     assert 'https://' not in text
     (data, _), (own, script) = page.of('script')
@@ -123,10 +121,42 @@ def test_a_name_stands_in_the_page_as_it_is_and_is_no_markup(evaluated):
     assert not any('hacked' in json.dumps(attributes) for _, attributes in page.tags)
 
 
-def test_json_in_the_page_is_the_same_json_and_ends_no_script():
-    value = {'</script>': ['<!--', '&amp;', '\u2028', '"']}
-    assert json.loads(report._json(value)) == value
-    assert not set('<>&') & set(report._json(value))
+def test_a_name_may_be_no_text(evaluated, tmp_path):
+    """Of a file whose name is not UTF-8, or has control characters."""
+    result, cases = evaluated
+    row = next(row for row in result['patients'] if row['patient'] == cases[0][1].patient)
+    row['patient'] = 'odd\udcff\x1b'
+    cases[0] = (cases[0][0], cases[0][1]._replace(patient=row['patient']))
+    page = Page(report.write(tmp_path, result, cases).read_text())
+    assert sum('odd?\x1b' in text for text in page.text) == 3  # the table, its dot, its pictures
+
+
+def test_json_in_the_page_is_the_same_json_and_ends_no_script(evaluated, monkeypatch):
+    value = {'</script>': ['<!--', '&amp;', '\u2028', '"', None, 0.5]}
+    monkeypatch.setattr(report, '_encode', lambda cases: value)
+    page = Page(report.render(evaluated[0], [], evaluated[1]))
+    text = page.of('script')[0][1]
+    assert json.loads(text) == value
+    assert not set('<>&') & set(text)
+    monkeypatch.setattr(report, '_encode', lambda cases: math.nan)
+    with pytest.raises(ValueError, match='not JSON compliant'):
+        report.render(evaluated[0], [], evaluated[1])
+
+
+def test_what_the_template_asks_for_is_there(evaluated):
+    result, cases = evaluated
+    del result['data']['hd95_unit']
+    with pytest.raises(jinja2.UndefinedError, match='hd95_unit'):
+        report.render(result, [], cases)
+
+
+def test_an_installed_package_has_the_templates():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    globs = project['tool']['setuptools']['package-data']['pspnet_jax']
+    package = ROOT / 'pspnet_jax'
+    listed = {path for glob in globs for path in package.glob(glob)}
+    files = {path for path in package.rglob('*') if path.is_file() and path.suffix != '.pyc'}
+    assert {path for path in files if path.suffix != '.py'} <= listed
 
 
 def test_the_tables_hold_the_figures(evaluated):
@@ -154,15 +184,19 @@ def test_the_volume_of_a_lesion_is_by_its_own_spacing(evaluated):
     page = report.render(result, [], cases)
     for row, factor in zip(rows, (0.75, 1, 1), strict=True):
         assert f'lesion {factor * row["lesion_voxels"]:,.0f}<' in page
-    assert 'lesion volume, mm³ where known, else voxels (log)' in page
+    assert 'lesion volume in cubic millimetres where known, else voxels' in page
     for row in rows:
         row['in_mm'] = True
-    assert 'lesion volume, mm³ (log)' in report.render(result, [], cases)
+    assert '>lesion volume in cubic millimetres<' in report.render(result, [], cases)
+    for row in result['patients']:  # distances are of those without lesion too
+        row['in_mm'] = True
+    page = report.render(result, RECORDS, cases)
+    assert '>mean over volumes, in millimetres<' in page
 
 
 def test_every_definition_stands_by_its_figure(evaluated):
     result, cases = evaluated
-    page = Page(report.render(result, report.run_charts(RECORDS), cases))
+    page = Page(report.render(result, RECORDS, cases))
     words = ' '.join(page.text)
     for said in (
         'larger of the two directed 95th percentiles', "MedPy's", "array's border is surface",
@@ -272,16 +306,6 @@ def test_differences_by_hand():
     assert len(visualize.difference_palette()) == 1 + len(visualize.DIFFERENCE)
 
 
-def test_curves_are_thinned_to_means():
-    x, y = report.thin(range(1, 1001), np.arange(1000.0) % 4)
-    assert len(x) == 250
-    assert set(y) == {1.5}
-    loss, dice, hd95, rate = report.run_charts(RECORDS)
-    assert [len(c.series[0].x) for c in (loss, dice, hd95, rate)] == [300, 3, 3, 300]
-    assert dice.series[0].y == [0.3, 0.6, 0.899]
-    assert report.run_charts([{'step': 1, 'loss': None}]) == []
-
-
 def test_a_run_leaves_curves_and_a_report(trained, tmp_path):
     workdir, evaluation = trained
     picture = np.array(Image.open(workdir / 'curves.png'))
@@ -291,7 +315,7 @@ def test_a_run_leaves_curves_and_a_report(trained, tmp_path):
     assert [text for _, text in page.of('h2')][-1] == 'Best, median, worst'
     best = max(p['dice'] for p in evaluation['patients'])
     assert any(text.startswith('Best') and f'Dice {best:.3f}' in text for _, text in page.of('h3'))
-    assert report.write_curves(tmp_path) is None
+    assert charts.write_curves(tmp_path) is None
     assert not list(tmp_path.iterdir())
     assert not [path for path in workdir.iterdir() if path.name.startswith('.')]
 
@@ -309,6 +333,15 @@ def test_figures_on_pictures_of_the_training_are_called_too_good(evaluated):
     assert '2 of 4 patients have pictures that the run was trained on' in report.render(
         result, [], cases
     )
+
+
+def test_chosen_post_processing_is_named(evaluated):
+    result, cases = evaluated
+    assert 'Post-processing' not in report.render(result, [], cases)
+    facts = {'options': {'<flip>': True}, 'patients': 8, 'dice': 0.9, 'without': None}
+    page = Page(report.render(result | {'postprocessing': facts}, [], cases))
+    said = 'Post-processing: <flip>=True, chosen on 8 validation patients (their Dice 0.900, - '
+    assert any(text.startswith(said) for _, text in page.of('p'))
 
 
 @pytest.fixture
@@ -404,3 +437,24 @@ def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
         if not entry.startswith('data:')
     ]
     assert browser('/se/log', {'type': 'browser'}) == []
+
+
+@pytest.mark.parametrize('width', [390, 800])
+def test_nothing_runs_off_the_page(evaluated, tmp_path, browser, width):
+    """Neither a long name nor a chart: what is wider scrolls in its own box."""
+    result, cases = evaluated
+    long = 'one_word' * 40
+    row = next(row for row in result['patients'] if row['patient'] == cases[0][1].patient)
+    row['patient'], cases[0] = long, (cases[0][0], cases[0][1]._replace(patient=long))
+    result['data']['source'] = f'/{long}'
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, RECORDS)))
+    size = {'width': width, 'height': 900, 'deviceScaleFactor': 1, 'mobile': True}
+    browser('/goog/cdp/execute', {'cmd': 'Emulation.setDeviceMetricsOverride', 'params': size})
+    browser('/url', {'url': report.write(tmp_path, result, cases).as_uri()})
+    script = """
+        const over = [...document.querySelectorAll('main, main *')].filter(element =>
+          !element.parentElement.closest('.scroll') &&
+          element.getBoundingClientRect().right > document.documentElement.clientWidth);
+        return [innerWidth, document.documentElement.scrollWidth, over.map(e => e.outerHTML)]"""
+    found = browser('/execute/sync', {'script': script, 'args': []})
+    assert found == [width, width, []]
