@@ -40,8 +40,7 @@ from pspnet_jax.errors import (
     first_line,
     say,
 )
-from pspnet_jax.models.pretrained import check_archive
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.models.weights import check_archive, fixed_intensity
 from pspnet_jax.runs import abstract_variables, open_run
 
 FILES = {

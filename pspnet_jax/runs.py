@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import checkpoint, models, paths
 from pspnet_jax.config import from_dict
 from pspnet_jax.errors import ConfigError, first_line
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.models.weights import fixed_intensity
 
 logger = logging.getLogger(__name__)
 

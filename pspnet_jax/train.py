@@ -55,7 +55,7 @@ from pspnet_jax.errors import (
 )
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog, Silent
-from pspnet_jax.models import pretrained, published
+from pspnet_jax.models import weights
 from pspnet_jax.models.convolution import CONVOLVED
 from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
 
@@ -521,11 +521,11 @@ def pretrained_file(config: ConfigDict) -> Path | None:
     if not where or config.train.init_from:
         return None
     if where != 'imagenet':
-        return pretrained.fetch(where)
+        return weights.fetch(where)
     _, backbone, options = models.resolve(**config.model)
     if backbone is None:
         return None  # the network has an encoder of its own
-    public = published.public(backbone, **options)
+    public = weights.public(backbone, **options)
     if public is None:
         logger.warning(
             'no ImageNet weights are known for %s with model.width=%d and its other options: '
@@ -534,7 +534,7 @@ def pretrained_file(config: ConfigDict) -> Path | None:
             config.model.width,
         )
         return None
-    return pretrained.fetch_public(backbone, public)
+    return weights.fetch_public(backbone, public)
 
 
 def normalize_by_weights(config: ConfigDict) -> bool:
@@ -544,15 +544,15 @@ def normalize_by_weights(config: ConfigDict) -> bool:
 
 
 def normalize_as_there(
-    config: ConfigDict, theirs: published.Normalization | None
-) -> published.Normalization | None:
+    config: ConfigDict, theirs: weights.Normalization | None
+) -> weights.Normalization | None:
     """Of a run that starts from another: data.normalize's, or where it is None that run's.
 
     None: volume by volume. Warns where the two differ.
     """
     if config.data.normalize is None:
         return theirs
-    ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
+    ours = (theirs or weights.IMAGENET) if config.data.normalize == 'weights' else None
     if ours != theirs:
         there, here = (transfer.words({'normalization': x and x._asdict()}) for x in (theirs, ours))
         logger.warning(
@@ -588,7 +588,7 @@ def start_or_resume(
         state, meta = restored
         logger.info('resuming from step %d', state.step)
         return state, meta['progress'], meta['inputs'], meta['config']
-    normalization = published.IMAGENET if normalize_by_weights(config) else None
+    normalization = weights.IMAGENET if normalize_by_weights(config) else None
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     if config.train.init_from:
         variables, theirs, report = transfer.first_weights(
@@ -598,7 +598,7 @@ def start_or_resume(
         for line in f'weights {report}'.splitlines():
             logger.info('%s', line)
     elif path := pretrained_file(config):
-        variables, theirs, report = pretrained.load_backbone(
+        variables, theirs, report = weights.load_backbone(
             variables,
             str(path),
             stem=config.model.stem,
@@ -844,7 +844,7 @@ def run_steps(
         lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
     )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
-    intensity = published.fixed_intensity(inputs)
+    intensity = weights.fixed_intensity(inputs)
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0

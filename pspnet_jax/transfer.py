@@ -1,7 +1,7 @@
 """What a run takes over from another: its first weights (train.init_from), its teacher.
 
 Both are named as WORKDIR (the best checkpoint), WORKDIR@last or WORKDIR@STEP, and need that
-folder's checkpoints alone. A published network that `models.pretrained` converted is one too.
+folder's checkpoints alone. A published network that `convert` made is one too.
 """
 
 import collections
@@ -14,8 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspnet_jax import checkpoint
 from pspnet_jax.errors import CheckpointError, ConfigError, one_line
-from pspnet_jax.models.pretrained import adapt_stem
-from pspnet_jax.models.published import Normalization, fixed_intensity
+from pspnet_jax.models.weights import Normalization, adapt_stem, fixed_intensity
 from pspnet_jax.runs import open_run
 
 

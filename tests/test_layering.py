@@ -24,9 +24,23 @@ ALLOWED = {
     'models.fcn': {'models.layers', 'models.backbones'},
     'models.dilated': {'models.layers', 'models.backbones', 'models.fcn'},
     'models.deeplab': {'models.layers', 'models.backbones', 'models.fcn'},
-    'models.published': set(),
-    'models.torch_file': set(),
-    'models.pretrained': {'errors', 'models.published', 'models.torch_file'},
+    'models.weights.sources': {'errors'},
+    'models.weights.readers': {'errors', 'models.weights.sources'},
+    'models.weights.tables': set(),
+    'models.weights.translate': {
+        'errors',
+        'models.backbones',
+        'models.weights.readers',
+        'models.weights.sources',
+        'models.weights.tables',
+    },
+    'models.weights.__init__': {
+        'models.weights.readers',
+        'models.weights.sources',
+        'models.weights.tables',
+        'models.weights.translate',
+    },
+    'models.pretrained': set(),  # the former name of convert
     'models.__init__': {
         'models.backbones',
         'models.deeplab',
@@ -84,8 +98,8 @@ ALLOWED = {
     'config': {'data.masks', 'data.pairing', 'errors', 'losses', 'models', 'models.backbones'},
     'manifest': {'errors'},
     'paths': {'errors'},
-    'runs': {'checkpoint', 'config', 'errors', 'paths', 'models', 'models.published'},
-    'transfer': {'checkpoint', 'errors', 'models.pretrained', 'models.published', 'runs'},
+    'runs': {'checkpoint', 'config', 'errors', 'paths', 'models', 'models.weights'},
+    'transfer': {'checkpoint', 'errors', 'models.weights', 'runs'},
     'compilation': {'paths'},
     'devices': {'errors'},
     'cli': {'compilation', 'config', 'devices', 'errors', 'hosts'},
@@ -97,6 +111,7 @@ COMMANDS = {
     'predict',
     'api',
     'export',
+    'convert',
     'data.check',
 }  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))

@@ -29,7 +29,7 @@ from pspnet_jax import (
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import files, folder, sources, splits
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
-from pspnet_jax.models.published import IMAGENET
+from pspnet_jax.models.weights import IMAGENET
 from pspnet_jax.runs import open_run
 from tests.conftest import tiny_config, write_case
 

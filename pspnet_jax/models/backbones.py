@@ -142,6 +142,7 @@ RESNETS = {
     'resnet101': (3, 4, 23, 3),
     'resnet152': (3, 8, 36, 3),
 }
+BASIC_RESNETS = ('resnet18', 'resnet34')  # of `BasicBlock`s; the others are of `Bottleneck`s
 
 
 class ResNet(nn.Module):
@@ -180,7 +181,7 @@ class ResNet(nn.Module):
         features = {2: x}
         x = max_pool(x, 3, 1)
 
-        bottleneck = self.name_of_depth not in ('resnet18', 'resnet34')
+        bottleneck = self.name_of_depth not in BASIC_RESNETS
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         true_stride, dilation = 4, 1
         for layer, depth in enumerate(RESNETS[self.name_of_depth], start=1):
