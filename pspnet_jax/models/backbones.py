@@ -33,7 +33,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pspnet_jax.models.convolution import max_pool
-from pspnet_jax.models.layers import batch_norm, conv
+from pspnet_jax.models.layers import units
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -50,20 +50,13 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        features = {}
-        stride, dilation = 1, 1
+        conv, norm = units(self, train)
+        features, stride, dilation = {}, 1, 1
         for block, depth in enumerate((2, 2, 3, 3, 3), start=1):
             for i in range(1, depth + 1):
-                x = conv(
-                    self.width * min(2 ** (block - 1), 8),
-                    dilation=dilation,
-                    use_bias=True,
-                    dtype=self.dtype,
-                    name=f'conv{block}_{i}',
-                )(x)
-                if self.norm:
-                    x = batch_norm(train, self.dtype, self.axis_name, f'bn{block}_{i}')(x)
-                x = nn.relu(x)
+                wide = self.width * min(2 ** (block - 1), 8)
+                x = conv(wide, dilation=dilation, use_bias=True, name=f'conv{block}_{i}')(x)
+                x = nn.relu(norm(f'bn{block}_{i}')(x) if self.norm else x)
             features[-(2**block)] = x
             pad = self.pool // 2 if self.pool % 2 else 0
             if stride < self.output_stride:
@@ -90,19 +83,15 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        def norm(name):
-            return batch_norm(train, self.dtype, self.axis_name, name)
-
+        conv, norm = units(self, train)
         first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-        y = conv(self.width, 1, stride=first, dtype=self.dtype, name='conv1')(x)
+        y = conv(self.width, 1, stride=first, name='conv1')(x)
         y = nn.relu(norm('bn1')(y))
-        y = conv(self.width, stride=second, dilation=self.dilation, dtype=self.dtype, name='conv2')(
-            y
-        )
+        y = conv(self.width, stride=second, dilation=self.dilation, name='conv2')(y)
         y = nn.relu(norm('bn2')(y))
-        y = norm('bn3')(conv(4 * self.width, 1, dtype=self.dtype, name='conv3')(y))
+        y = norm('bn3')(conv(4 * self.width, 1, name='conv3')(y))
         if self.project:
-            x = conv(4 * self.width, 1, stride=self.stride, dtype=self.dtype, name='downsample')(x)
+            x = conv(4 * self.width, 1, stride=self.stride, name='downsample')(x)
             x = norm('downsample_bn')(x)
         return nn.relu(x + y)
 
@@ -120,17 +109,12 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        def norm(name):
-            return batch_norm(train, self.dtype, self.axis_name, name)
-
-        y = conv(
-            self.width, stride=self.stride, dilation=self.dilation, dtype=self.dtype, name='conv1'
-        )(x)
+        conv, norm = units(self, train)
+        y = conv(self.width, stride=self.stride, dilation=self.dilation, name='conv1')(x)
         y = nn.relu(norm('bn1')(y))
-        y = conv(self.width, dilation=self.next_dilation, dtype=self.dtype, name='conv2')(y)
-        y = norm('bn2')(y)
+        y = norm('bn2')(conv(self.width, dilation=self.next_dilation, name='conv2')(y))
         if self.project:
-            x = conv(self.width, 1, stride=self.stride, dtype=self.dtype, name='downsample')(x)
+            x = conv(self.width, 1, stride=self.stride, name='downsample')(x)
             x = norm('downsample_bn')(x)
         return nn.relu(x + y)
 
@@ -167,22 +151,18 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        def norm(name):
-            return batch_norm(train, self.dtype, self.axis_name, name)
-
+        conv, norm = units(self, train)
+        stem = [(self.width, 7, 2)]  # features, kernel, stride
         if self.deep_stem:
-            widths, strides = (self.width, self.width, 2 * self.width), (2, 1, 1)
-            for i, (width, stride) in enumerate(zip(widths, strides, strict=True), start=1):
-                x = conv(width, stride=stride, dtype=self.dtype, name=f'conv{i}')(x)
-                x = nn.relu(norm(f'bn{i}')(x))
-        else:
-            x = conv(self.width, 7, stride=2, dtype=self.dtype, name='conv1')(x)
-            x = nn.relu(norm('bn1')(x))
+            stem = [(self.width, 3, 2), (self.width, 3, 1), (2 * self.width, 3, 1)]
+        for i, (wide, kernel, stride) in enumerate(stem, start=1):
+            x = conv(wide, kernel, stride=stride, name=f'conv{i}')(x)
+            x = nn.relu(norm(f'bn{i}')(x))
         features = {2: x}
         x = max_pool(x, 3, 1)
 
         bottleneck = self.name_of_depth not in BASIC_RESNETS
-        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+        expansion = 4 if bottleneck else 1
         true_stride, dilation = 4, 1
         for layer, depth in enumerate(RESNETS[self.name_of_depth], start=1):
             width = self.width * 2 ** (layer - 1)
@@ -197,10 +177,10 @@ class ResNet(nn.Module):
                     'width': width,
                     'stride': stride if i == 0 else 1,
                     'dilation': first * grid,
-                    'project': i == 0
-                    and (layer > 1 or x.shape[-1] != (4 if bottleneck else 1) * width),
+                    'project': i == 0 and (layer > 1 or x.shape[-1] != expansion * width),
+                    'dtype': self.dtype,
+                    'axis_name': self.axis_name,
                     'name': f'layer{layer}_{i}',
-                    **shared,
                 }
                 if bottleneck:
                     x = Bottleneck(stride_in_1x1=self.stride_in_1x1, **block)(x, train)
@@ -225,25 +205,15 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        def norm(name, x):
-            return batch_norm(train, self.dtype, self.axis_name, name)(x)
-
+        conv, norm = units(self, train)
         y, wide = x, self.expand * x.shape[-1]
         if self.expand > 1:
-            y = conv(wide, 1, dtype=self.dtype, name='expand')(y)
-            y = nn.relu6(norm('expand_bn', y))
-        y = conv(
-            wide,
-            self.kernel,
-            stride=self.stride,
-            dilation=self.dilation,
-            groups=wide,
-            same_padding=self.same_padding,
-            dtype=self.dtype,
-            name='depthwise',
-        )(y)
-        y = nn.relu6(norm('depthwise_bn', y))
-        y = norm('project_bn', conv(self.features, 1, dtype=self.dtype, name='project')(y))
+            y = nn.relu6(norm('expand_bn')(conv(wide, 1, name='expand')(y)))
+        window = {'stride': self.stride, 'dilation': self.dilation}
+        padded = {'same_padding': self.same_padding}
+        y = conv(wide, self.kernel, **window, groups=wide, **padded, name='depthwise')(y)
+        y = nn.relu6(norm('depthwise_bn')(y))
+        y = norm('project_bn')(conv(self.features, 1, name='project')(y))
         return x + y if self.shortcut else y
 
 
@@ -328,7 +298,7 @@ class MobileNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+        conv, norm = units(self, train)
         padded = {'same_padding': self.same_padding}
 
         def scaled(channels):  # to a multiple of 8, not below 90 % of what was asked for
@@ -337,8 +307,8 @@ class MobileNet(nn.Module):
             return nearest if nearest >= 0.9 * wanted else nearest + 8
 
         def conv_norm(x, features, kernel, stride, name):
-            x = conv(features, kernel, stride=stride, **padded, dtype=self.dtype, name=name)(x)
-            return nn.relu6(batch_norm(train, **shared, name=f'{name}_bn')(x))
+            x = conv(features, kernel, stride=stride, **padded, name=name)(x)
+            return nn.relu6(norm(f'{name}_bn')(x))
 
         layout = LAYOUTS[self.name_of_layout]
         x = conv_norm(x, scaled(32), 3, 2, 'stem')
@@ -356,9 +326,10 @@ class MobileNet(nn.Module):
                     shortcut=i > 0,
                     stride=stride if i == 0 else 1,
                     dilation=before if i == 0 and not self.dilate_first_block else dilation,
-                    name=f'block{number}',
                     **padded,
-                    **shared,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f'block{number}',
                 )(x, train)
                 number += 1
             features[stage.nominal] = x

@@ -26,15 +26,11 @@ def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray | jax.Array:
 
     Bin i averages cells floor(i*size/bins) .. ceil((i+1)*size/bins)-1.
     """
-    if not is_static([size]):
-        i, cells, size = jnp.arange(bins)[:, None], jnp.arange(size)[None], jnp.asarray(size)
-        start, stop = i * size // bins, -(-(i + 1) * size // bins)
-        return jnp.where((cells >= start) & (cells < stop), 1.0 / (stop - start), 0.0)
-    matrix = np.zeros((bins, size), np.float32)
-    for i in range(bins):
-        start, stop = i * size // bins, -(-(i + 1) * size // bins)
-        matrix[i, start:stop] = 1.0 / (stop - start)
-    return matrix
+    xp = np if is_static([size]) else jnp
+    i, cells, size = xp.arange(bins)[:, None], xp.arange(size)[None], xp.asarray(size)
+    start, stop = i * size // bins, -(-(i + 1) * size // bins)
+    inside = (cells >= start) & (cells < stop)
+    return xp.where(inside, 1.0 / (stop - start), 0.0).astype(np.float32)
 
 
 def resize_matrix(size: int, out: int, *, align_corners: bool = True) -> np.ndarray | jax.Array:
@@ -253,6 +249,12 @@ def batch_norm(
     return functools.partial(BatchNorm(dtype=dtype, axis_name=axis_name, name=name), train=train)
 
 
+def units(module: nn.Module, train: bool) -> tuple[Callable, Callable]:
+    """`conv` and `batch_norm` in the module's dtype, by arguments and by name."""
+    norm = functools.partial(batch_norm, train, module.dtype, module.axis_name)
+    return functools.partial(conv, dtype=module.dtype), norm
+
+
 class PyramidConv(nn.Module):
     """Square convolution of maps B h_i w_i C_i, as if each were resized to the first's size
     and all were concatenated.
@@ -313,13 +315,12 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array | tuple[jax.Array, ...], train: bool):
+        conv, norm = units(self, train)
         if isinstance(x, tuple):
             x = PyramidConv(self.features, self.kernel, dtype=self.dtype, name='conv')(x)
         else:
-            x = conv(
-                self.features, self.kernel, dilation=self.dilation, dtype=self.dtype, name='conv'
-            )(x)
-        return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
+            x = conv(self.features, self.kernel, dilation=self.dilation, name='conv')(x)
+        return nn.relu(norm('bn')(x))
 
 
 class SeparableConvNorm(nn.Module):
@@ -333,17 +334,12 @@ class SeparableConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        x = conv(
-            x.shape[-1],
-            dilation=self.dilation,
-            groups=x.shape[-1],
-            dtype=self.dtype,
-            name='depthwise',
-        )(x)
+        (conv, norm), C = units(self, train), x.shape[-1]
+        x = conv(C, dilation=self.dilation, groups=C, name='depthwise')(x)
         if self.norm_between:
-            x = nn.relu(batch_norm(train, self.dtype, self.axis_name, 'depthwise_bn')(x))
-        x = conv(self.features, 1, dtype=self.dtype, name='pointwise')(x)
-        return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
+            x = nn.relu(norm('depthwise_bn')(x))
+        x = conv(self.features, 1, name='pointwise')(x)
+        return nn.relu(norm('bn')(x))
 
 
 class Dropout(nn.Module):
