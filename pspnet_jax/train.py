@@ -733,12 +733,11 @@ def train_and_evaluate(
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    behind the built-in augmentation; `loss_fn(logits_BHWK, labels_BHW)` is one more term of the
-    loss, with weight 1, for the main output and (times loss.aux) each auxiliary one. It sees the
+    behind the built-in augmentation. `loss_fn(logits_BHWK, labels_BHW)` is one more term of the
+    loss, of weight 1, for the main output and (times loss.aux) each auxiliary one: it sees the
     whole batch on any number of devices, pixels to leave out as loss.ignore_label, and stands
-    alone where the config's weights are 0: loss.cross_entropy=0, loss.dice=0. (A loss with a
-    weight in the config is an entry of `losses.TERMS`.) `on_log(step, values)` gets every record
-    of metrics.jsonl,
+    alone with loss.cross_entropy=0 and loss.dice=0. A loss whose weight the config keeps is an
+    entry of `losses.TERMS`. `on_log(step, values)` gets every record of metrics.jsonl,
     `on_validation(step, dice, state)` every validated state once its checkpoint is under way:
     the next step reuses its arrays, so copy what is kept.
     Returns the evaluation of the test cases, else of the validation cases, as

@@ -37,10 +37,7 @@ MODELS: dict[str, tuple[type[nn.Module], str | None, dict[str, Any]]] = {
 }
 # What VGG16 brings beside its convolutions.
 ON_VGG: dict[str, dict[str, Any]] = {
-    'fcn32s': {'fc_features': 4096},
-    'fcn16s': {'fc_features': 4096},
-    'fcn8s': {'fc_features': 4096},
-    'dilated': {'fc_features': 4096},
+    **{name: {'fc_features': 4096} for name in ('fcn32s', 'fcn16s', 'fcn8s', 'dilated')},
     'deeplab_v2': {'fc_features': 1024},
     'unet': {'center': True},
 }

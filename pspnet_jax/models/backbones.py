@@ -70,51 +70,25 @@ class VGG16(nn.Module):
         return features
 
 
-class Bottleneck(nn.Module):
-    """1x1 -> 3x3 (stride, dilation) -> 1x1 of 4x the width, and the shortcut."""
+class Residual(nn.Module):
+    """Convolutions, BatchNorm behind each and ReLU between them, and the shortcut."""
 
-    width: int
-    stride: int
-    dilation: int
-    project: bool
-    stride_in_1x1: bool
+    convs: tuple[tuple[int, int, int, int], ...]  # features, kernel, stride, dilation of each
+    project: bool  # whether the shortcut has a 1x1
     dtype: jnp.dtype
     axis_name: str | None
 
     @nn.compact
     def __call__(self, x, train: bool):
         conv, norm = units(self, train)
-        first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-        y = conv(self.width, 1, stride=first, name='conv1')(x)
-        y = nn.relu(norm('bn1')(y))
-        y = conv(self.width, stride=second, dilation=self.dilation, name='conv2')(y)
-        y = nn.relu(norm('bn2')(y))
-        y = norm('bn3')(conv(4 * self.width, 1, name='conv3')(y))
+        y = x
+        for i, (features, kernel, stride, dilation) in enumerate(self.convs, start=1):
+            y = nn.relu(y) if i > 1 else y
+            window = {'stride': stride, 'dilation': dilation}
+            y = norm(f'bn{i}')(conv(features, kernel, **window, name=f'conv{i}')(y))
         if self.project:
-            x = conv(4 * self.width, 1, stride=self.stride, name='downsample')(x)
-            x = norm('downsample_bn')(x)
-        return nn.relu(x + y)
-
-
-class BasicBlock(nn.Module):
-    """3x3 (stride, dilation) -> 3x3 (next dilation), and the shortcut."""
-
-    width: int
-    stride: int
-    dilation: int
-    next_dilation: int
-    project: bool
-    dtype: jnp.dtype
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        conv, norm = units(self, train)
-        y = conv(self.width, stride=self.stride, dilation=self.dilation, name='conv1')(x)
-        y = nn.relu(norm('bn1')(y))
-        y = norm('bn2')(conv(self.width, dilation=self.next_dilation, name='conv2')(y))
-        if self.project:
-            x = conv(self.width, 1, stride=self.stride, name='downsample')(x)
+            stride = math.prod(stride for _, _, stride, _ in self.convs)
+            x = conv(features, 1, stride=stride, name='downsample')(x)
             x = norm('downsample_bn')(x)
         return nn.relu(x + y)
 
@@ -126,7 +100,7 @@ RESNETS = {
     'resnet101': (3, 4, 23, 3),
     'resnet152': (3, 8, 36, 3),
 }
-BASIC_RESNETS = ('resnet18', 'resnet34')  # of `BasicBlock`s; the others are of `Bottleneck`s
+BASIC_RESNETS = ('resnet18', 'resnet34')  # of blocks of two 3x3s; the others have bottlenecks
 
 
 class ResNet(nn.Module):
@@ -161,8 +135,12 @@ class ResNet(nn.Module):
         features = {2: x}
         x = max_pool(x, 3, 1)
 
-        bottleneck = self.name_of_depth not in BASIC_RESNETS
-        expansion = 4 if bottleneck else 1
+        def convs(width, stride, dilation, next_dilation):
+            if self.name_of_depth in BASIC_RESNETS:
+                return (width, 3, stride, dilation), (width, 3, 1, next_dilation)
+            first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
+            return (width, 1, first, 1), (width, 3, second, dilation), (4 * width, 1, 1, 1)
+
         true_stride, dilation = 4, 1
         for layer, depth in enumerate(RESNETS[self.name_of_depth], start=1):
             width = self.width * 2 ** (layer - 1)
@@ -173,19 +151,10 @@ class ResNet(nn.Module):
             for i in range(depth):
                 first = before if i == 0 and not self.dilate_first_block else dilation
                 grid = self.multi_grid[i % len(self.multi_grid)] if layer == 4 else 1
-                block = {
-                    'width': width,
-                    'stride': stride if i == 0 else 1,
-                    'dilation': first * grid,
-                    'project': i == 0 and (layer > 1 or x.shape[-1] != expansion * width),
-                    'dtype': self.dtype,
-                    'axis_name': self.axis_name,
-                    'name': f'layer{layer}_{i}',
-                }
-                if bottleneck:
-                    x = Bottleneck(stride_in_1x1=self.stride_in_1x1, **block)(x, train)
-                else:
-                    x = BasicBlock(next_dilation=dilation * grid, **block)(x, train)
+                block = convs(width, stride if i == 0 else 1, first * grid, dilation * grid)
+                project = i == 0 and (layer > 1 or x.shape[-1] != block[-1][0])
+                shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+                x = Residual(block, project, **shared, name=f'layer{layer}_{i}')(x, train)
             features[2 ** (layer + 1)] = x
         return features
 

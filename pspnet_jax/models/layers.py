@@ -69,15 +69,6 @@ def _resize_matrix_of_symbols(size: Any, out: Any, align_corners: bool) -> jax.A
     return jnp.where(cells == low, 1.0 - weight, 0.0) + jnp.where(cells == high, weight, 0.0)
 
 
-def apply_matrices(
-    x: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray | jax.Array
-) -> jax.Array:
-    """B h w C -> B H W C by `rows` (H, h) and `columns` (W, w), in x's dtype."""
-    rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
-    x = jnp.einsum('Hh,bhwc->bHwc', rows, x, precision='highest')
-    return jnp.einsum('Ww,bHwc->bHWc', columns, x, precision='highest')
-
-
 def adaptive_pools(x: jax.Array, bins: Sequence[int]) -> list[jax.Array]:
     """B h w C -> B n n C for each n of `bins`, `torch.nn.AdaptiveAvgPool2d(n)`.
 
@@ -102,11 +93,12 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> 
     _, h, w, _ = x.shape
     if (h, w) == tuple(size):
         return x
-    return apply_matrices(
-        x,
-        resize_matrix(h, size[0], align_corners=align_corners),
-        resize_matrix(w, size[1], align_corners=align_corners),
+    rows, columns = (
+        jnp.asarray(resize_matrix(n, out, align_corners=align_corners), x.dtype)
+        for n, out in zip((h, w), size, strict=True)
     )
+    x = jnp.einsum('Hh,bhwc->bHwc', rows, x, precision='highest')
+    return jnp.einsum('Ww,bHwc->bHWc', columns, x, precision='highest')
 
 
 def scaled(size: int, scale: float) -> int:
@@ -453,13 +445,6 @@ class DoubleSize(nn.Module):
         return x + _wide(bias.astype(self.dtype), x)
 
 
-def windows_2x2(x: jax.Array) -> jax.Array:
-    """B 2h 2w C -> B h w 4 C, each window's cells in reading order."""
-    B, H, W, C = x.shape
-    x = x.reshape(B, H // 2, 2, W // 2, 2, C)
-    return jnp.moveaxis(x, 3, 2).reshape(B, H // 2, W // 2, 4, C)
-
-
 def max_unpool(x: jax.Array, before: jax.Array) -> jax.Array:
     """B h w C -> B 2h 2w C: each value to where its window of `before` had its maximum.
 
@@ -467,7 +452,8 @@ def max_unpool(x: jax.Array, before: jax.Array) -> jax.Array:
     of equal values the first counts. No gather, no scatter: it jits and exports anywhere.
     """
     B, h, w, C = x.shape
-    largest = jnp.argmax(windows_2x2(before), axis=3)  # B h w C
+    windows = jnp.moveaxis(before.reshape(B, h, 2, w, 2, C), 3, 2).reshape(B, h, w, 4, C)
+    largest = jnp.argmax(windows, axis=3)  # B h w C
     placed = x[:, :, :, None] * jax.nn.one_hot(largest, 4, axis=3, dtype=x.dtype)
     placed = jnp.moveaxis(placed.reshape(B, h, w, 2, 2, C), 2, 3)
     return placed.reshape(B, 2 * h, 2 * w, C)
