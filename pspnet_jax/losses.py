@@ -318,7 +318,7 @@ def _sum(x: Array, axis_name: Axis) -> Array:
 
 def gather(x: Array, axis_name: Axis) -> Array:
     """Of all devices, one after the other along the first axis."""
-    return x if axis_name is None else jax.lax.allgather(x, axis_name, tiled=True)
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
 # The config's weight in the sum -> the loss, and its arguments by the knobs that they come from. An
