@@ -50,7 +50,8 @@ def focal(
     log_rest_BHW = jax.nn.logsumexp(
         jax.nn.log_softmax(logits_BHWK.astype(jnp.float32)), axis=-1, where=other_BHWK
     )
-    return mean(-jnp.exp(gamma * log_rest_BHW) * log_prob_BHW, weight_BHW, axis_name)
+    total = _sum(-(weight_BHW * jnp.exp(gamma * log_rest_BHW) * log_prob_BHW).sum(), axis_name)
+    return total / jnp.maximum(_sum(weight_BHW.sum(), axis_name), 1e-6)
 
 
 def top_k_cross_entropy(
