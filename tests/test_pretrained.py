@@ -829,10 +829,10 @@ def published_fcn(tmp_path_factory):
     return path, values
 
 
-def convert(path, out, model, *more):
+def convert(path, out, model, *more, module='pspnet_jax.convert'):
     return subprocess.run(
         [
-            sys.executable, '-m', 'pspnet_jax.convert', f'--source={path}',
+            sys.executable, '-m', module, f'--source={path}',
             f'--model={model}', f'--out={out}', *more,
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -883,8 +883,10 @@ def test_a_conversion_that_can_not_be_is_one_line(published_fcn, tmp_path, train
 
 def test_a_network_that_was_trained_on_bgr_reads_rgb_here(published_fcn, tmp_path):
     path, values = published_fcn
-    done = convert(path, tmp_path / 'run', '', '--order=BGR')
+    former = 'pspnet_jax.models.pretrained'
+    done = convert(path, tmp_path / 'run', '', '--order=BGR', module=former)
     assert done.returncode == 0, done.stderr
+    assert 'this is python -m pspnet_jax.convert now' in done.stderr
     loaded = open_run(tmp_path / 'run').variables
     stem, theirs = (tree['params']['backbone']['conv1']['kernel'] for tree in (loaded, values))
     np.testing.assert_array_equal(stem, theirs[:, :, ::-1])
