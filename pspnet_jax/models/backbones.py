@@ -197,46 +197,35 @@ class Stage(NamedTuple):
     nominal: int  # the stride behind it, from the image on
 
 
-class Layout(NamedTuple):
-    stages: tuple[Stage, ...]
-    first: int  # number of the first block, as in the published weights
-
-
-MOBILENET_V2 = Layout(
-    (
-        Stage(1, 16, 1, 1, 3, 2),
-        Stage(6, 24, 2, 2, 3, 4),
-        Stage(6, 32, 3, 2, 3, 8),
-        Stage(6, 64, 4, 2, 3, 16),
-        Stage(6, 96, 3, 1, 3, 16),
-        Stage(6, 160, 3, 2, 3, 32),
-        Stage(6, 320, 1, 1, 3, 32),
-    ),
-    first=1,
+MOBILENET_V2 = (
+    Stage(1, 16, 1, 1, 3, 2),
+    Stage(6, 24, 2, 2, 3, 4),
+    Stage(6, 32, 3, 2, 3, 8),
+    Stage(6, 64, 4, 2, 3, 16),
+    Stage(6, 96, 3, 1, 3, 16),
+    Stage(6, 160, 3, 2, 3, 32),
+    Stage(6, 320, 1, 1, 3, 32),
 )
-EFFICIENTNET_LITE0 = Layout(
-    (
-        Stage(1, 16, 1, 1, 3, 2),
-        Stage(6, 24, 2, 2, 3, 4),
-        Stage(6, 40, 2, 2, 5, 8),
-        Stage(6, 80, 3, 2, 3, 16),
-        Stage(6, 112, 3, 1, 5, 16),
-        Stage(6, 192, 4, 2, 5, 32),
-        Stage(6, 320, 1, 1, 3, 32),
-    ),
-    first=0,
+EFFICIENTNET_LITE0 = (
+    Stage(1, 16, 1, 1, 3, 2),
+    Stage(6, 24, 2, 2, 3, 4),
+    Stage(6, 40, 2, 2, 5, 8),
+    Stage(6, 80, 3, 2, 3, 16),
+    Stage(6, 112, 3, 1, 5, 16),
+    Stage(6, 192, 4, 2, 5, 32),
+    Stage(6, 320, 1, 1, 3, 32),
 )
 
 
-def lite(wide: float, deep: float) -> Layout:
+def lite(wide: float, deep: float) -> tuple[Stage, ...]:
     """Lite0 with `wide` times the channels and `deep` times the blocks; the first and the last
     stage keep their one block, and stem and head their channels.
     """
     first, *between, last = (
-        stage._replace(channels=wide * stage.channels) for stage in EFFICIENTNET_LITE0.stages
+        stage._replace(channels=wide * stage.channels) for stage in EFFICIENTNET_LITE0
     )
     between = [stage._replace(blocks=math.ceil(deep * stage.blocks)) for stage in between]
-    return EFFICIENTNET_LITE0._replace(stages=(first, *between, last))
+    return first, *between, last
 
 
 LAYOUTS = {
@@ -279,10 +268,10 @@ class MobileNet(nn.Module):
             x = conv(features, kernel, stride=stride, **padded, name=name)(x)
             return nn.relu6(norm(f'{name}_bn')(x))
 
-        layout = LAYOUTS[self.name_of_layout]
         x = conv_norm(x, scaled(32), 3, 2, 'stem')
-        features, true_stride, dilation, number = {}, 2, 1, layout.first
-        for stage in layout.stages:
+        features, true_stride, dilation = {}, 2, 1
+        number = int(self.name_of_layout == 'mobilenet_v2')  # of a block, as in published weights
+        for stage in LAYOUTS[self.name_of_layout]:
             stride, before = stage.stride, dilation
             if true_stride * stride > self.output_stride:
                 stride, dilation = 1, 2 * dilation

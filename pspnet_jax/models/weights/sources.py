@@ -31,18 +31,36 @@ def fetch(where: str) -> Path:
     """
     if not where.startswith('hf:'):
         return existing(where)
-    repo, revision, file = parse_hub(where)
-    try:
-        from huggingface_hub import hf_hub_download
+    repo, _, file = parse_hub(where)
+    page = f'https://huggingface.co/{repo}'
+    return _download(
+        where, where, f'download {file} of {page} in a browser and give its path instead'
+    )
 
-        pinned = {'revision': revision} if revision else {}
-        return Path(hf_hub_download(repo, file, **pinned))
+
+def _download(where: str, what: str, instead: str, random: str = '', *, kept: bool = False) -> Path:
+    """`where`, hf:REPO..., in the cache of huggingface_hub; with `kept` as it is there already.
+
+    `what` names it in errors, and `instead` and `random` say what else can be done.
+    """
+    repo, revision, file = parse_hub(where)
+    pinned = {'revision': revision} if revision else {}
+    try:
+        import huggingface_hub as hub
+
+        if kept:
+            if isinstance(here := hub.try_to_load_from_cache(repo, file, **pinned), str):
+                return Path(here)
+            # Without network this fails at once, the download after half a minute.
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, **pinned), timeout=10)
+        return Path(hub.hf_hub_download(repo, file, **pinned))
     except ImportError as error:
-        raise PretrainedError('hf: needs huggingface_hub: pip install huggingface_hub') from error
-    except Exception as error:  # no network, no such repository, no such file
         raise PretrainedError(
-            f'{where} could not be fetched ({type(error).__name__}): download {file} of '
-            f'https://huggingface.co/{repo} in a browser and give its path instead'
+            f'{what} can only be fetched by huggingface_hub: pip install huggingface_hub{random}'
+        ) from error
+    except Exception as error:  # no network, no such repository or file; each layer has its own
+        raise PretrainedError(
+            f'{what} could not be fetched ({type(error).__name__}): {instead}{random}'
         ) from error
 
 
@@ -173,7 +191,9 @@ def fetch_public(backbone: str, public: Public) -> Path:
         if not path.is_file():
             raise PretrainedError(f'{what} are not in the installed package: {again}')
     else:
-        path = _from_hub(what, public.where, place, random)
+        repo, revision, file = parse_hub(public.where)
+        put = f'put https://huggingface.co/{repo}/resolve/{revision}/{file} at {place}'
+        path = _download(public.where, what, put, f', {random}', kept=True)
     with path.open('rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest() if public.sha256 else ''
     if digest != public.sha256:
@@ -182,25 +202,3 @@ def fetch_public(backbone: str, public: Public) -> Path:
             f'{public.sha256[:8]}...): {again.format(path.resolve())}'
         )
     return path
-
-
-def _from_hub(what: str, where: str, place: Path, random: str) -> Path:
-    repo, revision, file = parse_hub(where)
-    try:
-        import huggingface_hub as hub
-
-        here = hub.try_to_load_from_cache(repo, file, revision=revision)
-        if isinstance(here, str):
-            return Path(here)
-        # Without network this fails at once, the download after half a minute.
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision), timeout=10)
-        return Path(hub.hf_hub_download(repo, file, revision=revision))
-    except ImportError as error:
-        raise PretrainedError(
-            f'{what} are fetched by huggingface_hub: pip install huggingface_hub, {random}'
-        ) from error
-    except Exception as error:  # each layer of it raises its own
-        raise PretrainedError(
-            f'{what} could not be fetched ({type(error).__name__}): put '
-            f'https://huggingface.co/{repo}/resolve/{revision}/{file} at {place}, {random}'
-        ) from error
