@@ -14,7 +14,7 @@ Imports point downwards, held by tests/test_layering.py:
                 -> data.sources -> data.folder, data.lgg, data.phantom
                                 -> data.via, data.files -> data.volumes
                 -> faults -> hosts
-  api, predict, export stand on these, cli on hosts; errors and text stand below all.
+  api, predict, export, convert stand on these, cli on hosts; errors and text stand below all.
 
 No file imports configs, experiments or tests; two functions look up a default in configs.
 """

@@ -6,6 +6,7 @@ asks for more memory or time than a command can give.
 
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,16 +92,14 @@ def _is_label_map(x) -> bool:
 
 
 def _is_extra(x) -> bool:
-    return (
-        isinstance(x, Mapping)
-        and len(x) <= 100
-        and all(
-            isinstance(name, str)
-            and name.isidentifier()
-            and len(name) <= 200
-            and _number(0)[0](weight)
-            for name, weight in x.items()
-        )
+    if not isinstance(x, Mapping) or len(x) > 100:
+        return False
+    return all(
+        isinstance(name, str)
+        and re.fullmatch('[a-z][a-z0-9_]{0,99}', name)
+        and not hasattr(ConfigDict, name)  # which has no keys of these names
+        and _number(0)[0](weight)
+        for name, weight in x.items()
     )
 
 

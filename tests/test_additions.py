@@ -146,7 +146,21 @@ def test_rules_read_the_dictionaries_when_they_are_asked(page):
         rules.validate(config)
 
 
-@pytest.mark.parametrize('extra', [{'brier': -1.0}, {'brier': '1'}, {'a b': 1.0}, [1.0], 0.5])
+@pytest.mark.parametrize(
+    'extra',
+    [
+        {'brier': -1.0},
+        {'brier': '1'},
+        {'a b': 1.0},
+        {'items': 1.0},
+        {'__class__': 1.0},
+        {'_fields': 1.0},
+        {'a.b': 1.0},
+        {'x' * 101: 1.0},
+        [1.0],
+        0.5,
+    ],
+)
 def test_weights_of_own_losses_are_numbers_by_name(extra):
     tree = rules.to_dict(tiny_config())
     tree['loss']['extra'] = extra
