@@ -12,7 +12,6 @@ All figures are of one quarter of the 78 patients that are not in the public hol
 of fold 0 of 4), by a network that never saw them: what is chosen here has not seen the hold-out.
 """
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import augmentations
 from experiments import run
 from pspnet_jax import cli
+from pspnet_jax.config import augmentations, lgg
 from pspnet_jax.errors import ConfigError
 
 RESULTS = Path(__file__).parent / 'results' / 'ablation.jsonl'
@@ -44,6 +43,7 @@ QUICK = {
     'eval.bootstrap': 1000,
 }
 BASE = 'base'
+UNET = QUICK | {'model.backbone': 'mobilenet_v2'}
 PSPNET = QUICK | {'model.backbone': 'mobilenet_v2', 'model.output_stride': 8}
 
 
@@ -127,16 +127,30 @@ STUDIES = {
     ),
     'average': pspnet('What does the average of the parameters add?',
                       **one_knob('train.ema_decay', 0.0)),
+    'unet': Study(
+        'What helps a U-Net on MobileNetV2?',
+        'unet',
+        UNET,
+        {
+            'base': {},
+            **one_knob('model.backbone', 'efficientnet_lite0'),
+            **one_knob('data.context', 1),
+            **one_knob('model.deep_supervision', True),
+            **one_knob('data.normalize', 'weights', 'buda'),
+            **{name: recipe(name) for name in ('strong', 'nnunet')},
+            **{f'{name} too': {f'loss.{name}': 1.0} for name in ('tversky', 'lovasz', 'top_k')},
+            **one_knob('train.ema_decay', 0.0),
+            'random weights': {'model.pretrained': ''},
+        },
+    ),
     'networks': Study(
         'Every network under one protocol',
         'pspnet',
         QUICK,
         {
             'pspnet, mobilenet_v2': {'model.backbone': 'mobilenet_v2', 'model.output_stride': 8},
-            'unet, mobilenet_v2': {'page': 'mobilenet_unet'},
-            'unet, efficientnet_lite0': {
-                'page': 'mobilenet_unet', 'model.backbone': 'efficientnet_lite0',
-            },
+            'unet, mobilenet_v2': {'page': 'unet', 'model.backbone': 'mobilenet_v2'},
+            'unet, efficientnet_lite0': {'page': 'unet', 'model.backbone': 'efficientnet_lite0'},
         },
     ),
 }  # fmt: skip
@@ -146,7 +160,7 @@ def config_of(study: Study, variant: str, seed: int, local: Mapping[str, Any]) -
     """The config of a run; `local` is where this machine keeps the data."""
     changes = dict(study.variants[variant])
     page = changes.pop('page', study.page)
-    config = importlib.import_module('configs.lgg').get_config(page)
+    config = lgg.get_config(page)
     config.update_from_flattened_dict({**study.changes, **changes, **local, 'seed': seed})
     return config
 
@@ -173,7 +187,7 @@ def main() -> None:
 def run_one(name: str, variant: str, seed: int, local: Mapping[str, Any]) -> None:
     """Train and test one variant, unless its line is there."""
     options, study = flags.FLAGS, STUDIES[name]
-    if variant == BASE:
+    if study.page == 'pspnet' and variant == BASE:
         name = BASE
     there = {(line['study'], line['variant'], line['seed']) for line in read(options.results)}
     if (name, variant, seed) in there:

@@ -5,10 +5,14 @@
 `python -m pspnet_jax.main` on tiny phantoms, ended by SIGKILL while it starts, compiles, steps,
 saves, validates and evaluates: which of these is seen from outside, by what the run has written.
 All arrays of all checkpoints must be equal to the bit, metrics.jsonl and evaluation.json byte for
-byte, and no other file may be left. A line is added to experiments/results/chaos.jsonl.
+byte, and no other file may be left. After each kill the best checkpoint must be there, and be the
+one that readers take; then each checkpoint gets a file of metrics, as earlier versions wrote one,
+with a wrong Dice. Two readers load from the run that is never stopped while it is written. A line
+is added to experiments/results/chaos.jsonl.
 """
 
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +30,8 @@ from orbax.checkpoint import v1 as ocp
 
 from experiments.provenance import commit, device
 from pspnet_jax import checkpoint, log
+from pspnet_jax.errors import CheckpointError
+from pspnet_jax.runs import open_run
 
 CONFIG = {
     'config': 'configs/phantom.py',
@@ -52,6 +58,25 @@ PHASES = {
     'validation': (0.1, 3),
     'evaluation': (2.0, 2),
 }
+# Loads a run so many times from its first checkpoint on, and prints a line each.
+READER = """
+import json, sys, time
+from pspnet_jax import checkpoint
+from pspnet_jax.runs import open_run
+
+_, workdir, loads = sys.argv
+while not checkpoint.steps(workdir):
+    time.sleep(0.01)
+for n in range(int(loads)):
+    line = {'which': ('best', 'last')[n % 2]}
+    try:
+        run = open_run(workdir, line['which'])
+        line |= {'step': run.step, 'fault': ', '.join(run.passed_over.values())}
+    except Exception as error:
+        line |= {'step': None, 'fault': str(error)}
+    print(json.dumps(line), flush=True)
+"""
+METRICS = 'metrics/metrics'  # of a checkpoint, by versions before the Dice was sealed
 
 
 def command(workdir: str | Path, config: Mapping[str, object]) -> list[str]:
@@ -131,12 +156,14 @@ def kill_often(
     *,
     seed: int,
     environment: Mapping[str, str],
-) -> dict[str, int]:
-    """{phase: kills} of a run that then came to its end; at least `quota` of each.
+    dice: Mapping[int, float],
+) -> tuple[dict[str, int], list[str]]:
+    """({phase: kills}, what was wrong after them) of a run that then came to its end.
 
-    The first compilations are the real ones: those kills come first, those in the evaluation last.
+    At least `quota` of each. The first compilations are the real ones: those kills come first,
+    those in the evaluation last. `dice` are the figures of the run that is never stopped.
     """
-    rng, done = np.random.default_rng(seed), collections.Counter()
+    rng, done, wrong = np.random.default_rng(seed), collections.Counter(), []
     for _ in range(3 * sum(quota.values())):
         missing = [phase for phase in quota if done[phase] < quota[phase]]
         if not missing:
@@ -148,12 +175,59 @@ def kill_often(
         phase = run_until(aim, delay, nth, workdir, config, environment)
         print(f'aimed at {aim}, {delay:.3f} s: killed in {phase or "nothing"}', flush=True)
         done.update([phase] if phase else [])
+        wrong += [f'{fault}, killed in {phase}' for fault in faults_of_the_best(workdir, dice)]
+        damage_metrics(workdir)
         if not phase and aim != 'evaluation':
             raise RuntimeError(f'the run was over before it was killed often enough: {dict(done)}')
     else:
         raise RuntimeError(f'killed {dict(done)}, which is not {dict(quota)}')
     run_until('', 0, 0, workdir, config, environment)
-    return dict(done)
+    return dict(done), [*wrong, *faults_of_the_best(workdir, dice), *faults_of_metrics(workdir)]
+
+
+def dice_of(workdir: Path) -> dict[int, float]:
+    """{step: Dice} of the validations, by metrics.jsonl."""
+    records = ((record['step'], record.get('validation/dice')) for record in log.read(workdir))
+    return {step: dice for step, dice in records if dice is not None}
+
+
+def faults_of_the_best(workdir: Path, dice: Mapping[int, float]) -> list[str]:
+    """What is not as `dice`, {step: Dice} of the same run never stopped, has it: the best step must
+    be there and be taken, and sealed metadata and metrics.jsonl must have these figures.
+    """
+    there, logged = checkpoint.steps(workdir), dice_of(workdir)
+    if not there:
+        return []
+    so_far = {step: value for step, value in dice.items() if step <= there[-1]}
+    best, run, found = checkpoint.best(so_far) or there[-1], open_run(workdir), []
+    if run.step != best:
+        found.append(f'of {there} the best is {best}, and {run.step} is taken')
+    for step in there:
+        with contextlib.suppress(CheckpointError):  # a deletion was cut off
+            sealed = checkpoint.metadata(workdir, step)['dice']
+            if not sealed == logged.get(step) == dice.get(step):
+                found.append(f'step {step} has Dice {sealed}, not {dice.get(step)}')
+    return found
+
+
+def damage_metrics(workdir: Path) -> None:
+    """Give each checkpoint a file of metrics by which the best is the worst, as by flipped bits."""
+    for step in checkpoint.steps(workdir):
+        with contextlib.suppress(CheckpointError):
+            if (dice := checkpoint.metadata(workdir, step)['dice']) is not None:
+                path = workdir / checkpoint.FOLDER / str(step) / METRICS
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps({'dice': 5 - dice}))
+
+
+def faults_of_metrics(workdir: Path) -> list[str]:
+    """Files of metrics that contradict the sealed metadata beside them."""
+    return [
+        f'{path} is {path.read_text()}'
+        for step in checkpoint.steps(workdir)
+        if (path := workdir / checkpoint.FOLDER / str(step) / METRICS).exists()
+        and json.loads(path.read_text()) != {'dice': checkpoint.metadata(workdir, step)['dice']}
+    ]
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
@@ -200,16 +274,38 @@ def main(_: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         caches = [{'JAX_COMPILATION_CACHE_DIR': str(folder / f'cache{n}')} for n in range(2)]
-        run_until('', 0, 0, folder / 'whole', CONFIG, os.environ | caches[0])
-        print(f'the run that is never stopped took {time.time() - start:.0f} s', flush=True)
-        kills = kill_often(
-            folder / 'killed',
+        whole, killed = folder / 'whole', folder / 'killed'
+        readers = [
+            subprocess.Popen(
+                [sys.executable, '-c', READER, whole, '20'],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        try:
+            run_until('', 0, 0, whole, CONFIG, os.environ | caches[0])
+            print(f'the run that is never stopped took {time.time() - start:.0f} s', flush=True)
+            told = [
+                json.loads(line) for each in readers for line in each.communicate()[0].splitlines()
+            ]
+        finally:
+            for reader in readers:
+                reader.kill()
+        kills, wrong = kill_often(
+            killed,
             CONFIG,
             quota,
             seed=options.seed,
             environment=os.environ | caches[1],
+            dice=dice_of(whole),
         )
-        found = differences(folder / 'killed', folder / 'whole')
+        found = [
+            *(f'a reader: {line["fault"]}' for line in told if line['fault']),
+            *wrong,
+            *differences(killed, whole),
+        ]
         lines = (folder / 'killed' / 'metrics.jsonl').read_text().splitlines()
         arrays = len(read_arrays(folder / 'whole', checkpoint.steps(folder / 'whole')[-1]))
     line = {
@@ -221,6 +317,8 @@ def main(_: Sequence[str]) -> None:
         'lost': found or 'nothing',
         'arrays': arrays,
         'metrics_lines': len(lines),
+        'loads': len(told),
+        'steps_loaded': len({line['step'] for line in told}),
         'seed': options.seed,
         'command': f'python -m experiments.chaos --kills={options.kills} --seed={options.seed}',
         'config': CONFIG,

@@ -216,8 +216,9 @@ def faults() -> str:
     rows = ['| fault | tried | lost | seconds | again by |', '|---|---:|---|---:|---|']
     for line in (chaos := read_lines('chaos')):
         phases = ', '.join(f'{name} {count}' for name, count in sorted(line['by_phase'].items()))
+        read = f'; {line["loads"]} loads of a run that trains' if 'loads' in line else ''
         rows.append(
-            f'| SIGKILL at a random moment ({phases}) | {line["kills"]} | {line["lost"]} | '
+            f'| SIGKILL at a random moment ({phases}){read} | {line["kills"]} | {line["lost"]} | '
             f'{line["seconds"]:.0f} | `{line["command"]}` |'
         )
     for line in (tried := read_lines('reliability')):

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from pspnet_jax import checkpoint, cli, models
 from pspnet_jax.config import to_dict, validate
+from pspnet_jax.config.flags import HERE
 from pspnet_jax.errors import ConfigError, say
 from pspnet_jax.models import weights
 from pspnet_jax.runs import abstract_variables
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', 'configs/base.py', "the rest of the run's config")
+    config_flags.DEFINE_config_file('config', str(HERE / 'base.py'), "the rest of the run's config")
     flags.DEFINE_string('source', None, "the network's weights: a file, or hf:REPO[/FILE]")
     flags.DEFINE_string('model', '', "what the file must hold, such as fcn_resnet50; '': any")
     flags.DEFINE_enum('order', None, ['RGB', 'BGR'], "it was trained on, where not its source's")

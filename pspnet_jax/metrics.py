@@ -48,16 +48,28 @@ def components(mask: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> np
     """The connected components (corners connect) of a boolean array, any rank, that `keep` says
     of their sizes.
     """
+    if not (found := label_components(mask)):
+        return mask
+    box, parts, sizes = found
+    kept = np.zeros_like(mask)
+    kept[box] = np.concatenate([[False], keep(sizes)])[parts]
+    return kept
+
+
+def label_components(
+    mask: np.ndarray,
+) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:
+    """(box around all that is there, often a small part; in it the number of each voxel's
+    component, 0 outside; sizes from number 1 on). None where there is nothing.
+    """
     boxes = ndimage.find_objects(mask.astype(np.uint8))
     if not boxes:
-        return mask
-    (box,) = boxes  # all that there is: often a small part
+        return None
+    (box,) = boxes
     corners = ndimage.generate_binary_structure(mask.ndim, mask.ndim)
-    parts, _ = ndimage.label(mask[box], corners)
-    sizes = sum(np.bincount(rows.ravel(), minlength=parts.max() + 1) for rows in parts)
-    kept = np.zeros_like(mask)
-    kept[box] = np.concatenate([[False], keep(sizes[1:])])[parts]
-    return kept
+    parts, count = ndimage.label(mask[box], corners)
+    sizes = sum(np.bincount(rows.ravel(), minlength=count + 1) for rows in parts)
+    return box, parts, sizes[1:]
 
 
 def pooled_iou(counts: np.ndarray, ignore_label: int = 255) -> dict[str, Any]:

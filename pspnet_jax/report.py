@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pspnet_jax import chart, log, metrics, visualize
+from pspnet_jax import chart, choice, log, metrics, visualize
 from pspnet_jax.chart import Chart, Series
 from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
@@ -316,6 +316,8 @@ def _heading(result) -> list[str]:
     data, dice = result['data'], result['summary']['dice']
     where = f'split {data["split"]} of {data["source"]}' if data['split'] else data['source']
     few = f' {_few(dice["n"])}' if dice['n'] < metrics.FEW else ''
+    chosen = result.get('postprocessing')
+    chosen = chosen and choice.words(chosen, data['split'])
     seen = len((data.get('overlap') or {'train': ()})['train'])
     return [
         f'<h1>{_title(result)}</h1>',
@@ -327,6 +329,7 @@ def _heading(result) -> list[str]:
         f'{dice["n"]} of {data["patients"]} patients.{few}</p>',
         f'<p><strong>{seen} of {data["patients"]} patients have pictures that the run was trained '
         'on: these figures are too good.</strong></p>' if seen else '',
+        f'<p>Post-processing: {html.escape(chosen)}.</p>' if chosen else '',
     ]  # fmt: skip
 
 

@@ -331,7 +331,7 @@ def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Calla
     """`train_step(state, batch)` with what the config decides, and further options of it."""
     decided = {
         'loss_options': config.loss.to_dict(),
-        'augment_options': config.augment.to_dict(),
+        'augment_options': config.augment.to_dict() | {'context': config.data.context},
         'seed': config.seed,
         'accumulate': config.train.accumulate,
         'remat': config.train.remat,
@@ -556,18 +556,27 @@ def normalize_by_weights(config: ConfigDict) -> bool:
     return (config.data.normalize or own_choice) == 'weights'
 
 
+def chosen_normalization(config: ConfigDict) -> weights.Normalization | str | None:
+    """What `data.normalize` asks for, as `checkpoint.save` has it: before any weights are read."""
+    if config.data.normalize == 'buda':
+        return 'buda'
+    return weights.IMAGENET if normalize_by_weights(config) else None
+
+
 def normalize_as_there(
-    config: ConfigDict, theirs: weights.Normalization | None
-) -> weights.Normalization | None:
+    config: ConfigDict, theirs: weights.Normalization | str | None
+) -> weights.Normalization | str | None:
     """Of a run that starts from another: data.normalize's, or where it is None that run's.
 
-    None: volume by volume. Warns where the two differ.
+    Warns where the two differ.
     """
     if config.data.normalize is None:
         return theirs
-    ours = (theirs or weights.IMAGENET) if config.data.normalize == 'weights' else None
+    ours = chosen_normalization(config)
+    if is_fixed(ours) and is_fixed(theirs):
+        ours = theirs
     if ours != theirs:
-        there, here = (transfer.words({'normalization': x and x._asdict()}) for x in (theirs, ours))
+        there, here = (transfer.words({'normalization': plain(x)}) for x in (theirs, ours))
         logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
@@ -576,6 +585,16 @@ def normalize_as_there(
             config.data.normalize,
         )
     return ours
+
+
+def is_fixed(normalization: weights.Normalization | str | None) -> bool:
+    """Whether it is the same for all images, and not measured volume by volume."""
+    return isinstance(normalization, weights.Normalization)
+
+
+def plain(normalization: weights.Normalization | str | None) -> dict[str, Any] | str | None:
+    """As a checkpoint's 'inputs' have it."""
+    return normalization._asdict() if is_fixed(normalization) else normalization
 
 
 def start_or_resume(
@@ -587,13 +606,15 @@ def start_or_resume(
     measure: Callable[[], np.ndarray | None] = lambda: None,
 ):
     """(state, progress, inputs, config): from the newest sound checkpoint, else new, pretrained or
-    from another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s; the
-    config is the checkpoint's, None of a new run.
+    from another run if asked for. `channels` are a picture's. `inputs` is what the network takes,
+    `checkpoint.save`'s; the config is the checkpoint's, None of a new run.
 
     `measure` is `volumes.joint_range` of the training images, asked for where one scale is for all.
     """
     ema = config.train.ema_decay > 0
-    state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
+    context = config.data.context
+    seen = volumes.channels_seen(channels, context)
+    state = create_state(model, tx, seed=config.seed, channels=seen, ema=ema)
     for line in parameter_table(state.params).splitlines():
         logger.info('%s', line)
     restored = checkpoint.restore(workdir, state, to_dict(config))
@@ -601,11 +622,15 @@ def start_or_resume(
         state, meta = restored
         logger.info('resuming from step %d', state.step)
         return state, meta['progress'], meta['inputs'], meta['config']
-    normalization = weights.IMAGENET if normalize_by_weights(config) else None
+    normalization = chosen_normalization(config)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     if config.train.init_from:
         variables, theirs, report = transfer.first_weights(
-            variables, config.train.init_from, channels=channels, stem=config.model.stem
+            variables,
+            config.train.init_from,
+            channels=channels,
+            stem=config.model.stem,
+            context=context,
         )
         normalization = normalize_as_there(config, theirs)
         for line in f'weights {report}'.splitlines():
@@ -615,10 +640,11 @@ def start_or_resume(
             variables,
             str(path),
             stem=config.model.stem,
-            unit_deviation=normalization is None,
+            unit_deviation=not is_fixed(normalization),
             options=config.model,
+            context=context,
         )
-        normalization = normalization and theirs
+        normalization = theirs if is_fixed(normalization) else normalization
         logger.info('%s', report)
     # A copy of the average: the step donates both, and a buffer can be donated once.
     params = variables['params']
@@ -626,8 +652,8 @@ def start_or_resume(
     state = state.replace(
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
-    inputs = {'channels': channels, 'normalization': normalization and normalization._asdict()}
-    if normalization and (scale := measure()) is not None:
+    inputs = {'channels': channels, 'normalization': plain(normalization)}
+    if is_fixed(normalization) and (scale := measure()) is not None:
         inputs['range'] = scale.tolist()
     logger.info('images are normalised %s', transfer.words(inputs))
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs, None
@@ -678,6 +704,8 @@ def loader(
     collects the faults of slices that are passed over, where the config says so.
     """
     data, batch_size = config.data, config.train.batch_size
+    slices = volumes.with_context(slices, data.context)
+    intensity = None if intensity is None else volumes.tile(intensity, data.context)
     drawn = pipeline.draws(
         slices, seed=config.seed, sampling=data.sampling, lesion_floor=data.lesion_floor
     )
@@ -733,13 +761,14 @@ def train_and_evaluate(
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    behind the built-in augmentation. `loss_fn(logits_BHWK, labels_BHW)` is one more term of the
-    loss, of weight 1, for the main output and (times loss.aux) each auxiliary one: it sees the
-    whole batch on any number of devices, pixels to leave out as loss.ignore_label, and stands
-    alone with loss.cross_entropy=0 and loss.dice=0. A loss whose weight the config keeps is an
-    entry of `losses.TERMS`. `on_log(step, values)` gets every record of metrics.jsonl,
-    `on_validation(step, dice, state)` every validated state once its checkpoint is under way:
-    the next step reuses its arrays, so copy what is kept.
+    behind the built-in augmentation, the channels of its `data.context` with it.
+    `loss_fn(logits_BHWK, labels_BHW)` is one more term of the loss, of weight 1, for the main
+    output and (times loss.aux) each auxiliary one: it sees the whole batch on any number of
+    devices, pixels to leave out as loss.ignore_label, and stands alone with loss.cross_entropy=0
+    and loss.dice=0. A loss whose weight the config keeps is an entry of `losses.TERMS`.
+    `on_log(step, values)` gets every record of metrics.jsonl, `on_validation(step, dice, state)`
+    every validated state once its checkpoint is under way: the next step reuses its arrays, so
+    copy what is kept.
     Returns the evaluation of the test cases, else of the validation cases, as
     `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
@@ -874,12 +903,18 @@ def run_steps(
         lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
     )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
-    intensity = weights.fixed_intensity(inputs)
+    intensity, how = weights.fixed_intensity(inputs), weights.measured_how(inputs)
+    split = split | {name: volumes.measured(split[name], how) for name in ('train', 'validation')}
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0
         teacher, taught = transfer.load_teacher(
-            where, model, inputs, features=features, class_names=config.model.class_names
+            where,
+            model,
+            inputs,
+            features=features,
+            class_names=config.model.class_names,
+            context=config.data.context,
         )
         state = state.replace(teacher=taught)
     damaged = checkpoint.find_damaged(workdir, state.replace(teacher=None))

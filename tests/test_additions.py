@@ -20,12 +20,12 @@ from pspnet_jax.runs import open_run
 from tests.conftest import ROOT, tiny_config
 
 PAGE = '''
-"""An ablation of one's own, in one file; its config changes what configs/base.py has."""
+"""An ablation of one's own, in one file; its config changes what base.py has."""
 
 import flax.linen as nn
 import jax
 import numpy as np
-from configs import base
+from pspnet_jax.config import base
 
 from pspnet_jax import losses, models
 from pspnet_jax.data import sources

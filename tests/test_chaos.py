@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from experiments import chaos, faults, soak
+from pspnet_jax import checkpoint
 from tests.conftest import ROOT, TINY
 
 
@@ -19,10 +20,15 @@ def test_three_kills_change_nothing(trained, tmp_path):
     run = functools.partial(
         chaos.run_until, workdir=tmp_path / 'run', config=TINY, environment=os.environ
     )
-    phases = [run(aim, delay, 1) for aim, delay in moments]
+    phases, dice = [], chaos.dice_of(trained[0])
+    for aim, delay in moments:
+        phases.append(run(aim, delay, 1))
+        assert chaos.faults_of_the_best(tmp_path / 'run', dice) == []
+        chaos.damage_metrics(tmp_path / 'run')
     assert all(phases[:2])  # the last is short: on a busy machine it may be missed
     run('', 0, 0)
     assert chaos.differences(tmp_path / 'run', trained[0]) == []
+    assert chaos.faults_of_metrics(tmp_path / 'run') == []
 
 
 def test_differences_are_seen(trained, tmp_path):
@@ -42,6 +48,18 @@ def test_differences_are_seen(trained, tmp_path):
     assert sum(array.nbytes for array in arrays.values()) > 10**5
     shutil.rmtree(copy / 'checkpoints' / '4')
     assert any(fault.startswith('steps [') for fault in chaos.differences(copy, theirs))
+
+
+def test_a_best_step_that_is_lost_or_misjudged_is_seen(trained, tmp_path):
+    copy, dice = shutil.copytree(trained[0], tmp_path / 'copy'), chaos.dice_of(trained[0])
+    assert (dice.keys(), checkpoint.steps(copy)) == ({2, 4}, [4])
+    assert chaos.faults_of_the_best(copy, dice) == []
+    lost, misjudged = {**dice, 2: 1.0}, {**dice, 4: 1.0}
+    assert chaos.faults_of_the_best(copy, lost) == ['of [4] the best is 2, and 4 is taken']
+    (fault,) = chaos.faults_of_the_best(copy, misjudged)
+    assert fault == f'step 4 has Dice {dice[4]}, not 1.0'
+    chaos.damage_metrics(copy)
+    assert len(chaos.faults_of_metrics(copy)) == 1
 
 
 CACHED = """

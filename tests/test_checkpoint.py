@@ -323,3 +323,24 @@ def test_a_step_that_is_replaced_while_it_is_read_is_no_damage(copy, monkeypatch
     monkeypatch.setattr(checkpoint, 'restore_variables', replaced_meanwhile)
     run = open_run(copy)
     assert (run.step, run.passed_over) == (3, {})
+
+
+def test_a_step_that_is_half_deleted_while_it_is_read_is_no_damage(copy, monkeypatch):
+    """It is listed until its last file is gone, and another one can be read meanwhile."""
+    folder, _ = with_steps(copy, a=0.5, b=0.9, c=0.95)
+    (folder / '3').rename(copy / 'next')
+    restore, reads = checkpoint.restore_variables, []
+
+    def deleted_meanwhile(workdir, step, shapes):
+        reads.append(step)
+        if len(reads) == 1:
+            lose_the_metadata(folder / '2')
+        if len(reads) == 3:
+            shutil.rmtree(folder / '2')
+            (copy / 'next').rename(folder / '3')
+        return restore(workdir, step, shapes)
+
+    monkeypatch.setattr(checkpoint, 'restore_variables', deleted_meanwhile)
+    run = open_run(copy)
+    assert (run.step, run.passed_over) == (3, {})
+    assert reads == [2, 1, 1, 3]

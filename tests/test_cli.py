@@ -1,6 +1,7 @@
 """The commands as a person types them: one clear line and exit status 1."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -133,9 +134,19 @@ def test_names_that_are_too_long_are_an_error_of_one_line(module, tmp_path):
     assert 'Traceback' not in done.stderr
 
 
+def test_an_interrupt_is_one_line_and_status_130():
+    code = 'import os, signal\nfrom pspnet_jax import cli\n'
+    code += 'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # none in background jobs
+    code += 'cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == 'interrupted: the same command resumes'
+    assert 'Traceback' not in done.stderr
+
+
 def test_config_files_of_one_folder_import_each_other(monkeypatch, tmp_path):
     (tmp_path / 'common_part.py').write_text(
-        'from configs import phantom\nget = phantom.get_config'
+        'from pspnet_jax.config import phantom\nget = phantom.get_config'
     )
     (tmp_path / 'mine.py').write_text('import common_part\nget_config = common_part.get\n')
     assert parsed(monkeypatch, f'--config={tmp_path}/mine.py').data.name == 'phantom'
@@ -189,19 +200,56 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / 'out').rglob('*_mask.png'))) == 4
     (tmp_path / 'raw' / 'bad.png').write_bytes(b'no picture')
-    done = run(
-        'predict', f'--workdir={workdir},{workdir}', f'--workdir={workdir}', '--flip',
-        '--window=128', '--save=mask,outline', f'--input={tmp_path / "raw"}',
-        f'--output={tmp_path / "out"}',
-    )  # fmt: skip
+    three = [
+        f'--workdir={workdir},{workdir}', f'--workdir={workdir}', '--flip', '--window=128',
+        f'--output={tmp_path / "three"}',
+    ]  # fmt: skip
+    done = run('predict', *three, '--save=mask,outline', f'--input={tmp_path / "raw"}')
     assert done.returncode == 1
     assert 'error: 1 file(s) left out:' in done.stderr
     assert 'bad.png is not a readable picture' in done.stderr
     assert 'Traceback' not in done.stderr
-    assert len(list((tmp_path / 'out').rglob('*_outline.png'))) == 4
-    done = run(
-        'predict', f'--workdir={workdir}', f'--input={tmp_path}/raw/*/*_1.tif',
-        f'--output={tmp_path / "out"}', '--save=outline',
-    )  # fmt: skip
+    assert len(list((tmp_path / 'three').rglob('*_outline.png'))) == 4
+    done = run('predict', *three, '--save=outline', f'--input={tmp_path}/raw/*/*_1.tif')
     assert done.returncode == 0, done.stderr
     assert '2 finished before are left as they are' in done.stdout
+
+
+def test_a_config_of_the_package_is_named_without_a_path(monkeypatch, tmp_path):
+    """From any folder, as an installed package is used; a file of that name goes before it."""
+    monkeypatch.chdir(tmp_path)
+    assert parsed(monkeypatch, '--config=phantom').data.name == 'phantom'
+    assert parsed(monkeypatch, '--config=folder:unet,strong').model.name == 'unet'
+    assert parsed(monkeypatch, '--config', 'lgg').data.name == 'lgg'
+    own = 'from pspnet_jax.config import phantom as p; get_config = p.get_config'
+    (tmp_path / 'lgg').write_text(own)
+    assert parsed(monkeypatch, '--config=lgg').data.name == 'phantom'
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_help_shows_the_commands_own_flags_and_ends_well(name, tmp_path):
+    """As a console script starts it, from any folder."""
+    code = f'import sys; sys.argv = ["pspnet", "{name}", "--help"]\n'
+    code += 'from pspnet_jax.cli import pspnet; pspnet()'
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    flag = {'train': 'workdir', 'check': 'out', 'convert': 'source'}.get(name, 'checkpoint')
+    assert f'\n  --{flag}' in done.stdout
+    assert 'python -m pspnet_jax.' in done.stdout
+    assert not any(theirs in done.stdout for theirs in ('--alsologtostderr', 'grain', 'pdb'))
+    assert ('--config.KEY=VALUE' in done.stdout) == (name in ('train', 'check', 'convert'))
+    assert ('--threshold' in done.stdout) == (name in ('evaluate', 'predict'))
+
+
+def test_the_console_script_lists_its_commands_and_refuses_others(capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['pspnet'])
+    cli.pspnet()
+    told = capsys.readouterr().out
+    assert all(f'  {name:10}{words}\n' in told for name, (_, words) in cli.COMMANDS.items())
+    monkeypatch.setattr('sys.argv', ['pspnet', 'trian'])
+    with pytest.raises(SystemExit, match='1'):
+        cli.pspnet()
+    assert 'pspnet trian is not a command: give one of train, check' in capsys.readouterr().err

@@ -7,9 +7,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import augmentations, base, lgg, phantom
+from experiments import ablation
 from pspnet_jax import config as rules
 from pspnet_jax import losses, models
+from pspnet_jax.config import augmentations, base, lgg, phantom
 from pspnet_jax.data.sources import SOURCES
 from pspnet_jax.errors import ConfigError
 from tests.conftest import PSPNET, ROOT, tiny_config
@@ -68,7 +69,7 @@ def test_a_config_from_before_a_knob_has_its_default():
         (
             'model.dropout',
             2.0,
-            'model.dropout is 2.0: it must be None (configs/base.py says what that is) or a',
+            'model.dropout is 2.0: it must be None (pspnet_jax/config/base.py says what that is)',
         ),
         (
             'loss.top_k_share',
@@ -172,7 +173,6 @@ def test_paths_are_kept_whole_and_expressions_as_they_are(tmp_path, monkeypatch)
     assert config.data.images == ('own/images',)
     config.data.source = 'own'
     assert rules.with_absolute_paths(config).data.source == f'{tmp_path}/own'
-    assert base.get_config().train.epochs == rules.EPOCHS
 
 
 def test_every_knob_is_read():
@@ -222,3 +222,32 @@ def test_the_only_structure_cannot_be_ignored():
         rules.validate(config)
     config.model.num_classes = 3
     rules.validate(config)
+
+
+def test_every_knob_is_described_where_it_is_defined():
+    told = base.comments()
+    assert set(told) == set(rules.RULES)
+    assert all(told.values())
+    assert told['model.pretrained'].startswith('Weights of the backbone')
+    assert told['data.images'].endswith('of a folder those of such names')
+    assert told['predict.overlap'] == 'of neighbouring tiles, share of the window'
+
+
+def test_a_limit_is_of_a_knob():
+    from pspnet_jax.config import rules as limits
+
+    assert set(limits.LIMITS) <= set(rules.RULES)
+
+
+@pytest.mark.parametrize('name', ablation.STUDIES)
+def test_every_variant_of_a_study_can_run_and_changes_something(name):
+    study = ablation.STUDIES[name]
+    configs = [
+        ablation.config_of(study, variant, seed=0, local={'data.source': 'x'})
+        for variant in study.variants
+    ]
+    for config in configs:
+        rules.validate(config)
+    told = [str(rules.to_dict(config)) for config in configs]
+    assert len(set(told)) == len(told)
+    assert dict(next(iter(study.variants.values()))) == {} or name == 'networks'

@@ -131,7 +131,8 @@ def test_a_command_on_a_machine_whose_gpu_jax_cannot_use(gpu):
         ('jax._src.xla_bridge', 'WARNING', True),
         ('jax', 'ERROR', True),
         ('absl', 'WARNING', False),
-        ('absl', 'ERROR', True),
+        ('absl', 'ERROR', False),  # Orbax's tracebacks, above the line that says it
+        ('absl', 'CRITICAL', True),
         ('asyncio', 'CRITICAL', False),
         ('pspnet_jax_of_others', 'INFO', False),
     ],

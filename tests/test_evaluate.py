@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from pspnet_jax import evaluate, infer, predict
+from pspnet_jax import evaluate, infer, predict, train
 from pspnet_jax.config import with_prediction
-from pspnet_jax.data import sources
-from pspnet_jax.data.volumes import Volume, iterate_volumes, normalize, select
+from pspnet_jax.data import pipeline, sources
+from pspnet_jax.data.volumes import Volume, iterate_volumes, measure_head, normalize, select
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
 from pspnet_jax.runs import open_run
 from tests.conftest import tiny_config, write_case
@@ -18,6 +18,7 @@ from tests.conftest import tiny_config, write_case
 OPTIONS = {
     'batch_size': 2,
     'intensity': None,
+    'context': 0,
     'num_classes': 2,
     'ignore_label': 255,
     'spacing': (1.0, 1.0, 1.0),
@@ -365,7 +366,7 @@ def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
 
 def test_a_temperature_changes_probabilities_and_no_label():
     data = volume('a', MASK)
-    how = {'batch_size': 2, 'intensity': None}
+    how = {'batch_size': 2, 'intensity': None, 'context': 0}
     labels, plain = evaluate.predict_foreground(hesitant, data, **how)
     again, tempered = evaluate.predict_foreground(hesitant, data, **how, temperature=4.0)
     assert (labels == again).all()
@@ -386,7 +387,7 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
     found = evaluate.fit_temperature(
         sure,
         [wrong._replace(mask=ignored.astype(np.uint8)), wrong],
-        batch_size=2, intensity=None, num_classes=2, ignore_label=255,
+        batch_size=2, intensity=None, context=0, num_classes=2, ignore_label=255,
     )  # fmt: skip
     assert found['voxels'] == 107 + 108
     assert found['patients'] == 2
@@ -546,6 +547,30 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     assert result['data']['overlap'] is None
     assert 'whether the run was trained on these pictures is not known' in caplog.text
     assert 'overlap' not in evaluate.evaluate_checkpoint(workdir)['data']
+
+
+def test_a_run_normalised_as_published_is_so_wherever_images_are_seen(tmp_path, monkeypatch):
+    """In training, at the slices' own size, in evaluation and prediction."""
+    seen, real = [], pipeline.batches
+    monkeypatch.setattr(pipeline, 'batches', lambda slices, *a, **k: seen.append(slices) or
+                        real(slices, *a, **k))  # fmt: skip
+    config = tiny_config(**{'data.normalize': 'buda', 'data.size': (32, 32), 'phantom.size': 40})
+    result = train.train_and_evaluate(config, str(tmp_path))
+    slices, parts = sources.load(config, tmp_path / 'splits.json')  # as the source measures it
+    found = {volume.patient: volume for volume in iterate_volumes(slices)}
+    expected = {name: measure_head([volume.image]) for name, volume in found.items()}
+    assert [*seen[0].intensity] == parts['train']
+    for name, intensity in seen[0].intensity.items():
+        np.testing.assert_array_equal(intensity, expected[name])
+        assert (intensity != slices.intensity[name]).any()
+    run = open_run(tmp_path)
+    program = infer.compile_predict(run.model, size=(32, 32), batch_size=4)
+    predictor = predict.load(tmp_path)
+    for row in result['patients']:
+        image = found[row['patient']].image
+        labels = program(run.variables, normalize(image, expected[row['patient']])).argmax(-1)
+        assert row['predicted_voxels'] == (labels > 0).sum()
+        np.testing.assert_array_equal(predict.predict_array(predictor, image)[0], labels)
 
 
 def sources_config(workdir):

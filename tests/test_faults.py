@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
-from pspnet_jax import checkpoint, faults, log, train
+from experiments import chaos
+from pspnet_jax import checkpoint, faults, log, manifest, models, optim, predict, train
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import pipeline, volumes
 from pspnet_jax.errors import (
@@ -26,6 +28,7 @@ from pspnet_jax.errors import (
     OutOfMemoryError,
     StoppedError,
 )
+from pspnet_jax.evaluate import evaluate_checkpoint
 from tests.conftest import ROOT, tiny_config
 
 
@@ -242,20 +245,28 @@ def bytes_of(state, meta):
     ]
 
 
-def test_no_flipped_byte_is_loaded_in_silence(tmp_path):
-    """Of 200 bytes of all files, one at a time: an error, or what was saved, to the bit."""
+def small_run(folder, *dice):
+    """Steps 7, 8 ... of a few small arrays with these Dice in `folder`; gives state and config."""
     rng, tx = np.random.default_rng(0), optax.adam(0.1)
     params = {'kernel': rng.normal(size=(3, 3, 8, 8)).astype(np.float32)}
     stats = {'mean': rng.normal(size=8).astype(np.float32)}
     state = train.TrainState(jnp.asarray(7), params, stats, tx.init(params), params)
     config = to_dict(tiny_config())
-    facts = {
-        'progress': {'stale': 1},
-        'inputs': {'channels': 3, 'normalization': None},
-        'dice': 0.5,
-    }
-    with contextlib.closing(checkpoint.Writer(tmp_path)) as writer:
-        checkpoint.save(writer, 7, state, config=config, **facts)
+    with contextlib.closing(checkpoint.Writer(folder)) as writer:
+        for step, value in enumerate(dice, start=7):
+            save(writer, step, state, config, value)
+    return state, config
+
+
+def save(writer, step, state, config, dice):
+    facts = {'progress': {'stale': 1}, 'inputs': {'channels': 3, 'normalization': None}}
+    checkpoint.save(writer, step, state, config=config, dice=dice, **facts)
+
+
+def test_no_flipped_byte_is_loaded_in_silence(tmp_path):
+    """Of 200 bytes of all files, one at a time: an error, or what was saved, to the bit."""
+    state, config = small_run(tmp_path, 0.5)
+    rng = np.random.default_rng(1)
     whole = bytes_of(*checkpoint.restore(tmp_path, state, config))
     folder = tmp_path / 'checkpoints' / '7'
     paths = sorted(p for p in folder.rglob('*') if p.is_file() and p.stat().st_size)
@@ -271,3 +282,161 @@ def test_no_flipped_byte_is_loaded_in_silence(tmp_path):
         flip(path, place, mask)
     assert refused > 50  # the rest is in what is not needed to load
     assert bytes_of(*checkpoint.restore(tmp_path, state, config)) == whole
+
+
+def metrics_of(folder, step, dice):
+    """The file by which earlier versions ranked a step."""
+    path = folder / 'checkpoints' / str(step) / 'metrics' / 'metrics'
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({'dice': dice}))
+    return path
+
+
+@pytest.mark.parametrize(('which', 'step', 'next_one'), [('best', 7, 8), ('last', 8, 7)])
+def test_damage_anywhere_in_the_step_to_take_leads_to_the_other(tmp_path, which, step, next_one):
+    """60 flipped bits and 40 cuts of its files, one at a time: itself to the bit, or the other
+    one and the reason.
+    """
+    state, _ = small_run(tmp_path, 0.9, 0.1)
+    rng, variables = np.random.default_rng(step), {'params': state.params}
+    variables['batch_stats'] = state.batch_stats
+    metrics_of(tmp_path, 7, 0.9), metrics_of(tmp_path, 8, 0.1)
+    folder, passed = tmp_path / 'checkpoints' / str(step), 0
+
+    def read(step):
+        checkpoint.metadata(tmp_path, step)
+        return bytes_of(checkpoint.restore_variables(tmp_path, step, variables), {})
+
+    def taken():
+        return checkpoint.first_sound(tmp_path, which, read)
+
+    whole = taken()
+    assert (whole[0], whole[2]) == (step, {})
+    paths = sorted(p for p in folder.rglob('*') if p.is_file() and p.stat().st_size)
+    assert folder / 'metrics' / 'metrics' in paths
+    for n in range(100):
+        path = paths[n % len(paths)]
+        data = path.read_bytes()
+        if n < 60:
+            flip(path, int(rng.integers(len(data))), int(1 << rng.integers(8)))
+        else:
+            os.truncate(path, int(rng.integers(len(data))))
+        found = taken()
+        assert found[1] == whole[1], path
+        if found[0] != step:
+            passed += 1
+            assert found[0] == next_one
+            assert str(folder) in found[2][step]
+        path.write_bytes(data)
+    assert 20 < passed < 90  # the rest is in what is not needed to load
+    assert taken() == whole
+
+
+def test_no_flipped_bit_of_the_metrics_has_the_best_step_deleted(tmp_path):
+    """Of 0.0351, which one bit makes 4.0351, and all else in the file; then cut and emptied."""
+    state, config = small_run(tmp_path, 0.9, 0.0351)
+    path = metrics_of(tmp_path, 8, 0.0351)
+    metrics_of(tmp_path, 7, 0.9)
+    sound = path.read_bytes()
+    flipped = [sound[:n] + bytes([sound[n] ^ 1 << k]) + sound[n + 1 :]
+               for n in range(len(sound)) for k in range(8)]  # fmt: skip
+    assert b'{"dice": 4.0351}' in flipped
+    for data in (*flipped, sound[:9], b''):
+        path.write_bytes(data)
+        checkpoint.Writer(tmp_path).close()
+        assert checkpoint.steps(tmp_path) == [7, 8]
+        assert path.read_bytes() == sound, data
+    path.write_text('{"dice": 4.0351}')
+    with contextlib.closing(checkpoint.Writer(tmp_path)) as writer:
+        save(writer, 9, state, config, 0.2)
+    assert checkpoint.steps(tmp_path) == [7, 9]
+
+
+@pytest.fixture(scope='module')
+def cut_off(tmp_path_factory):
+    """A tiny run that was cut off after step 3: the best step is 2, the newest 3."""
+
+    def cut(step, _):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    workdir = tmp_path_factory.mktemp('cut_off')
+    config = tiny_config(**{'train.steps': 6})
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(config, str(workdir), on_log=cut)
+    assert checkpoint.steps(workdir) == [2, 3]
+    return workdir, config
+
+
+def arrays(folder):
+    """The file that holds most of the averaged parameters."""
+    return max((folder / 'ema_params').rglob('d/*'), key=lambda p: p.stat().st_size)
+
+
+def raise_the_dice(folder):
+    """From 0.02 to 1.02."""
+    path = folder / '_CHECKPOINT_METADATA'
+    flip(path, path.read_bytes().index(b'"dice": 0.') + len('"dice": '))
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda folder: flip(arrays(folder), arrays(folder).stat().st_size // 2),
+        lambda folder: os.truncate(arrays(folder), 1000),
+        raise_the_dice,
+        lambda folder: os.truncate(folder / '_CHECKPOINT_METADATA', 1000),
+    ],
+    ids=['arrays flipped', 'arrays cut', 'metadata flipped', 'metadata cut'],
+)
+def test_a_run_whose_best_step_is_damaged_trains_on_and_is_evaluated(cut_off, tmp_path, damage):
+    """The damaged one is not kept in the place of a sound one, and not evaluated."""
+    workdir, config = shutil.copytree(cut_off[0], tmp_path / 'run'), cut_off[1]
+    damage(workdir / 'checkpoints' / '2')
+    evaluation = train.train_and_evaluate(config, str(workdir))
+    dice = {step: checkpoint.metadata(workdir, step)['dice'] for step in checkpoint.steps(workdir)}
+    assert max(dice) == 6
+    assert evaluation['checkpoint']['step'] == checkpoint.best(dice)
+    assert evaluation['checkpoint']['passed_over'] == {}
+    assert [path.name for path in (workdir / checkpoint.ASIDE).iterdir()] == ['2']
+
+
+def test_the_step_that_was_passed_over_stands_in_every_output(cut_off, tmp_path):
+    workdir = shutil.copytree(cut_off[0], tmp_path / 'run')
+    os.truncate(workdir / 'checkpoints' / '2' / '_CHECKPOINT_METADATA', 1000)
+    said = evaluate_checkpoint(workdir)['checkpoint']
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / 'a.png')
+    predict.predict_files(workdir, tmp_path / 'a.png', tmp_path / 'out', save=['mask'])
+    (run,) = json.loads((tmp_path / 'out' / manifest.NAME).read_text().splitlines()[0])['runs']
+    for output in (said, run):
+        assert (output['step'], list(output['passed_over'])) == (3, ['2'])
+        assert str(workdir / 'checkpoints' / '2') in output['passed_over']['2']
+
+
+def test_forty_loads_of_a_run_that_is_being_written(tmp_path):
+    """By two other processes; after each load a step is saved, and others are deleted meanwhile."""
+    config = tiny_config(**{'model.width': 4})
+    model, (tx, _) = models.create(**config.model), optim.create(steps=4, **config.optim)
+    state = train.create_state(model, tx, seed=9, channels=3, ema=True)
+
+    def save_next(writer, step):
+        """Each even one is the best so far."""
+        save(writer, step, state, to_dict(config), None if step % 2 else 1 - 1 / step)
+
+    told, end = os.pipe()
+    command, lines = [sys.executable, '-c', chaos.READER, tmp_path, '20'], []
+    with open(told) as file, contextlib.closing(checkpoint.Writer(tmp_path)) as writer:
+        save_next(writer, 1)
+        save_next(writer, 2)
+        readers = [
+            subprocess.Popen(command, stdout=end, stderr=subprocess.DEVNULL, cwd=ROOT)
+            for _ in range(2)
+        ]
+        os.close(end)
+        for step, line in enumerate(file, start=3):
+            lines.append(json.loads(line))
+            save_next(writer, step)
+    assert [reader.wait() for reader in readers] == [0, 0]
+    assert [line['fault'] for line in lines] == [''] * 40
+    assert all(line['step'] % 2 == 0 for line in lines if line['which'] == 'best')
+    assert len({line['step'] for line in lines}) > 10

@@ -1,6 +1,7 @@
 """Files in and out: pixels, geometry, and what is not to be trusted."""
 
 import contextlib
+import errno
 import gzip
 import io
 import itertools
@@ -10,6 +11,7 @@ import struct
 import sys
 import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1068,3 +1070,19 @@ def test_nothing_waits_on_what_is_no_file(tmp_path):
     for path in (tmp_path / 'a.png', tmp_path / 'missing.png', tmp_path):
         with pytest.raises(DataError):
             files.read(path)
+
+
+def test_a_closed_folder_is_a_fault_and_not_passed_over(tmp_path, monkeypatch):
+    """Else a data set would shrink without a word."""
+    (tmp_path / 'closed').mkdir()
+    Image.fromarray(GREY).save(tmp_path / 'a.png')
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == tmp_path / 'closed':
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(DataError, match=r'closed can not be listed \(Permission denied\)'):
+        files.find(tmp_path)

@@ -331,7 +331,7 @@ def test_sizes_that_slides_and_scans_have_pass(tmp_path, monkeypatch):
         files._check_picture(picture, path, 3, 10**9)
         with pytest.raises(DataError, match='too short'):
             files._check_picture(picture, path, 3, 10**5)
-    files._check_size(path, (512, 512, 1000), np.dtype(np.int16))
+    files._check_size(path, (512, 512, 1000), np.dtype(np.int16).itemsize)
 
 
 def test_scans_of_a_jpeg_have_a_limit(tmp_path):

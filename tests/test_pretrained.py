@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from configs import base, folder, lgg, phantom
 from pspnet_jax import models, optim, predict, train
 from pspnet_jax.compilation import jit
-from pspnet_jax.config import validate
+from pspnet_jax.config import base, folder, lgg, phantom, validate
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import ConfigError, DataError, PretrainedError, PspnetError
 from pspnet_jax.models import backbones, weights
@@ -211,6 +210,21 @@ def test_other_channels_than_three_get_filters_of_the_same_sum(arrays, tmp_path,
     else:
         np.testing.assert_allclose(kernel[:, :, 0], rgb[:, :, 0] * 3 / channels, rtol=1e-6)
     assert weights.IMAGENET.intensity(channels).shape == (4, channels)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_pretrained_filters_are_shared_by_the_slices(arrays, tmp_path, channels):
+    """Three grey slices are not R, G and B: each has what one grey slice has, over three."""
+    save_file(arrays, tmp_path / 'w.safetensors')
+    how = {'stem': 'mean', 'context': 1}
+    loaded, _, report = weights.load_backbone(
+        variables(channels=3 * channels, backbone='vgg16'), str(tmp_path / 'w.safetensors'), **how
+    )
+    assert f'conv1_1/kernel from 3 to {3 * channels} channels by mean' in report
+    kernel = loaded['params']['backbone']['conv1_1']['kernel']
+    mean = arrays['features.0.weight'].transpose(2, 3, 1, 0).mean(2, keepdims=True)
+    expected = np.repeat(mean, 3 * channels, axis=2) / channels
+    np.testing.assert_allclose(kernel, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

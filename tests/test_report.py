@@ -31,6 +31,9 @@ def make_volume(name, rng, depth=5, size=24, lesion=True):
     return Volume(name, image, mask, np.arange(3, 3 + depth), intensity)
 
 
+HOW = {'batch_size': 2, 'intensity': None, 'context': 0}
+
+
 def bright(image):
     """0.9 for lesion where channel 0 is above 50, else 0.1."""
     said = np.arange(2) == (image[..., :1] > 50)
@@ -51,7 +54,7 @@ def evaluated(rng):
     cases = []
     for role, row in report.extremes(result['patients']):
         volume = data[names.index(row['patient'])]
-        found = evaluate.predict_foreground(bright, volume, batch_size=2, intensity=None)
+        found = evaluate.predict_foreground(bright, volume, **HOW)
         cases.append((role, report.make_case(volume, *found)))
     return result, cases
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import base
+from pspnet_jax.config import base
 from pspnet_jax.data import folder, phantom, sources, splits, volumes
 from pspnet_jax.errors import DataError
 

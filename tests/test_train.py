@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from pspnet_jax import checkpoint, compilation, evaluate, infer, log, losses, models, optim, train
+from pspnet_jax.config import base
 from pspnet_jax.data import phantom, pipeline, sources, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
 from pspnet_jax.models import convolution, unet

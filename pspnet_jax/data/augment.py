@@ -39,6 +39,7 @@ def augment(
     bias: float = 0.0,
     noise: float = 0.0,
     ignore_label: int = IGNORE_LABEL,
+    context: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
 
@@ -51,6 +52,9 @@ def augment(
     powers of 1/1.5 .. 1.5 (`power`). These three are done with a probability of their own. gain:
     channel-wise factor 1 +- gain. bias: channel-wise shift, and noise: pixel noise's largest
     standard deviation, in units of the normalised image. ignore_label: of what falls outside.
+    context: how many neighbours on either side the image has the channels of
+    (`volumes.channels_seen`); what is drawn for a channel is for theirs too.
+
     Raises ValueError for a crop larger than the image.
     """
     h, w = mask_HW.shape
@@ -99,21 +103,24 @@ def augment(
     image_HWC = above + lowest_11C
     mask_HW = sample(mask_HW, 0, ignore_label)
 
-    channels = (1, 1, image_HWC.shape[-1])
+    def by_channel(key, limit):
+        seen = 2 * context + 1
+        return jnp.tile(uniform(key, limit, (1, 1, image_HWC.shape[-1] // seen)), seen)
+
     changes = (  # numbers beyond those of `keys`: no draw depends on which others there are
         (8, blur, blur_probability, blurred, lambda key: blur * jax.random.uniform(key)),
         (9, low_resolution, low_resolution_probability, coarse,
          lambda key: 1.0 - low_resolution * jax.random.uniform(key)),
         (10, gamma, gamma_probability, power,
-         lambda key: jnp.exp(uniform(key, jnp.log1p(gamma), channels))),
+         lambda key: jnp.exp(by_channel(key, jnp.log1p(gamma)))),
     )  # fmt: skip
     for number, strength, probability, change, draw in changes:
         if strength > 0.0 and probability > 0.0:
             chance, amount = jax.random.split(jax.random.fold_in(key, number))
             done = jax.random.bernoulli(chance, probability)
             image_HWC = jnp.where(done, change(image_HWC, draw(amount)), image_HWC)
-    image_HWC = image_HWC * (1.0 + uniform(keys[5], gain, channels))
-    image_HWC = image_HWC + uniform(keys[6], bias, channels)
+    image_HWC = image_HWC * (1.0 + by_channel(keys[5], gain))
+    image_HWC = image_HWC + by_channel(keys[6], bias)
     if noise > 0.0:
         amount, pixels = jax.random.split(keys[7])
         sigma = jax.random.uniform(amount, maxval=noise)

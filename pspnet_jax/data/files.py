@@ -207,8 +207,8 @@ def find(folder: str | Path) -> dict[str, Path]:
     """{path below the folder, without ending: file}, in order, of the pictures and volumes in it.
 
     Names are NFC, which macOS does not keep. DICOM goes as `gather_dicom` says; hidden files are
-    left out. One DataError lists every symlink that leads out of the folder and every two files
-    that differ by their ending alone.
+    left out. One DataError lists every symlink that leads out of the folder, every two files that
+    differ by their ending alone and every folder that is closed.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -216,7 +216,8 @@ def find(folder: str | Path) -> dict[str, Path]:
     root = os.path.realpath(folder)
     found: dict[str, Path] = {}
     faults = []
-    for here, folders, names in os.walk(folder):
+    closed = []
+    for here, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         names = sorted(name for name in names if not name.startswith('.'))
         for name in (*folders, *names):
@@ -233,6 +234,7 @@ def find(folder: str | Path) -> dict[str, Path]:
             if name in found:
                 faults.append(f'{found[name]} and {path} are both called {name}: rename one')
             found.setdefault(name, path)
+    faults += [f'{error.filename} can not be listed ({error.strerror})' for error in closed]
     if faults:
         raise DataError(f'{len(faults)} fault(s) in {folder}:', faults)
     if not found:
@@ -767,9 +769,11 @@ def _load_dicom(files: Sequence[Path], source: Path, labels: bool) -> Picture:
         path, header = slices[i]
         with _reading(path, 'DICOM file'):
             size = (header.Rows, header.Columns, header.get('SamplesPerPixel', 1))
-            _check_size(path, (len(slices) if image is None else 1, *size), 8)  # stored, turned
+            _check_size(path, (len(slices), *size), 0)
             if math.prod(size) > max(SMALL, PICTURE_RATIO * path.stat().st_size):
                 raise DataError(f'{path} is too short for its {size} values: copy it again')
+            if image is None:  # as it is stored, and turned
+                check_room(source, 8 * len(slices) * math.prod(size))
             pixels = _dicom_pixels(path, pydicom, labels)
             if image is None:
                 image = np.empty((len(slices), *pixels.shape), pixels.dtype)

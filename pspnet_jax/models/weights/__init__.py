@@ -16,6 +16,7 @@ from pspnet_jax.models.weights.tables import (
     Normalization,
     Table,
     fixed_intensity,
+    measured_how,
 )
 from pspnet_jax.models.weights.translate import (
     adapt_stem,
@@ -30,5 +31,6 @@ from pspnet_jax.models.weights.translate import (
 __all__ = [
     'IMAGENET', 'NETWORKS', 'PUBLIC', 'TABLES', 'Normalization', 'Public', 'Table', 'adapt_stem',
     'check_archive', 'detect', 'fetch', 'fetch_public', 'fixed_intensity', 'is_name_of',
-    'load_backbone', 'load_network', 'network_options', 'public', 'read_arrays', 'to_torch',
+    'load_backbone', 'load_network', 'measured_how', 'network_options', 'public', 'read_arrays',
+    'to_torch',
 ]  # fmt: skip

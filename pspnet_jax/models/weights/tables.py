@@ -38,7 +38,14 @@ class Normalization(NamedTuple):
 def fixed_intensity(inputs: Mapping[str, Any]) -> np.ndarray | None:
     """(4, channels) for every image, of a checkpoint's 'inputs'; None: each volume's own."""
     normalization, scale = inputs['normalization'], inputs.get('range')
-    return normalization and Normalization(**normalization).intensity(inputs['channels'], scale)
+    if not isinstance(normalization, Mapping):
+        return None
+    return Normalization(**normalization).intensity(inputs['channels'], scale)
+
+
+def measured_how(inputs: Mapping[str, Any]) -> str:
+    """How `data.volumes.measure` measures a volume that brings its own intensities."""
+    return 'buda' if inputs['normalization'] == 'buda' else 'volume'
 
 
 IMAGENET = Normalization()

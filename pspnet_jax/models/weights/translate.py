@@ -164,15 +164,25 @@ def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
     return found
 
 
-def adapt_stem(kernel: np.ndarray, channels: int, how: str) -> np.ndarray:
-    """(h, w, n, O) filters for `channels` channels, times n / channels: as much comes out.
+def adapt_stem(
+    kernel: np.ndarray, channels: int, how: str, *, context: int = 0, their_context: int = 0
+) -> np.ndarray:
+    """(h, w, n, O) filters for pictures of `channels` channels, times n / channels: as much comes
+    out.
 
-    'cycle' takes R, G, B, R, ...; 'mean' their mean for each.
+    'cycle' takes R, G, B, R, ...; 'mean' their mean for each. With `context` every one of the
+    slices that are seen together has these filters, over their number: of equal slices comes out
+    what came out of one. Those of as large a `their_context` stay as they are.
     """
-    n = kernel.shape[2]
+    seen, their_seen = 2 * context + 1, 2 * their_context + 1
+    slices = np.split(kernel, their_seen, axis=2)
+    if seen != their_seen:
+        slices = [sum(slices) / seen] * seen
+    n = slices[0].shape[2]
     if how == 'mean':
-        kernel = np.repeat(kernel.mean(axis=2, keepdims=True), n, axis=2)
-    return kernel[:, :, np.arange(channels) % n] * (n / channels)
+        slices = [np.repeat(x.mean(axis=2, keepdims=True), n, axis=2) for x in slices]
+    chosen = np.arange(channels) % n
+    return np.concatenate([x[:, :, chosen] * (n / channels) for x in slices], axis=2)
 
 
 # ---- into a network ---------------------------------------------------------------------
@@ -201,14 +211,16 @@ def load_backbone(
     stem: str = 'cycle',
     unit_deviation: bool = False,
     options: Mapping[str, Any] = {},
+    context: int = 0,
 ) -> tuple[dict[str, Any], Normalization, str]:
     """`variables` with the backbone from a classifier's weights, their normalisation, a report.
 
     VGG16's fc6 and fc7 are taken too where the network has them at their size. With
     `unit_deviation` the images will be z-scores, whatever the weights were fed: the first
     kernel is scaled to them. `options` is the config's model section, which some
-    sources need to agree. Every other array of the backbone must be in the file with its
-    shape, and every array of the file in the backbone; else PretrainedError lists both sides.
+    sources need to agree, `context` its data.context. Every other array of the backbone must be in
+    the file with its shape, and every array of the file in the backbone; else PretrainedError
+    lists both sides.
     """
     path = fetch(where)
     arrays = read_arrays(path)
@@ -239,10 +251,11 @@ def load_backbone(
         if unit_deviation and (ratio != 1).any():
             found[name] = found[name] * ratio[:, None]
             notes.append(f'{name} scaled to z-scores')
-        channels = wanted[name].shape[2]
-        if channels != 3:
-            found[name] = adapt_stem(found[name], channels, stem)
-            notes.append(f'{name} from 3 to {channels} channels by {stem}')
+        seen = wanted[name].shape[2]
+        if (seen, context) != (3, 0):
+            channels = seen // (2 * context + 1)
+            found[name] = adapt_stem(found[name], channels, stem, context=context)
+            notes.append(f'{name} from 3 to {seen} channels by {stem}')
     if faults := _differences(wanted, found):
         raise PretrainedError(f'{path} ({kind}) does not fit the backbone:', faults)
     loaded = {name: np.asarray(found[name], np.float32) for name in wanted}
