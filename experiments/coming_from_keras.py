@@ -168,7 +168,7 @@ ROWS = {
     'F29': Row(
         'pretrained on ADE20K, Cityscapes, VOC',
         'converters for files of Keras, torchvision, semseg, timm, segmentation_models_pytorch',
-        'python -m pspnet_jax.models.pretrained --source=FILE --out=RUN',
+        'python -m pspnet_jax.convert --source=FILE --out=RUN',
         ('test_parity::test_pspnet_equals_semsegs',
          'test_parity::test_networks_equal_torchvisions'),
     ),

@@ -96,7 +96,7 @@ def without_transposed_2x2():
 def without_depthwise():
     from pspnet_jax.models import convolution
 
-    convolution.depthwise = convolution.plain_depthwise
+    convolution.depthwise = convolution.plain
 
 
 def without_schedule():

@@ -26,7 +26,7 @@ def _network():
     import jax
 
     from pspnet_jax import models
-    from pspnet_jax.models import pretrained
+    from pspnet_jax.models import weights
     from pspnet_jax.runs import abstract_variables
 
     model = models.create('unet', num_classes=2, backbone='vgg16', width=4)
@@ -34,23 +34,23 @@ def _network():
     rng = np.random.default_rng(0)
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
     backbone = {'params': {'backbone': values['params']['backbone']}}
-    return shapes, pretrained.to_torch(backbone, pretrained.SOURCES['vgg16'])
+    return shapes, weights.to_torch(backbone, weights.TABLES['vgg16'])
 
 
 def read_weights(path: Path) -> None:
-    from pspnet_jax.models import pretrained
+    from pspnet_jax.models import weights
 
-    pretrained.load_backbone(_network()[0], str(path))
+    weights.load_backbone(_network()[0], str(path))
 
 
 def read_network(path: Path) -> None:
-    """As `pretrained.main` does, as far as the config."""
-    from pspnet_jax.models import pretrained
+    """As `convert` does, as far as the config."""
+    from pspnet_jax.models import weights
 
-    arrays = pretrained.read_arrays(path)
-    kind = pretrained.detect(arrays, pretrained.NETWORKS)
-    pretrained.network_options(arrays, kind)
-    pretrained.load_network(_whole()[0], arrays, pretrained.SOURCES[kind])
+    arrays = weights.read_arrays(path)
+    kind = weights.detect(arrays, weights.NETWORKS)
+    weights.network_options(arrays, kind)
+    weights.load_network(_whole()[0], arrays, weights.TABLES[kind])
 
 
 @functools.cache
@@ -59,14 +59,14 @@ def _whole():
     import jax
 
     from pspnet_jax import models
-    from pspnet_jax.models import pretrained
+    from pspnet_jax.models import weights
     from pspnet_jax.runs import abstract_variables
 
     model = models.create('unet', num_classes=2, backbone='resnet18', width=4)
     shapes = abstract_variables(model, CHANNELS)
     values = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
-    source = pretrained.SOURCES['unet on resnet of segmentation_models_pytorch']
-    return shapes, pretrained.to_torch(values, source)
+    source = weights.TABLES['unet on resnet of segmentation_models_pytorch']
+    return shapes, weights.to_torch(values, source)
 
 
 def _safetensors(folder: Path) -> list[Path]:
@@ -192,9 +192,9 @@ def _state():
 
 def _checkpoints(folder: Path) -> list[Path]:
     from pspnet_jax import checkpoint
-    from pspnet_jax.models import published
+    from pspnet_jax.models import weights
 
-    inputs = {'channels': CHANNELS, 'normalization': published.IMAGENET._asdict()}
+    inputs = {'channels': CHANNELS, 'normalization': weights.IMAGENET._asdict()}
     for name, averaged in (('a', None), ('b', TREE)):
         with contextlib.closing(checkpoint.Writer(folder / name)) as writer:
             checkpoint.save(
@@ -215,7 +215,7 @@ def read_checkpoint(path: Path) -> None:
     """As `runs.open_run` does."""
     from pspnet_jax import checkpoint
     from pspnet_jax.config import from_dict
-    from pspnet_jax.models.published import fixed_intensity
+    from pspnet_jax.models.weights import fixed_intensity
 
     step = checkpoint.candidates(path, 'last')[0]
     meta = checkpoint.metadata(path, step)

@@ -81,7 +81,8 @@ def load(case: dict[str, Any]):
     import jax.numpy as jnp
 
     from pspnet_jax import models
-    from pspnet_jax.models import pretrained, published
+    from pspnet_jax.models import weights
+    from pspnet_jax.models.weights import tables
 
     exact, model = (
         models.create(num_classes=case['classes'], dtype=dtype, **case['model'])
@@ -91,15 +92,15 @@ def load(case: dict[str, Any]):
         functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
     )
     keras = case['peer'] == 'keras'
-    arrays = pretrained.read_arrays(case['exchange'] + ('.h5' if keras else '.weights.npz'))
+    arrays = weights.read_arrays(case['exchange'] + ('.h5' if keras else '.weights.npz'))
     sources = {
-        **published.NETWORKS,
-        'pspnet_vgg16': published.Source(
-            (*published.SEMSEG, *published.under('', 'backbone/', published.vgg(False)))
+        **weights.NETWORKS,
+        'pspnet_vgg16': weights.Table(
+            (*tables.SEMSEG, *tables.under('', 'backbone/', tables.vgg(False)))
         ),
     }
-    source = sources[pretrained.detect(arrays, sources)]
-    return exact, model, jax.device_put(pretrained.load_network(shapes, arrays, source))
+    source = sources[weights.detect(arrays, sources)]
+    return exact, model, jax.device_put(weights.load_network(shapes, arrays, source))
 
 
 def check(case: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ Imports point downwards, held by tests/test_layering.py:
                 -> data.sources -> data.folder, data.lgg, data.phantom
                                 -> data.masks -> data.volumes -> data.formats
                 -> faults -> hosts
-  api, check, predict, export stand on these, cli on hosts; errors, text and storage below all.
+  api, check, predict, export, convert stand on these, cli on hosts; errors, text and storage below
+  all.
 
 No file imports configs, experiments or tests.
 """

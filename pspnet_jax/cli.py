@@ -31,7 +31,7 @@ COMMANDS = {  # of `pspnet`: the module, and what it does
     'evaluate': ('evaluate', 'score a trained network on patients whose masks are known'),
     'predict': ('predict', 'write masks and pictures for images, volumes and videos'),
     'export': ('export', 'write a trained network as StableHLO or ONNX'),
-    'convert': ('models.pretrained', 'make a run of published weights'),
+    'convert': ('convert', 'make a run of published weights'),
 }
 GROUP = (
     "the patient in a file's name, as data.group; '': each file is by itself; without: as the run"
@@ -133,7 +133,7 @@ def _help(told: str) -> str:
             f'them all with their defaults. Configs: {", ".join(PAGES)}, or a file of your own;',
             'an argument behind a colon chooses the network and a recipe of augmentation,',
             '--config=lgg:unet,strong.',
-            *textwrap.wrap(f'Networks: {", ".join(models.NAMES)}', 90, subsequent_indent='  '),
+            *textwrap.wrap(f'Networks: {", ".join(models.names())}', 90, subsequent_indent='  '),
             *textwrap.wrap(f'Recipes: {", ".join(augmentations.RECIPES)}', 90),
         ]
     return '\n'.join([*lines, '', '--helpfull lists the flags of all libraries too.'])

@@ -52,8 +52,7 @@ from pspnet_jax.errors import (
     say,
 )
 from pspnet_jax.evaluate import with_choice
-from pspnet_jax.models.pretrained import check_archive
-from pspnet_jax.models.published import fixed_intensity, measured_how
+from pspnet_jax.models.weights import check_archive, fixed_intensity, measured_how
 from pspnet_jax.runs import abstract_variables, open_run
 from pspnet_jax.storage import writing
 

@@ -1,9 +1,8 @@
 """Losses: (logits B H W K, labels B H W) -> float32 scalar; two learn from a teacher's arrays.
 
-Pixels labelled IGNORE count nowhere. Sums run over the whole batch; under
-`jax.pmap` give `axis_name`, so that numerator and denominator are each summed over
-the global batch before they are divided: the same number on 1 and on N devices.
-`TERMS` names those that the config sums.
+Pixels labelled `ignore_label` count nowhere. Sums run over the whole batch; under `jax.pmap` give
+`axis_name`, so that numerator and denominator are each summed over the global batch before they
+are divided: the same number on 1 and on N devices. `TERMS` names those that the config sums.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,31 +10,33 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+
+Axis = str | None  # mapped by `jax.pmap`
 
 
 def cross_entropy(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
+    logits_BHWK: Array,
+    labels_BHW: Array,
     *,
     ignore_label: int = 255,
     class_weights: Sequence[float] = (),
-    axis_name: str | None = None,
-) -> jax.Array:
+    axis_name: Axis = None,
+) -> Array:
     """Mean over counted pixels, weighted by their class (`torch.nn.CrossEntropyLoss`)."""
     log_prob_BHW, weight_BHW = _true_class(logits_BHWK, labels_BHW, ignore_label, class_weights)
-    total = _sum(-(weight_BHW * log_prob_BHW).sum(), axis_name)
-    return total / jnp.maximum(_sum(weight_BHW.sum(), axis_name), 1e-6)
+    return mean(-log_prob_BHW, weight_BHW, axis_name)
 
 
 def focal(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
+    logits_BHWK: Array,
+    labels_BHW: Array,
     *,
     gamma: float,
     ignore_label: int = 255,
     class_weights: Sequence[float] = (),
-    axis_name: str | None = None,
-) -> jax.Array:
+    axis_name: Axis = None,
+) -> Array:
     """`cross_entropy` with each pixel times (1 - p)^gamma, p the probability of its class.
 
     Lin et al. 2017 (arXiv 1708.02002), equation 5; their alpha is `class_weights`.
@@ -54,14 +55,14 @@ def focal(
 
 
 def top_k_cross_entropy(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
+    logits_BHWK: Array,
+    labels_BHW: Array,
     *,
     share: float,
     ignore_label: int = 255,
     class_weights: Sequence[float] = (),
-    axis_name: str | None = None,
-) -> jax.Array:
+    axis_name: Axis = None,
+) -> Array:
     """`cross_entropy` of the `share` of the batch's counted pixels that have most of it.
 
     Online bootstrapping (Wu et al. 2016, arXiv 1605.06885); nnU-Net's TopKLoss, which counts
@@ -72,7 +73,7 @@ def top_k_cross_entropy(
     # What is ignored comes last, even after pixels that cost nothing.
     negative_BHW = jnp.where(counted_BHW, weight_BHW * log_prob_BHW, 1.0)
     negative_N, weight_N = jax.lax.sort(
-        tuple(_gather(x, axis_name).ravel() for x in (negative_BHW, weight_BHW)), num_keys=1
+        tuple(gather(x, axis_name).ravel() for x in (negative_BHW, weight_BHW)), num_keys=1
     )
     counted = _sum(counted_BHW.sum(), axis_name)
     number = jnp.minimum(jnp.maximum(jnp.round(share * counted), 1), counted)
@@ -82,23 +83,20 @@ def top_k_cross_entropy(
 
 
 def soft_dice(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
+    logits_BHWK: Array,
+    labels_BHW: Array,
     *,
     ignore_label: int = 255,
     smooth: float = 1.0,
-    axis_name: str | None = None,
-) -> jax.Array:
+    axis_name: Axis = None,
+) -> Array:
     """1 - Dice of the probabilities, mean over the classes 1..K-1 but the one that is ignored.
 
     Milletari et al. 2016, with p rather than p^2 in the denominator, summed over the
     batch as one volume: a slice without tumour then pulls the probabilities down
     there, instead of being a Dice of its own that no prediction but zero can meet.
     """
-    prob_BHWK = jax.nn.softmax(logits_BHWK.astype(jnp.float32))
-    counted_BHW1 = (labels_BHW != ignore_label)[..., None].astype(jnp.float32)
-    true_BHWK = jax.nn.one_hot(labels_BHW, logits_BHWK.shape[-1]) * counted_BHW1
-    prob_BHWK = prob_BHWK * counted_BHW1
+    prob_BHWK, true_BHWK = _counted(logits_BHWK, labels_BHW, ignore_label)
     overlap_K = _sum((prob_BHWK * true_BHWK).sum((0, 1, 2)), axis_name)
     size_K = _sum((prob_BHWK + true_BHWK).sum((0, 1, 2)), axis_name)
     dice_K = (2.0 * overlap_K + smooth) / (size_K + smooth)
@@ -106,41 +104,34 @@ def soft_dice(
 
 
 def tversky(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
+    logits_BHWK: Array,
+    labels_BHW: Array,
     *,
     alpha: float,
     beta: float,
     ignore_label: int = 255,
     smooth: float = 0.5,
-    axis_name: str | None = None,
-) -> jax.Array:
+    axis_name: Axis = None,
+) -> Array:
     """1 - TP / (TP + alpha FP + beta FN), mean over structures and over the batch as `soft_dice`.
 
     Salehi et al. 2017 (arXiv 1706.05721), who have no `smooth`. A beta above alpha prefers a
     lesion outlined too widely to one that is missed; 0.5 and 0.5 are `soft_dice`.
     """
-    prob_BHWK = jax.nn.softmax(logits_BHWK.astype(jnp.float32))
-    counted_BHW1 = (labels_BHW != ignore_label)[..., None].astype(jnp.float32)
-    true_BHWK = jax.nn.one_hot(labels_BHW, logits_BHWK.shape[-1])
-
-    def over_batch(x_BHWK):
-        return _sum((counted_BHW1 * x_BHWK).sum((0, 1, 2)), axis_name)
-
-    hit_K = over_batch(prob_BHWK * true_BHWK)
-    false_K = over_batch(prob_BHWK * (1.0 - true_BHWK))
-    missed_K = over_batch((1.0 - prob_BHWK) * true_BHWK)
+    prob_BHWK, true_BHWK = _counted(logits_BHWK, labels_BHW, ignore_label)
+    hit_K, false_K, missed_K = (
+        _sum(x_BHWK.sum((0, 1, 2)), axis_name)
+        for x_BHWK in (
+            prob_BHWK * true_BHWK, prob_BHWK * (1.0 - true_BHWK), (1.0 - prob_BHWK) * true_BHWK
+        )
+    )  # fmt: skip
     index_K = (hit_K + smooth) / (hit_K + alpha * false_K + beta * missed_K + smooth)
     return 1.0 - index_K[_structures(len(index_K), ignore_label)].mean()
 
 
 def lovasz_softmax(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
-    *,
-    ignore_label: int = 255,
-    axis_name: str | None = None,
-) -> jax.Array:
+    logits_BHWK: Array, labels_BHW: Array, *, ignore_label: int = 255, axis_name: Axis = None
+) -> Array:
     """The Lovasz extension of 1 - IoU, mean over the classes that the batch has.
 
     Berman et al. 2018 (arXiv 1705.08790), the authors' code with classes='present' and
@@ -150,7 +141,7 @@ def lovasz_softmax(
     float32 keeps a digit or two at a million pixels.
     """
     prob_NK = jax.nn.softmax(logits_BHWK.astype(jnp.float32)).reshape(-1, logits_BHWK.shape[-1])
-    prob_NK, labels_N = _gather(prob_NK, axis_name), _gather(labels_BHW.ravel(), axis_name)
+    prob_NK, labels_N = gather(prob_NK, axis_name), gather(labels_BHW.ravel(), axis_name)
     counted_N1 = (labels_N != ignore_label)[:, None]
     true_KN = ((jax.nn.one_hot(labels_N, prob_NK.shape[-1]) > 0) & counted_N1).T
     error_KN = jnp.where(true_KN, 1.0 - prob_NK.T, prob_NK.T)
@@ -170,12 +161,8 @@ def lovasz_softmax(
 
 
 def boundary(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
-    *,
-    ignore_label: int = 255,
-    axis_name: str | None = None,
-) -> jax.Array:
+    logits_BHWK: Array, labels_BHW: Array, *, ignore_label: int = 255, axis_name: Axis = None
+) -> Array:
     """Probability times `signed_distance`, mean over counted pixels and structures; may be < 0.
 
     Kervadec et al. 2019 (arXiv 1812.07032). It needs a loss of regions beside it: an image
@@ -194,7 +181,7 @@ def boundary(
     return total / jnp.maximum(number, 1e-6)
 
 
-def signed_distance(inside_BHWS: jax.Array, outside_BHWS: jax.Array) -> jax.Array:
+def signed_distance(inside_BHWS: Array, outside_BHWS: Array) -> Array:
     """B H W S float32, pixels: outside the distance to the nearest pixel inside; inside 1 minus
     that to the nearest one outside, 0 at the edge and negative further in.
 
@@ -210,7 +197,7 @@ def signed_distance(inside_BHWS: jax.Array, outside_BHWS: jax.Array) -> jax.Arra
     return jnp.where(both_B11S, signed, 0.0)
 
 
-def _squared_distance(goal_BHWC: jax.Array) -> jax.Array:
+def _squared_distance(goal_BHWC: Array) -> Array:
     """To the nearest True, in squared pixels: along columns, then of these along rows.
 
     The two passes of Felzenszwalb and Huttenlocher 2012. Deviation: a minimum is over all
@@ -235,15 +222,15 @@ def _squared_distance(goal_BHWC: jax.Array) -> jax.Array:
 
 
 def distillation(
-    logits_BHWK: jax.Array,
-    teacher_BHWK: jax.Array,
-    labels_BHW: jax.Array,
+    logits_BHWK: Array,
+    teacher_BHWK: Array,
+    labels_BHW: Array,
     *,
     loss: str = 'kl',
     temperature: float = 1.0,
     ignore_label: int = 255,
-    axis_name: str | None = None,
-) -> jax.Array:
+    axis_name: Axis = None,
+) -> Array:
     """How far the probabilities are from the teacher's, mean over counted pixels.
 
     'kl': T^2 KL(teacher || student) of the softmax of logits / T; T^2 keeps the gradient's
@@ -263,14 +250,12 @@ def distillation(
         gap_BHW = (jnp.abs(gap_BHWK) if loss == 'l1' else gap_BHWK**2).mean(-1)
     else:
         raise ValueError(f"distill.loss {loss!r} is not one of 'kl', 'l1', 'l2'")
-    counted_BHW = (labels_BHW != ignore_label).astype(jnp.float32)
-    total = _sum((counted_BHW * gap_BHW).sum(), axis_name)
-    return total / jnp.maximum(_sum(counted_BHW.sum(), axis_name), 1e-6)
+    return mean(gap_BHW, labels_BHW != ignore_label, axis_name)
 
 
 def pairwise_affinity(
-    features_BhwC: jax.Array, teacher_BhwD: jax.Array, *, axis_name: str | None = None
-) -> jax.Array:
+    features_BhwC: Array, teacher_BhwD: Array, *, axis_name: Axis = None
+) -> Array:
     """Mean over examples and pairs of cells of (a - a')^2; a is the cosine of two cells' features.
 
     The pair-wise distillation of Liu et al. 2019, "Structured Knowledge Distillation for
@@ -284,7 +269,7 @@ def pairwise_affinity(
     return total / _sum(jnp.float32(ours_Bnn.size), axis_name)
 
 
-def _cosines(x_BhwC: jax.Array) -> jax.Array:
+def _cosines(x_BhwC: Array) -> Array:
     """B n n of every pair of n = h w cells."""
     x_BnC = x_BhwC.astype(jnp.float32).reshape(len(x_BhwC), -1, x_BhwC.shape[-1])
     square_Bn1 = (x_BnC**2).sum(-1, keepdims=True)
@@ -293,12 +278,24 @@ def _cosines(x_BhwC: jax.Array) -> jax.Array:
     return jnp.einsum('bnc,bmc->bnm', unit_BnC, unit_BnC, precision='highest')
 
 
+def mean(x_BHW: Array, weight_BHW: Array, axis_name: Axis) -> Array:
+    """Weighted by pixels over the whole batch; 0 where nothing has a weight."""
+    weight_BHW = weight_BHW.astype(jnp.float32)
+    total = _sum((weight_BHW * x_BHW).sum(), axis_name)
+    return total / jnp.maximum(_sum(weight_BHW.sum(), axis_name), 1e-6)
+
+
+def _counted(logits_BHWK: Array, labels_BHW: Array, ignore_label: int) -> tuple[Array, Array]:
+    """B H W K each: probabilities and truth, 0 where pixels are ignored."""
+    counted_BHW1 = (labels_BHW != ignore_label)[..., None].astype(jnp.float32)
+    true_BHWK = jax.nn.one_hot(labels_BHW, logits_BHWK.shape[-1])
+    prob_BHWK = jax.nn.softmax(logits_BHWK.astype(jnp.float32))
+    return prob_BHWK * counted_BHW1, true_BHWK * counted_BHW1
+
+
 def _true_class(
-    logits_BHWK: jax.Array,
-    labels_BHW: jax.Array,
-    ignore_label: int,
-    class_weights: Sequence[float],
-) -> tuple[jax.Array, jax.Array]:
+    logits_BHWK: Array, labels_BHW: Array, ignore_label: int, class_weights: Sequence[float]
+) -> tuple[Array, Array]:
     """B H W each: log probability of the pixel's class, and the pixel's weight, 0 if ignored."""
     counted_BHW = labels_BHW != ignore_label
     labels_BHW = jnp.where(counted_BHW, labels_BHW, 0)
@@ -316,17 +313,18 @@ def _structures(num_classes: int, ignore_label: int) -> np.ndarray:
     return np.array([k for k in range(1, num_classes) if k != ignore_label])
 
 
-def _sum(x: jax.Array, axis_name: str | None) -> jax.Array:
+def _sum(x: Array, axis_name: Axis) -> Array:
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
-def _gather(x: jax.Array, axis_name: str | None) -> jax.Array:
+def gather(x: Array, axis_name: Axis) -> Array:
     """Of all devices, one after the other along the first axis."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
-# The config's weight in the sum -> the loss, and its arguments by the knobs that they come from.
-TERMS: dict[str, tuple[Callable[..., jax.Array], dict[str, str]]] = {
+# The config's weight in the sum -> the loss, and its arguments by the knobs that they come from. An
+# entry from outside, (loss, {}), has its weight in loss.extra, and may use `mean` and `gather`.
+TERMS: dict[str, tuple[Callable[..., Array], dict[str, str]]] = {
     'cross_entropy': (cross_entropy, {'class_weights': 'class_weights'}),
     'dice': (soft_dice, {}),
     'focal': (focal, {'gamma': 'focal_gamma', 'class_weights': 'class_weights'}),

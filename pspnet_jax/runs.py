@@ -18,7 +18,7 @@ from pspnet_jax import checkpoint, models, paths
 from pspnet_jax.config import from_dict
 from pspnet_jax.data.volumes import channels_seen
 from pspnet_jax.errors import ConfigError, first_line
-from pspnet_jax.models.published import fixed_intensity, measured_how
+from pspnet_jax.models.weights import fixed_intensity, measured_how
 
 logger = logging.getLogger(__name__)
 

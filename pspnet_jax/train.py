@@ -55,7 +55,7 @@ from pspnet_jax.errors import (
 )
 from pspnet_jax.evaluate import evaluate_checkpoint, evaluate_options, evaluate_volumes
 from pspnet_jax.log import MetricLog, Silent
-from pspnet_jax.models import pretrained, published
+from pspnet_jax.models import weights
 from pspnet_jax.models.convolution import CONVOLVED
 from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
 from pspnet_jax.storage import writing
@@ -64,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 # (key, image H W C, mask H W) -> (image, mask), traced inside the compiled step.
 AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# (logits B h w K, labels B h w, of the global batch) -> scalar, traced there too.
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 COMPILED = (
     'program of %d update(s): compiled in %.1f s, %.1f GFLOP, %.0f MB of temporaries, %.0f in all'
@@ -112,24 +114,32 @@ def segmentation_loss(
     aux: float,
     ignore_label: int,
     axis_name: str | None,
+    extra: dict[str, float] | None = None,
+    loss_fn: LossFn | None = None,
     **knobs: Any,
 ) -> jax.Array:
-    """The sum of `losses.TERMS`, and `aux` times the same for every other output.
+    """The sum of `losses.TERMS` and of `loss_fn`, and `aux` times the same for every other output.
 
     `knobs` are the rest of the config's section `loss`: each term's weight, at 0 of which it is
-    not computed, and what the terms read.
+    not computed, and what the terms read; `extra` has the weights of terms without a knob.
+    `loss_fn` sees the logits and labels of the whole batch, whatever number of devices share it.
     Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
     puts them when it enlarges them: labels are never interpolated.
     """
+
+    weights = {name: knobs[name] for name in losses.TERMS if name in knobs} | (extra or {})
 
     def one_head(logits_BhwK):
         labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
         shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
-        for name, (loss, own) in losses.TERMS.items():
-            if knobs[name]:
+        for name, weight in weights.items():
+            if weight:
+                loss, own = losses.TERMS[name]
                 options = {argument: knobs[knob] for argument, knob in own.items()}
-                total += knobs[name] * loss(logits_BhwK, labels_Bhw, **options, **shared)
+                total += weight * loss(logits_BhwK, labels_Bhw, **options, **shared)
+        if loss_fn is not None:
+            total += loss_fn(*(losses.gather(x, axis_name) for x in (logits_BhwK, labels_Bhw)))
         return total
 
     total = one_head(out['logits'])
@@ -219,6 +229,7 @@ def train_step(
     ema_decay: float = 0.0,
     nan_policy: str = 'stop',
     augment_fn: AugmentFn | None = None,
+    loss_fn: LossFn | None = None,
     teacher: nn.Module | None = None,
     distill_options: dict[str, Any] | None = None,
     axis_name: str | None = None,
@@ -231,7 +242,8 @@ def train_step(
     With `remat` 'pointwise' the outputs of convolutions are kept for the gradient and all
     that lies between them, BatchNorm and ReLU mostly, is computed again.
     With `nan_policy` 'skip' a loss or gradient that is no number changes nothing but the step;
-    the metric 'skipped' is 1 there. `augment_fn` changes each example behind `augment`.
+    the metric 'skipped' is 1 there. `augment_fn` changes each example behind `augment`; `loss_fn`
+    is added to the config's losses.
     `teacher` sees the same images in inference mode, with `state.teacher`; what it adds to the
     loss is in the metrics.
     """
@@ -255,7 +267,7 @@ def train_step(
     image, mask = jax.vmap(change)(keys_B, batch['image'], batch['mask'])
     features = teacher is not None and distill_options['pairwise'] > 0
 
-    def loss_fn(params, batch_stats, image, mask, taught, key):
+    def total_loss(params, batch_stats, image, mask, taught, key):
         out, batch_stats, last = forward(
             model,
             {'params': params, 'batch_stats': batch_stats},
@@ -264,7 +276,8 @@ def train_step(
             train=True,
             rngs={'dropout': key},
         )
-        loss, parts = segmentation_loss(out, mask, axis_name=axis_name, **loss_options), {}
+        shared, parts = {'axis_name': axis_name, 'loss_fn': loss_fn}, {}
+        loss = segmentation_loss(out, mask, **shared, **loss_options)
         if teacher is not None:
             options = distill_options | {'ignore_label': loss_options['ignore_label']}
             parts = teacher_losses(
@@ -274,7 +287,7 @@ def train_step(
 
     if remat == 'pointwise':
         keep = jax.checkpoint_policies.save_only_these_names(CONVOLVED)
-        loss_fn = jax.checkpoint(loss_fn, policy=keep)
+        total_loss = jax.checkpoint(total_loss, policy=keep)
     elif remat != 'none':
         raise ValueError(f"train.remat {remat!r} is not one of 'none', 'pointwise'")
 
@@ -283,7 +296,7 @@ def train_step(
         if teacher is not None:  # outside of what is differentiated and computed again
             out, _, last = forward(teacher, state.teacher, micro[0], features=features, train=False)
             taught = (out['logits'], last)
-        (loss, (batch_stats, parts)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, (batch_stats, parts)), grads = jax.value_and_grad(total_loss, has_aux=True)(
             state.params, batch_stats, *micro, taught, jax.random.fold_in(dropout_key, i)
         )
         return (batch_stats, i + 1), ({'loss': loss, **parts}, grads)
@@ -522,11 +535,11 @@ def pretrained_file(config: ConfigDict) -> Path | None:
     if not where or config.train.init_from:
         return None
     if where != 'imagenet':
-        return pretrained.fetch(where)
+        return weights.fetch(where)
     _, backbone, options = models.resolve(**config.model)
     if backbone is None:
         return None  # the network has an encoder of its own
-    public = published.public(backbone, **options)
+    public = weights.public(backbone, **options)
     if public is None:
         logger.warning(
             'no ImageNet weights are known for %s with model.width=%d and its other options: '
@@ -535,7 +548,7 @@ def pretrained_file(config: ConfigDict) -> Path | None:
             config.model.width,
         )
         return None
-    return pretrained.fetch_public(backbone, public)
+    return weights.fetch_public(backbone, public)
 
 
 def normalize_by_weights(config: ConfigDict) -> bool:
@@ -544,16 +557,16 @@ def normalize_by_weights(config: ConfigDict) -> bool:
     return (config.data.normalize or own_choice) == 'weights'
 
 
-def chosen_normalization(config: ConfigDict) -> published.Normalization | str | None:
+def chosen_normalization(config: ConfigDict) -> weights.Normalization | str | None:
     """What `data.normalize` asks for, as `checkpoint.save` has it: before any weights are read."""
     if config.data.normalize == 'buda':
         return 'buda'
-    return published.IMAGENET if normalize_by_weights(config) else None
+    return weights.IMAGENET if normalize_by_weights(config) else None
 
 
 def normalize_as_there(
-    config: ConfigDict, theirs: published.Normalization | str | None
-) -> published.Normalization | str | None:
+    config: ConfigDict, theirs: weights.Normalization | str | None
+) -> weights.Normalization | str | None:
     """Of a run that starts from another: data.normalize's, or where it is None that run's.
 
     Warns where the two differ.
@@ -575,12 +588,12 @@ def normalize_as_there(
     return ours
 
 
-def is_fixed(normalization: published.Normalization | str | None) -> bool:
+def is_fixed(normalization: weights.Normalization | str | None) -> bool:
     """Whether it is the same for all images, and not measured volume by volume."""
-    return isinstance(normalization, published.Normalization)
+    return isinstance(normalization, weights.Normalization)
 
 
-def plain(normalization: published.Normalization | str | None) -> dict[str, Any] | str | None:
+def plain(normalization: weights.Normalization | str | None) -> dict[str, Any] | str | None:
     """As a checkpoint's 'inputs' have it."""
     return normalization._asdict() if is_fixed(normalization) else normalization
 
@@ -624,7 +637,7 @@ def start_or_resume(
         for line in f'weights {report}'.splitlines():
             logger.info('%s', line)
     elif path := pretrained_file(config):
-        variables, theirs, report = pretrained.load_backbone(
+        variables, theirs, report = weights.load_backbone(
             variables,
             str(path),
             stem=config.model.stem,
@@ -721,7 +734,7 @@ def name_classes(config: ConfigDict, names: Sequence[str]) -> ConfigDict:
         return config
     config = config.copy_and_resolve_references()
     config.model.class_names = tuple(names)
-    validate(config)
+    validate(config, own_loss=True)  # the losses were looked at before
     return config
 
 
@@ -742,13 +755,18 @@ def train_and_evaluate(
     workdir: str,
     *,
     augment_fn: AugmentFn | None = None,
+    loss_fn: LossFn | None = None,
     on_log: Callable[[int, dict[str, float | None]], object] = nothing,
     on_validation: Callable[[int, float, TrainState], object] = nothing,
 ) -> dict[str, Any]:
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    behind the built-in augmentation, the channels of its `data.context` with it;
+    behind the built-in augmentation, the channels of its `data.context` with it.
+    `loss_fn(logits_BHWK, labels_BHW)` is one more term of the loss, of weight 1, for the main
+    output and (times loss.aux) each auxiliary one: it sees the whole batch on any number of
+    devices, pixels to leave out as loss.ignore_label, and stands alone with loss.cross_entropy=0
+    and loss.dice=0. A loss whose weight the config keeps is an entry of `losses.TERMS`.
     `on_log(step, values)` gets every record of metrics.jsonl, `on_validation(step, dice, state)`
     every validated state once its checkpoint is under way: the next step reuses its arrays, so
     copy what is kept.
@@ -756,7 +774,8 @@ def train_and_evaluate(
     `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
-    validate(config)
+    validate(config, own_loss=loss_fn is not None)
+    check_extra(config.loss.to_dict()['extra'] or {})
     config, workdir = with_absolute_paths(config), str(paths.local(workdir))
     logger.info('config:\n%s', config)
     batch_size = config.train.batch_size
@@ -803,6 +822,7 @@ def train_and_evaluate(
             split,
             keep_split=lambda: splits.keep(Path(workdir) / splits.KEPT, parts, slices),
             augment_fn=augment_fn,
+            loss_fn=loss_fn,
             on_log=on_log,
             on_validation=on_validation,
         )
@@ -811,6 +831,15 @@ def train_and_evaluate(
             return {}
         part = 'test' if parts['test'] else 'validation'
         return evaluate_checkpoint(workdir, split=part, trusted=True)
+
+
+def check_extra(extra: dict[str, float]) -> None:
+    """Raise ConfigError for a weight of a loss that nobody has added to `losses.TERMS`."""
+    if unknown := sorted(extra.keys() - losses.TERMS.keys()):
+        raise ConfigError(
+            f'loss.extra gives a weight to {", ".join(unknown)}, which losses.TERMS has not: add '
+            f"it before training, as in losses.TERMS['{unknown[0]}'] = (function, {{}})"
+        )
 
 
 def check_crop(crop: int, slices: volumes.Slices) -> None:
@@ -848,6 +877,7 @@ def run_steps(
     *,
     keep_split: Callable[[], object],
     augment_fn: AugmentFn | None,
+    loss_fn: LossFn | None,
     on_log: Callable,
     on_validation: Callable,
 ) -> None:
@@ -874,7 +904,7 @@ def run_steps(
         lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
     )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
-    intensity, how = published.fixed_intensity(inputs), published.measured_how(inputs)
+    intensity, how = weights.fixed_intensity(inputs), weights.measured_how(inputs)
     split = split | {name: volumes.measured(split[name], how) for name in ('train', 'validation')}
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
@@ -899,9 +929,8 @@ def run_steps(
     first_step = int(state.step)
 
     # The step on all devices, the batches it eats, and what is written beside it.
-    step_fn = bind_step(
-        config, model, tx, augment_fn=augment_fn, teacher=teacher, distill_options=distill
-    )
+    given = {'augment_fn': augment_fn, 'loss_fn': loss_fn}
+    step_fn = bind_step(config, model, tx, **given, teacher=teacher, distill_options=distill)
     unread: dict[int, str] = {}
     placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step, unread)
     predict = infer.compile_predict(model, size=config.data.size)

@@ -1,7 +1,7 @@
 """What a run takes over from another: its first weights (train.init_from), its teacher.
 
 Both are named as WORKDIR (the best checkpoint), WORKDIR@last or WORKDIR@STEP, and need that
-folder's checkpoints alone. A published network that `models.pretrained` converted is one too.
+folder's checkpoints alone. A published network that `convert` made is one too.
 """
 
 import collections
@@ -15,8 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pspnet_jax import checkpoint
 from pspnet_jax.data.volumes import channels_seen
 from pspnet_jax.errors import CheckpointError, ConfigError, one_line
-from pspnet_jax.models.pretrained import adapt_stem
-from pspnet_jax.models.published import Normalization, fixed_intensity, measured_how
+from pspnet_jax.models.weights import (
+    Normalization,
+    adapt_stem,
+    fixed_intensity,
+    measured_how,
+)
 from pspnet_jax.runs import open_run
 
 
@@ -28,7 +32,7 @@ def first_weights(
 
     The average of its parameters, where it kept one. `channels` are those of the images here,
     `context` its `data.context`: where that run has others, the first kernel is made from its own
-    as `stem` and `models.pretrained.adapt_stem` say. Raises
+    as `stem` and `models.weights.adapt_stem` say. Raises
     CheckpointError where there is no checkpoint, and where nothing of it fits.
     """
     workdir, which = checkpoint.locate(where)

@@ -27,8 +27,8 @@ from pspnet_jax import (
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import phantom, pipeline, sources, video, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError
-from pspnet_jax.models import pretrained
-from pspnet_jax.models.published import IMAGENET
+from pspnet_jax.models import weights
+from pspnet_jax.models.weights import IMAGENET
 from pspnet_jax.runs import open_run
 from tests.conftest import random_variables, tiny_config, write_case
 from tests.test_evaluate import OPTIONS
@@ -286,10 +286,10 @@ def test_of_equal_slices_comes_out_what_came_out_of_one(rng, channels, how, thei
     rgb = rng.standard_normal((3, 3, 3 * (2 * theirs + 1), 5)).astype(np.float32)
     image = rng.standard_normal((3, 3, channels)).astype(np.float32)
     parts = np.split(rgb, 2 * theirs + 1, axis=2)
-    alone = [pretrained.adapt_stem(part, channels, how) for part in parts]
+    alone = [weights.adapt_stem(part, channels, how) for part in parts]
     expected = sum(response(part, image) for part in alone)
     for context in (0, 1, 2, 5):
-        kernel = pretrained.adapt_stem(rgb, channels, how, context=context, their_context=theirs)
+        kernel = weights.adapt_stem(rgb, channels, how, context=context, their_context=theirs)
         slices = np.split(kernel, 2 * context + 1, axis=2)
         found = response(kernel, np.tile(image, (1, 1, 2 * context + 1)))
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

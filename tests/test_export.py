@@ -22,7 +22,7 @@ from pspnet_jax.config import to_dict
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, ExportError
 from pspnet_jax.models import layers
-from pspnet_jax.models.published import IMAGENET
+from pspnet_jax.models.weights import IMAGENET
 from pspnet_jax.runs import open_run
 from tests.conftest import ROOT, random_variables, tiny_config
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from experiments import fuzz_state
 from pspnet_jax.errors import PretrainedError
-from pspnet_jax.models import pretrained
+from pspnet_jax.models import weights
+from pspnet_jax.models.weights import readers
 from tests.conftest import ROOT, refused
 
 
@@ -48,7 +49,7 @@ def test_pickle_json_and_code_are_read_in_no_other_way():
             if name == 'importlib.import_module' or (name, path.name) == ('_imported', 'files.py'):
                 assert constant or path.name == 'files.py', where
                 assert constant or ast.unparse(node.args[0]) == 'name', where
-            assert name != 'torch.load', where  # models/torch_file.py reads its files
+            assert name != 'torch.load', where  # models/weights/readers.py reads its files
             if name == 'np.load':
                 assert ast.unparse(given_by['allow_pickle']) == 'False', where
 
@@ -69,7 +70,7 @@ def test_a_pickle_that_calls_the_shell_is_not_run(tmp_path, kind):
         path = tmp_path / 'w.pth'
         write = write_archive if kind == 'zip' else write_stream
         write(path, pickle.dumps({'a': Harm(marker)}, 2), {})
-    told = refused(pretrained.read_arrays, path, kind=PretrainedError)
+    told = refused(weights.read_arrays, path, kind=PretrainedError)
     assert kind.startswith('npz') or "it names 'posix.system', which is never run" in told
     assert not marker.exists()
 
@@ -101,10 +102,10 @@ NPZ = {
 
 @pytest.mark.parametrize('name', NPZ)
 def test_an_npz_is_no_larger_than_its_file(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(pretrained, 'MOST_ARRAYS', 100)
+    monkeypatch.setattr(readers, 'MOST_ARRAYS', 100)
     make, words = NPZ[name]
     archive(tmp_path / 'w.npz', **make())
-    refused(pretrained.read_arrays, tmp_path / 'w.npz', match=words, kind=PretrainedError)
+    refused(weights.read_arrays, tmp_path / 'w.npz', match=words, kind=PretrainedError)
 
 
 # PyTorch's pickles, opcode by opcode: what torch.save writes, and what it would not.
@@ -187,7 +188,7 @@ def test_these_opcodes_are_a_state_dict(tmp_path, write):
         tensor_of(storage(), 9, (0, 3), (3, 1)),
     ]
     write(tmp_path / 'w.pth', program(*views), DATA)
-    found = pretrained.read_arrays(tmp_path / 'w.pth')
+    found = weights.read_arrays(tmp_path / 'w.pth')
     whole = np.arange(6, dtype=np.float32).reshape(2, 3)
     expected = [whole, whole.T, whole[1], np.full((4, 4), 5), np.float32(0), np.zeros((0, 3))]
     assert list(found) == list('abcdef')
@@ -271,7 +272,7 @@ PICKLES = {
 def test_a_pickle_that_torch_would_not_write_is_refused(tmp_path, name, write):
     content, words = PICKLES[name]
     write(tmp_path / 'w.pth', content, DATA)
-    refused(pretrained.read_arrays, tmp_path / 'w.pth', match=words, kind=PretrainedError)
+    refused(weights.read_arrays, tmp_path / 'w.pth', match=words, kind=PretrainedError)
 
 
 STREAMS = {
@@ -287,19 +288,19 @@ STREAMS = {
 def test_an_older_file_is_as_long_as_it_states(tmp_path, name):
     options, words = STREAMS[name]
     write_stream(tmp_path / 'w.pth', program(tensor_of(storage())), DATA, **options)
-    refused(pretrained.read_arrays, tmp_path / 'w.pth', match=words, kind=PretrainedError)
+    refused(weights.read_arrays, tmp_path / 'w.pth', match=words, kind=PretrainedError)
 
 
 def test_an_archive_is_no_larger_than_its_file_and_of_this_order(tmp_path):
     content, path = program(tensor_of(storage())), tmp_path / 'w.pth'
     write_archive(path, content, DATA, byteorder=b'big')
-    refused(pretrained.read_arrays, path, match='a big-endian machine', kind=PretrainedError)
+    refused(weights.read_arrays, path, match='a big-endian machine', kind=PretrainedError)
     write_archive(path, content, {**DATA, '1': b''}, **{'code/data.pkl': content})
-    refused(pretrained.read_arrays, path, match=r'without a data\.pkl', kind=PretrainedError)
+    refused(weights.read_arrays, path, match=r'without a data\.pkl', kind=PretrainedError)
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
         file.writestr('w/data.pkl', program(tensor_of(storage(numel=2**25))))
         file.writestr('w/data/0', bytes(2**27))
-    refused(pretrained.read_arrays, path, match='claims to hold', kind=PretrainedError)
+    refused(weights.read_arrays, path, match='claims to hold', kind=PretrainedError)
 
 
 @pytest.mark.parametrize('write', WRITERS.values(), ids=WRITERS)
@@ -309,14 +310,14 @@ def test_a_file_that_is_cut_or_changed_anywhere_is_read_or_refused(tmp_path, wri
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        refused(pretrained.read_arrays, path, kind=PretrainedError)
+        refused(weights.read_arrays, path, kind=PretrainedError)
     rng = np.random.default_rng(0)
     for place in range(len(whole)):
         changed = bytearray(whole)
         changed[place] ^= int(rng.integers(1, 256))
         path.write_bytes(changed)
         with contextlib.suppress(PretrainedError):
-            pretrained.read_arrays(path)
+            weights.read_arrays(path)
 
 
 def tensor(shape, start, end):
@@ -338,7 +339,7 @@ def test_a_safetensors_header_is_not_believed(tmp_path, name):
     size = 2**60 if name == 'length' else len(head)
     path = tmp_path / 'w.safetensors'
     path.write_bytes(struct.pack('<Q', size) + head + bytes(16))
-    refused(pretrained.read_arrays, path, match='readable weight file', kind=PretrainedError)
+    refused(weights.read_arrays, path, match='readable weight file', kind=PretrainedError)
 
 
 @pytest.mark.parametrize('kind', ['external', 'soft', 'loop', 'huge', 'raw', 'virtual', 'many'])
@@ -376,7 +377,7 @@ def test_an_h5_leads_to_no_other_file_and_no_larger_one(tmp_path, kind):
     words = {'raw': 'other files', 'virtual': 'other files'} | dict.fromkeys(
         ('external', 'soft', 'loop'), 'is a link'
     )
-    told = refused(pretrained.read_arrays, tmp_path / 'w.h5', kind=PretrainedError)
+    told = refused(weights.read_arrays, tmp_path / 'w.h5', kind=PretrainedError)
     assert words.get(kind, 'claims to hold') in told
 
 
@@ -405,6 +406,6 @@ def test_arrays_of_any_shape_under_known_names_fit_or_are_refused(shapes):
     variables = fuzz_state._network()[0]
     for kind in KINDS:
         with contextlib.suppress(PretrainedError):
-            pretrained.load_network(variables, arrays, pretrained.SOURCES[kind])
+            weights.load_network(variables, arrays, weights.TABLES[kind])
         with contextlib.suppress(PretrainedError):
-            pretrained.network_options(arrays, kind)
+            weights.network_options(arrays, kind)

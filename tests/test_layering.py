@@ -26,9 +26,23 @@ ALLOWED = {
     'models.fcn': {'models.layers', 'models.backbones'},
     'models.dilated': {'models.layers', 'models.backbones', 'models.fcn'},
     'models.deeplab': {'models.layers', 'models.backbones', 'models.fcn'},
-    'models.published': set(),
-    'models.torch_file': set(),
-    'models.pretrained': {'errors', 'models.published', 'models.torch_file'},
+    'models.weights.sources': {'errors'},
+    'models.weights.readers': {'errors', 'models.weights.sources'},
+    'models.weights.tables': set(),
+    'models.weights.translate': {
+        'errors',
+        'models.backbones',
+        'models.weights.readers',
+        'models.weights.sources',
+        'models.weights.tables',
+    },
+    'models.weights.__init__': {
+        'models.weights.readers',
+        'models.weights.sources',
+        'models.weights.tables',
+        'models.weights.translate',
+    },
+    'models.pretrained': set(),  # the former name of convert
     'models.__init__': {
         'models.backbones',
         'models.deeplab',
@@ -119,6 +133,7 @@ ALLOWED = {
         'config.base',
         'data.masks',
         'data.pairing',
+        'data.sources',
         'errors',
         'losses',
         'models',
@@ -134,16 +149,9 @@ ALLOWED = {
         'errors',
         'paths',
         'models',
-        'models.published',
+        'models.weights',
     },
-    'transfer': {
-        'checkpoint',
-        'data.volumes',
-        'errors',
-        'models.pretrained',
-        'models.published',
-        'runs',
-    },
+    'transfer': {'checkpoint', 'data.volumes', 'errors', 'models.weights', 'runs'},
     'compilation': {'paths'},
     'devices': {'errors'},
     'cli': {
@@ -165,6 +173,7 @@ COMMANDS = {
     'api',
     'export',
     'check',
+    'convert',
 }  # these bring the others together
 FILES = sorted((ROOT / 'pspnet_jax').rglob('*.py'))
 

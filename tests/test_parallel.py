@@ -39,7 +39,7 @@ def run(place, steps=2):
     step = functools.partial(
         train.train_step, model=model, tx=tx, seed=0, loss_options=config.loss.to_dict(),
         augment_options=config.augment.to_dict(), ema_decay=0.9,
-        teacher=teacher, distill_options=distill,
+        teacher=teacher, distill_options=distill, loss_fn=losses.soft_dice,
     )
     state = train.create_state(model, tx, seed=0, channels=3, ema=True).replace(teacher=taught)
     placed = place(step)
@@ -113,7 +113,7 @@ def on_eight_devices(script, flags=''):
 
 @pytest.mark.newest
 def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
-    """With a teacher, whose losses are then of the whole batch too."""
+    """With a teacher and a loss from outside, which are then of the whole batch too."""
     flags = [flag for flag in os.environ['XLA_FLAGS'].split() if 'emitters' not in flag]
     assert on_eight_devices(SCRIPT, ' '.join(flags)).split() == ['mesh', 'equal', 'pmap', 'equal']
 

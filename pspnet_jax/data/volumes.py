@@ -522,7 +522,7 @@ def check_kind(image: np.ndarray, intensity: np.ndarray, name: Any) -> None:
     low, high = intensity[:2]
     if (low != 0).any() or (high != 255).any():
         if image.dtype == np.uint8:
-            width = (high - low) / 3  # see `models.published.Normalization.intensity`
+            width = (high - low) / 3  # see `models.weights.Normalization.intensity`
             raise DataError(
                 f'{name} has 8 bits, the run was trained on images with values of about '
                 f'{(low + width).min():.4g} to {(high - width).max():.4g}: give it in their unit, '

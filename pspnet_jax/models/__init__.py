@@ -16,7 +16,8 @@ from pspnet_jax.models.segnet import SegNet
 from pspnet_jax.models.unet import BackboneUNet, UNet
 
 # Name -> (module, its backbone where none is asked for, defaults). A default is what the
-# config's None stands for; those that are no knob of the config belong to the name.
+# config's None stands for; those that are no knob of the config belong to the name. An entry from
+# outside, such as a config page's own, is one like these; so is one of `backbones.BACKBONES`.
 MODELS: dict[str, tuple[type[nn.Module], str | None, dict[str, Any]]] = {
     'fcn32s': (FCN, 'vgg16', {'stride': 32, 'output_stride': 32}),
     'fcn16s': (FCN, 'vgg16', {'stride': 16, 'output_stride': 32}),
@@ -36,10 +37,7 @@ MODELS: dict[str, tuple[type[nn.Module], str | None, dict[str, Any]]] = {
 }
 # What VGG16 brings beside its convolutions.
 ON_VGG: dict[str, dict[str, Any]] = {
-    'fcn32s': {'fc_features': 4096},
-    'fcn16s': {'fc_features': 4096},
-    'fcn8s': {'fc_features': 4096},
-    'dilated': {'fc_features': 4096},
+    **{name: {'fc_features': 4096} for name in ('fcn32s', 'fcn16s', 'fcn8s', 'dilated')},
     'deeplab_v2': {'fc_features': 1024},
     'unet': {'center': True},
 }
@@ -72,7 +70,11 @@ ALIASES: dict[str, dict[str, Any]] = {
     'resnet50_segnet': {'name': 'segnet', 'backbone': 'resnet50'},
     'mobilenet_segnet': {'name': 'segnet', 'backbone': 'mobilenet_v2'},
 }
-NAMES = tuple(dict.fromkeys((*MODELS, *ALIASES)))
+
+
+def names() -> tuple[str, ...]:
+    """All that `create` knows, entries that were added to MODELS and ALIASES included."""
+    return tuple(dict.fromkeys((*MODELS, *ALIASES)))
 
 
 def resolve(
@@ -83,8 +85,8 @@ def resolve(
     Options that are None take the name's default, else the module's. Raises ValueError for
     an unknown name, and for a value that the name has decided already.
     """
-    if name not in NAMES:
-        raise ValueError(f'model {name!r} is not one of {", ".join(NAMES)}')
+    if name not in names():
+        raise ValueError(f'model {name!r} is not one of {", ".join(names())}')
     alias = dict(ALIASES.get(name, {}))
     options = {key: value for key, value in options.items() if value is not None}
     if backbone is not None and backbone != alias.get('backbone', backbone):
@@ -143,10 +145,7 @@ def create(name: str, *, num_classes: int, dtype: str = 'float32', **options) ->
 
 def over_axis(model: nn.Module, axis_name: str) -> nn.Module:
     """The same network, its BatchNorm and dropout those of the batch over a mapped axis."""
-    changes = {'axis_name': axis_name}
+    changes = {'axis_name': axis_name} if hasattr(model, 'axis_name') else {}
     if hasattr(model, 'backbone'):
-        changes['backbone'] = model.backbone.clone(axis_name=axis_name)
+        changes['backbone'] = over_axis(model.backbone, axis_name)
     return model.clone(**changes)
-
-
-__all__ = ['ALIASES', 'MODELS', 'NAMES', 'create', 'over_axis', 'resolve']

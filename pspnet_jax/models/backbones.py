@@ -33,7 +33,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pspnet_jax.models.convolution import max_pool
-from pspnet_jax.models.layers import batch_norm, conv
+from pspnet_jax.models.layers import units
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -50,20 +50,13 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        features = {}
-        stride, dilation = 1, 1
+        conv, norm = units(self, train)
+        features, stride, dilation = {}, 1, 1
         for block, depth in enumerate((2, 2, 3, 3, 3), start=1):
             for i in range(1, depth + 1):
-                x = conv(
-                    self.width * min(2 ** (block - 1), 8),
-                    dilation=dilation,
-                    use_bias=True,
-                    dtype=self.dtype,
-                    name=f'conv{block}_{i}',
-                )(x)
-                if self.norm:
-                    x = batch_norm(train, self.dtype, self.axis_name, f'bn{block}_{i}')(x)
-                x = nn.relu(x)
+                wide = self.width * min(2 ** (block - 1), 8)
+                x = conv(wide, dilation=dilation, use_bias=True, name=f'conv{block}_{i}')(x)
+                x = nn.relu(norm(f'bn{block}_{i}')(x) if self.norm else x)
             features[-(2**block)] = x
             pad = self.pool // 2 if self.pool % 2 else 0
             if stride < self.output_stride:
@@ -77,60 +70,25 @@ class VGG16(nn.Module):
         return features
 
 
-class Bottleneck(nn.Module):
-    """1x1 -> 3x3 (stride, dilation) -> 1x1 of 4x the width, and the shortcut."""
+class Residual(nn.Module):
+    """Convolutions, BatchNorm behind each and ReLU between them, and the shortcut."""
 
-    width: int
-    stride: int
-    dilation: int
-    project: bool
-    stride_in_1x1: bool
+    convs: tuple[tuple[int, int, int, int], ...]  # features, kernel, stride, dilation of each
+    project: bool  # whether the shortcut has a 1x1
     dtype: jnp.dtype
     axis_name: str | None
 
     @nn.compact
     def __call__(self, x, train: bool):
-        def norm(name):
-            return batch_norm(train, self.dtype, self.axis_name, name)
-
-        first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-        y = conv(self.width, 1, stride=first, dtype=self.dtype, name='conv1')(x)
-        y = nn.relu(norm('bn1')(y))
-        y = conv(self.width, stride=second, dilation=self.dilation, dtype=self.dtype, name='conv2')(
-            y
-        )
-        y = nn.relu(norm('bn2')(y))
-        y = norm('bn3')(conv(4 * self.width, 1, dtype=self.dtype, name='conv3')(y))
+        conv, norm = units(self, train)
+        y = x
+        for i, (features, kernel, stride, dilation) in enumerate(self.convs, start=1):
+            y = nn.relu(y) if i > 1 else y
+            window = {'stride': stride, 'dilation': dilation}
+            y = norm(f'bn{i}')(conv(features, kernel, **window, name=f'conv{i}')(y))
         if self.project:
-            x = conv(4 * self.width, 1, stride=self.stride, dtype=self.dtype, name='downsample')(x)
-            x = norm('downsample_bn')(x)
-        return nn.relu(x + y)
-
-
-class BasicBlock(nn.Module):
-    """3x3 (stride, dilation) -> 3x3 (next dilation), and the shortcut."""
-
-    width: int
-    stride: int
-    dilation: int
-    next_dilation: int
-    project: bool
-    dtype: jnp.dtype
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        def norm(name):
-            return batch_norm(train, self.dtype, self.axis_name, name)
-
-        y = conv(
-            self.width, stride=self.stride, dilation=self.dilation, dtype=self.dtype, name='conv1'
-        )(x)
-        y = nn.relu(norm('bn1')(y))
-        y = conv(self.width, dilation=self.next_dilation, dtype=self.dtype, name='conv2')(y)
-        y = norm('bn2')(y)
-        if self.project:
-            x = conv(self.width, 1, stride=self.stride, dtype=self.dtype, name='downsample')(x)
+            stride = math.prod(stride for _, _, stride, _ in self.convs)
+            x = conv(features, 1, stride=stride, name='downsample')(x)
             x = norm('downsample_bn')(x)
         return nn.relu(x + y)
 
@@ -142,6 +100,7 @@ RESNETS = {
     'resnet101': (3, 4, 23, 3),
     'resnet152': (3, 8, 36, 3),
 }
+BASIC_RESNETS = ('resnet18', 'resnet34')  # of blocks of two 3x3s; the others have bottlenecks
 
 
 class ResNet(nn.Module):
@@ -166,22 +125,22 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        def norm(name):
-            return batch_norm(train, self.dtype, self.axis_name, name)
-
+        conv, norm = units(self, train)
+        stem = [(self.width, 7, 2)]  # features, kernel, stride
         if self.deep_stem:
-            widths, strides = (self.width, self.width, 2 * self.width), (2, 1, 1)
-            for i, (width, stride) in enumerate(zip(widths, strides, strict=True), start=1):
-                x = conv(width, stride=stride, dtype=self.dtype, name=f'conv{i}')(x)
-                x = nn.relu(norm(f'bn{i}')(x))
-        else:
-            x = conv(self.width, 7, stride=2, dtype=self.dtype, name='conv1')(x)
-            x = nn.relu(norm('bn1')(x))
+            stem = [(self.width, 3, 2), (self.width, 3, 1), (2 * self.width, 3, 1)]
+        for i, (wide, kernel, stride) in enumerate(stem, start=1):
+            x = conv(wide, kernel, stride=stride, name=f'conv{i}')(x)
+            x = nn.relu(norm(f'bn{i}')(x))
         features = {2: x}
         x = max_pool(x, 3, 1)
 
-        bottleneck = self.name_of_depth not in ('resnet18', 'resnet34')
-        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+        def convs(width, stride, dilation, next_dilation):
+            if self.name_of_depth in BASIC_RESNETS:
+                return (width, 3, stride, dilation), (width, 3, 1, next_dilation)
+            first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
+            return (width, 1, first, 1), (width, 3, second, dilation), (4 * width, 1, 1, 1)
+
         true_stride, dilation = 4, 1
         for layer, depth in enumerate(RESNETS[self.name_of_depth], start=1):
             width = self.width * 2 ** (layer - 1)
@@ -192,19 +151,10 @@ class ResNet(nn.Module):
             for i in range(depth):
                 first = before if i == 0 and not self.dilate_first_block else dilation
                 grid = self.multi_grid[i % len(self.multi_grid)] if layer == 4 else 1
-                block = {
-                    'width': width,
-                    'stride': stride if i == 0 else 1,
-                    'dilation': first * grid,
-                    'project': i == 0
-                    and (layer > 1 or x.shape[-1] != (4 if bottleneck else 1) * width),
-                    'name': f'layer{layer}_{i}',
-                    **shared,
-                }
-                if bottleneck:
-                    x = Bottleneck(stride_in_1x1=self.stride_in_1x1, **block)(x, train)
-                else:
-                    x = BasicBlock(next_dilation=dilation * grid, **block)(x, train)
+                block = convs(width, stride if i == 0 else 1, first * grid, dilation * grid)
+                project = i == 0 and (layer > 1 or x.shape[-1] != block[-1][0])
+                shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+                x = Residual(block, project, **shared, name=f'layer{layer}_{i}')(x, train)
             features[2 ** (layer + 1)] = x
         return features
 
@@ -224,25 +174,15 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        def norm(name, x):
-            return batch_norm(train, self.dtype, self.axis_name, name)(x)
-
+        conv, norm = units(self, train)
         y, wide = x, self.expand * x.shape[-1]
         if self.expand > 1:
-            y = conv(wide, 1, dtype=self.dtype, name='expand')(y)
-            y = nn.relu6(norm('expand_bn', y))
-        y = conv(
-            wide,
-            self.kernel,
-            stride=self.stride,
-            dilation=self.dilation,
-            groups=wide,
-            same_padding=self.same_padding,
-            dtype=self.dtype,
-            name='depthwise',
-        )(y)
-        y = nn.relu6(norm('depthwise_bn', y))
-        y = norm('project_bn', conv(self.features, 1, dtype=self.dtype, name='project')(y))
+            y = nn.relu6(norm('expand_bn')(conv(wide, 1, name='expand')(y)))
+        window = {'stride': self.stride, 'dilation': self.dilation}
+        padded = {'same_padding': self.same_padding}
+        y = conv(wide, self.kernel, **window, groups=wide, **padded, name='depthwise')(y)
+        y = nn.relu6(norm('depthwise_bn')(y))
+        y = norm('project_bn')(conv(self.features, 1, name='project')(y))
         return x + y if self.shortcut else y
 
 
@@ -257,46 +197,35 @@ class Stage(NamedTuple):
     nominal: int  # the stride behind it, from the image on
 
 
-class Layout(NamedTuple):
-    stages: tuple[Stage, ...]
-    first: int  # number of the first block, as in the published weights
-
-
-MOBILENET_V2 = Layout(
-    (
-        Stage(1, 16, 1, 1, 3, 2),
-        Stage(6, 24, 2, 2, 3, 4),
-        Stage(6, 32, 3, 2, 3, 8),
-        Stage(6, 64, 4, 2, 3, 16),
-        Stage(6, 96, 3, 1, 3, 16),
-        Stage(6, 160, 3, 2, 3, 32),
-        Stage(6, 320, 1, 1, 3, 32),
-    ),
-    first=1,
+MOBILENET_V2 = (
+    Stage(1, 16, 1, 1, 3, 2),
+    Stage(6, 24, 2, 2, 3, 4),
+    Stage(6, 32, 3, 2, 3, 8),
+    Stage(6, 64, 4, 2, 3, 16),
+    Stage(6, 96, 3, 1, 3, 16),
+    Stage(6, 160, 3, 2, 3, 32),
+    Stage(6, 320, 1, 1, 3, 32),
 )
-EFFICIENTNET_LITE0 = Layout(
-    (
-        Stage(1, 16, 1, 1, 3, 2),
-        Stage(6, 24, 2, 2, 3, 4),
-        Stage(6, 40, 2, 2, 5, 8),
-        Stage(6, 80, 3, 2, 3, 16),
-        Stage(6, 112, 3, 1, 5, 16),
-        Stage(6, 192, 4, 2, 5, 32),
-        Stage(6, 320, 1, 1, 3, 32),
-    ),
-    first=0,
+EFFICIENTNET_LITE0 = (
+    Stage(1, 16, 1, 1, 3, 2),
+    Stage(6, 24, 2, 2, 3, 4),
+    Stage(6, 40, 2, 2, 5, 8),
+    Stage(6, 80, 3, 2, 3, 16),
+    Stage(6, 112, 3, 1, 5, 16),
+    Stage(6, 192, 4, 2, 5, 32),
+    Stage(6, 320, 1, 1, 3, 32),
 )
 
 
-def lite(wide: float, deep: float) -> Layout:
+def lite(wide: float, deep: float) -> tuple[Stage, ...]:
     """Lite0 with `wide` times the channels and `deep` times the blocks; the first and the last
     stage keep their one block, and stem and head their channels.
     """
     first, *between, last = (
-        stage._replace(channels=wide * stage.channels) for stage in EFFICIENTNET_LITE0.stages
+        stage._replace(channels=wide * stage.channels) for stage in EFFICIENTNET_LITE0
     )
     between = [stage._replace(blocks=math.ceil(deep * stage.blocks)) for stage in between]
-    return EFFICIENTNET_LITE0._replace(stages=(first, *between, last))
+    return first, *between, last
 
 
 LAYOUTS = {
@@ -327,7 +256,7 @@ class MobileNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+        conv, norm = units(self, train)
         padded = {'same_padding': self.same_padding}
 
         def scaled(channels):  # to a multiple of 8, not below 90 % of what was asked for
@@ -336,13 +265,13 @@ class MobileNet(nn.Module):
             return nearest if nearest >= 0.9 * wanted else nearest + 8
 
         def conv_norm(x, features, kernel, stride, name):
-            x = conv(features, kernel, stride=stride, **padded, dtype=self.dtype, name=name)(x)
-            return nn.relu6(batch_norm(train, **shared, name=f'{name}_bn')(x))
+            x = conv(features, kernel, stride=stride, **padded, name=name)(x)
+            return nn.relu6(norm(f'{name}_bn')(x))
 
-        layout = LAYOUTS[self.name_of_layout]
         x = conv_norm(x, scaled(32), 3, 2, 'stem')
-        features, true_stride, dilation, number = {}, 2, 1, layout.first
-        for stage in layout.stages:
+        features, true_stride, dilation = {}, 2, 1
+        number = int(self.name_of_layout == 'mobilenet_v2')  # of a block, as in published weights
+        for stage in LAYOUTS[self.name_of_layout]:
             stride, before = stage.stride, dilation
             if true_stride * stride > self.output_stride:
                 stride, dilation = 1, 2 * dilation
@@ -355,9 +284,10 @@ class MobileNet(nn.Module):
                     shortcut=i > 0,
                     stride=stride if i == 0 else 1,
                     dilation=before if i == 0 and not self.dilate_first_block else dilation,
-                    name=f'block{number}',
                     **padded,
-                    **shared,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f'block{number}',
                 )(x, train)
                 number += 1
             features[stage.nominal] = x

@@ -70,11 +70,11 @@ def conv1x1(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], **kwargs)
     if strides == (1, 1):
         return as_product(x, kernel)
 
-    def plain(x, kernel):
+    def by_xla(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, strides, 'VALID', **kwargs)
 
     # XLA for GPUs (jax 0.11.2) aborts where it fuses a strided slice into a product.
-    return jax.lax.platform_dependent(x, kernel, cpu=as_product, default=plain)
+    return jax.lax.platform_dependent(x, kernel, cpu=as_product, default=by_xla)
 
 
 @jax.custom_vjp
@@ -98,25 +98,36 @@ def contract_last(x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())))
 
 
-def plain_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
-    """B H W I and 3 3 I O -> B H W O, padded by the dilation: XLA's convolution."""
+class Window(NamedTuple):
+    """How a convolution's window moves, rows first."""
+
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int]
+
+
+def plain(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """B H W C and i j I O -> B h w O, in C / I groups: XLA's convolution."""
+    groups, layout = x.shape[-1] // kernel.shape[2], ('NHWC', 'HWIO', 'NHWC')
+    options = {'dimension_numbers': layout, 'feature_group_count': groups}
+    strides, padding, dilation = window
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (1, 1),
-        tuple((d, d) for d in dilation),
-        rhs_dilation=dilation,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        x, kernel, strides, padding, rhs_dilation=dilation, **options
     )
+
+
+def plain_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+    """B H W I and 3 3 I O -> B H W O, padded by the dilation."""
+    return plain(x, kernel, Window((1, 1), tuple((d, d) for d in dilation), dilation))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _conv3x3(x, kernel, dilation):
-    plain = functools.partial(plain_3x3, dilation=dilation)
+    default = functools.partial(plain_3x3, dilation=dilation)
     on_cpu = functools.partial(wide_form(x.shape, dilation), dilation=dilation)
     if min(kernel.shape[2:]) < WINOGRAD_CHANNELS or on_cpu.func is plain_3x3:
-        return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+        return default(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
 
 
 conv3x3 = jax.custom_vjp(_conv3x3, nondiff_argnums=(2,))
@@ -127,12 +138,12 @@ def _conv3x3_backward(dilation, residuals, grad):
     x, kernel = residuals
     channels = min(kernel.shape[2:])
 
-    def plain(x, kernel, grad):
+    def by_xla(x, kernel, grad):
         linear = jax.linear_transpose(lambda x: plain_3x3(x, kernel, dilation), x)(grad)
         return *linear, *jax.linear_transpose(lambda k: plain_3x3(x, k, dilation), kernel)(grad)
 
     def on_cuda(x, kernel, grad):
-        return plain(x, kernel, grad)[0], weight_gradient_by_phases(x, grad, dilation)
+        return by_xla(x, kernel, grad)[0], weight_gradient_by_phases(x, grad, dilation)
 
     def on_cpu(x, kernel, grad):
         form = wide_form(x.shape, dilation) if channels >= WINOGRAD_CHANNELS else None
@@ -141,13 +152,13 @@ def _conv3x3_backward(dilation, residuals, grad):
             return grad_x, winograd_weight_gradient(x, grad, dilation)
         if form is tapped_3x3:
             return jax.vjp(lambda *args: tapped_3x3(*args, dilation), x, kernel)[1](grad)
-        grad_x, grad_kernel = plain(x, kernel, grad)
+        grad_x, grad_kernel = by_xla(x, kernel, grad)
         # Image by image: over several devices each would gather the images of all.
         if channels >= PRODUCT_CHANNELS and jax.device_count() == 1:
             grad_kernel = weight_gradient(x, grad, dilation)
         return grad_x, grad_kernel
 
-    return jax.lax.platform_dependent(x, kernel, grad, cpu=on_cpu, cuda=on_cuda, default=plain)
+    return jax.lax.platform_dependent(x, kernel, grad, cpu=on_cpu, cuda=on_cuda, default=by_xla)
 
 
 conv3x3.defvjp(
@@ -344,33 +355,10 @@ def weight_gradient_by_phases(
     return dense(grad_phases)[0]
 
 
-class Window(NamedTuple):
-    """How a convolution's window moves, rows first."""
-
-    strides: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]
-    dilation: tuple[int, int]
-
-
-def plain_depthwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """B H W C and i j 1 C -> B h w C, each channel by itself: XLA's convolution."""
-    strides, padding, dilation = window
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        rhs_dilation=dilation,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        feature_group_count=x.shape[-1],
-    )
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _depthwise(x, kernel, window):
-    forms = {'cpu': shifted_depthwise, 'default': plain_depthwise}
-    forms = {name: functools.partial(form, window=window) for name, form in forms.items()}
-    return jax.lax.platform_dependent(x, kernel, **forms)
+    on_cpu, default = (functools.partial(f, window=window) for f in (shifted_depthwise, plain))
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
 
 
 depthwise = jax.custom_vjp(_depthwise, nondiff_argnums=(2,))
@@ -378,8 +366,8 @@ depthwise = jax.custom_vjp(_depthwise, nondiff_argnums=(2,))
 
 @functools.partial(jax.jit, static_argnums=0)
 def _depthwise_backward(window, residuals, grad):
-    def plain(x, kernel, grad):
-        return jax.vjp(functools.partial(plain_depthwise, window=window), x, kernel)[1](grad)
+    def by_xla(x, kernel, grad):
+        return jax.vjp(functools.partial(plain, window=window), x, kernel)[1](grad)
 
     def on_cpu(x, kernel, grad):
         return (
@@ -387,7 +375,7 @@ def _depthwise_backward(window, residuals, grad):
             depthwise_weight_gradient(x, grad, window, kernel.shape),
         )
 
-    return jax.lax.platform_dependent(*residuals, grad, cpu=on_cpu, default=plain)
+    return jax.lax.platform_dependent(*residuals, grad, cpu=on_cpu, default=by_xla)
 
 
 depthwise.defvjp(
@@ -418,7 +406,7 @@ def seen_by_taps(
 
 @functools.partial(jax.jit, static_argnames='window')
 def shifted_depthwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """`plain_depthwise` by shifted multiply-adds, one for each tap; summed in float32."""
+    """`plain` by shifted multiply-adds, one for each tap; summed in float32."""
     seen, kernel = seen_by_taps(x, kernel.shape, window), kernel.astype(jnp.float32)
     terms = [cells * kernel[i : i + 1, j : j + 1] for (i, j), cells in seen.items()]
     return functools.reduce(jnp.add, terms).astype(x.dtype)
@@ -428,7 +416,7 @@ def shifted_depthwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Ar
 def depthwise_weight_gradient(
     x: jax.Array, grad: jax.Array, window: Window, kernel_shape: tuple[int, ...]
 ) -> jax.Array:
-    """i j 1 C from x: B H W C and the gradient B h w C of `plain_depthwise`.
+    """i j 1 C from x: B H W C and the gradient B h w C of `plain`.
 
     All taps are summed in one pass, along each row. Then the rows are, and then the images: a sum
     of fewer numbers rounds less, and XLA would make one sum of both were no stack between them.
@@ -449,7 +437,7 @@ def _add_each(left, right):
 def depthwise_input_gradient(
     grad: jax.Array, kernel: jax.Array, window: Window, shape: tuple[int, ...]
 ) -> jax.Array:
-    """`shape`, B H W C, from the gradient B h w C of `plain_depthwise`.
+    """`shape`, B H W C, from the gradient B h w C of `plain`.
 
     A stride splits the padded input into phases: every second row's cells, say, and the others.
     Tap i meets those of one phase alone, i * dilation % stride, so that each is a stride-1 sum.
@@ -491,11 +479,11 @@ def _max_pool_forward(x, window, pad):
 
 
 def _max_pool_backward(window, pad, x, grad):
-    def plain(x, grad):
+    def by_xla(x, grad):
         return jax.vjp(lambda x: _max_pool(x, window, pad), x)[1](grad)[0]
 
     by_cells = functools.partial(max_pool_gradient, window=window, pad=pad)
-    return (jax.lax.platform_dependent(x, grad, cpu=by_cells, cuda=by_cells, default=plain),)
+    return (jax.lax.platform_dependent(x, grad, cpu=by_cells, cuda=by_cells, default=by_xla),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -56,15 +56,8 @@ class DeepLabV1(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         x = self.backbone(image.astype(self.dtype), train)[32]  # B H/8 W/8 512
-        x = FullyConnected(
-            self.fc_features,
-            kernel=3,
-            dilation=12,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            name='fully_connected',
-        )(x, train)
+        shared = {'dropout': self.dropout, 'dtype': self.dtype, 'axis_name': self.axis_name}
+        x = FullyConnected(self.fc_features, 3, 12, **shared, name='fully_connected')(x, train)
         x = score(x, self.num_classes, name='classifier')
         return {'logits': resize(x, image.shape[1:3], align_corners=False)}
 
@@ -81,18 +74,12 @@ class SummedASPP(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
+        shared = {'dropout': self.dropout, 'dtype': self.dtype, 'axis_name': self.axis_name}
         total = 0.0
         for rate in self.rates:
             if self.fc_features:
-                y = FullyConnected(
-                    self.fc_features,
-                    kernel=3,
-                    dilation=rate,
-                    dropout=self.dropout,
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    name=f'branch{rate}',
-                )(x, train)
+                fc = FullyConnected(self.fc_features, 3, rate, **shared, name=f'branch{rate}')
+                y = fc(x, train)
                 total += score(y, self.num_classes, name=f'classifier{rate}')
             else:
                 total += score(x, self.num_classes, 3, dilation=rate, name=f'classifier{rate}')
@@ -114,15 +101,9 @@ class DeepLabV2(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         H, W = image.shape[1:3]
-        aspp = SummedASPP(  # one, and one backbone, for all scales
-            self.num_classes,
-            self.rates,
-            self.fc_features,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            name='aspp',
-        )
+        shared = {'dropout': self.dropout, 'dtype': self.dtype, 'axis_name': self.axis_name}
+        # One, and one backbone, for all scales.
+        aspp = SummedASPP(self.num_classes, self.rates, self.fc_features, **shared, name='aspp')
         scores = {}
         for scale in self.scales:
             x = resize(image, (scaled(H, scale), scaled(W, scale)), align_corners=False)
@@ -188,9 +169,8 @@ class DeepLabV3(nn.Module):
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         features = self.backbone(image.astype(self.dtype), train)
         rates = _rates(self.rates, self.backbone.output_stride)
-        x = ASPP(4 * self.width, rates, dropout=self.dropout, **shared, name='aspp')(
-            features[32], train
-        )
+        aspp = ASPP(4 * self.width, rates, dropout=self.dropout, **shared, name='aspp')
+        x = aspp(features[32], train)
         if self.variant != 'paper':
             x = ConvNorm(4 * self.width, **shared, name='project')(x, train)
         x = score(x, self.num_classes, name='classifier')
@@ -199,8 +179,7 @@ class DeepLabV3(nn.Module):
             # torchvision's drops 0.1 of single values, whatever the main head drops
             drop = min(self.dropout, 0.1)
             head = Head(4 * self.width, self.num_classes, drop, False, **shared, name='aux')
-            x = head(features[16], train)
-            out['aux'] = resize(x, size, align_corners=align)
+            out['aux'] = resize(head(features[16], train), size, align_corners=align)
         return out
 
 
@@ -222,17 +201,14 @@ class DeepLabV3Plus(nn.Module):
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         separable = {'norm_between': not smp, **shared}
         features = self.backbone(image.astype(self.dtype), train)
-        low = features[4]
         rates = _rates(self.rates, self.backbone.output_stride)
-        x = ASPP(wide, rates, separable=True, dropout=self.dropout, **separable, name='aspp')(
-            features[32], train
-        )
-        if smp:
-            x = SeparableConvNorm(wide, **separable, name='fuse1')(x, train)
-        low = ConvNorm(3 * self.width // 4, 1, **shared, name='low')(low, train)
+        aspp = ASPP(wide, rates, separable=True, dropout=self.dropout, **separable, name='aspp')
+        fuse1 = SeparableConvNorm(wide, **separable, name='fuse1')
+        x = aspp(features[32], train)
+        x = fuse1(x, train) if smp else x
+        low = ConvNorm(3 * self.width // 4, 1, **shared, name='low')(features[4], train)
         x = jnp.concatenate([resize(x, low.shape[1:3]), low], axis=-1)
-        if not smp:
-            x = SeparableConvNorm(wide, **separable, name='fuse1')(x, train)
+        x = x if smp else fuse1(x, train)
         x = SeparableConvNorm(wide, **separable, name='fuse2')(x, train)
         x = score(x, self.num_classes, name='classifier')
         return {'logits': resize(x, image.shape[1:3])}

@@ -80,14 +80,9 @@ class DilatedNet(nn.Module):
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         x = self.backbone(image.astype(self.dtype), train)[32]
         if self.fc_features:
-            x = FullyConnected(
-                self.fc_features,
-                dilation=4,
-                dropout=self.dropout,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-                name='fully_connected',
-            )(x, train)
+            shared = {'dropout': self.dropout, 'dtype': self.dtype, 'axis_name': self.axis_name}
+            fc = FullyConnected(self.fc_features, dilation=4, **shared, name='fully_connected')
+            x = fc(x, train)
         x = score(x, self.num_classes, name='classifier')
         if self.context != 'none':
             x = Context(self.context, self.dtype, name='context')(x)

@@ -68,13 +68,8 @@ class FCN(nn.Module):
         features = self.backbone(x.astype(self.dtype), train)
         x = features[32]
         if self.fc_features:
-            x = FullyConnected(
-                self.fc_features,
-                dropout=self.dropout,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-                name='fully_connected',
-            )(x, train)
+            shared = {'dropout': self.dropout, 'dtype': self.dtype, 'axis_name': self.axis_name}
+            x = FullyConnected(self.fc_features, **shared, name='fully_connected')(x, train)
 
         def scored(x, name):
             return score(x, self.num_classes, kernel_init=nn.initializers.zeros, name=name)

@@ -26,15 +26,11 @@ def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray | jax.Array:
 
     Bin i averages cells floor(i*size/bins) .. ceil((i+1)*size/bins)-1.
     """
-    if not is_static([size]):
-        i, cells, size = jnp.arange(bins)[:, None], jnp.arange(size)[None], jnp.asarray(size)
-        start, stop = i * size // bins, -(-(i + 1) * size // bins)
-        return jnp.where((cells >= start) & (cells < stop), 1.0 / (stop - start), 0.0)
-    matrix = np.zeros((bins, size), np.float32)
-    for i in range(bins):
-        start, stop = i * size // bins, -(-(i + 1) * size // bins)
-        matrix[i, start:stop] = 1.0 / (stop - start)
-    return matrix
+    xp = np if is_static([size]) else jnp
+    i, cells, size = xp.arange(bins)[:, None], xp.arange(size)[None], xp.asarray(size)
+    start, stop = i * size // bins, -(-(i + 1) * size // bins)
+    inside = (cells >= start) & (cells < stop)
+    return xp.where(inside, 1.0 / (stop - start), 0.0).astype(np.float32)
 
 
 def resize_matrix(size: int, out: int, *, align_corners: bool = True) -> np.ndarray | jax.Array:
@@ -73,15 +69,6 @@ def _resize_matrix_of_symbols(size: Any, out: Any, align_corners: bool) -> jax.A
     return jnp.where(cells == low, 1.0 - weight, 0.0) + jnp.where(cells == high, weight, 0.0)
 
 
-def apply_matrices(
-    x: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray | jax.Array
-) -> jax.Array:
-    """B h w C -> B H W C by `rows` (H, h) and `columns` (W, w), in x's dtype."""
-    rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
-    x = jnp.einsum('Hh,bhwc->bHwc', rows, x, precision='highest')
-    return jnp.einsum('Ww,bHwc->bHWc', columns, x, precision='highest')
-
-
 def adaptive_pools(x: jax.Array, bins: Sequence[int]) -> list[jax.Array]:
     """B h w C -> B n n C for each n of `bins`, `torch.nn.AdaptiveAvgPool2d(n)`.
 
@@ -106,11 +93,12 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> 
     _, h, w, _ = x.shape
     if (h, w) == tuple(size):
         return x
-    return apply_matrices(
-        x,
-        resize_matrix(h, size[0], align_corners=align_corners),
-        resize_matrix(w, size[1], align_corners=align_corners),
+    rows, columns = (
+        jnp.asarray(resize_matrix(n, out, align_corners=align_corners), x.dtype)
+        for n, out in zip((h, w), size, strict=True)
     )
+    x = jnp.einsum('Hh,bhwc->bHwc', rows, x, precision='highest')
+    return jnp.einsum('Ww,bHwc->bHWc', columns, x, precision='highest')
 
 
 def scaled(size: int, scale: float) -> int:
@@ -253,6 +241,12 @@ def batch_norm(
     return functools.partial(BatchNorm(dtype=dtype, axis_name=axis_name, name=name), train=train)
 
 
+def units(module: nn.Module, train: bool) -> tuple[Callable, Callable]:
+    """`conv` and `batch_norm` in the module's dtype, by arguments and by name."""
+    norm = functools.partial(batch_norm, train, module.dtype, module.axis_name)
+    return functools.partial(conv, dtype=module.dtype), norm
+
+
 class PyramidConv(nn.Module):
     """Square convolution of maps B h_i w_i C_i, as if each were resized to the first's size
     and all were concatenated.
@@ -313,13 +307,12 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array | tuple[jax.Array, ...], train: bool):
+        conv, norm = units(self, train)
         if isinstance(x, tuple):
             x = PyramidConv(self.features, self.kernel, dtype=self.dtype, name='conv')(x)
         else:
-            x = conv(
-                self.features, self.kernel, dilation=self.dilation, dtype=self.dtype, name='conv'
-            )(x)
-        return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
+            x = conv(self.features, self.kernel, dilation=self.dilation, name='conv')(x)
+        return nn.relu(norm('bn')(x))
 
 
 class SeparableConvNorm(nn.Module):
@@ -333,17 +326,12 @@ class SeparableConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        x = conv(
-            x.shape[-1],
-            dilation=self.dilation,
-            groups=x.shape[-1],
-            dtype=self.dtype,
-            name='depthwise',
-        )(x)
+        (conv, norm), C = units(self, train), x.shape[-1]
+        x = conv(C, dilation=self.dilation, groups=C, name='depthwise')(x)
         if self.norm_between:
-            x = nn.relu(batch_norm(train, self.dtype, self.axis_name, 'depthwise_bn')(x))
-        x = conv(self.features, 1, dtype=self.dtype, name='pointwise')(x)
-        return nn.relu(batch_norm(train, self.dtype, self.axis_name, 'bn')(x))
+            x = nn.relu(norm('depthwise_bn')(x))
+        x = conv(self.features, 1, name='pointwise')(x)
+        return nn.relu(norm('bn')(x))
 
 
 class Dropout(nn.Module):
@@ -457,13 +445,6 @@ class DoubleSize(nn.Module):
         return x + _wide(bias.astype(self.dtype), x)
 
 
-def windows_2x2(x: jax.Array) -> jax.Array:
-    """B 2h 2w C -> B h w 4 C, each window's cells in reading order."""
-    B, H, W, C = x.shape
-    x = x.reshape(B, H // 2, 2, W // 2, 2, C)
-    return jnp.moveaxis(x, 3, 2).reshape(B, H // 2, W // 2, 4, C)
-
-
 def max_unpool(x: jax.Array, before: jax.Array) -> jax.Array:
     """B h w C -> B 2h 2w C: each value to where its window of `before` had its maximum.
 
@@ -471,7 +452,8 @@ def max_unpool(x: jax.Array, before: jax.Array) -> jax.Array:
     of equal values the first counts. No gather, no scatter: it jits and exports anywhere.
     """
     B, h, w, C = x.shape
-    largest = jnp.argmax(windows_2x2(before), axis=3)  # B h w C
+    windows = jnp.moveaxis(before.reshape(B, h, 2, w, 2, C), 3, 2).reshape(B, h, w, 4, C)
+    largest = jnp.argmax(windows, axis=3)  # B h w C
     placed = x[:, :, :, None] * jax.nn.one_hot(largest, 4, axis=3, dtype=x.dtype)
     placed = jnp.moveaxis(placed.reshape(B, h, w, 2, 2, C), 2, 3)
     return placed.reshape(B, 2 * h, 2 * w, C)

@@ -76,9 +76,8 @@ class PSPNet(nn.Module):
             'dtype': self.dtype,
             'axis_name': self.axis_name,
         }
-        x = PyramidPooling(self.bins, self.dtype, self.axis_name, name='pyramid')(
-            features[32], train
-        )
+        pyramid = PyramidPooling(self.bins, self.dtype, self.axis_name, name='pyramid')
+        x = pyramid(features[32], train)
         out = {'logits': resize(Head(8 * self.width, **head, name='head')(x, train), size)}
         if self.aux_head and (train or self.is_initializing()):
             x = Head(4 * self.width, **head, name='aux')(features[16], train)

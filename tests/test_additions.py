@@ -1,0 +1,217 @@
+"""A loss, a backbone, a network and a data set from outside the package: a file and a row each."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import config as rules
+from pspnet_jax import log, losses, models, train
+from pspnet_jax.data import sources
+from pspnet_jax.errors import ConfigError
+from pspnet_jax.models.backbones import BACKBONES
+from pspnet_jax.runs import open_run
+from tests.conftest import ROOT, tiny_config
+
+PAGE = '''
+"""An ablation of one's own, in one file; its config changes what base.py has."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+from pspnet_jax.config import base
+
+from pspnet_jax import losses, models
+from pspnet_jax.data import sources
+from pspnet_jax.data.volumes import Volume, from_volumes, measure_intensity
+from pspnet_jax.models.backbones import BACKBONES
+from pspnet_jax.models.layers import resize
+
+
+def brier(logits_BHWK, labels_BHW, *, ignore_label, axis_name):
+    true_BHWK = jax.nn.one_hot(labels_BHW, logits_BHWK.shape[-1])
+    error_BHW = ((jax.nn.softmax(logits_BHWK) - true_BHWK) ** 2).sum(-1)
+    return losses.mean(error_BHW, labels_BHW != ignore_label, axis_name)
+
+
+class Plain(nn.Module):
+    output_stride: int = 4
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return {32: nn.relu(nn.Conv(8, (4, 4), (4, 4), name='stem')(x))}
+
+
+class OneLayer(nn.Module):
+    num_classes: int
+    backbone: nn.Module
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = nn.Conv(self.num_classes, (1, 1), name='classifier')(self.backbone(image, train)[32])
+        return {'logits': resize(self.gain * x, image.shape[1:3])}
+
+
+def read_squares(config):
+    rng = np.random.default_rng(config.seed)
+    volumes = []
+    for n in range(6):
+        mask = np.zeros((4, 32, 32), np.uint8)
+        mask[1:3, 8:20, 4:24] = 1
+        image = (rng.integers(0, 50, (4, 32, 32, 1)) + 100 * mask[..., None]).astype(np.uint8)
+        measured = measure_intensity(image)
+        volumes.append(Volume(f'case{n}', image, mask, np.arange(4), measured))
+    return from_volumes(volumes)
+
+
+losses.TERMS['brier'] = (brier, {})
+BACKBONES['plain'] = (Plain, {})
+models.MODELS['one_layer'] = (OneLayer, 'plain', {'output_stride': 8, 'gain': 2.0})
+sources.SOURCES['squares'] = read_squares
+
+
+def get_config(arg=''):
+    config = base.get_config()
+    config.data.name, config.model.name, config.loss.extra = 'squares', 'one_layer', {'brier': 0.5}
+    config.train.steps, config.train.batch_size, config.train.log_every = 2, 4, 1
+    config.eval.batch_size, config.eval.bootstrap = 4, 50
+    return config
+'''
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The page's path, and a function that imports it; what it adds is taken away at the end."""
+    tables = (losses.TERMS, BACKBONES, models.MODELS, sources.SOURCES)
+    before = [dict(table) for table in tables]
+    path = tmp_path / 'mine.py'
+    path.write_text(PAGE)
+
+    def load():
+        spec = importlib.util.spec_from_file_location('mine', path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield path, load
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def test_a_page_brings_its_own_loss_network_and_data(page, tmp_path):
+    """Trained by the command for two steps, resumed for one, restored where the page is known."""
+    path, load = page
+    for steps in (2, 3):
+        done = subprocess.run(
+            [
+                sys.executable, '-m', 'pspnet_jax.main', f'--config={path}', '--workdir=run',
+                f'--config.train.steps={steps}', "--config.loss.extra={'brier': 0.25}",
+            ],
+            cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True,
+            text=True, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    records = [line for line in log.read(tmp_path / 'run') if 'loss' in line]
+    assert [line['step'] for line in records] == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"model\.name is 'one_layer': it must be one of 'fcn"):
+        open_run(tmp_path / 'run', 'last')
+    load()
+    run = open_run(tmp_path / 'run', 'last')
+    assert (run.step, run.model.gain, run.config.loss.extra['brier']) == (3, 2.0, 0.25)
+    assert run.variables['params']['backbone']['stem']['kernel'].shape == (4, 4, 1, 8)
+
+
+def test_rules_read_the_dictionaries_when_they_are_asked(page):
+    _, load = page
+    own = {'model.name': 'one_layer', 'model.backbone': 'plain', 'data.name': 'squares'}
+    for key, value in own.items():
+        with pytest.raises(ConfigError, match=f"{key} is '{value}': it must be .*one of '"):
+            rules.validate(tiny_config(**{key: value}))
+        assert value not in str(rules.RULES[key][1])
+    config = load().get_config()
+    rules.validate(config)
+    config.model.backbone = 'plain'
+    rules.validate(config)
+    assert all(repr(value) in str(rules.RULES[key][1]) for key, value in own.items())
+    config.model.backbone = 'vgg11'
+    with pytest.raises(ConfigError, match=r"None .* or one of 'vgg16', .*, 'plain'"):
+        rules.validate(config)
+
+
+@pytest.mark.parametrize(
+    'extra',
+    [
+        {'brier': -1.0},
+        {'brier': '1'},
+        {'a b': 1.0},
+        {'items': 1.0},
+        {'__class__': 1.0},
+        {'_fields': 1.0},
+        {'a.b': 1.0},
+        {'x' * 101: 1.0},
+        [1.0],
+        0.5,
+    ],
+)
+def test_weights_of_own_losses_are_numbers_by_name(extra):
+    tree = rules.to_dict(tiny_config())
+    tree['loss']['extra'] = extra
+    with pytest.raises(ConfigError, match=r'loss\.extra is .* it must be None or weights of own'):
+        rules.from_dict(tree)
+
+
+def test_a_loss_is_known_where_it_is_trained_and_needs_not_be_where_it_is_not(page, tmp_path):
+    alone = {'loss.cross_entropy': 0.0, 'loss.dice': 0.0, 'loss.extra': {'brier': 1.0}}
+    config = tiny_config(**alone)
+    rules.validate(config)
+    back = rules.from_dict(json.loads(json.dumps(rules.to_dict(config))))
+    assert back.loss.to_dict()['extra'] == {'brier': 1.0}
+    with pytest.raises(ConfigError, match=r"losses\.TERMS\['brier'\] = \(function, \{\}\)"):
+        train.train_and_evaluate(config, str(tmp_path))
+
+
+def test_the_sum_has_the_losses_that_were_added(page, rng):
+    module = page[1]()
+    logits = jnp.asarray(rng.standard_normal((2, 8, 8, 2)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 2, (2, 8, 8)), jnp.int32)
+    options = tiny_config().loss.to_dict() | {'axis_name': None}
+    out = {'logits': logits, 'aux': logits}
+
+    def total(**changes):
+        return float(train.segmentation_loss(out, labels, **{**options, **changes}))
+
+    own = float(module.brier(logits, labels, ignore_label=255, axis_name=None))
+    prob = np.asarray(jax.nn.softmax(logits), np.float64)
+    assert own == pytest.approx(((prob - np.eye(2)[labels]) ** 2).sum(-1).mean(), rel=1e-5)
+    aux, plain = options['aux'], total()
+    assert total(extra={'brier': 0.5}) == pytest.approx(plain + (1 + aux) * 0.5 * own, rel=1e-5)
+    one = total(loss_fn=lambda logits, labels: (logits.argmax(-1) == labels).mean())
+    agreement = (np.argmax(logits, -1) == labels).mean()
+    assert one == pytest.approx(plain + (1 + aux) * float(agreement), rel=1e-5)
+    nothing = dict.fromkeys(('cross_entropy', 'dice'), 0.0)
+    assert total(loss_fn=lambda *_: 2.0, **nothing, aux=0.0) == 2.0
+
+
+def test_a_hook_is_a_loss(tmp_path):
+    """Of any size, and alone where the config's are 0; they are not for the run's evaluation."""
+    config = tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0, 'train.steps': 2})
+    with pytest.raises(ConfigError, match='are all 0'):
+        train.train_and_evaluate(config, str(tmp_path))
+    seen = []
+
+    def far(logits_BHWK, labels_BHW):
+        seen.append((logits_BHWK.shape, labels_BHW.shape))
+        return 7.0 + 0.0 * logits_BHWK.mean()
+
+    result = train.train_and_evaluate(config, str(tmp_path), loss_fn=far)
+    assert set(seen) == {((4, 32, 32, 2), (4, 32, 32))}
+    assert [line['loss'] for line in log.read(tmp_path) if 'loss' in line] == [7.0, 7.0]
+    assert result['summary']['dice']['n'] >= 0
