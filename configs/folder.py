@@ -1,19 +1,13 @@
-"""Your own pictures and masks: FOLDER/images and FOLDER/masks, paired by name.
+"""Your own pictures and masks: a page to copy, for changes of your own.
 
   python -m pspnet_jax.main --config=configs/folder.py --config.data.source=FOLDER
-  python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\
-      --config.data.group='(.+)_[0-9]+' --config.model.num_classes=3
 
-The argument is a network's name and a recipe of augmentation, as in configs/lgg.py. `python -m
-pspnet_jax.data.check` with the same flags says what is wrong with the data before training.
+pspnet_jax/config/folder.py says what the argument may be, pspnet_jax/config/base.py what may be
+set.
 """
 
-from configs import base, lgg
+from pspnet_jax.config import folder
 
 
 def get_config(arg: str = ''):
-    config = base.get_config()
-    config.data.name = 'folder'
-    lgg.choose_network(config, arg)
-    config.train.batch_size = 8
-    return config
+    return folder.get_config(arg)  # config = ...; then lines such as config.train.epochs = 100.0

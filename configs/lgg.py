@@ -1,37 +1,12 @@
-"""Low-grade glioma on brain MRI (Buda et al. 2019): the reference run.
+"""Low-grade glioma on brain MRI: a page to copy, for changes of your own.
 
-  python -m pspnet_jax.main --config=configs/lgg.py --workdir=runs/lgg
-  python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/vgg \\
-      --config.data.source=FOLDER --config.model.pretrained=vgg16_imagenet.safetensors
+  python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/vgg
 
-| argument         | network                                                       |
-|------------------|---------------------------------------------------------------|
-| pspnet_resnet50  | the default; also _resnet18, _resnet34, _resnet101, _resnet152 |
-| vgg_pspnet       | dilated VGG16 at output stride 8, full-resolution output      |
-| vgg_pspnet_blog  | image-segmentation-keras' geometry: stride 32, quarter output |
-| fcn8s, unet, ... | every other name of model.name, on its own backbone           |
-| NETWORK,strong   | the same, augmented by a recipe of configs/augmentations.py   |
+pspnet_jax/config/lgg.py says what the argument may be, pspnet_jax/config/base.py what may be set.
 """
 
-from configs import augmentations, base
-
-
-def choose_network(config, arg: str) -> None:
-    """Set the network and the augmentation that 'NETWORK,RECIPE' names."""
-    name, recipe = augmentations.split_recipe(arg)
-    config.augment.update(recipe)
-    name = name or 'pspnet_resnet50'
-    if name.startswith('pspnet_resnet'):
-        config.model.name, config.model.backbone = name.split('_')
-    else:
-        config.model.name = name
+from pspnet_jax.config import lgg
 
 
 def get_config(arg: str = ''):
-    config = base.get_config()
-    config.data.name = 'lgg'
-    config.data.normalize = 'volume'  # z-scores (Buda 2019): intensities of MRI have no unit
-    choose_network(config, arg)
-    if config.model.name in ('deeplab_v1', 'deeplab_v2'):
-        config.crf.kernel = 'windowed'  # 256 x 256 pixels are too many for all pairs
-    return config
+    return lgg.get_config(arg)  # config = ...; then lines such as config.train.epochs = 100.0

@@ -7,7 +7,8 @@ Fold n is the run of `experiments.run` with data.split 'kfold' and data.fold n, 
 its line goes to WORKDIR/folds.jsonl. A fold whose line is there is not run again; one that was
 stopped is resumed. At the end the line over all patients is printed and, if asked for, added to
 FILE. With --most_seconds=150 and a number of steps, --config.train.steps, all folds get fewer
-steps where the first one shows that training would take longer.
+steps where the first one shows that training would take longer. With --choose_postprocessing each
+fold is tested with what its own validation patients chose.
 """
 
 import json
@@ -53,8 +54,8 @@ def over_patients(lines: list[dict[str, Any]], bootstrap: int = 10_000) -> dict[
     if len(set(names)) < len(names):
         raise ValueError(f'a patient was tested twice: {sorted(names)}')
     summary = {}
-    for name in ('dice', 'dice_largest', 'iou', 'hd95', 'hd95_joined'):
-        found = [p.get(name) for p in patients]  # lines of before have no hd95_joined
+    for name in ('dice', 'dice_largest', 'iou', 'hd95', 'hd95_joined', 'lesion_dice', 'lesion_f1'):
+        found = [p.get(name) for p in patients]  # lines of before lack the last three
         values = np.array([value for value in found if value is not None], np.float64)
         summary[name] = {
             'mean': float(values.mean()) if len(values) else None,
@@ -68,12 +69,15 @@ def over_patients(lines: list[dict[str, Any]], bootstrap: int = 10_000) -> dict[
         'folds': len(lines),
         'seconds': sum(line['seconds'] for line in lines),
         'summary': summary,
+        'postprocessing': [line.get('postprocessing') for line in lines],
         'fold_dice': [line['summary']['dice']['mean'] for line in lines],
         'patients': patients,
     }
 
 
-def run_fold(config: Any, folder: Path, fold: int, folds: int, most_seconds: float) -> None:
+def run_fold(
+    config: Any, folder: Path, fold: int, folds: int, most_seconds: float, choose: bool
+) -> None:
     """Train and test one fold, and add its line to FOLDER/folds.jsonl."""
     fewer = folder / 'steps'  # kept for the other folds, and for this one when it is resumed
     changes = {'data.split': 'kfold', 'data.folds': folds, 'data.fold': fold}
@@ -84,11 +88,12 @@ def run_fold(config: Any, folder: Path, fold: int, folds: int, most_seconds: flo
     hooks = {'on_log': raise_if_slow(config.train.steps, most_seconds)} if watch else {}
     texts = {key: str(value) for key, value in changes.items()}
     try:
-        run.add_line(config, folder / f'fold_{fold}', folder / 'folds.jsonl', texts, **hooks)
+        kept = folder / 'folds.jsonl'
+        run.add_line(config, folder / f'fold_{fold}', kept, texts, choose, **hooks)
     except TooSlowError as too_slow:
         logging.warning('%d steps fit into --most_seconds: all folds get these', *too_slow.args)
         fewer.write_text(str(*too_slow.args))
-        run_fold(config, folder, fold, folds, most_seconds)
+        run_fold(config, folder, fold, folds, most_seconds, choose)
 
 
 def main() -> None:
@@ -101,7 +106,10 @@ def main() -> None:
     for fold in range(folds):
         if f'fold_{fold}' not in {line['experiment'] for line in read(kept)}:
             print(f'fold {fold} of {folds}', flush=True)
-            run_fold(config.copy_and_resolve_references(), folder, fold, folds, FLAGS.most_seconds)
+            run_fold(
+                config.copy_and_resolve_references(), folder, fold, folds, FLAGS.most_seconds,
+                FLAGS.choose_postprocessing,
+            )  # fmt: skip
     lines = sorted(read(kept), key=lambda line: line['experiment'])
     total = over_patients(lines)
     dice = total['summary']['dice']
@@ -124,5 +132,6 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'a folder a fold, and their lines', required=True)
     flags.DEFINE_integer('folds', 5, 'parts of the patients', lower_bound=2)
     flags.DEFINE_float('most_seconds', 0, "of a fold's training; 0: as many as it takes")
+    flags.DEFINE_bool('choose_postprocessing', False, "on each fold's validation patients")
     flags.DEFINE_string('results', '', 'a .jsonl that gets the line over all folds')
     cli.run(main)

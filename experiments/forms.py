@@ -148,8 +148,8 @@ def compile_step(name: str):
     import numpy as np
     import optax
 
-    from configs import base
     from pspnet_jax import compilation, models, train
+    from pspnet_jax.config import base
 
     network, options, change = VARIANTS[name]
     if change:

@@ -352,8 +352,8 @@ def _videos(folder: Path) -> list[Path]:
 
 def read_input(path: Path) -> None:
     """What `predict` does with a folder, up to the network."""
-    from configs import phantom
     from pspnet_jax import predict
+    from pspnet_jax.config import phantom
     from pspnet_jax.errors import DataError
 
     predictor = predict.Predictor(phantom.get_config(), None, None, 1)

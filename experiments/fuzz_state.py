@@ -136,8 +136,7 @@ def _h5(folder: Path) -> list[Path]:
 
 
 def _config() -> dict:
-    from configs import phantom
-    from pspnet_jax.config import to_dict
+    from pspnet_jax.config import phantom, to_dict
 
     config = phantom.get_config('unet_mini')
     config.model.width = 4
@@ -286,11 +285,14 @@ def read_export(path: Path) -> None:
 
 
 def _run(folder: Path) -> list[Path]:
-    from pspnet_jax import calibration, faults
+    from pspnet_jax import calibration, choice, faults
 
     workdir = folder / 'run'
     workdir.mkdir()
     calibration.save(workdir, {'step': 7, 'temperature': 1.25, 'patients': 3})
+    options = {'flip': True, 'threshold': 0.4, 'largest_component': False, 'min_size': 30}
+    dice = {'dice': 0.8, 'without': None, 'patients': 3}
+    choice.save(workdir, {'step': 7, 'views': {'window': 0}, 'options': options, **dice})
     record = {'loss': 0.5, 'learning_rate': 1e-4, 'validation/dice': 0.1, 'validation/hd95': None}
     lines = [json.dumps({'step': step, **record}) for step in (1, 2, 3)]
     (workdir / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
@@ -300,12 +302,15 @@ def _run(folder: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> None:
-    from pspnet_jax import calibration, chart, faults, log, report
+    from pspnet_jax import calibration, chart, choice, faults, log, report
+    from pspnet_jax.config import from_dict
 
     for each in report.run_charts(log.read(path)):
         chart.svg(each)
     with faults.alone(path):
         calibration.load(path, 7)
+        if kept := choice.load(path, from_dict({}), 7, {'window': 0}):
+            choice.words(kept)
 
 
 def _built(folder: Path) -> list[Path]:

@@ -22,8 +22,8 @@ common=(
   --config.train.ema_decay=0.995 --config.optim.learning_rate=3e-4
   --config.optim.new_layer_factor=3.0 --config.data.normalize=volume "$@"
 )
-recipe=(--config=configs/lgg.py:mobilenet_unet ${WEIGHTS:+--config.model.pretrained="$WEIGHTS"})
-pspnet=(--config=configs/lgg.py:pspnet_resnet50)
+recipe=(--config=configs/lgg.py:mobilenet_unet --config.model.pretrained="${WEIGHTS:-}")
+pspnet=(--config=configs/lgg.py:pspnet_resnet50 --config.model.pretrained=)
 
 within() { # the command, stopped when the budget is used up
   ((SECONDS < BUDGET)) || { echo "no time left for: $*"; return 0; }

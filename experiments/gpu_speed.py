@@ -180,8 +180,8 @@ def our_program(case: dict[str, Any]):
     import jax
     import optax
 
-    from configs import base
     from pspnet_jax import compilation, models, train
+    from pspnet_jax.config import base
 
     model = models.create(num_classes=case['classes'], dtype=case['dtype'], **case['model'])
     variables = random_variables(model)
@@ -335,8 +335,8 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
     import jax
     import optax
 
-    from configs import base
     from pspnet_jax import compilation, models, train
+    from pspnet_jax.config import base
 
     rng = np.random.default_rng(0)
     batch = {
@@ -403,8 +403,8 @@ def check_cache() -> dict[str, Any]:
     import jax.numpy as jnp
     import optax
 
-    from configs import base
     from pspnet_jax import models, train
+    from pspnet_jax.config import base
     from pspnet_jax.data import phantom, pipeline
 
     slices = phantom.load(volumes=3, slices=4, size=32, seed=0)

@@ -38,7 +38,7 @@ def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, An
     from pspnet_jax.data import pipeline, sources, volumes
 
     module, _, argument = config_name.partition(':')
-    config = importlib.import_module(f'configs.{module}').get_config(argument)
+    config = importlib.import_module(f'pspnet_jax.config.{module}').get_config(argument)
     config.data.source, config.data.root = source, root
     slices, parts = sources.load(config)
     if cache == 'memory':

@@ -5,7 +5,8 @@
 
 The line says what was run (config, overrides, commit, seed, device, seconds of
 training and evaluation) and what came out (summary, patients). A run from a changed
-working tree is marked '+changes' behind the commit.
+working tree is marked '+changes' behind the commit. With --choose_postprocessing the figures are
+those with what was chosen on the validation patients, which the line says.
 """
 
 import json
@@ -22,6 +23,7 @@ from ml_collections import config_flags
 
 from experiments.provenance import commit, device
 from pspnet_jax import checkpoint, cli
+from pspnet_jax.evaluate import evaluate_checkpoint
 from pspnet_jax.train import train_and_evaluate
 
 LOCAL_PATHS = (  # this machine's business
@@ -34,23 +36,28 @@ def overrides(argv: list[str]) -> dict[str, str]:
     pairs = (re.fullmatch(r'--?config\.([\w.]+)=(.*)', argument) for argument in argv)
     found = {pair[1]: pair[2] for pair in pairs if pair}
     return {
-        key: f'.../{Path(value).name}' if key in LOCAL_PATHS else value
+        key: f'.../{Path(value).name}' if key in LOCAL_PATHS and '/' in value else value
         for key, value in found.items()
     }
 
 
-def add_line(
-    config: Any, workdir: str | Path, results: str | Path, changes: dict[str, str], **hooks: Any
-) -> None:
-    """Train and evaluate; `changes` are overrides that the command line does not show."""
-    name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
+def make_line(
+    config: Any, workdir: str | Path, name: str, changes: dict[str, str], choose: bool = False,
+    **hooks: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train and evaluate; `name` and `changes` say which config this is. With `choose`,
+    post-processing is chosen on validation, and evaluated with it.
+    """
     start, made_by = time.time(), commit()
     first_step = max(checkpoint.steps(workdir), default=0)  # above 0: a run that was resumed
     result = train_and_evaluate(config, str(workdir), **hooks)
-    line = {
+    if choose:
+        evaluate_checkpoint(workdir, split='validation', choose=True, trusted=True)
+        result = evaluate_checkpoint(workdir, split=result['data']['split'], trusted=True)
+    return {
         'experiment': Path(workdir).name,
         'config': name,
-        'overrides': overrides(sys.argv) | changes,
+        'overrides': changes,
         'commit': made_by,
         'seed': config.seed,
         'device': device(),
@@ -58,18 +65,29 @@ def add_line(
         'first_step': first_step,
         'versions': {'python': platform.python_version(), 'jax': jax.__version__},
         'step': result['checkpoint']['step'],
+        'postprocessing': result['postprocessing'],
         'data': {**result['data'], 'source': config.data.name},
         'summary': result['summary'],
         'baseline': result['baseline'],
         'patients': result['patients'],
     }
+
+
+def add_line(
+    config: Any, workdir: str | Path, results: str | Path, changes: dict[str, str],
+    choose: bool = False, **hooks: Any,
+) -> None:  # fmt: skip
+    """Run what the command line says; `changes` are overrides that it does not show."""
+    name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
+    line = make_line(config, workdir, name, overrides(sys.argv) | changes, choose, **hooks)
     with open(results, 'a') as file:
         file.write(json.dumps(line) + '\n')
 
 
 def main() -> None:
     FLAGS = flags.FLAGS
-    add_line(FLAGS.config, FLAGS.workdir, FLAGS.results, {})
+    choose = FLAGS.choose_postprocessing
+    add_line(FLAGS.config, FLAGS.workdir, FLAGS.results, {}, choose)
     print(f'line added to {FLAGS.results}')
 
 
@@ -77,4 +95,5 @@ if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
     flags.DEFINE_string('workdir', None, 'checkpoints, metrics, evaluation', required=True)
     flags.DEFINE_string('results', None, 'the .jsonl that gets the line', required=True)
+    flags.DEFINE_bool('choose_postprocessing', False, 'on validation, before the evaluation')
     cli.run(main)

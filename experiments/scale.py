@@ -41,9 +41,8 @@ def measure(name: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from configs import lgg
     from pspnet_jax import checkpoint, models, optim, train
-    from pspnet_jax.config import to_dict
+    from pspnet_jax.config import lgg, to_dict
 
     config = lgg.get_config(name)
     model = models.create(**config.model)

@@ -114,7 +114,7 @@ def judge(samples: Sequence[Sample], steps: int) -> dict[str, Any]:
 
 def train(folder: Path) -> None:
     """The run that is watched; its live arrays go to FOLDER/live.jsonl at each validation."""
-    from configs.folder import get_config
+    from pspnet_jax.config.folder import get_config
     from pspnet_jax.train import train_and_evaluate
 
     changes = {

@@ -121,9 +121,9 @@ def ours(case: dict[str, Any]) -> None:
     import jax.numpy as jnp
     import optax
 
-    from configs import base
     from experiments.serve import serve
     from pspnet_jax import compilation, train
+    from pspnet_jax.config import base
 
     _, model, variables = load(case)
     image = jnp.asarray(np.load(case['exchange'] + '.out.npz')['image'])

@@ -16,7 +16,7 @@ Imports point downwards, held by tests/test_layering.py:
                 -> faults -> hosts
   api, predict, export stand on these, cli on hosts; errors and text stand below all.
 
-No file imports configs, experiments or tests; two functions look up a default in configs.
+No file imports configs, experiments or tests.
 """
 
 import importlib

@@ -78,7 +78,7 @@ class Model:
         sources.check_class_names(slices, config)
         workdirs = [self.workdir] if isinstance(self.workdir, str | Path) else self.workdir
         digests = {}
-        found = volumes.iterate_volumes(slices)
+        found = volumes.iterate_volumes(slices, self.predictor.measured)
         result = evaluate_volumes(
             self.predictor.predict_fn,
             (volumes.with_channels(volume, self.predictor.channels) for volume in found),
@@ -91,6 +91,7 @@ class Model:
             ),
         )
         result['data'] |= tell_overlap(workdirs, digests)
+        result['postprocessing'] = self.predictor.chosen
         return result
 
     def _labels_and_probabilities(self, image):
@@ -128,7 +129,7 @@ def train(
     folders of images stack as channels). `changes` are by dotted key, {'train.epochs': 20}.
     `hooks` are `train.train_and_evaluate`'s. Raises what that raises.
     """
-    from configs import folder as own_pictures  # only here: configs stand above the package
+    from pspnet_jax.config import folder as own_pictures
 
     named = isinstance(config, str)
     config = own_pictures.get_config(config) if named else config.copy_and_resolve_references()

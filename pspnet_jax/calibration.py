@@ -110,14 +110,26 @@ def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxy
             f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it '
             f'again by {again}'
         ) from error
-    if fitted != step:
-        logger.warning('%s is of step %.20s, this is step %d: not applied', path, fitted, step)
-        return 1.0
-    differ = sorted(key for key in seen.keys() | views if seen.get(key) != views.get(key))
+    return temperature if is_for(path, fitted, seen, step, views, 'fitted', again) else 1.0
+
+
+def is_for(
+    path: Path, its_step: int, its_views: Mapping[str, Any], step: int, views: Mapping[str, Any],
+    done: str, again: str,
+) -> bool:  # fmt: skip
+    """Whether what a run keeps at `path`, `done` ('fitted') for a step and views, is for these; the
+    log says where it is not, and which command does it `again`.
+    """
+    if its_step != step:
+        logger.warning('%s is of step %.20s, this is step %d: not applied', path, its_step, step)
+        return False
+    differ = sorted(key for key in its_views.keys() | views if its_views.get(key) != views.get(key))
     if differ:
-        what = (
-            f'was fitted with other views ({", ".join(differ):.200})' if seen else 'names no views'
+        what = 'names no views'
+        if its_views:
+            what = f'was {done} with other views ({", ".join(differ):.200})'
+        logger.warning(
+            '%s %s: not applied; %s with the same flags makes it anew', path, what, again
         )
-        logger.warning('%s %s: not applied; %s with the same flags fits it', path, what, again)
-        return 1.0
-    return temperature
+        return False
+    return True

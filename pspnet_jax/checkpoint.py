@@ -48,6 +48,8 @@ CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Or
 DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
 )  # fmt: skip
+CONTEXT = 'data.context'  # on which the first kernel depends; configs from before it have 0
+PARTS = ('model.', CONTEXT)  # knobs that the network is made by
 NO_PART = ('pretrained', 'class_names', 'stem')  # of the config's model section: not of the network
 
 
@@ -172,8 +174,9 @@ def save(
 
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
     `progress` is what the loop needs to go on that is not in the state; `inputs` what the
-    network takes: 'channels', 'normalization' (None where each volume brings its own), and with
-    one 'range', where the images are not of 8 bits: (2, channels), which stand for 0 and 255.
+    network takes: 'channels', 'normalization' (None where each volume brings its own, 'buda' where
+    that is measured as Buda's code does), and with one of all images 'range', where these are not
+    of 8 bits: (2, channels), which stand for 0 and 255.
     Raises CheckpointError where this or the save before could not be written.
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
@@ -278,7 +281,7 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
     try:
         channels, how = inputs['channels'], inputs['normalization']
         sound = type(channels) is int and 1 <= channels <= MOST_CHANNELS
-        if how is not None:
+        if how not in (None, 'buda'):
             numbers = [*how['mean'], *how['std']]
             sound &= how.keys() == {'mean', 'std', 'trained_order'}
             sound &= len(how['mean']) == len(how['std']) == 3 and min(how['std']) > 0
@@ -286,7 +289,7 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
             sound &= how['trained_order'] in ('RGB', 'BGR')
         if 'range' in inputs:
             low, high = inputs['range']
-            sound &= how is not None and len(low) == len(high) == channels
+            sound &= how not in (None, 'buda') and len(low) == len(high) == channels
             sound &= all(_is_number(x, -1e30, 1e30) for x in (*low, *high))
             sound &= all(a < b for a, b in zip(low, high, strict=True))
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -512,8 +515,7 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """'model.width is 32 there, 64 here' ... of two configs, for what the network is made of."""
-    only = [{'model': tree['model']} for tree in (there, here)]
-    return _refused(config_changes(*only))
+    return [fault for fault in _refused(config_changes(there, here)) if fault.startswith(PARTS)]
 
 
 def config_changes(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -521,7 +523,7 @@ def config_changes(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tup
 
     A knob that is newer than a config is left out: it has its default, which changes nothing.
     """
-    old, new = _flat(there), _flat(here)
+    old, new = {CONTEXT: 0, **_flat(there)}, _flat(here)
     return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
 
 
@@ -536,6 +538,6 @@ def _refused(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
         f'{key} is {before!r:.200} there, {now!r:.200} here'
         for key, (before, now) in changes.items()
         if (key.startswith('model.') and key.removeprefix('model.') not in NO_PART)
-        or key == 'optim.name'
+        or key in ('optim.name', CONTEXT)
         or (key in ('train.ema_decay', 'optim.clip_norm') and bool(before) != bool(now))
     ]

@@ -1,11 +1,15 @@
 """How every command starts: flags are parsed, a line names the devices, errors are one line and
-exit status 1. What a command compiles is kept for the next.
+exit status 1. What a command compiles is kept for the next. And `pspnet`, which starts them all.
 """
 
+import functools
+import importlib.metadata
 import logging
 import re
+import runpy
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +18,21 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from pspnet_jax import compilation, devices, hosts
-from pspnet_jax.config import RULES, nearest
+from pspnet_jax import compilation, devices, hosts, models
+from pspnet_jax.config import RULES, augmentations
+from pspnet_jax.config.flags import PAGES, prepare
 from pspnet_jax.errors import ConfigError, DataError, PspnetError, StoppedError, one_line
 
 logger = logging.getLogger(__name__)
 
+COMMANDS = {  # of `pspnet`: the module, and what it does
+    'train': ('main', 'train and evaluate what a config describes, or resume it'),
+    'check': ('data.check', 'say what is in a data set, and what is wrong with it'),
+    'evaluate': ('evaluate', 'score a trained network on patients whose masks are known'),
+    'predict': ('predict', 'write masks and pictures for images, volumes and videos'),
+    'export': ('export', 'write a trained network as StableHLO or ONNX'),
+    'convert': ('models.pretrained', 'make a run of published weights'),
+}
 GROUP = (
     "the patient in a file's name, as data.group; '': each file is by itself; without: as the run"
 )
@@ -48,6 +61,22 @@ def _print_unless_late(unraisable: Any) -> None:
 
 def _escaped(value: Any) -> Any:
     return one_line(str(value)) if isinstance(value, str | Path) else value
+
+
+def pspnet() -> None:
+    """The console script: `pspnet COMMAND --flag=value`."""
+    name, *rest = sys.argv[1:] or ['--help']
+    if name in ('--help', '-h', 'help'):
+        print('pspnet COMMAND --help says what each takes:\n')
+        print('\n'.join(f'  {name:10}{words}' for name, (_, words) in COMMANDS.items()))
+        return
+    if name == '--version':
+        print(importlib.metadata.version('pspnet_jax'))
+        return
+    if name not in COMMANDS:
+        _fail(ConfigError(f'pspnet {name} is not a command: give one of {", ".join(COMMANDS)}'))
+    sys.argv = [f'pspnet {name}', *rest]
+    runpy.run_module(f'pspnet_jax.{COMMANDS[name][0]}', run_name='__main__')
 
 
 def run(main: Callable[[], None]) -> None:
@@ -85,34 +114,35 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
             hosts.leave_after_an_error(_line(hosts.lost()) if hosts.lost_another(error) else '')
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, main.__globals__['__doc__']))
 
 
-def define_prediction_flags() -> None:
-    """The config's `predict` section as flags; what is not given stays as the config has it."""
-    flags.DEFINE_integer('window', None, 'pixels a side of the tiles the network sees; 0: images')
-    flags.DEFINE_float('overlap', None, 'of neighbouring tiles, share of the window')
-    flags.DEFINE_list('scales', None, 'mean over these sizes of the image: 0.75,1.0,1.25')
-    flags.DEFINE_bool('flip', None, 'mean with the left-right mirror image')
-    flags.DEFINE_float('threshold', None, 'of the probability of class 1, where there are two')
-    flags.DEFINE_bool('largest_component', None, 'keep the largest component of each class')
-    flags.DEFINE_integer('min_size', None, 'pixels or voxels of a component that is kept')
+def _help(told: str) -> str:
+    """What a command does, `told` by its module, and the flags that are its own."""
+    lines = [told.strip(), '', 'Flags:']
+    modules = flags.FLAGS.flags_by_module_dict()
+    own = [name for name in modules if name == sys.argv[0] or name.startswith('pspnet_jax')]
+    key = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    for flag in dict.fromkeys([*key, *(flag for name in own for flag in modules[name])]):
+        default = '' if flag.default in (None, '', False, []) else f' ({flag.default_as_str})'
+        lines.append(f'  --{flag.name}{default}: {" ".join((flag.help or "").split())}')
+    if 'config' in flags.FLAGS:
+        lines += [
+            '',
+            'Every knob of a config is a flag: --config.KEY=VALUE. pspnet_jax/config/base.py has',
+            f'them all with their defaults. Configs: {", ".join(PAGES)}, or a file of your own;',
+            'an argument behind a colon chooses the network and a recipe of augmentation,',
+            '--config=lgg:unet,strong.',
+            *textwrap.wrap(f'Networks: {", ".join(models.NAMES)}', 90, subsequent_indent='  '),
+            *textwrap.wrap(f'Recipes: {", ".join(augmentations.RECIPES)}', 90),
+        ]
+    return '\n'.join([*lines, '', '--helpfull lists the flags of all libraries too.'])
 
 
-def prediction_changes() -> dict[str, Any]:
-    """Those of the flags that were given, as values of the config. Raises ConfigError."""
-    knobs = [key.removeprefix('predict.') for key in RULES if key.startswith('predict.')]
-    given = {knob: flags.FLAGS[knob].value for knob in knobs}
-    given = {knob: value for knob, value in given.items() if value is not None}
-    if 'scales' in given:
-        try:
-            given['scales'] = tuple(map(float, given['scales']))
-        except ValueError as error:
-            raise ConfigError(f'--scales={",".join(given["scales"])}: {error}') from error
-    return given
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(told: str, argv: Sequence[str]) -> list[str]:
+    if {'--help', '-h', '-help'} & set(argv):
+        print(_help(told))
+        sys.exit()
     try:
         argv, unset = prepare(argv)
         rest = flags.FLAGS(argv)
@@ -131,37 +161,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         _fail(ConfigError(f'{rest[1:]} is not understood: flags are written --name=value'))
     return rest
-
-
-def prepare(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the arguments as absl and ml_collections take them, keys of the config that become None).
-
-    A config's own folder is put on the path, so that its files can import each other. Raises
-    ConfigError for a --config that is no file, and a --config.KEY or None that no config has.
-    """
-    arguments, unset, rest = [argv[0]], [], iter(argv[1:])
-    for argument in rest:
-        if re.fullmatch(r'--?config(\.[\w.]+)?', argument):  # --config FILE
-            argument = f'{argument}={next(rest, "")}'
-        if match := re.match(r'--?config=([^:]*)', argument):
-            if not Path(match[1]).is_file():
-                raise ConfigError(f'--config={match[1]} is not a file: see configs/ for those here')
-            sys.path.append(str(Path(match[1]).absolute().parent))
-        elif match := re.match(r'--?config\.([\w.]+)=(.*)', argument, re.DOTALL):
-            key, value = match.groups()
-            if key not in RULES:
-                raise ConfigError(f'--config.{key} is not a key{nearest(key)}')
-            allowed, words = RULES[key]
-            if value == 'None':
-                if not allowed(None):
-                    raise ConfigError(f'--config.{key} can not be None: it must be {words}')
-                unset.append(key)
-                continue
-            if allowed(('a',)) and not re.match(r'\s*[(\[]', value):  # texts: a,b is two of them
-                texts = tuple(text.strip().strip('"\'') for text in value.split(',') if text)
-                argument = f'--config.{key}={texts!r}'
-        arguments.append(argument)
-    return arguments, unset
 
 
 def _reason(message: str) -> str:

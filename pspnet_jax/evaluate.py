@@ -3,6 +3,7 @@
   python -m pspnet_jax.evaluate --workdir=RUN --split=test
   python -m pspnet_jax.evaluate --workdir=RUN --data=FOLDER
   python -m pspnet_jax.evaluate --workdir=RUN --split=validation --fit_temperature
+  python -m pspnet_jax.evaluate --workdir=RUN --split=validation --choose_postprocessing
 
 The figure to quote is Dice over the whole volume of a patient, its mean, median and
 deviation over patients. Per-slice and pooled figures stand under those names only,
@@ -24,6 +25,7 @@ from PIL import Image
 
 from pspnet_jax import (
     calibration,
+    choice,
     cli,
     hosts,
     infer,
@@ -34,6 +36,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
 from pspnet_jax.data import files, pairing, pipeline, sources, splits, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.errors import ConfigError, DataError, one_line, say
@@ -44,15 +47,24 @@ logger = logging.getLogger(__name__)
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
 FIT_VOXELS = 50_000  # of each validation patient that the temperature is fitted on
 DISTANCES = ('hd95', 'hd95_joined', 'assd', 'surface_dice')  # of `metrics.surface_ratios`
-FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES)
+LESIONS = ('lesion_dice', 'lesion_f1')  # of `metrics.lesion_ratios`
+FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES, *LESIONS)
+COUNTS = (
+    'present', 'missed', 'invented', 'lesions_found', 'lesions_missed', 'lesions_false'
+)  # fmt: skip
 
 
 def predict_slices(
-    predict_fn: PredictFn, volume: Volume, *, batch_size: int, intensity: np.ndarray | None
+    predict_fn: PredictFn,
+    volume: Volume,
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    context: int,
 ) -> Iterator[np.ndarray]:
     """n H W K probabilities, batch by batch: of all D slices in order, and of no padding."""
     left = len(volume.image)
-    for batch in pipeline.eval_batches(volume, batch_size, intensity):
+    for batch in pipeline.eval_batches(volume, batch_size, intensity, context):
         yield np.asarray(predict_fn(batch))[:left]
         left -= len(batch)
 
@@ -63,6 +75,7 @@ def predict_foreground(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     temperature: float = 1.0,
     threshold: float | None = None,
     **clean_options: Any,
@@ -73,8 +86,8 @@ def predict_foreground(
     temperature is the probability's alone: labels are those without.
     """
     labels, foreground = [], []
-    parts = predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity)
-    for prob in parts:
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
+    for prob in predict_slices(predict_fn, volume, **how):
         labels.append(postprocess.to_labels(prob, threshold))
         foreground.append(calibration.temper(prob, temperature)[..., 1:].sum(-1))
     labels = np.concatenate(labels)
@@ -93,8 +106,13 @@ def program_options(config) -> dict[str, Any]:
         'batch_size': config.eval.batch_size,
         'scales': predict.scales,
         'flip': predict.flip,
-        'crf_options': config.crf.to_dict(),
+        'crf_options': crf_options(config),
     }
+
+
+def crf_options(config) -> dict[str, Any]:
+    """The keyword arguments of `infer.refine` that a config decides."""
+    return config.crf.to_dict() | {'context': config.data.context}
 
 
 def views(config) -> dict[str, Any]:
@@ -120,14 +138,49 @@ def label_options(config) -> dict[str, Any]:
     }
 
 
+def with_choice(
+    config, workdir: str | Path, step: int, changes: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any] | None]:
+    """(the config to predict with, what it has of a choice): its own `predict` section, then what
+    was chosen on validation for this checkpoint and its views, then `changes`.
+
+    The second has the 'options' that were taken, those 'given' in their place, and the validation
+    Dice of the whole choice and 'without' it; None where nothing is taken. The log says it.
+    """
+    wanted = with_prediction(config, changes)
+    kept = choice.load(workdir, config, step, choice_views(wanted))
+    if kept is None:
+        return wanted, None
+    options = {key: value for key, value in kept['options'].items() if key not in changes}
+    if not options:
+        return wanted, None
+    chosen = {
+        'options': options,
+        'given': [key for key in kept['options'] if key in changes],
+        **{key: kept[key] for key in ('dice', 'without', 'patients')},
+    }
+    logger.info('%s: %s', Path(workdir) / choice.KEPT, choice.words(chosen))
+    return with_prediction(config, {**options, **changes}), chosen
+
+
+def choice_views(config) -> dict[str, Any]:
+    """The `views` that post-processing is chosen for: the mirror image is part of the choice."""
+    return {key: value for key, value in views(config).items() if key != 'flip'}
+
+
 def evaluate_options(config) -> dict[str, Any]:
     """The keyword arguments of `evaluate_volumes` that a config decides."""
     return {
         'batch_size': config.eval.batch_size,
+        'context': config.data.context,
         'num_classes': config.model.num_classes,
         'ignore_label': config.loss.ignore_label,
         'spacing': config.eval.spacing,
         'surface_tolerance': config.eval.surface_tolerance,
+        'lesion_options': {
+            'dilation': config.eval.lesion_dilation,
+            'smallest': config.eval.lesion_smallest,
+        },
         'calibration_bins': config.eval.calibration_bins,
         'bootstrap': config.eval.bootstrap,
     }
@@ -139,10 +192,12 @@ def evaluate_volumes(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     num_classes: int,
     ignore_label: int,
     spacing: tuple[float, float, float],
     surface_tolerance: float,
+    lesion_options: Mapping[str, Any],
     calibration_bins: int,
     bootstrap: int,
     temperature: float = 1.0,
@@ -158,7 +213,8 @@ def evaluate_volumes(
     spacing, else in `spacing`'s unit. Undefined figures are None, and `n` says over how many
     patients a mean is; `structures` says how many are missed or invented, which no distance
     shows. Calibration is of the probability of any class but 0, over all counted voxels.
-    `label_options` are further ones of `predict_foreground`.
+    `label_options` are further ones of `predict_foreground`, `lesion_options` those of
+    `metrics.lesions`.
     `each(volume, labels_DHW)` is called with every prediction, the volume's ignored voxels as
     IGNORE_LABEL. On several hosts `data` are this one's volumes and `order` the patients of all,
     and the figures are of all. Raises DataError for labels outside 0..K-1, and when there is no
@@ -172,6 +228,7 @@ def evaluate_volumes(
             volume,
             batch_size=batch_size,
             intensity=intensity,
+            context=context,
             temperature=temperature,
             **label_options,
         )
@@ -194,6 +251,7 @@ def evaluate_volumes(
             ignore_label,
             volume.spacing or spacing,
             surface_tolerance,
+            lesion_options,
         )
         rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist()])
     rows = in_order(hosts.gather(rows), order)
@@ -219,6 +277,10 @@ def evaluate_volumes(
         'summary': {name: _over_patients(patients, name, bootstrap) for name in FIGURES}
         | {
             'structures': _over_structures(patients, structures),
+            'lesions': {
+                what: sum(p[f'lesions_{what}'] for p in patients)
+                for what in ('found', 'missed', 'false')
+            },
             'per_slice_dice_empty_is_1': _slice_dice(per_slice, structures),
             'pooled': {
                 name: _mean(values[structures]) for name, values in metrics.ratios(pooled).items()
@@ -250,6 +312,7 @@ def evaluate_volumes(
             'hd95_unit': 'mm' if all(in_mm) else steps,
             'spacing': list(spacing),
             'surface_tolerance': surface_tolerance,
+            'lesion_options': dict(lesion_options),
         },
     }
 
@@ -285,7 +348,7 @@ def _structures(num_classes: int, ignore_label: int) -> list[int]:
 
 
 def _patient_row(
-    pred, volume, num_classes, ignore_label, spacing, surface_tolerance
+    pred, volume, num_classes, ignore_label, spacing, surface_tolerance, lesion_options
 ) -> dict[str, Any]:
     """One patient's figures, means over the structures; `structures` has those of each."""
     scans = volumes.scans(volume.scan, len(pred))
@@ -303,6 +366,11 @@ def _patient_row(
             )
             for scan in scans
         ]
+        dice, hits, false = zip(
+            *(metrics.lesions(ours[scan], theirs[scan], spacing, **lesion_options)
+              for scan in scans), strict=True,
+        )  # fmt: skip
+        dice, hits, false = np.concatenate(dice), np.concatenate(hits), sum(false)
         predicted, there = (
             np.array([mask[scan].any() for scan in scans]) for mask in (ours, theirs)
         )
@@ -310,9 +378,16 @@ def _patient_row(
             {
                 'label': label,
                 **{name: _mean([ratios[name] for ratios in found]) for name in DISTANCES},
+                **{
+                    name: _mean([value])
+                    for name, value in metrics.lesion_ratios((dice, hits, false)).items()
+                },
                 'present': int(there.sum()),
                 'missed': int((there & ~predicted).sum()),
                 'invented': int((predicted & ~there).sum()),
+                'lesions_found': int(hits.sum()),
+                'lesions_missed': int((~hits).sum()),
+                'lesions_false': false,
             }
         )
     count = metrics.counts(pred, volume.mask, num_classes, ignore_label)
@@ -324,8 +399,8 @@ def _patient_row(
         'patient': volume.patient,
         **{name: _mean(values[structures]) for name, values in ratios.items()},
         'dice_largest': _mean_dice(largest_count, structures),
-        **{name: _mean([row[name] for row in rows]) for name in DISTANCES},
-        **{name: sum(row[name] for row in rows) for name in ('present', 'missed', 'invented')},
+        **{name: _mean([row[name] for row in rows]) for name in (*DISTANCES, *LESIONS)},
+        **{name: sum(row[name] for row in rows) for name in COUNTS},
         'scans': len(scans),
         'slices': len(pred),
         'lesion_voxels': int(count[structures][:, [0, 2]].sum()),
@@ -343,12 +418,10 @@ def _over_structures(patients, structures: Sequence[int]) -> list[dict[str, Any]
         rows = [patient['structures'][place] for patient in patients]
         figures = {
             name: {'mean': _mean(values), 'n': sum(value is not None for value in values)}
-            for name in ('dice', *DISTANCES)
+            for name in ('dice', *DISTANCES, *LESIONS)
             for values in [[row[name] for row in rows]]
         }
-        numbers = {
-            name: sum(row[name] for row in rows) for name in ('present', 'missed', 'invented')
-        }
+        numbers = {name: sum(row[name] for row in rows) for name in COUNTS}
         found.append({'label': label, **figures, **numbers})
     return found
 
@@ -412,6 +485,7 @@ def fit_temperature(
     *,
     batch_size: int,
     intensity: np.ndarray | None,
+    context: int,
     num_classes: int,
     ignore_label: int,
 ) -> dict[str, Any]:
@@ -420,11 +494,12 @@ def fit_temperature(
     On at most FIT_VOXELS voxels a volume, drawn evenly, so small volumes weigh what large
     ones do. Raises DataError when there is nothing to fit on.
     """
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
     probs, labels = [], []
     for index, volume in enumerate(data):
         _check_labels(volume, num_classes, ignore_label)
         start, depth = 0, len(volume.mask)
-        for part in predict_slices(predict_fn, volume, batch_size=batch_size, intensity=intensity):
+        for part in predict_slices(predict_fn, volume, **how):
             mask, count = volume.mask[start : start + len(part)], FIT_VOXELS * len(part) // depth
             prob, label = calibration.sample(part, mask, ignore_label, count, [index, start])
             probs.append(prob)
@@ -443,6 +518,52 @@ def fit_temperature(
     }
 
 
+def choose_postprocessing(
+    program: Callable[[bool], PredictFn],
+    data: Iterable[Volume],
+    *,
+    tried: Mapping[str, Sequence[Any]],
+    batch_size: int,
+    intensity: np.ndarray | None,
+    context: int,
+    num_classes: int,
+    ignore_label: int,
+    order: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`choice.choose` of the Dice that `evaluate_volumes` has of each volume for each combination
+    of what is `tried` (`choice.grid`). The network runs once a volume for each `program(flip)`.
+
+    On several hosts `data` are this one's volumes and `order` the patients of all.
+    """
+    structures, rows = _structures(num_classes, ignore_label), []
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
+    for volume in data:
+        _check_labels(volume, num_classes, ignore_label)
+        dice = []
+        for flip in tried['flip']:
+            parts = predict_slices(program(flip), volume, **how)
+            labels = zip(
+                *([postprocess.to_labels(part, t) for t in tried['threshold']] for part in parts),
+                strict=True,
+            )
+            for of_one in labels:
+                counts = choice.tally(
+                    np.concatenate(of_one),
+                    volume.mask,
+                    scans=volumes.scans(volume.scan, len(volume.mask)),
+                    structures=structures,
+                    ignore_label=ignore_label,
+                    largest=tried['largest_component'],
+                    min_sizes=tried['min_size'],
+                )
+                dice += choice.mean_dice(counts).ravel().tolist()
+        rows.append([{'patient': volume.patient}, dice])
+    rows = in_order(hosts.gather(rows), order)
+    if not rows:
+        raise DataError('there is no volume to choose post-processing on: the split is empty')
+    return choice.choose(tried, np.array([dice for _, dice in rows]))
+
+
 def evaluate_checkpoint(
     workdir: str | Path,
     *,
@@ -450,6 +571,7 @@ def evaluate_checkpoint(
     data: str = '',
     which: str = '',
     fit: bool = False,
+    choose: bool = False,
     changes: Mapping[str, Any] = MappingProxyType({}),
     group: str | None = None,
     trusted: bool = False,
@@ -462,14 +584,16 @@ def evaluate_checkpoint(
     patients as WORKDIR/splits.json has them: '' takes those of 'test', and of `data` all. `group`
     says whose pictures of such a folder belong together, in place of the run's `data.group`.
     `changes` are to the config's `predict` section; evaluation.json has the config as used. With
-    `fit`
-    the temperature is fitted on the validation patients first and kept in
+    `choose`, post-processing is chosen on the validation patients first and kept in
+    WORKDIR/postprocessing.json; `with_choice` says what this and later calls make of it. With `fit`
+    the temperature is then fitted on these patients and kept in
     WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
     probabilities of that checkpoint. Returns what evaluation.json holds.
     """
-    if fit and (data or split != 'validation'):
+    if (fit or choose) and (data or split != 'validation'):
+        asked = '--choose_postprocessing' if choose else '--fit_temperature'
         raise ConfigError(
-            '--fit_temperature is for the patients of --split=validation: what is fitted on '
+            f'{asked} is for the patients of --split=validation: what is fitted on '
             'others would be tested on them'
         )
     workdir, data = paths.local(workdir), data and str(paths.local(data))
@@ -481,7 +605,9 @@ def evaluate_checkpoint(
             _check_known(config, split)
     if group is not None and not _is_folder(config, data):
         raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
-    names, open_volumes = _volume_source(config, workdir, split, data, run.channels, group)
+    names, open_volumes = _volume_source(
+        config, workdir, split, data, run.channels, run.measured, group
+    )
     folder, digests = Path(workdir) / 'pictures', []
 
     def save_picture(volume: Volume, pred: np.ndarray) -> None:
@@ -490,14 +616,31 @@ def evaluate_checkpoint(
         with files.writing(folder / f'{volume.patient}.png') as aside:
             Image.fromarray(picture).save(aside, 'png')
 
-    program = infer.compile_predict(run.model, **program_options(config))
-    predict_fn = functools.partial(program, jax.device_put(run.variables))
-    how = {'batch_size': config.eval.batch_size, 'intensity': run.intensity}
+    variables, options = jax.device_put(run.variables), program_options(config)
+
+    @functools.cache
+    def program(flip: bool) -> PredictFn:
+        compiled = infer.compile_predict(run.model, **options | {'flip': flip})
+        return functools.partial(compiled, variables)
+
+    how = {
+        'batch_size': config.eval.batch_size,
+        'intensity': run.intensity,
+        'context': run.context,
+    }
+    classes = {'num_classes': config.model.num_classes, 'ignore_label': config.loss.ignore_label}
+    if choose:
+        tried = choice.grid(config.predict, config.model.num_classes, given=changes)
+        part = open_volumes(hosts.share(names))
+        facts = choose_postprocessing(program, part, tried=tried, order=names, **classes, **how)
+        if hosts.is_first():
+            seen = {'step': step, 'views': choice_views(config), 'split': split}
+            choice.save(workdir, {**seen, **facts})
+        hosts.wait_for_all()
+        print(f'post-processing for step {step}: {choice.words(facts)}')
+    config, chosen = with_choice(run.config, workdir, step, changes)
+    predict_fn = program(config.predict.flip)
     if fit:
-        classes = {
-            'num_classes': config.model.num_classes,
-            'ignore_label': config.loss.ignore_label,
-        }
         facts = fit_temperature(predict_fn, open_volumes(), **classes, **how)
         if hosts.is_first():
             seen = {'step': step, 'views': views(config), 'split': split}
@@ -519,6 +662,7 @@ def evaluate_checkpoint(
     result['data'] |= {'source': data or config.data.name, 'split': split}
     if data:
         result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
+    result['postprocessing'] = chosen
     result['checkpoint'] = {
         'step': step,
         'passed_over': {str(n): reason for n, reason in run.passed_over.items()},
@@ -593,10 +737,10 @@ def _check_known(config, split: str) -> None:
 
 
 def _volume_source(
-    config, workdir, split: str, data: str, channels: int, group: str | None
+    config, workdir, split: str, data: str, channels: int, how: str, group: str | None
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these, with the network's channels.
+    time, or those of these, with the network's channels and intensities as `how` measures them.
     """
     kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
@@ -615,7 +759,8 @@ def _volume_source(
 
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
-            found_volumes = (lgg.read_case(case, size=None) for case in chosen)
+            cases = (lgg.read_case(case, size=None) for case in chosen)
+            found_volumes = (volumes.with_intensity(volume, how) for volume in cases)
             return (volumes.with_channels(volume, channels) for volume in found_volumes)
 
         return [case.patient for case in found], open_folder
@@ -633,7 +778,7 @@ def _volume_source(
                 name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients
             }
             chosen = [name for name in chosen if name in found]
-        for volume in volumes.iterate_volumes(volumes.select(slices, chosen)):
+        for volume in volumes.iterate_volumes(volumes.select(slices, chosen), how):
             own = volume.patient
             if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
                 yield volumes.with_channels(volume, channels)
@@ -695,12 +840,17 @@ def table(result: dict[str, Any]) -> str:
         f'ASSD {cell(summary["assd"]["mean"])} over {summary["assd"]["n"]}; surface Dice within '
         f'{result["data"]["surface_tolerance"]:g} {cell(summary["surface_dice"]["mean"])} over '
         f'{summary["surface_dice"]["n"]}',
+        f'lesion-wise as in BraTS 2023: Dice {cell(summary["lesion_dice"]["mean"])}, detection F1 '
+        f'{cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; lesions: '
+        f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}',
         f'pooled: frequency_weighted_IU {cell(summary["frequency_weighted_IU"])}, mean_IU '
         f'{cell(summary["mean_IU"])}, class_wise_IU '
         f'{" ".join(cell(value) for value in summary["class_wise_IU"])}',
         f'expected calibration error {cell(calibrated["expected_calibration_error"], 4)} at '
         f'temperature {cell(calibrated["temperature"])}',
     ]
+    if chosen := result.get('postprocessing'):
+        lines.append(f'post-processing: {choice.words(chosen, result["data"]["split"])}')
     return '\n'.join(lines)
 
 
@@ -721,8 +871,9 @@ def main() -> None:
         data=options.data,
         which=options.checkpoint,
         fit=options.fit_temperature,
+        choose=options.choose_postprocessing,
         group=options.group,
-        changes=cli.prediction_changes(),
+        changes=prediction_changes(),
     )
 
 
@@ -738,6 +889,10 @@ if __name__ == '__main__':
     flags.DEFINE_bool(
         'fit_temperature', False, 'fit it on --split=validation and keep it with the run'
     )
-    cli.define_prediction_flags()
+    flags.DEFINE_bool(
+        'choose_postprocessing', False,
+        'choose flip, threshold, components on --split=validation and keep them with the run',
+    )  # fmt: skip
+    define_prediction_flags()
     hosts.define_flags()
     cli.run(main)

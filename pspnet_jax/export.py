@@ -9,8 +9,9 @@
                 anyone with numpy
 
 The first two take uint8 RGB and give probabilities, the normalisation is inside: with a fixed
-one each image is alone, with each volume's own the batch is one volume. A run with one scale for
-images that are not of 8 bits takes float32, in the images' own unit. Metadata is JSON
+one each image is alone, with each volume's own the batch is one volume. With data.context the
+batch is always one volume, its slices in turn, and neighbours are stacked inside. A run with one
+scale for images that are not of 8 bits takes float32, in the images' own unit. Metadata is JSON
 under 'pspnet_jax'. Each file is read again and compared with the model before it is there.
 """
 
@@ -29,7 +30,17 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import pspnet_jax
-from pspnet_jax import checkpoint, cli, compilation, infer, models, onnx_graph, paths, stablehlo
+from pspnet_jax import (
+    checkpoint,
+    cli,
+    compilation,
+    evaluate,
+    infer,
+    models,
+    onnx_graph,
+    paths,
+    stablehlo,
+)
 from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data import files, volumes
 from pspnet_jax.errors import (
@@ -40,8 +51,9 @@ from pspnet_jax.errors import (
     first_line,
     say,
 )
+from pspnet_jax.evaluate import with_choice
 from pspnet_jax.models.pretrained import check_archive
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.models.published import fixed_intensity, measured_how
 from pspnet_jax.runs import abstract_variables, open_run
 
 FILES = {
@@ -96,26 +108,55 @@ def measure_intensity(image_BHWC: jax.Array) -> jax.Array:
 
 
 def serve(
-    image_BHWC: jax.Array, *, variables, model, intensity: np.ndarray | None, crf_options: Any
+    image_BHWC: jax.Array,
+    *,
+    variables,
+    model,
+    intensity: np.ndarray | None,
+    crf_options: Any,
+    context: int = 0,
 ) -> jax.Array:
-    """B H W C uint8 -> B H W K float32: `data.volumes.normalize`, then `infer.probabilities`."""
+    """B H W C uint8 -> B H W K float32: `data.volumes.normalize`, then `infer.probabilities`.
+
+    With `context` the batch is the slices of one scan in turn, `data.volumes.neighbours` of which
+    are stacked here.
+    """
     if intensity is None:
         intensity = measure_intensity(image_BHWC)
     low, high, mean, std = intensity.reshape(4, 1, 1, 1, -1)
     image_BHWC = jnp.clip(image_BHWC.astype(jnp.float32), low, high)
     image_BHWC = (image_BHWC - mean) * (1 / std)
+    if context:
+        image_BHWC = stack_neighbours(image_BHWC, context)
     return infer.probabilities(variables, image_BHWC, model=model, crf_options=crf_options)
 
 
+def stack_neighbours(image_BHWC: jax.Array, context: int) -> jax.Array:
+    """B H W (2 context + 1)C, of a batch of any size."""
+    B = image_BHWC.shape[0]
+    first, last = (jax.lax.slice_in_dim(image_BHWC, n, n + 1) for n in (0, B - 1))
+    longer = jnp.concatenate([first] * context + [image_BHWC] + [last] * context)
+    parts = [jax.lax.slice_in_dim(longer, n, B + n) for n in range(2 * context + 1)]
+    return jnp.concatenate(parts, axis=-1)
+
+
 def reference(
-    image_BHWC: np.ndarray, *, variables, predict_fn, intensity: np.ndarray | None
+    image_BHWC: np.ndarray,
+    *,
+    variables,
+    predict_fn,
+    intensity: np.ndarray | None,
+    measured: str,
+    context: int = 0,
 ) -> np.ndarray:
-    """The same as `evaluate` and `predict` have it: measured and normalised by numpy."""
+    """The same as `evaluate` and `predict` have it: measured, normalised and stacked by numpy."""
     if intensity is None:
-        intensity = volumes.measure_intensity(image_BHWC)
+        intensity = volumes.measure([image_BHWC], measured)
     else:
         volumes.check_kind(image_BHWC, intensity, 'the image')
-    return predict_fn(variables, volumes.normalize(image_BHWC, intensity))
+    rows_Bn = volumes.neighbours(None, len(image_BHWC), context)
+    image_BHWC = volumes.stack(volumes.normalize(image_BHWC, intensity), rows_Bn)
+    return predict_fn(variables, image_BHWC)
 
 
 # ---- writing ------------------------------------------------------------------------------
@@ -175,7 +216,12 @@ def describe(
 ) -> dict[str, Any]:
     """The metadata: what goes in and comes out, and what made it."""
     intensity = fixed_intensity(inputs)
-    if intensity is None:
+    if measured_how(inputs) == 'buda':
+        normalization = {
+            'kind': 'buda',
+            'how': 'the batch is one volume, measured as pspnet_jax.data.volumes.measure_head says',
+        }
+    elif intensity is None:
         normalization = {
             'kind': 'volume',
             'how': 'the batch is one volume, measured by channel: clipped to its 10th and 99th '
@@ -184,6 +230,13 @@ def describe(
     else:
         rows = ('low', 'high', 'mean', 'deviation')
         normalization = {'kind': 'fixed', **dict(zip(rows, intensity.tolist(), strict=True))}
+    context = None
+    if config.data.context:
+        context = {
+            'slices': config.data.context,
+            'how': 'the batch is the slices of one volume in turn: the network sees each with so '
+            'many before and behind it, where there are fewer the first and last again',
+        }
     free = f'any from {SMALLEST}'
     height, width = size if fmt == 'onnx' else (free, free)
     return {
@@ -207,8 +260,8 @@ def describe(
             'channels': inputs['channels'],
         },
         'normalization': normalization,
+        'context': context,
         'crf': crf,
-        'left_out': left_out(config),
         'inputs': inputs,
         'config': to_dict(config),
     }
@@ -234,13 +287,24 @@ def export_checkpoint(
     target = paths.local(output) if output else paths.local(workdir) / FILES[fmt]
     run = open_run(workdir, which)
     config, model, variables, inputs = run.config, run.model, run.variables, run.inputs
-    crf_options = config.crf.to_dict() | ({} if crf else {'kernel': 'none'})
+    crf_options = evaluate.crf_options(config) | ({} if crf else {'kernel': 'none'})
     check_crf(fmt, crf_options['kernel'])
+    if run.measured == 'buda' and fmt != 'savedparams':
+        raise ConfigError(
+            f"data.normalize 'buda' has no form in {fmt}: give --format=savedparams, or train with "
+            '--config.data.normalize=volume'
+        )
     if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
     metadata = describe(fmt, config, inputs, run.step, size, crf_options['kernel'])
+    metadata['left_out'] = left_out(with_choice(config, paths.local(workdir), run.step, {})[0])
     function = functools.partial(
-        serve, variables=variables, model=model, intensity=run.intensity, crf_options=crf_options
+        serve,
+        variables=variables,
+        model=model,
+        intensity=run.intensity,
+        crf_options=crf_options,
+        context=run.context,
     )
     made = [folder for folder in target.parents if not folder.exists()]
     try:
@@ -262,10 +326,13 @@ def export_checkpoint(
                 variables=variables,
                 predict_fn=infer.compile_predict(model, crf_options=crf_options),
                 intensity=run.intensity,
+                measured=run.measured,
+                context=run.context,
             )
             other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
             limit = TOLERANCE[jnp.dtype(model.dtype).name]
-            print(compare(predict, expect, inputs, (size, other), limit))
+            batches = (2 + run.context, 1)
+            print(compare(predict, expect, inputs, (size, other), limit, batches))
     except BaseException:
         for folder in made:
             with contextlib.suppress(OSError):  # it could not be made
@@ -303,13 +370,20 @@ def sample_images(channels: int, size: tuple[int, int], batch: int) -> np.ndarra
     return (blocks + rng.integers(0, 36, blocks.shape)).astype(np.uint8)
 
 
-def compare(predict: Predict, expect: Predict, inputs: dict[str, Any], sizes, limit: float) -> str:
-    """A line with the largest difference over a batch of 2 and one of 1, of each size in turn.
+def compare(
+    predict: Predict,
+    expect: Predict,
+    inputs: dict[str, Any],
+    sizes,
+    limit: float,
+    batches: tuple[int, int] = (2, 1),
+) -> str:
+    """A line with the largest difference over two batches, of each size in turn.
 
     Raises ExportError where it is above the limit.
     """
     worst, differing, pixels, shapes = 0.0, 0, 0, []
-    for batch, (H, W) in zip((2, 1), sizes, strict=True):
+    for batch, (H, W) in zip(batches, sizes, strict=True):
         image = sample_images(inputs['channels'], (H, W), batch)
         if 'range' in inputs:
             low, high = np.array(inputs['range'])
@@ -404,7 +478,8 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             checkpoint.check_inputs(metadata['inputs'], path)
             if metadata['crf'] not in CRF_KERNELS:
                 raise ValueError('crf')
-            shapes = _shapes(config, metadata['inputs']['channels'])
+            seen = volumes.channels_seen(metadata['inputs']['channels'], config.data.context)
+            shapes = _shapes(config, seen)
             names = list(file.keys())
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             faults = [
@@ -435,12 +510,14 @@ def read_savedparams(path: str | Path) -> tuple[Predict, dict[str, Any]]:
     """(predict, metadata): the network of `read_params`, as `predict` runs it."""
     variables, metadata = read_params(path)
     config = from_dict(metadata['config'])
-    crf_options = config.crf.to_dict() | {'kernel': metadata['crf']}
+    crf_options = evaluate.crf_options(config) | {'kernel': metadata['crf']}
     predict = functools.partial(
         reference,
         variables=variables,
         predict_fn=infer.compile_predict(models.create(**config.model), crf_options=crf_options),
         intensity=fixed_intensity(metadata['inputs']),
+        measured=measured_how(metadata['inputs']),
+        context=config.data.context,
     )
     return predict, metadata
 

@@ -76,11 +76,18 @@ def probabilities(
 
 
 def refine(
-    prob_BHWK: jax.Array, image_BHWC: jax.Array, *, kernel: str, window: int, **options: Any
+    prob_BHWK: jax.Array,
+    image_BHWC: jax.Array,
+    *,
+    kernel: str,
+    window: int,
+    context: int = 0,
+    **options: Any,
 ) -> jax.Array:
     """The probabilities after a fully connected CRF, image by image; 'none' leaves them.
 
-    `kernel` is 'exact' or 'windowed', the other options are `crf.mean_field`'s. Raises
+    `kernel` is 'exact' or 'windowed', the other options are `crf.mean_field`'s; of an image that
+    has its neighbours' channels, as many on either side as `context`, it sees its own. Raises
     ConfigError for 'exact' on an image whose pairs of pixels do not fit the memory.
     """
     H, W = image_BHWC.shape[1:3]
@@ -92,6 +99,8 @@ def refine(
             f"{H} x {W}: use 'windowed'"
         )
     window = None if kernel == 'exact' else window
+    channels = image_BHWC.shape[-1] // (2 * context + 1)
+    image_BHWC = image_BHWC[..., context * channels : (context + 1) * channels]
     mean_field = functools.partial(crf.mean_field, window=window, **options)
     # The logits but for a constant at each pixel, which a softmax does not see.
     logits_BHWK = jnp.log(jnp.maximum(prob_BHWK, jnp.finfo(jnp.float32).tiny))

@@ -48,16 +48,28 @@ def components(mask: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> np
     """The connected components (corners connect) of a boolean array, any rank, that `keep` says
     of their sizes.
     """
+    if not (found := label_components(mask)):
+        return mask
+    box, parts, sizes = found
+    kept = np.zeros_like(mask)
+    kept[box] = np.concatenate([[False], keep(sizes)])[parts]
+    return kept
+
+
+def label_components(
+    mask: np.ndarray,
+) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:
+    """(box around all that is there, often a small part; in it the number of each voxel's
+    component, 0 outside; sizes from number 1 on). None where there is nothing.
+    """
     boxes = ndimage.find_objects(mask.astype(np.uint8))
     if not boxes:
-        return mask
-    (box,) = boxes  # all that there is: often a small part
+        return None
+    (box,) = boxes
     corners = ndimage.generate_binary_structure(mask.ndim, mask.ndim)
-    parts, _ = ndimage.label(mask[box], corners)
-    sizes = sum(np.bincount(rows.ravel(), minlength=parts.max() + 1) for rows in parts)
-    kept = np.zeros_like(mask)
-    kept[box] = np.concatenate([[False], keep(sizes[1:])])[parts]
-    return kept
+    parts, count = ndimage.label(mask[box], corners)
+    sizes = sum(np.bincount(rows.ravel(), minlength=count + 1) for rows in parts)
+    return box, parts, sizes[1:]
 
 
 def pooled_iou(counts: np.ndarray, ignore_label: int = 255) -> dict[str, Any]:
@@ -161,6 +173,69 @@ def surface_dice(
     weighted by the area of a mesh through them. 0 when one mask is empty, NaN when both are.
     """
     return surface_ratios(surface_distances(pred, true, spacing), tolerance)['surface_dice']
+
+
+def lesions(
+    pred: np.ndarray,
+    true: np.ndarray,
+    spacing: Sequence[float],
+    *,
+    dilation: int,
+    smallest: float,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(Dice of each lesion of `true`, whether it was found, how many of `pred` meet none).
+
+    As the BraTS 2023 challenge counts (github.com/rachitsaluja/BraTS-2023-Metrics), of two boolean
+    volumes D H W. Predicted lesions are connected by faces, edges or corners (26 neighbours).
+    Lesions of `true` that meet so after `dilation` steps, each to the 18 neighbours by faces and
+    edges, are one. One is found if its dilation meets a predicted lesion, and its Dice is with
+    all that do, whole: a predicted lesion may serve several. Lesions of at most `smallest`, in
+    cubes of spacing's unit, are left out, and a predicted lesion that meets only these is not
+    false. The challenge has `dilation` 3 and `smallest` 50 for gliomas, 1 and 50 for meningiomas,
+    1 and 2 for metastases.
+    """
+    where = np.argwhere(pred | true)
+    if not len(where):
+        return np.zeros(0), np.zeros(0, bool), 0
+    # Only the box around both masks matters: dilations that meet outside it meet at its border.
+    box = tuple(slice(a, b + 1) for a, b in zip(where.min(0), where.max(0), strict=True))
+    pred, true = pred[box], true[box]
+    wide = true
+    if dilation:  # SciPy takes 0 for as often as anything changes
+        by_edges = ndimage.generate_binary_structure(3, 2)
+        wide = ndimage.binary_dilation(true, by_edges, iterations=dilation)
+    by_corners = np.ones((3, 3, 3), bool)
+    predicted, n_predicted = ndimage.label(pred, by_corners)
+    lesion, n_lesions = ndimage.label(wide, by_corners)
+
+    # Each pair of a lesion's dilation and a predicted lesion that meet, once.
+    both = pred & wide
+    pairs = np.unique(np.stack([lesion[both], predicted[both]]), axis=1)
+    size = np.bincount(lesion[true], minlength=n_lesions + 1)
+    predicted_size = np.bincount(predicted[pred], minlength=n_predicted + 1)
+    overlap = np.bincount(lesion[pred & true], minlength=n_lesions + 1)
+    met_size = np.bincount(pairs[0], predicted_size[pairs[1]], minlength=n_lesions + 1)
+    dice = 2 * overlap[1:] / (size[1:] + met_size[1:])
+    counted = size[1:] * np.prod(spacing) > smallest
+    false_lesions = n_predicted - len(np.unique(pairs[1]))
+    return dice[counted], met_size[1:][counted] > 0, false_lesions
+
+
+def lesion_ratios(counted: tuple[np.ndarray, np.ndarray, int]) -> dict[str, float]:
+    """`lesions` -> lesion_dice, lesion_f1; NaN without a lesion in either mask.
+
+    lesion_dice is the mean over the lesions of the truth, where one that is missed has 0, and over
+    the predicted ones that meet none, which have 0 too. lesion_f1 is 2 TP / (2 TP + FN + FP) of
+    found, missed and false lesions. Deviation: BraTS has 1 where there are none.
+    """
+    dice, found, false_lesions = counted
+    if not len(dice) + false_lesions:
+        return {'lesion_dice': float('nan'), 'lesion_f1': float('nan')}
+    hits = int(found.sum())
+    return {
+        'lesion_dice': float(dice.sum() / (len(dice) + false_lesions)),
+        'lesion_f1': 2 * hits / (hits + len(found) + false_lesions),
+    }
 
 
 def calibration_counts(prob: np.ndarray, true: np.ndarray, bins: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from jax.extend import core
 from pspnet_jax.errors import ExportError
 
 OPSET = 18
+END = 2**63 - 1  # of an axis of any size
 IR_VERSION = 9  # of 2023: older runtimes read it too
 NEED = 'ONNX needs onnx and onnxruntime: pip install "onnx>=1.23,<1.24" "onnxruntime>=1.30,<1.31"'
 
@@ -289,11 +290,17 @@ def _cast(graph, equation, x):
 
 
 def _slice(graph, equation, x):
-    """Whole axes, and so the batch, are left alone."""
+    """Whole axes are left alone. Places that depend on the batch are counted from the end."""
     params, shape = equation.params, equation.invars[0].aval.shape
     strides = params['strides'] or (1,) * len(shape)
+
+    def place(at: Any, size: Any) -> int:
+        if isinstance(at, int):
+            return at
+        return at - size or END
+
     rows = [
-        (axis, start, stop, stride)
+        (axis, place(start, size), place(stop, size), stride)
         for axis, (size, start, stop, stride) in enumerate(
             zip(shape, params['start_indices'], params['limit_indices'], strides, strict=True)
         )

@@ -1,5 +1,7 @@
 """From probabilities to the labels that are kept: arrays in, arrays out, on the host."""
 
+import functools
+
 import numpy as np
 
 from pspnet_jax import metrics
@@ -15,6 +17,14 @@ def to_labels(prob_K: np.ndarray, threshold: float | None = None) -> np.ndarray:
     return (prob_K[..., 1] > threshold).astype(np.uint8)
 
 
+def keep(sizes: np.ndarray, *, largest_component: bool = False, min_size: int = 0) -> np.ndarray:
+    """Which components of these sizes `clean` leaves: at least one size is given."""
+    kept = sizes >= min_size
+    if largest_component:
+        kept &= np.arange(len(sizes)) == sizes.argmax()
+    return kept
+
+
 def clean(
     labels_DHW: np.ndarray, *, largest_component: bool = False, min_size: int = 0
 ) -> np.ndarray:
@@ -26,11 +36,7 @@ def clean(
     if not largest_component and min_size <= 1:
         return labels_DHW
     kept = np.zeros_like(labels_DHW)
+    rule = functools.partial(keep, largest_component=largest_component, min_size=min_size)
     for label in np.flatnonzero(np.bincount(labels_DHW.ravel())[1:]) + 1:
-        inside = labels_DHW == label
-        if largest_component:
-            inside = metrics.largest_component(inside)
-        if min_size > 1:
-            inside = metrics.components(inside, lambda sizes: sizes >= min_size)
-        kept[inside] = label
+        kept[metrics.components(labels_DHW == label, rule)] = label
     return kept

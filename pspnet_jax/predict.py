@@ -54,6 +54,7 @@ from tqdm import tqdm
 from pspnet_jax import (
     calibration,
     checkpoint,
+    choice,
     cli,
     hosts,
     infer,
@@ -63,17 +64,22 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import from_dict, to_dict, with_prediction
+from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
 from pspnet_jax.data import files, folder, pairing, sources, video
 from pspnet_jax.data.files import Picture
 from pspnet_jax.data.volumes import (
+    channels_seen,
     check_kind,
     fit_channels,
     free_memory,
+    measure,
     measure_intensity,
+    neighbours,
     normalize,
+    tile,
 )
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError, NoRoomError, one_line, say
-from pspnet_jax.evaluate import label_options, program_options, views
+from pspnet_jax.evaluate import label_options, program_options, views, with_choice
 from pspnet_jax.runs import open_run
 
 logger = logging.getLogger(__name__)
@@ -98,28 +104,33 @@ class Predictor(NamedTuple):
 
     `intensity` normalises every image alike; None: each volume has its own. `temperature` is
     that which was fitted for the checkpoint, of probabilities alone: labels are those without.
-    `runs` say which they are: workdir, step, digest and what was passed over.
+    `chosen` is what the config has of `evaluate.with_choice`. `runs` say which they are: workdir,
+    step, digest and what was passed over. `measured` is how a volume's own intensities are.
     """
 
     config: ConfigDict
     predict_fn: Callable[[np.ndarray], np.ndarray]
     intensity: np.ndarray | None
-    channels: int
+    channels: int  # of a picture, see `runs.Run`
     temperature: float = 1.0
+    chosen: Mapping[str, Any] | None = None
     runs: Sequence[Mapping[str, Any]] = ()
+    measured: str = 'volume'
 
 
 class Case(NamedTuple):
     """Slices D H W C that share their size and intensity scale, and go to one or more files.
 
     `pictures` are what was read, whose slices are the image's in turn; `stems` are the results'
-    names, without endings, below the output folder.
+    names, without endings, below the output folder. `around` has for each slice those that the
+    network sees as one with it, H W C each; without, they are the image's own.
     """
 
     image: np.ndarray
     intensity: np.ndarray
     pictures: Sequence[Picture] = ()
     stems: Sequence[Path] = ()
+    around: Sequence[Sequence[np.ndarray]] = ()
 
 
 # The network.
@@ -132,16 +143,17 @@ def load(
 ) -> Predictor:
     """The checkpoint of a run, or of several runs as one network: the mean of their probabilities.
 
-    `changes` are to the config's `predict` section, which is the first run's. Raises
+    `changes` are to the config's `predict` section, which is the first run's with what was chosen
+    on validation (`evaluate.with_choice`) where there is one run. Raises
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
     runs = [open_run(workdir, which) for workdir in workdirs]
     first, variables = runs[0], runs[0].variables
-    config = with_prediction(first.config, changes)
     for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
         faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
-        if not np.array_equal(first.intensity, other.intensity):
+        same = np.array_equal(first.intensity, other.intensity)
+        if not same or first.measured != other.measured:
             faults.append('images are normalised in two ways: data.normalize')
         ours, theirs = first.config.model.class_names, other.config.model.class_names
         if ours and theirs and ours != theirs:
@@ -151,12 +163,20 @@ def load(
                 f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '
                 f'{"; ".join(faults)}: give runs of one config'
             )
-    ensemble = len(runs) > 1
+    ensemble, place = len(runs) > 1, paths.local(workdirs[0])
+    config, chosen = with_prediction(first.config, changes), None
+    if not ensemble:
+        config, chosen = with_choice(first.config, place, first.step, changes)
+    elif any((Path(paths.local(each)) / choice.KEPT).exists() for each in workdirs):
+        logger.info(
+            '%s is chosen for one run by itself: not applied to the mean of %d',
+            choice.KEPT, len(runs),
+        )  # fmt: skip
     if ensemble:
         variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
     program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
     predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(workdirs[0], first.step, views(config))
+    temperature = 1.0 if ensemble else calibration.load(place, first.step, views(config))
     about = [
         {
             'workdir': os.path.abspath(paths.local(workdir)),
@@ -166,7 +186,10 @@ def load(
         }
         for workdir, run in zip(workdirs, runs, strict=True)
     ]
-    return Predictor(config, predict_fn, first.intensity, first.channels, temperature, about)
+    return Predictor(
+        config, predict_fn, first.intensity, first.channels, temperature, chosen, about,
+        first.measured,
+    )  # fmt: skip
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,6 +218,9 @@ def segment(
     labels = [np.empty(case.image.shape[:3], np.uint8) for case in cases]
     shapes = [(*case.image.shape[:3], config.model.num_classes) for case in cases]
     probs = [np.empty(shape, np.float32) if probabilities else None for shape in shapes]
+    context = config.data.context
+    around = [case.around or _around(case.image, context) for case in cases]
+    scales = [tile(case.intensity, context) for case in cases]
     by_size = defaultdict(list)
     for c, case in enumerate(cases):
         by_size[case.image.shape[1:]] += [(c, d) for d in range(len(case.image))]
@@ -204,7 +230,10 @@ def segment(
             together = min(batch_size, max(WINDOW_PIXELS // (H * W), 1))
         for first in range(0, len(places), together):
             batch = places[first : first + together]
-            images = np.stack([normalize(cases[c].image[d], cases[c].intensity) for c, d in batch])
+            images = [np.concatenate(around[c][d], axis=-1) for c, d in batch]
+            images = np.stack(
+                [normalize(x, scales[c]) for x, (c, _) in zip(images, batch, strict=True)]
+            )
             if not config.predict.window:
                 images = infer.pad_batch(images, batch_size)
             prob_BHWK = predictor.predict_fn(images)
@@ -219,6 +248,11 @@ def segment(
     ]
 
 
+def _around(images: Sequence[np.ndarray], context: int) -> list[list[np.ndarray]]:
+    """For each of the slices of a scan those that the network sees as one with it."""
+    return [[images[row] for row in rows] for rows in neighbours(None, len(images), context)]
+
+
 def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndarray:
     """The image with the network's channels. Raises DataError for one that it can't take."""
     if predictor.intensity is not None:
@@ -226,11 +260,15 @@ def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndar
     return fit_channels(image_DHWC, predictor.channels, name)
 
 
-def _case(predictor: Predictor, image_DHWC: np.ndarray, context=None, **names) -> Case:
-    """A case whose scale, where the network needs one, is that of `context`, else of itself."""
+def _case(
+    predictor: Predictor, image_DHWC: np.ndarray, context: Sequence[np.ndarray] = (), **names
+) -> Case:
+    """A case whose scale, where the network needs one, is that of the images of `context`, else of
+    itself.
+    """
     if predictor.intensity is not None:
         return Case(image_DHWC, predictor.intensity, **names)
-    return Case(image_DHWC, measure_intensity(image_DHWC if context is None else context), **names)
+    return Case(image_DHWC, measure(context or [image_DHWC], predictor.measured), **names)
 
 
 # Which files, and what is in them.
@@ -448,7 +486,8 @@ def _names(kind: str, num_classes: int) -> dict[int, str]:
 
 
 class Group(NamedTuple):
-    """Files that share an intensity scale, which those `beside` them only help to measure.
+    """Files that share an intensity scale; those `beside` them only help to measure it, and are
+    neighbours where the network sees some.
 
     `numbers` are those of the slices of one volume; a file without is by itself.
     """
@@ -563,12 +602,14 @@ def read_cases(
     none for all. A case is a file, or the slices of one size whose numbers follow one another.
     """
     several = len(group.paths) + len(group.beside) > 1
-    if several and predictor.intensity is None and (fault := _too_large(group)):
+    seen = predictor.config.data.context if group.numbers else 0
+    whole = predictor.intensity is None or seen  # those beside are needed
+    if several and whole and (fault := _too_large(group)):
         return len(group.paths), [], [f'{path}: {fault}' for path in group.paths]
     found, faults, beside = [], [], set(group.beside)
     for path in (*group.paths, *group.beside):
         try:
-            if path not in beside or predictor.intensity is None:
+            if path not in beside or whole:
                 picture = files.stack([files.read(part) for part in channels.get(path, [path])])
                 files.check_room(path, _needed(picture, predictor, save))
                 image = as_taken(predictor, picture.image, path)
@@ -578,14 +619,21 @@ def read_cases(
                 later.append(group)
                 return 0, [], []
             faults += [] if path in beside else [str(error)]
-    context = None
+    context = []
     if len(found) > 1 and predictor.intensity is None:
-        pixels = [image.reshape(1, 1, -1, predictor.channels) for _, _, image in found]
-        context = np.concatenate(pixels, axis=2)
-    cases = []
+        by_size = defaultdict(list)
+        for _, _, image in found:
+            by_size[image.shape[1:]].append(image)
+        context = [np.concatenate(images) for images in by_size.values()]
+    cases, around = [], {}
+    for some in _scans(found, group.numbers) if seen else ():
+        images = [image[0] for _, _, image in some]
+        around |= zip((path for path, _, _ in some), _around(images, seen), strict=True)
     for some in _scans([item for item in found if item[0] not in beside], group.numbers):
         paths, pictures, images = zip(*some, strict=True)
         names = {'pictures': pictures, 'stems': [stems[path] for path in paths]}
+        if seen and len(images[0]) == 1:
+            names['around'] = [around[path] for path in paths]
         image = images[0] if len(images) == 1 else np.concatenate(images)
         cases.append(_case(predictor, image, context, **names))
     return len(group.paths), cases, faults
@@ -612,8 +660,8 @@ def _too_large(group: Group) -> str:
     if needed <= files.SMALL or needed <= (free := free_memory()) / 2:
         return ''
     return (
-        f'the {len(group.paths) + len(group.beside)} pictures of its patient, which share an '
-        f'intensity scale, need {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: close '
+        f'the {len(group.paths) + len(group.beside)} pictures of its patient, which are read '
+        f'together, need {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: close '
         'other programs, or give --group= to take each by itself'
     )
 
@@ -638,10 +686,12 @@ def _needed(picture: Picture, predictor: Predictor, save: Sequence[str]) -> int:
     """
     D, H, W, C = picture.image.shape
     options = predictor.config.predict
-    each = 2 + 4 * (predictor.intensity is None)
+    measuring = 5 * C if predictor.measured == 'buda' else 4  # all channels, or one at a time
+    each = 2 + measuring * (predictor.intensity is None)
     each += 4 * (predictor.config.model.num_classes + 1) * ('probability' in save)
     each += 8 * (options.largest_component or options.min_size > 1)
-    return H * W * (D * each + 4 * (C + 3 * predictor.config.model.num_classes))
+    seen = channels_seen(C, predictor.config.data.context)
+    return H * W * (D * each + 4 * (seen + 3 * predictor.config.model.num_classes))
 
 
 # From files to files.
@@ -939,10 +989,12 @@ def predict_video(
     `source` is a file or the number of a camera, which is read to `limit` frames or until
     Ctrl-C. Decoding, the network and encoding run at once. Where each volume has its own
     intensity scale, that of a file is measured over frames from its start to its end, and that of
-    a camera again and again over those it has given so far. Raises DataError.
+    a camera again and again over those it has given so far. With `data.context` a frame stands
+    between those before and after it. Raises DataError.
     """
     name = f'camera {source}' if isinstance(source, int) else str(source)
     batch_size, classes = predictor.config.eval.batch_size, predictor.config.model.num_classes
+    context = predictor.config.data.context  # of frames, as many before and after
     results = [(kind, *item) for kind in save for item in _names(kind, classes).items()]
     exact = ('mask', 'probability')
     intensity, seen, frames, first, start = predictor.intensity, Spread(), 0, 0, math.nan
@@ -965,13 +1017,17 @@ def predict_video(
 
     def predicted(batches: Iterable[list[np.ndarray]]) -> Iterator[list]:
         nonlocal intensity, first, start
-        for batch in batches:
-            image_DHWC = as_taken(predictor, np.stack(batch), name)
+        for windows in batches:
+            batch = [window[context] for window in windows]
+            taken = [
+                [as_taken(predictor, frame[None], name)[0] for frame in window]
+                for window in windows
+            ]
             if running:
                 for frame in batch:
                     seen.add(frame)
                 intensity = _case(predictor, seen.fitted(predictor, name)).intensity
-            cases = [Case(image[None], intensity) for image in image_DHWC]
+            cases = [Case(around[context][None], intensity, around=[around]) for around in taken]
             labelled = segment(predictor, cases, probabilities='probability' in save)
             if not first:
                 first, start = len(batch), time.perf_counter()
@@ -1007,7 +1063,8 @@ def predict_video(
         }
         bar = stack.enter_context(tqdm(total=limit or count or None, unit='frame', disable=None))
         # Closed before the file that it reads from is.
-        batches = stack.enter_context(contextlib.closing(ahead(_batched(pictures, batch_size))))
+        windows = _windows(pictures, context)
+        batches = stack.enter_context(contextlib.closing(ahead(_batched(windows, batch_size))))
         try:
             for done in in_threads(encode, predicted(batches), 1):
                 bar.update(done)
@@ -1020,6 +1077,21 @@ def predict_video(
         seconds = time.perf_counter() - start
     reached = (frames - first) / seconds if frames > first else math.nan
     return Speed(name, frames, float(rate), reached)
+
+
+def _windows(frames: Iterable[np.ndarray], context: int) -> Iterator[list[np.ndarray]]:
+    """Each frame between as many others on either side, of which the first and last are repeated:
+    `volumes.neighbours` of what is not there yet.
+    """
+    seen = deque(maxlen=2 * context + 1)
+    for frame in frames:
+        seen.extend([frame] * (1 if seen else context + 1))
+        if len(seen) == seen.maxlen:
+            yield list(seen)
+    for _ in range(context if seen else 0):
+        seen.append(seen[-1])
+        if len(seen) == seen.maxlen:
+            yield list(seen)
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:
@@ -1063,7 +1135,7 @@ def main() -> None:
         workdirs += [text] if Path(text).exists() else text.split(',')
     if wrong := [kind for kind in options.save if kind not in KINDS]:
         raise ConfigError(f'--save={",".join(wrong)} is not known: give some of {",".join(KINDS)}')
-    changes, group = cli.prediction_changes(), options.group
+    changes, group = prediction_changes(), options.group
     if options.input.isdigit() and not os.path.exists(options.input):
         output, name = Path(options.output).expanduser(), f'camera_{options.input}'
         if not options.overwrite and list(output.glob(f'{name}_*')):
@@ -1100,6 +1172,6 @@ if __name__ == '__main__':
     flags.DEFINE_string('group', None, cli.GROUP)
     flags.DEFINE_bool('overwrite', False, 'do again what is finished')
     flags.DEFINE_integer('frames', 0, 'of a camera; 0: until Ctrl-C')
-    cli.define_prediction_flags()
+    define_prediction_flags()
     hosts.define_flags()
     cli.run(main)

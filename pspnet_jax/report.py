@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pspnet_jax import chart, log, metrics, visualize
+from pspnet_jax import chart, choice, log, metrics, visualize
 from pspnet_jax.chart import Chart, Series
 from pspnet_jax.data.files import writing
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
@@ -33,6 +33,8 @@ FIGURES = {
     'sensitivity': 'Sensitivity',
     'precision': 'Precision',
     'surface_dice': 'Surface Dice',
+    'lesion_dice': 'Lesion Dice',
+    'lesion_f1': 'Lesion F1',
     'hd95': 'HD95, larger of two',
     'hd95_joined': 'HD95, joined',
     'assd': 'ASSD',
@@ -314,6 +316,8 @@ def _heading(result) -> list[str]:
     data, dice = result['data'], result['summary']['dice']
     where = f'split {data["split"]} of {data["source"]}' if data['split'] else data['source']
     few = f' {_few(dice["n"])}' if dice['n'] < metrics.FEW else ''
+    chosen = result.get('postprocessing')
+    chosen = chosen and choice.words(chosen, data['split'])
     seen = len((data.get('overlap') or {'train': ()})['train'])
     return [
         f'<h1>{_title(result)}</h1>',
@@ -325,6 +329,7 @@ def _heading(result) -> list[str]:
         f'{dice["n"]} of {data["patients"]} patients.{few}</p>',
         f'<p><strong>{seen} of {data["patients"]} patients have pictures that the run was trained '
         'on: these figures are too good.</strong></p>' if seen else '',
+        f'<p>Post-processing: {html.escape(chosen)}.</p>' if chosen else '',
     ]  # fmt: skip
 
 
@@ -366,6 +371,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _summary(result) -> list[str]:
     summary, baseline, data = result['summary'], result['baseline'], result['data']
+    lesion_options = data['lesion_options']
     rows = []
     for name, words in FIGURES.items():
         digits, figures = _digits(name), summary[name]
@@ -403,6 +409,10 @@ def _summary(result) -> list[str]:
         f'<p>HD95 and ASSD in {html.escape(data["hd95_unit"])}; surface Dice within '
         f'{data["surface_tolerance"]:g} of that unit.</p>',
         *(f'<p class="note">{html.escape(words)}</p>' for words in DEFINITIONS),
+        '<p class="note">Lesion Dice and F1 are as in BraTS 2023: true lesions that meet after '
+        f'{lesion_options["dilation"]} steps of dilation count as one, and those of at most '
+        f'{lesion_options["smallest"]:g} cubic units are left out. Lesions: '
+        f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}.</p>',
         _structures(summary['structures']),
         _table(
             'Against calling everything background',

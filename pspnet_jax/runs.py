@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import checkpoint, models, paths
 from pspnet_jax.config import from_dict
+from pspnet_jax.data.volumes import channels_seen
 from pspnet_jax.errors import ConfigError, first_line
-from pspnet_jax.models.published import fixed_intensity
+from pspnet_jax.models.published import fixed_intensity, measured_how
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,22 @@ class Run:
 
     @property
     def channels(self) -> int:
+        """Of a picture; the network sees `volumes.channels_seen` of them and `context`."""
         return self.inputs['channels']
+
+    @property
+    def context(self) -> int:
+        return self.config.data.context
 
     @property
     def intensity(self) -> np.ndarray | None:
         """(4, C) that normalises every image alike; None: each volume has its own."""
         return fixed_intensity(self.inputs)
+
+    @property
+    def measured(self) -> str:
+        """How each volume's own intensities are measured, for `data.volumes.measure`."""
+        return measured_how(self.inputs)
 
 
 def open_run(workdir: str | Path, which: str = '') -> Run:
@@ -66,7 +77,8 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
         meta = checkpoint.metadata(workdir, step)
         config = from_dict(meta['config'])
         model = models.create(**config.model)
-        shapes = abstract_variables(model, meta['inputs']['channels'])
+        seen = channels_seen(meta['inputs']['channels'], config.data.context)
+        shapes = abstract_variables(model, seen)
         return meta, config, model, checkpoint.restore_variables(workdir, step, shapes)
 
     step, (meta, config, model, variables), passed_over = checkpoint.first_sound(

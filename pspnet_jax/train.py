@@ -108,29 +108,27 @@ def segmentation_loss(
     out: dict[str, jax.Array],
     labels_BHW: jax.Array,
     *,
-    cross_entropy: float,
-    dice: float,
     aux: float,
-    class_weights: tuple[float, ...],
     ignore_label: int,
     axis_name: str | None,
+    **knobs: Any,
 ) -> jax.Array:
-    """cross_entropy * CE + dice * soft Dice, and `aux` times the same for every other output.
+    """The sum of `losses.TERMS`, and `aux` times the same for every other output.
 
+    `knobs` are the rest of the config's section `loss`: each term's weight, at 0 of which it is
+    not computed, and what the terms read.
     Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
     puts them when it enlarges them: labels are never interpolated.
     """
 
     def one_head(logits_BhwK):
         labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
-        options = {'ignore_label': ignore_label, 'axis_name': axis_name}
+        shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
-        if cross_entropy:
-            total += cross_entropy * losses.cross_entropy(
-                logits_BhwK, labels_Bhw, class_weights=class_weights, **options
-            )
-        if dice:
-            total += dice * losses.soft_dice(logits_BhwK, labels_Bhw, **options)
+        for name, (loss, own) in losses.TERMS.items():
+            if knobs[name]:
+                options = {argument: knobs[knob] for argument, knob in own.items()}
+                total += knobs[name] * loss(logits_BhwK, labels_Bhw, **options, **shared)
         return total
 
     total = one_head(out['logits'])
@@ -320,7 +318,7 @@ def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Calla
     """`train_step(state, batch)` with what the config decides, and further options of it."""
     decided = {
         'loss_options': config.loss.to_dict(),
-        'augment_options': config.augment.to_dict(),
+        'augment_options': config.augment.to_dict() | {'context': config.data.context},
         'seed': config.seed,
         'accumulate': config.train.accumulate,
         'remat': config.train.remat,
@@ -514,24 +512,58 @@ def read_metrics(
     return loss, skipped
 
 
+def pretrained_file(config: ConfigDict) -> Path | None:
+    """The file that `model.pretrained` stands for, fetched if it is not on this machine yet.
+
+    None: the weights are random, or train.init_from's. Raises PretrainedError.
+    """
+    where = config.model.pretrained
+    if not where or config.train.init_from:
+        return None
+    if where != 'imagenet':
+        return pretrained.fetch(where)
+    _, backbone, options = models.resolve(**config.model)
+    if backbone is None:
+        return None  # the network has an encoder of its own
+    public = published.public(backbone, **options)
+    if public is None:
+        logger.warning(
+            'no ImageNet weights are known for %s with model.width=%d and its other options: '
+            'it starts from random ones',
+            backbone,
+            config.model.width,
+        )
+        return None
+    return pretrained.fetch_public(backbone, public)
+
+
 def normalize_by_weights(config: ConfigDict) -> bool:
     """Whether images are normalised as the pretrained weights were fed, not by volume."""
-    own_choice = 'weights' if config.model.pretrained else 'volume'
+    own_choice = 'volume' if config.model.pretrained in ('', 'imagenet') else 'weights'
     return (config.data.normalize or own_choice) == 'weights'
 
 
+def chosen_normalization(config: ConfigDict) -> published.Normalization | str | None:
+    """What `data.normalize` asks for, as `checkpoint.save` has it: before any weights are read."""
+    if config.data.normalize == 'buda':
+        return 'buda'
+    return published.IMAGENET if normalize_by_weights(config) else None
+
+
 def normalize_as_there(
-    config: ConfigDict, theirs: published.Normalization | None
-) -> published.Normalization | None:
+    config: ConfigDict, theirs: published.Normalization | str | None
+) -> published.Normalization | str | None:
     """Of a run that starts from another: data.normalize's, or where it is None that run's.
 
-    None: volume by volume. Warns where the two differ.
+    Warns where the two differ.
     """
     if config.data.normalize is None:
         return theirs
-    ours = (theirs or published.IMAGENET) if config.data.normalize == 'weights' else None
+    ours = chosen_normalization(config)
+    if is_fixed(ours) and is_fixed(theirs):
+        ours = theirs
     if ours != theirs:
-        there, here = (transfer.words({'normalization': x and x._asdict()}) for x in (theirs, ours))
+        there, here = (transfer.words({'normalization': plain(x)}) for x in (theirs, ours))
         logger.warning(
             'images were normalised %s where the weights are from, and are %s here '
             '(data.normalize %r): None takes what was there',
@@ -540,6 +572,16 @@ def normalize_as_there(
             config.data.normalize,
         )
     return ours
+
+
+def is_fixed(normalization: published.Normalization | str | None) -> bool:
+    """Whether it is the same for all images, and not measured volume by volume."""
+    return isinstance(normalization, published.Normalization)
+
+
+def plain(normalization: published.Normalization | str | None) -> dict[str, Any] | str | None:
+    """As a checkpoint's 'inputs' have it."""
+    return normalization._asdict() if is_fixed(normalization) else normalization
 
 
 def start_or_resume(
@@ -551,13 +593,15 @@ def start_or_resume(
     measure: Callable[[], np.ndarray | None] = lambda: None,
 ):
     """(state, progress, inputs, config): from the newest sound checkpoint, else new, pretrained or
-    from another run if asked for. `inputs` is what the network takes, `checkpoint.save`'s; the
-    config is the checkpoint's, None of a new run.
+    from another run if asked for. `channels` are a picture's. `inputs` is what the network takes,
+    `checkpoint.save`'s; the config is the checkpoint's, None of a new run.
 
     `measure` is `volumes.joint_range` of the training images, asked for where one scale is for all.
     """
     ema = config.train.ema_decay > 0
-    state = create_state(model, tx, seed=config.seed, channels=channels, ema=ema)
+    context = config.data.context
+    seen = volumes.channels_seen(channels, context)
+    state = create_state(model, tx, seed=config.seed, channels=seen, ema=ema)
     for line in parameter_table(state.params).splitlines():
         logger.info('%s', line)
     restored = checkpoint.restore(workdir, state, to_dict(config))
@@ -565,24 +609,29 @@ def start_or_resume(
         state, meta = restored
         logger.info('resuming from step %d', state.step)
         return state, meta['progress'], meta['inputs'], meta['config']
-    normalization = published.IMAGENET if normalize_by_weights(config) else None
+    normalization = chosen_normalization(config)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     if config.train.init_from:
         variables, theirs, report = transfer.first_weights(
-            variables, config.train.init_from, channels=channels, stem=config.model.stem
+            variables,
+            config.train.init_from,
+            channels=channels,
+            stem=config.model.stem,
+            context=context,
         )
         normalization = normalize_as_there(config, theirs)
         for line in f'weights {report}'.splitlines():
             logger.info('%s', line)
-    elif config.model.pretrained:
+    elif path := pretrained_file(config):
         variables, theirs, report = pretrained.load_backbone(
             variables,
-            config.model.pretrained,
+            str(path),
             stem=config.model.stem,
-            unit_deviation=normalization is None,
+            unit_deviation=not is_fixed(normalization),
             options=config.model,
+            context=context,
         )
-        normalization = normalization and theirs
+        normalization = theirs if is_fixed(normalization) else normalization
         logger.info('%s', report)
     # A copy of the average: the step donates both, and a buffer can be donated once.
     params = variables['params']
@@ -590,8 +639,8 @@ def start_or_resume(
     state = state.replace(
         params=params, ema_params=average, batch_stats=variables.get('batch_stats', {})
     )
-    inputs = {'channels': channels, 'normalization': normalization and normalization._asdict()}
-    if normalization and (scale := measure()) is not None:
+    inputs = {'channels': channels, 'normalization': plain(normalization)}
+    if is_fixed(normalization) and (scale := measure()) is not None:
         inputs['range'] = scale.tolist()
     logger.info('images are normalised %s', transfer.words(inputs))
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs, None
@@ -642,6 +691,8 @@ def loader(
     collects the faults of slices that are passed over, where the config says so.
     """
     data, batch_size = config.data, config.train.batch_size
+    slices = volumes.with_context(slices, data.context)
+    intensity = None if intensity is None else volumes.tile(intensity, data.context)
     drawn = pipeline.draws(
         slices, seed=config.seed, sampling=data.sampling, lesion_floor=data.lesion_floor
     )
@@ -696,9 +747,10 @@ def train_and_evaluate(
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    behind the built-in augmentation; `on_log(step, values)` gets every record of metrics.jsonl,
-    `on_validation(step, dice, state)` every validated state once its checkpoint is under way:
-    the next step reuses its arrays, so copy what is kept.
+    behind the built-in augmentation, the channels of its `data.context` with it;
+    `on_log(step, values)` gets every record of metrics.jsonl, `on_validation(step, dice, state)`
+    every validated state once its checkpoint is under way: the next step reuses its arrays, so
+    copy what is kept.
     Returns the evaluation of the test cases, else of the validation cases, as
     `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
@@ -720,6 +772,12 @@ def train_and_evaluate(
             f'{batch_size // jax.device_count()} slices that each device gets of '
             f"train.batch_size={batch_size} under parallel='pmap': change one"
         )
+
+    # A new run needs its first weights: fetched before the data is read, which can take minutes.
+    # Data that is not there is reported first: below.
+    source = config.data.source
+    if not checkpoint.steps(workdir) and (not source or Path(source).expanduser().exists()):
+        pretrained_file(config)
 
     # Data: which patients, and how many of their slices hold a lesion. What annotations call the
     # classes is kept with the run, so that their numbers stay the same in every other file.
@@ -815,12 +873,18 @@ def run_steps(
         lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
     )
     hosts.check_same({'the first step': int(state.step), **to_dict(config)})
-    intensity = published.fixed_intensity(inputs)
+    intensity, how = published.fixed_intensity(inputs), published.measured_how(inputs)
+    split = split | {name: volumes.measured(split[name], how) for name in ('train', 'validation')}
     teacher, distill = None, config.distill.to_dict()
     if where := distill.pop('teacher'):
         features = config.distill.pairwise > 0
         teacher, taught = transfer.load_teacher(
-            where, model, inputs, features=features, class_names=config.model.class_names
+            where,
+            model,
+            inputs,
+            features=features,
+            class_names=config.model.class_names,
+            context=config.data.context,
         )
         state = state.replace(teacher=taught)
     damaged = checkpoint.find_damaged(workdir, state.replace(teacher=None))

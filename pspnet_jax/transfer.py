@@ -13,32 +13,43 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspnet_jax import checkpoint
+from pspnet_jax.data.volumes import channels_seen
 from pspnet_jax.errors import CheckpointError, ConfigError, one_line
 from pspnet_jax.models.pretrained import adapt_stem
-from pspnet_jax.models.published import Normalization, fixed_intensity
+from pspnet_jax.models.published import Normalization, fixed_intensity, measured_how
 from pspnet_jax.runs import open_run
 
 
 def first_weights(
-    variables: Mapping[str, Any], where: str, *, channels: int, stem: str
-) -> tuple[dict[str, Any], Normalization | None, str]:
-    """`variables` with all that the run at `where` has for them, its normalisation, a report.
+    variables: Mapping[str, Any], where: str, *, channels: int, stem: str, context: int = 0
+) -> tuple[dict[str, Any], Normalization | str | None, str]:
+    """`variables` with all that the run at `where` has for them, its normalisation (None or 'buda'
+    volume by volume), a report.
 
-    The average of its parameters, where it kept one. `channels` are those of the images here:
-    of another number, the first kernel is made from theirs as `stem` says. Raises
+    The average of its parameters, where it kept one. `channels` are those of the images here,
+    `context` its `data.context`: where that run has others, the first kernel is made from its own
+    as `stem` and `models.pretrained.adapt_stem` say. Raises
     CheckpointError where there is no checkpoint, and where nothing of it fits.
     """
     workdir, which = checkpoint.locate(where)
     run = open_run(workdir, which)
     merged, report = merge(
-        variables, run.variables, channels=channels, their_channels=run.channels, stem=stem
+        variables,
+        run.variables,
+        channels=channels,
+        their_channels=run.channels,
+        stem=stem,
+        context=context,
+        their_context=run.context,
     )
     theirs = run.config.model
     name = f'{workdir}, step {run.step} ({theirs.name}, {theirs.num_classes} classes)'
     if merged is None:
         raise CheckpointError(f'nothing of {name} fits this network:\n{report}')
     normalization = run.inputs['normalization']
-    return merged, normalization and Normalization(**normalization), f'from {name}:\n{report}'
+    if isinstance(normalization, Mapping):
+        normalization = Normalization(**normalization)
+    return merged, normalization, f'from {name}:\n{report}'
 
 
 def merge(
@@ -48,6 +59,8 @@ def merge(
     channels: int,
     their_channels: int,
     stem: str = 'cycle',
+    context: int = 0,
+    their_context: int = 0,
 ) -> tuple[dict[str, Any] | None, str]:
     """`variables` with each module of `theirs` that has its path and shapes, and a report of
     both sides; None in place of variables where there is no such module.
@@ -58,11 +71,17 @@ def merge(
     ours = flatten_dict(dict(variables), sep='/')
     found = {name: np.asarray(x) for name, x in flatten_dict(dict(theirs), sep='/').items()}
     notes = []
+    seen, their_seen = (
+        channels_seen(channels, context),
+        channels_seen(their_channels, their_context),
+    )
     for name in sorted(ours.keys() & found.keys()):
         here, there = ours[name].shape, found[name].shape
-        if channels != their_channels and _sees_image(here, channels, there, their_channels):
-            found[name] = adapt_stem(found[name], channels, stem)
-            notes.append(f'{name} from {their_channels} to {channels} channels by {stem}')
+        same = (channels, context) == (their_channels, their_context)
+        if not same and _sees_image(here, seen, there, their_seen):
+            contexts = {'context': context, 'their_context': their_context}
+            found[name] = adapt_stem(found[name], channels, stem, **contexts)
+            notes.append(f'{name} from {their_seen} to {seen} channels by {stem}')
     differing = {
         name: f'{name} is {found[name].shape} there, {tuple(ours[name].shape)} here'
         for name in sorted(ours.keys() & found.keys())
@@ -117,12 +136,13 @@ def load_teacher(
     *,
     features: bool,
     class_names: Sequence[str] = (),
+    context: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of the run at `where` and its variables, to teach `student`.
 
-    Both see the same image, so that classes, channels and normalisation must be the same;
-    `inputs` are the student's (`checkpoint.save`), `class_names` its config's. With `features` both
-    need a backbone.
+    Both see the same image, so that classes, channels, context and normalisation must be the same;
+    `inputs` are the student's (`checkpoint.save`), `class_names` and `context` its config's. With
+    `features` both need a backbone.
     Raises ConfigError that names both sides, and CheckpointError.
     """
     workdir, which = checkpoint.locate(where)
@@ -145,7 +165,14 @@ def load_teacher(
             f'{name} takes {theirs["channels"]} channels, the images here have '
             f'{inputs["channels"]}: use a teacher that was trained on such images'
         )
-    if not np.array_equal(fixed_intensity(theirs), fixed_intensity(inputs)):
+    if run.context != context:
+        raise ConfigError(
+            f'{name} has data.context={run.context}, this run {context}: '
+            f'set data.context={run.context}, or use a teacher that sees as many slices'
+        )
+    if measured_how(theirs) != measured_how(inputs) or not np.array_equal(
+        fixed_intensity(theirs), fixed_intensity(inputs)
+    ):
         raise ConfigError(
             f'{name} was trained on images normalised {words(theirs)}, this run '
             f'normalises them {words(inputs)}: see data.normalize; the range is that of the '
@@ -165,6 +192,8 @@ def words(inputs: Mapping[str, Any]) -> str:
     normalization = inputs['normalization']
     if normalization is None:
         return 'volume by volume'
+    if normalization == 'buda':
+        return "volume by volume as Buda's code does"
     mean, std = (tuple(normalization[key]) for key in ('mean', 'std'))
     by = f'by mean {mean} and deviation {std}'
     if 'range' not in inputs:

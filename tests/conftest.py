@@ -133,7 +133,7 @@ PSPNET = {'model.name': 'pspnet', 'model.backbone': 'resnet18'}
 
 def tiny_config(**changes):
     """The config of TINY; `changes` by dotted key, such as PSPNET."""
-    from configs import phantom
+    from pspnet_jax.config import phantom
 
     tiny = {key: value for key, value in TINY.items() if key != 'config'}
     config = phantom.get_config('unet_mini')

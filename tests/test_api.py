@@ -138,7 +138,7 @@ def test_the_readmes_examples_run(own, tmp_path, monkeypatch, capsys, block):
     def tiny(_=''):
         return tiny_config(**{'train.steps': 2, 'data.size': (32, 32)})
 
-    for module in ('configs.folder', 'configs.lgg'):
+    for module in ('pspnet_jax.config.folder', 'pspnet_jax.config.lgg'):
         monkeypatch.setattr(f'{module}.get_config', tiny)
     monkeypatch.chdir(tmp_path)
     exec(block, {'__name__': 'example'})

@@ -1,11 +1,14 @@
 """Augmentation: what each knob does alone, and that mask follows image."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from pspnet_jax.data.augment import augment
+from pspnet_jax.data.augment import augment, blurred, coarse, power
 from pspnet_jax.data.volumes import IGNORE_LABEL
 
 
@@ -128,3 +131,123 @@ def test_intensity_knobs_leave_the_mask(rng):
         slope, shift = np.polyfit(np.ravel(image[..., c]), np.ravel(straight[..., c]), 1)
         assert abs(slope - 1) <= 0.2 + 1e-5
         np.testing.assert_allclose(straight[..., c], slope * image[..., c] + shift, atol=1e-4)
+
+
+ON = {'blur': 1.5, 'low_resolution': 0.5, 'gamma': 0.5}
+OTHERS = {
+    'crop': 20, 'flip': 0.5, 'flip_vertical': 0.5, 'scale': 0.2, 'rotate': 20.0, 'elastic': 1.0,
+    'gain': 0.2, 'bias': 0.3, 'noise': 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'off', [dict.fromkeys(ON, 0.0), {f'{knob}_probability': 0.0 for knob in ON}]
+)
+def test_what_is_off_is_not_in_the_program(rng, off):
+    image, mask = pair(rng)
+
+    def program(**options):
+        run = functools.partial(augment, image_HWC=image, mask_HW=mask, **OTHERS, **options)
+        return str(jax.make_jaxpr(run)(jax.random.key(0)))
+
+    assert program(**{**ON, **off}) == program() != program(**ON)
+
+
+def test_blur_low_resolution_and_gamma_change_no_draw_of_the_others(rng):
+    """Never drawn, they leave every bit; always drawn, the mask."""
+    image, mask = pair(rng)
+    for seed in range(4):
+        key = jax.random.key(seed)
+        plain, labels = augment(key, image, mask, **OTHERS)
+        never = {f'{knob}_probability': 1e-30 for knob in ON}
+        same, same_labels = augment(key, image, mask, **OTHERS, **ON, **never)
+        np.testing.assert_array_equal(same, plain)
+        np.testing.assert_array_equal(same_labels, labels)
+        changed, changed_labels = augment(key, image, mask, **OTHERS, **ON)
+        assert float(jnp.abs(changed - plain).max()) > 0.01
+        np.testing.assert_array_equal(changed_labels, labels)
+
+
+@pytest.mark.parametrize('knob', ON)
+def test_a_change_is_made_as_often_as_its_probability(rng, knob):
+    image, mask = pair(rng)
+    plain, _ = augment(jax.random.key(0), image, mask)
+
+    def changed(key):
+        options = {knob: ON[knob], f'{knob}_probability': 0.3}
+        return (augment(key, image, mask, **options)[0] != plain).any()
+
+    keys = jax.random.split(jax.random.key(1), 400)
+    assert jax.jit(jax.vmap(changed))(keys).mean() == pytest.approx(0.3, abs=0.07)
+
+
+@pytest.mark.parametrize('sigma', [0.0, 0.4, 1.0, 3.0])
+def test_blurred_is_scipys_gaussian_of_what_is_there(rng, sigma):
+    image, _ = pair(rng, 24, 31)
+
+    def there(x):
+        return ndimage.gaussian_filter(x, sigma, mode='constant', truncate=12, axes=(0, 1))
+
+    picture = np.asarray(image, np.float64)
+    expected = there(picture) / there(np.ones_like(picture))
+    np.testing.assert_allclose(blurred(image, jnp.float32(sigma)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('zoom', [0.05, 0.3, 0.5, 0.77, 1.0])
+def test_coarse_takes_the_nearest_pixels_and_interpolates_between_their_centres(rng, zoom):
+    image, _ = pair(rng, 24, 31)
+    expected = np.asarray(image)
+    for axis, n in enumerate(expected.shape[:2]):
+        cells = max(round(zoom * n), 1)
+        seen = [(2 * cell + 1) * n // (2 * cells) for cell in range(cells)]
+        centres = (np.arange(cells) + 0.5) * n / cells - 0.5
+        small = np.take(expected, seen, axis)
+        expected = np.apply_along_axis(
+            lambda line, n=n, centres=centres: np.interp(np.arange(n), centres, line), axis, small
+        )
+    np.testing.assert_allclose(coarse(image, jnp.float32(zoom)), expected, atol=1e-5)
+
+
+def test_power_is_of_each_channels_own_range_and_keeps_its_moments(rng):
+    image, exponents = np.asarray(pair(rng)[0], np.float64), (0.6, 1.0, 1.7)
+    flat = np.dstack([image, np.full(image.shape[:2], -0.7)])
+    ours = power(jnp.asarray(flat, jnp.float32), jnp.array([[[*exponents, 1.3]]]))
+    for c, exponent in enumerate(exponents):
+        x = image[..., c]
+        y = ((x - x.min()) / np.ptp(x)) ** exponent
+        expected = (y - y.mean()) / y.std() * x.std() + x.mean()
+        np.testing.assert_allclose(ours[..., c], expected, atol=1e-5)
+    np.testing.assert_allclose(ours[..., 3], -0.7, atol=1e-5)  # of one value: as it was
+
+
+def test_strengths_are_drawn_over_the_ranges_that_are_promised():
+    """Read off images of which the strength can be recovered."""
+    n, keys = 48, jax.random.split(jax.random.key(0), 300)
+    mask, rows = jnp.zeros((n, n), jnp.int32), np.arange(n, dtype=np.float32)
+
+    def seen(picture, **options):
+        image = jnp.asarray(np.broadcast_to(picture, (n, n))[..., None], jnp.float32)
+        run = jax.vmap(lambda key: augment(key, image, mask, **options)[0][..., 0])
+        return np.asarray(jax.jit(run)(keys), np.float64)
+
+    spread = seen((rows == 24.0)[:, None] * (rows == 24.0) * 1.0, blur=2.0).sum(2)
+    deviation = np.sqrt((spread * (np.arange(n) - 24.0) ** 2).sum(1))
+    assert deviation.max() == pytest.approx(2.0, abs=0.1)
+    assert deviation.min() < 0.3
+    assert np.mean(deviation) == pytest.approx(1.0, abs=0.1)
+
+    # A channel of 0, 1/2 and 1 alone: the middle value of the range is 2^-exponent.
+    y = seen(rows // 16 / 2, gamma=0.5)
+    low, middle, high = y[:, 0, 0], y[:, 0, 20], y[:, 0, -1]
+    exponent = -np.log2((middle - low) / (high - low))
+    assert exponent.min() == pytest.approx(1 / 1.5, abs=0.02)
+    assert exponent.max() == pytest.approx(1.5, abs=0.02)
+    assert np.mean(np.log(exponent)) == pytest.approx(0, abs=0.05)
+
+    # A ramp: as many cells as give what is seen.
+    found = seen(rows, low_resolution=0.5)
+    image = jnp.asarray(np.broadcast_to(rows, (n, n))[..., None])
+    made = np.stack([coarse(image, cells / n)[..., 0] for cells in range(n + 1)])
+    apart = np.abs(found[:, None, 0] - made[None, :, 0]).max(-1)
+    assert apart.min(1).max() < 1e-4
+    assert set(apart.argmin(1)) == set(range(n // 2, n + 1))

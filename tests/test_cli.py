@@ -1,6 +1,7 @@
 """The commands as a person types them: one clear line and exit status 1."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def parsed(monkeypatch, *arguments):
     monkeypatch.setattr('sys.path', [*sys.path])
     monkeypatch.setattr(cli.flags, 'FLAGS', values)
     config_flags.DEFINE_config_file('config', flag_values=values)
-    assert cli._parse(['main', *arguments]) == ['main']
+    assert cli._parse('', ['main', *arguments]) == ['main']
     return values.config
 
 
@@ -145,7 +146,7 @@ def test_an_interrupt_is_one_line_and_status_130():
 
 def test_config_files_of_one_folder_import_each_other(monkeypatch, tmp_path):
     (tmp_path / 'common_part.py').write_text(
-        'from configs import phantom\nget = phantom.get_config'
+        'from pspnet_jax.config import phantom\nget = phantom.get_config'
     )
     (tmp_path / 'mine.py').write_text('import common_part\nget_config = common_part.get\n')
     assert parsed(monkeypatch, f'--config={tmp_path}/mine.py').data.name == 'phantom'
@@ -212,3 +213,43 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     done = run('predict', *three, '--save=outline', f'--input={tmp_path}/raw/*/*_1.tif')
     assert done.returncode == 0, done.stderr
     assert '2 finished before are left as they are' in done.stdout
+
+
+def test_a_config_of_the_package_is_named_without_a_path(monkeypatch, tmp_path):
+    """From any folder, as an installed package is used; a file of that name goes before it."""
+    monkeypatch.chdir(tmp_path)
+    assert parsed(monkeypatch, '--config=phantom').data.name == 'phantom'
+    assert parsed(monkeypatch, '--config=folder:unet,strong').model.name == 'unet'
+    assert parsed(monkeypatch, '--config', 'lgg').data.name == 'lgg'
+    own = 'from pspnet_jax.config import phantom as p; get_config = p.get_config'
+    (tmp_path / 'lgg').write_text(own)
+    assert parsed(monkeypatch, '--config=lgg').data.name == 'phantom'
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_help_shows_the_commands_own_flags_and_ends_well(name, tmp_path):
+    """As a console script starts it, from any folder."""
+    code = f'import sys; sys.argv = ["pspnet", "{name}", "--help"]\n'
+    code += 'from pspnet_jax.cli import pspnet; pspnet()'
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    flag = {'train': 'workdir', 'check': 'out', 'convert': 'source'}.get(name, 'checkpoint')
+    assert f'\n  --{flag}' in done.stdout
+    assert 'python -m pspnet_jax.' in done.stdout
+    assert not any(theirs in done.stdout for theirs in ('--alsologtostderr', 'grain', 'pdb'))
+    assert ('--config.KEY=VALUE' in done.stdout) == (name in ('train', 'check', 'convert'))
+    assert ('--threshold' in done.stdout) == (name in ('evaluate', 'predict'))
+
+
+def test_the_console_script_lists_its_commands_and_refuses_others(capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['pspnet'])
+    cli.pspnet()
+    told = capsys.readouterr().out
+    assert all(f'  {name:10}{words}\n' in told for name, (_, words) in cli.COMMANDS.items())
+    monkeypatch.setattr('sys.argv', ['pspnet', 'trian'])
+    with pytest.raises(SystemExit, match='1'):
+        cli.pspnet()
+    assert 'pspnet trian is not a command: give one of train, check' in capsys.readouterr().err

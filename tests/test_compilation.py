@@ -49,7 +49,7 @@ def test_what_jit_and_pmap_return_is_compiled_with_the_options(monkeypatch):
 @pytest.mark.parametrize('kind', [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
 def test_our_own_use_of_what_is_deprecated_is_an_error(kind):
     """As pyproject.toml has it; what others use is theirs to mend."""
-    for name in ('pspnet_jax.train', 'experiments.run', 'configs.base', 'tests.conftest'):
+    for name in ('pspnet_jax.train', 'experiments.run', 'configs.lgg', 'tests.conftest'):
         with pytest.raises(kind):
             warnings.warn_explicit('old', kind, 'x.py', 1, module=name)
     with pytest.warns(kind):

@@ -7,9 +7,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import augmentations, base, lgg, phantom
+from experiments import ablation
 from pspnet_jax import config as rules
-from pspnet_jax import models
+from pspnet_jax import losses, models
+from pspnet_jax.config import augmentations, base, lgg, phantom
 from pspnet_jax.data.sources import SOURCES
 from pspnet_jax.errors import ConfigError
 from tests.conftest import PSPNET, ROOT, tiny_config
@@ -56,7 +57,11 @@ def test_a_config_from_before_a_knob_has_its_default():
         ('train.batch_size', 0, 'train.batch_size is 0: it must be a whole number of at least 1'),
         ('augment.flip', 1.5, 'augment.flip is 1.5: it must be a number from 0 to 1'),
         ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),
-        ('model.bins', (), 'model.bins is (): it must be a tuple of at least 1 values'),
+        (
+            'model.bins',
+            (0,),
+            'model.bins is (0,): it must be a tuple of values, each a whole number',
+        ),
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
         ('model.class_names', ('lesion',), 'it must have one for each of 2 classes, background'),
         ('predict.overlap', 0.95, 'predict.overlap is 0.95: it must be a number from 0 to 0.9'),
@@ -64,8 +69,14 @@ def test_a_config_from_before_a_knob_has_its_default():
         (
             'model.dropout',
             2.0,
-            'model.dropout is 2.0: it must be None (configs/base.py says what that is) or a',
+            'model.dropout is 2.0: it must be None (pspnet_jax/config/base.py says what that is)',
         ),
+        (
+            'loss.top_k_share',
+            0.0,
+            'loss.top_k_share is 0.0: it must be a number above 0, at most 1',
+        ),
+        ('model.deep_supervision', True, 'deep_supervision is of U-Nets, not of pspnet: leave it'),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
         ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and goes before it'),
     ],
@@ -118,6 +129,17 @@ def test_a_threshold_is_for_two_classes():
         rules.validate(config)
 
 
+def test_one_loss_has_a_weight():
+    config = tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0})
+    words = r'loss.cross_entropy, loss.dice, loss.focal, .* are all 0: .*--config.loss.dice=1'
+    with pytest.raises(ConfigError, match=words):
+        rules.validate(config)
+    for name in losses.TERMS:
+        rules.validate(
+            tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0, f'loss.{name}': 0.1})
+        )
+
+
 def test_every_fault_is_listed_at_once():
     config = tiny_config(**{'seed': -1, 'optim.learning_rate': 0.0})
     with config.unlocked():
@@ -151,7 +173,6 @@ def test_paths_are_kept_whole_and_expressions_as_they_are(tmp_path, monkeypatch)
     assert config.data.images == ('own/images',)
     config.data.source = 'own'
     assert rules.with_absolute_paths(config).data.source == f'{tmp_path}/own'
-    assert base.get_config().train.epochs == rules.EPOCHS
 
 
 def test_every_knob_is_read():
@@ -201,3 +222,32 @@ def test_the_only_structure_cannot_be_ignored():
         rules.validate(config)
     config.model.num_classes = 3
     rules.validate(config)
+
+
+def test_every_knob_is_described_where_it_is_defined():
+    told = base.comments()
+    assert set(told) == set(rules.RULES)
+    assert all(told.values())
+    assert told['model.pretrained'].startswith('Weights of the backbone')
+    assert told['data.images'].endswith('of a folder those of such names')
+    assert told['predict.overlap'] == 'of neighbouring tiles, share of the window'
+
+
+def test_a_limit_is_of_a_knob():
+    from pspnet_jax.config import rules as limits
+
+    assert set(limits.LIMITS) <= set(rules.RULES)
+
+
+@pytest.mark.parametrize('name', ablation.STUDIES)
+def test_every_variant_of_a_study_can_run_and_changes_something(name):
+    study = ablation.STUDIES[name]
+    configs = [
+        ablation.config_of(study, variant, seed=0, local={'data.source': 'x'})
+        for variant in study.variants
+    ]
+    for config in configs:
+        rules.validate(config)
+    told = [str(rules.to_dict(config)) for config in configs]
+    assert len(set(told)) == len(told)
+    assert dict(next(iter(study.variants.values()))) == {} or name == 'networks'

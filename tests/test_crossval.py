@@ -16,7 +16,7 @@ def test_two_folds_test_every_patient_once_and_a_second_call_runs_nothing(tmp_pa
         '--folds=2', f'--workdir={tmp_path / "cv"}', f'--results={tmp_path / "lines.jsonl"}',
         '--config.model.width=4', '--config.phantom.volumes=6', '--config.phantom.slices=4',
         '--config.phantom.size=32', '--config.train.steps=2', '--config.train.validate_every=2',
-        '--config.train.batch_size=8', '--config.optim.warmup_steps=1',
+        '--config.train.batch_size=8', '--config.optim.warmup_steps=1', '--choose_postprocessing',
     ]  # fmt: skip
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert first.returncode == 0, first.stderr
@@ -27,7 +27,10 @@ def test_two_folds_test_every_patient_once_and_a_second_call_runs_nothing(tmp_pa
     assert line['summary']['dice']['n'] == 6
     parts = [json.loads((tmp_path / f'cv/fold_{n}/splits.json').read_text()) for n in range(2)]
     assert not set(parts[0]['test']) & set(parts[1]['test'])
-    for part in parts:
+    for n, part in enumerate(parts):
+        chosen = json.loads((tmp_path / f'cv/fold_{n}/postprocessing.json').read_text())
+        assert line['postprocessing'][n]['options'] == chosen['options']
+        assert chosen['patients'] == len(part['validation'])
         assert not set(part['test']) & set(part['train'] + part['validation'])
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr

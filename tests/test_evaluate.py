@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from pspnet_jax import evaluate, infer, predict
+from pspnet_jax import evaluate, infer, predict, train
 from pspnet_jax.config import with_prediction
-from pspnet_jax.data import sources
-from pspnet_jax.data.volumes import Volume, iterate_volumes, normalize, select
+from pspnet_jax.data import pipeline, sources
+from pspnet_jax.data.volumes import Volume, iterate_volumes, measure_head, normalize, select
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
 from pspnet_jax.runs import open_run
 from tests.conftest import tiny_config, write_case
@@ -18,10 +18,12 @@ from tests.conftest import tiny_config, write_case
 OPTIONS = {
     'batch_size': 2,
     'intensity': None,
+    'context': 0,
     'num_classes': 2,
     'ignore_label': 255,
     'spacing': (1.0, 1.0, 1.0),
     'surface_tolerance': 1.0,
+    'lesion_options': {'dilation': 1, 'smallest': 2.0},
     'calibration_bins': 10,
     'bootstrap': 100,
 }
@@ -279,6 +281,64 @@ def hesitant(image):
     return np.where(said, sure[:, None], (1 - sure[:, None]) / 2).astype(np.float32)
 
 
+def test_lesions_are_counted_one_by_one_and_by_class():
+    """Of class 1 one is found by half and one missed, and one is false; of class 2 one is found."""
+    mask = np.zeros((3, 12, 12), int)
+    mask[0, 0:2, 0:2] = mask[0, 0:2, 9:11] = 1
+    mask[2, 9:11, 0:2] = 2
+    mask[2, 0, 0] = 2  # too small to count
+    seen = volume('a', mask)
+    seen.image[0, 0:2, 1:3] = seen.image[0, 0:2, 0:2]
+    seen.image[0, 0:2, 0] = seen.image[0, 0:2, 9:11] = 0
+    seen.image[0, 9:11, 9:11] = 1
+    data = [seen, volume('b', 0 * mask)]
+    result = evaluate.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
+    row, empty = result['patients']
+    assert row['lesion_dice'] == pytest.approx(np.mean([0.5 / 3, 1]))
+    assert row['lesion_f1'] == pytest.approx(np.mean([2 / (2 + 1 + 1), 1]))
+    assert (row['lesions_found'], row['lesions_missed'], row['lesions_false']) == (2, 1, 1)
+    assert (empty['lesion_dice'], empty['lesion_f1']) == (None, None)
+    assert result['summary']['lesions'] == {'found': 2, 'missed': 1, 'false': 1}
+    assert result['summary']['lesion_f1']['n'] == 1
+    assert result['data']['lesion_options'] == OPTIONS['lesion_options']
+    words = 'Dice 0.583, detection F1 0.750 over 1; lesions: 2 found, 1 missed, 1 false'
+    assert words in evaluate.table(result)
+    grown = OPTIONS | {'num_classes': 3, 'lesion_options': {'dilation': 4, 'smallest': 2.0}}
+    (row, _) = evaluate.evaluate_volumes(hesitant, data, **grown)['patients']
+    assert (row['lesions_found'], row['lesions_missed'], row['lesions_false']) == (2, 0, 1)
+
+
+def test_lesions_of_two_pictures_of_a_patient_are_two():
+    mask = np.zeros((2, 6, 6), int)
+    mask[:, 1:4, 1:4] = 1
+    (apart,), (joined,) = (
+        evaluate.evaluate_volumes(oracle, [item], **OPTIONS)['patients']
+        for item in (volume('a', mask)._replace(scan=np.array([0, 1])), volume('a', mask))
+    )
+    assert (apart['lesions_found'], joined['lesions_found']) == (2, 1)
+
+
+def test_ignored_voxels_are_of_no_lesion():
+    mask = MASK.copy()
+    seen = volume('a', mask)
+    seen.image[:, 5, 5], mask[:, 5, 5] = 1, 255  # said to be a lesion, and ignored
+    seen = seen._replace(mask=mask.astype(np.uint8))
+    (row,) = evaluate.evaluate_volumes(oracle, [seen], **OPTIONS)['patients']
+    assert (row['lesion_dice'], row['lesions_false']) == (1, 0)
+
+
+def test_a_lesions_size_is_in_the_unit_of_the_spacing():
+    tall = volume('a', MASK)  # of 9 voxels
+    options = OPTIONS | {'lesion_options': {'dilation': 1, 'smallest': 10.0}}
+
+    def found(volume, spacing=(1.0, 1.0, 1.0)):
+        figures = evaluate.evaluate_volumes(oracle, [volume], **options | {'spacing': spacing})
+        return figures['summary']['lesions']['found']
+
+    assert found(tall) == 0
+    assert found(tall, (2.0, 1.0, 1.0)) == found(tall._replace(spacing=(2.0, 1.0, 1.0))) == 1
+
+
 def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
     first, second = MASK.copy(), 2 * MASK
     first[0, 0, :3] = 255  # 3 voxels that count nowhere; the images say class 0 there
@@ -306,7 +366,7 @@ def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
 
 def test_a_temperature_changes_probabilities_and_no_label():
     data = volume('a', MASK)
-    how = {'batch_size': 2, 'intensity': None}
+    how = {'batch_size': 2, 'intensity': None, 'context': 0}
     labels, plain = evaluate.predict_foreground(hesitant, data, **how)
     again, tempered = evaluate.predict_foreground(hesitant, data, **how, temperature=4.0)
     assert (labels == again).all()
@@ -327,7 +387,7 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
     found = evaluate.fit_temperature(
         sure,
         [wrong._replace(mask=ignored.astype(np.uint8)), wrong],
-        batch_size=2, intensity=None, num_classes=2, ignore_label=255,
+        batch_size=2, intensity=None, context=0, num_classes=2, ignore_label=255,
     )  # fmt: skip
     assert found['voxels'] == 107 + 108
     assert found['patients'] == 2
@@ -354,10 +414,11 @@ def test_evaluation_json_has_what_is_promised(trained):
     assert {'frequency_weighted_IU', 'mean_IU', 'class_wise_IU'} <= set(written['summary'])
     for name in (
         'dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined', 'assd',
-        'surface_dice',
+        'surface_dice', 'lesion_dice', 'lesion_f1',
     ):  # fmt: skip
         assert set(written['summary'][name]) == {'mean', 'median', 'sd', 'ci95', 'n'}
         assert name in written['patients'][0]
+    assert written['data']['lesion_options'] == {'dilation': 3, 'smallest': 50.0}
     assert written['checkpoint']['config']['model']['name'] == 'unet_mini'
     names = {path.stem for path in (workdir / 'pictures').iterdir()}
     assert names == {row['patient'] for row in written['patients']}
@@ -486,6 +547,30 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     assert result['data']['overlap'] is None
     assert 'whether the run was trained on these pictures is not known' in caplog.text
     assert 'overlap' not in evaluate.evaluate_checkpoint(workdir)['data']
+
+
+def test_a_run_normalised_as_published_is_so_wherever_images_are_seen(tmp_path, monkeypatch):
+    """In training, at the slices' own size, in evaluation and prediction."""
+    seen, real = [], pipeline.batches
+    monkeypatch.setattr(pipeline, 'batches', lambda slices, *a, **k: seen.append(slices) or
+                        real(slices, *a, **k))  # fmt: skip
+    config = tiny_config(**{'data.normalize': 'buda', 'data.size': (32, 32), 'phantom.size': 40})
+    result = train.train_and_evaluate(config, str(tmp_path))
+    slices, parts = sources.load(config, tmp_path / 'splits.json')  # as the source measures it
+    found = {volume.patient: volume for volume in iterate_volumes(slices)}
+    expected = {name: measure_head([volume.image]) for name, volume in found.items()}
+    assert [*seen[0].intensity] == parts['train']
+    for name, intensity in seen[0].intensity.items():
+        np.testing.assert_array_equal(intensity, expected[name])
+        assert (intensity != slices.intensity[name]).any()
+    run = open_run(tmp_path)
+    program = infer.compile_predict(run.model, size=(32, 32), batch_size=4)
+    predictor = predict.load(tmp_path)
+    for row in result['patients']:
+        image = found[row['patient']].image
+        labels = program(run.variables, normalize(image, expected[row['patient']])).argmax(-1)
+        assert row['predicted_voxels'] == (labels > 0).sum()
+        np.testing.assert_array_equal(predict.predict_array(predictor, image)[0], labels)
 
 
 def sources_config(workdir):

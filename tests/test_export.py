@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import types
 import zipfile
 
@@ -266,6 +265,22 @@ def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt
     assert metadata['step'] == 7
 
 
+def test_a_measure_of_the_head_is_left_to_those_who_read_the_parameters(tmp_path):
+    workdir = save_published(tmp_path, normalization='buda')
+    for fmt in ('stablehlo', 'onnx'):
+        with pytest.raises(ConfigError, match=r"'buda' has no form in .* --format=savedparams"):
+            export.export_checkpoint(workdir, fmt)
+    export.export_checkpoint(workdir, 'savedparams', size=(32, 48))
+    predict, metadata = export.read(workdir / export.FILES['savedparams'])
+    assert metadata['normalization']['kind'] == 'buda'
+    image = images(2, 32, 48, 3)
+    image[:, :9] = 4  # dark: outside the head
+    run = open_run(workdir)
+    normal = volumes.normalize(image, volumes.measure_head([image]))
+    expected = infer.compile_predict(run.model)(run.variables, normal)
+    np.testing.assert_allclose(predict(image), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fmt):
     if fmt == 'onnx':
@@ -464,8 +479,3 @@ def test_the_readmes_snippet_serves(exported, trained, tmp_path, fmt):
     assert done.returncode == 0, done.stderr
     expected = expected_of(trained[0], image)
     np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), expected, atol=1e-5)
-
-
-def test_the_version_is_pyprojects():
-    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-    assert project['version'] == pspnet_jax.__version__

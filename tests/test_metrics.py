@@ -1,5 +1,6 @@
 """Metrics on masks drawn by hand, and against brute force."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -251,6 +252,127 @@ def test_bootstrap_interval_narrows_with_the_number_of_patients(rng):
         expected = 2 * 1.96 * values.std() / np.sqrt(len(values))
         assert high - low == pytest.approx(expected, rel=0.15)
     assert metrics.bootstrap_ci(few) == metrics.bootstrap_ci(np.append(few, np.nan))
+
+
+def brats_lesions(pred, true, spacing, dilation, smallest):
+    """Lesion by lesion, in the steps of the challenge's own code, over whole volumes."""
+    by_edges, by_corners = (ndimage.generate_binary_structure(3, n) for n in (2, 3))
+
+    def wide(mask):
+        return ndimage.binary_dilation(mask, by_edges, iterations=dilation) if dilation else mask
+
+    predicted, n_predicted = ndimage.label(pred, by_corners)
+    joined, n_lesions = ndimage.label(wide(true), by_corners)
+    dice, found, met = [], [], set()
+    for number in range(1, n_lesions + 1):
+        lesion = true & (joined == number)
+        meeting = set(np.unique(predicted[wide(lesion)])) - {0}
+        met |= meeting
+        if lesion.sum() * np.prod(spacing) > smallest:
+            whole = np.isin(predicted, list(meeting))
+            dice.append(2 * (whole & lesion).sum() / (whole.sum() + lesion.sum()))
+            found.append(bool(meeting))
+    return dice, found, n_predicted - len(met)
+
+
+def test_lesions_are_those_of_the_challenges_code(rng):
+    kinds = set()
+    for share, dilation in itertools.product(4 * (0.0005, 0.004, 0.02), (0, 1, 3)):
+        seeds = rng.random((2, 6, 25, 22)) < share
+        true, pred = ndimage.binary_dilation(seeds, np.ones((1, 2, 2, 2)))
+        pred |= true & (rng.random(true.shape) < rng.choice([0.0, 0.5]))
+        for spacing, smallest in (((1, 1, 1), 0.0), ((3.0, 0.5, 0.5), 8.0)):
+            options = {'dilation': dilation, 'smallest': smallest}
+            dice, found, invented = metrics.lesions(pred, true, spacing, **options)
+            expected = brats_lesions(pred, true, spacing, dilation, smallest)
+            np.testing.assert_allclose(dice, expected[0])
+            assert found.tolist() == expected[1]
+            assert invented == expected[2]
+            kinds |= {('found', x) for x in expected[1]} | {('invented', invented > 0)}
+    assert len(kinds) == 4  # of all cases, some
+
+
+def cubes(*corners, side=4):
+    """Cubes of 64 voxels, by their first corner."""
+    mask = np.zeros((12, 40, 40), bool)
+    for z, y, x in corners:
+        mask[z : z + side, y : y + side, x : x + side] = True
+    return mask
+
+
+ONE = (1, 1, 1)
+lesions = functools.partial(metrics.lesions, dilation=3, smallest=50.0)  # as of gliomas
+
+
+def test_lesion_figures_by_hand():
+    """One found exactly, one by half, one missed, one invented."""
+    true = cubes((1, 1, 1), (1, 1, 20), (1, 25, 1))
+    pred = cubes((1, 1, 1), (1, 1, 22), (1, 25, 25))
+    dice, found, invented = lesions(pred, true, ONE)
+    assert sorted(dice) == [0, 0.5, 1]
+    assert (sorted(found), invented) == ([False, True, True], 1)
+    figures = metrics.lesion_ratios((dice, found, invented))
+    assert figures['lesion_dice'] == pytest.approx(1.5 / 4)  # of three lesions and one invented
+    assert figures['lesion_f1'] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+
+
+def test_lesions_that_meet_by_their_dilation_are_one():
+    """Six voxels apart they meet after three steps each; seven, they do not."""
+    for gap, number in ((6, 1), (7, 2)):
+        true = cubes((1, 1, 1), (1, 1, 5 + gap))
+        dice, found, invented = lesions(cubes((1, 1, 1)), true, ONE)
+        assert len(dice) == number
+        assert sorted(dice) == ([64 * 2 / (64 + 128)] if number == 1 else [0, 1])
+        assert (sorted(found), invented) == ([True] if number == 1 else [False, True], 0)
+
+
+def test_a_predicted_lesion_beside_one_finds_it_without_overlap_and_counts_whole():
+    true = cubes((1, 1, 1))
+    beside, off = cubes((1, 1, 7)), cubes((1, 1, 8))  # 2 and 3 voxels between them
+    dice, found, invented = lesions(beside, true, ONE)
+    assert (dice.tolist(), found.tolist(), invented) == ([0], [True], 0)
+    dice, found, invented = lesions(off, true, ONE)
+    assert (dice.tolist(), found.tolist(), invented) == ([0], [False], 1)
+    figures = metrics.lesion_ratios((dice, found, invented))
+    assert figures == {'lesion_dice': 0, 'lesion_f1': 0}
+    dice, _, _ = lesions(true | cubes((1, 1, 6)), true, ONE)  # one voxel apart, both met
+    assert dice.tolist() == [pytest.approx(2 * 64 / (64 + 128))]
+
+
+def test_a_predicted_lesion_may_serve_two_and_corners_connect():
+    true = cubes((1, 1, 1), (1, 1, 14))
+    pred = true.copy()
+    pred[1, 1, 1:18] = True  # a bridge
+    dice, found, invented = lesions(pred, true, ONE)
+    assert dice.tolist() == [pytest.approx(2 * 64 / (64 + 128 + 9))] * 2
+    assert (found.tolist(), invented) == ([True, True], 0)
+    corner = cubes((1, 20, 20)) | cubes((5, 24, 24))
+    assert lesions(corner, cubes((1, 1, 1)), ONE)[2] == 1
+
+
+def test_small_lesions_and_what_meets_them_are_left_out():
+    true = cubes((1, 1, 1)) | cubes((1, 25, 25), side=3)  # 64 and 27 voxels
+    dice, found, invented = lesions(true, true, ONE)
+    assert (dice.tolist(), found.tolist(), invented) == ([1], [True], 0)
+    assert len(lesions(true, true, (2, 1, 1))[0]) == 2  # 54 cubic millimetres
+    assert len(lesions(true, true, ONE, smallest=26.9)[0]) == 2
+    assert len(lesions(true, true, ONE, smallest=27.0)[0]) == 1
+
+
+def test_lesion_figures_without_lesions():
+    empty, one = np.zeros((12, 40, 40), bool), cubes((1, 1, 1))
+    for pred, true, expected in ((empty, empty, np.nan), (one, empty, 0), (empty, one, 0)):
+        figures = metrics.lesion_ratios(lesions(pred, true, ONE))
+        assert figures == pytest.approx(
+            {'lesion_dice': expected, 'lesion_f1': expected}, nan_ok=True
+        )
+
+
+def test_lesions_touch_the_border_as_in_a_larger_volume():
+    true, pred = cubes((0, 0, 0), (8, 36, 36)), cubes((0, 0, 2), (8, 30, 36))
+    inside = lesions(np.pad(pred, 5), np.pad(true, 5), ONE)
+    for ours, theirs in zip(lesions(pred, true, ONE), inside, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_patient_has_no_interval():

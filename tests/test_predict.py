@@ -27,7 +27,7 @@ from pspnet_jax import (
     visualize,
 )
 from pspnet_jax.config import to_dict
-from pspnet_jax.data import files, folder, sources, splits
+from pspnet_jax.data import files, folder, sources, splits, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, DataError
 from pspnet_jax.models.published import IMAGENET
 from pspnet_jax.runs import open_run
@@ -762,6 +762,9 @@ def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained,
     other = save_run(tmp_path / 'weights', tiny_config(), imagenet)
     with pytest.raises(CheckpointError, match='normalised in two ways'):
         predict.load([trained[0], other])
+    other = save_run(tmp_path / 'buda', tiny_config(), 'buda')
+    with pytest.raises(CheckpointError, match='normalised in two ways'):
+        predict.load([trained[0], other])
     names = tiny_config(**{'model.class_names': ('background', 'lesion')})
     named = save_run(tmp_path / 'names', names)
     predict.load([trained[0], named])  # not part of the network
@@ -929,3 +932,24 @@ def test_what_does_not_fit_beside_others_is_done_by_itself(bright_run, tmp_path,
     workdir, out = bright_run(), tmp_path / 'out'
     assert predict.predict_files(workdir, tmp_path / 'in', out, save=['mask']) == []
     assert written(out) == {f'{name}_mask.nii.gz' for name in 'abc'}
+
+
+def test_the_slices_of_a_patient_are_measured_together_as_the_run_measures(tmp_path, rng):
+    images = {}
+    for name, shape in (('a_1', (20, 24)), ('a_2', (20, 24)), ('a_3', (24, 20))):
+        images[tmp_path / f'{name}.png'] = rng.integers(0, 256, (*shape, 3), np.uint8)
+        images[tmp_path / f'{name}.png'][:5] = 3  # dark: outside the head
+    for path, image in images.items():
+        Image.fromarray(image).save(path)
+    paths, stems = [*images], {path: path.with_suffix('') for path in images}
+    group = predict.Group(paths[:2], paths[2:])
+    predictor = predict.Predictor(tiny_config(), None, None, 3, measured='buda')
+    _, cases, faults = predict.read_cases(group, predictor=predictor, stems=stems)
+    assert not faults
+    first, second, third = images.values()
+    expected = volumes.measure_head([np.stack([first, second]), third[None]])
+    for case in cases:
+        np.testing.assert_array_equal(case.intensity, expected)
+    by_itself = predict.Group(paths[:1])
+    _, (alone,), _ = predict.read_cases(by_itself, predictor=predictor, stems=stems)
+    np.testing.assert_array_equal(alone.intensity, volumes.measure_head([first[None]]))

@@ -31,6 +31,9 @@ def make_volume(name, rng, depth=5, size=24, lesion=True):
     return Volume(name, image, mask, np.arange(3, 3 + depth), intensity)
 
 
+HOW = {'batch_size': 2, 'intensity': None, 'context': 0}
+
+
 def bright(image):
     """0.9 for lesion where channel 0 is above 50, else 0.1."""
     said = np.arange(2) == (image[..., :1] > 50)
@@ -51,7 +54,7 @@ def evaluated(rng):
     cases = []
     for role, row in report.extremes(result['patients']):
         volume = data[names.index(row['patient'])]
-        found = evaluate.predict_foreground(bright, volume, batch_size=2, intensity=None)
+        found = evaluate.predict_foreground(bright, volume, **HOW)
         cases.append((role, report.make_case(volume, *found)))
     return result, cases
 
@@ -179,7 +182,7 @@ def test_structures_are_in_a_table_with_what_is_missed(evaluated):
     assert {'class 1', 'Missed in', 'Invented in'} <= set(heads)
     cells = [text for a, text in page.of('td') if 'data-value' not in a]
     place = cells.index(f'{found["dice"]["mean"]:.3f} ({found["dice"]["n"]})')
-    assert cells[place + 5 : place + 8] == [
+    assert cells[place + 7 : place + 10] == [
         str(found[name]) for name in ('present', 'missed', 'invented')
     ]
 
@@ -375,7 +378,7 @@ def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
     sorts = run(
         '[...document.querySelectorAll("#patient-table th[aria-sort]")].map(h => h.ariaSort)'
     )
-    assert sorts == ['ascending', *['none'] * 15]
+    assert sorts == ['ascending', *['none'] * 17]
 
     # The slider: starts where most lesion is, an arrow key shows the next slice in all panels.
     images = '[...document.querySelectorAll(".case img")]'

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax.data import folder, phantom, splits, volumes
+from pspnet_jax.config import base
+from pspnet_jax.data import folder, phantom, sources, splits, volumes
 from pspnet_jax.errors import DataError
 
 SITES = {'DU': 45, 'HT': 34, 'CS': 16, 'FG': 14, 'EZ': 1}
@@ -193,3 +194,21 @@ def test_pictures_turned_upside_down_are_other_data(tmp_path, rng):
     assert splits.fingerprint(after) == splits.fingerprint(before)
     with pytest.raises(DataError, match=r"the pictures of \['b'\] have other pixels"):
         splits.read(tmp_path / 'splits.json', after)
+
+
+@pytest.mark.parametrize('held_out', [True, False])
+def test_the_public_holdout_is_in_a_fold_only_where_that_is_asked_for(monkeypatch, rng, held_out):
+    names = ['TCGA_CS_4944_20010208', *(f'TCGA_DU_{n}_19960101' for n in range(5849, 5858))]
+    image, mask = rng.integers(0, 99, (1, 8, 8, 3), np.uint8), np.zeros((1, 8, 8), np.uint8)
+    scale = volumes.measure_intensity(image)
+    slices = volumes.from_volumes(
+        [volumes.Volume(name, image, mask, np.ones(1), scale) for name in names]
+    )
+    monkeypatch.setattr(sources, 'read', lambda config: slices)
+    config = base.get_config()
+    config.data.update({'name': 'lgg', 'split': 'kfold', 'folds': 2, 'public_holdout': held_out})
+    tested = []
+    for config.data.fold in range(2):
+        tested += sources.load(config)[1]['test']
+    expected = [name for name in names if splits.short_name(name) not in splits.LGG_HOLDOUT]
+    assert sorted(tested) == sorted(expected if held_out else names)

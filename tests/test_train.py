@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, compilation, evaluate, infer, log, models, optim, train
+from pspnet_jax import checkpoint, compilation, evaluate, infer, log, losses, models, optim, train
+from pspnet_jax.config import base
 from pspnet_jax.data import phantom, pipeline, sources, volumes
 from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
 from pspnet_jax.models import convolution, unet
@@ -315,7 +316,7 @@ def one_step(accumulate, loss_options, batch):
     return state, compilation.jit(step)(state, batch)
 
 
-CE_ONLY = {'cross_entropy': 1.0, 'dice': 0.0, 'aux': 0.4, 'class_weights': (), 'ignore_label': 255}
+CE_ONLY = {**base.get_config().loss.to_dict(), 'dice': 0.0}
 
 
 def sgd_step(model, **options):
@@ -372,19 +373,19 @@ def test_the_average_of_the_parameters_is_a_half_step_behind(rng):
 def test_the_loss_is_the_weighted_sum_and_the_auxiliary(rng):
     batch = batch_of(rng)
     logits = jnp.asarray(rng.standard_normal((8, 6, 6, 3)), jnp.float32)
-    options = {'class_weights': (), 'ignore_label': 255, 'axis_name': None}
+    nothing = {**base.get_config().loss.to_dict(), **dict.fromkeys(losses.TERMS, 0.0)}
 
-    def loss(out, ce, dice, aux):
-        return float(
-            train.segmentation_loss(
-                out, batch['mask'], cross_entropy=ce, dice=dice, aux=aux, **options
-            )
-        )
+    def loss(out, **weights):
+        options = {**nothing, **weights}
+        return float(train.segmentation_loss(out, batch['mask'], axis_name=None, **options))
 
-    ce, dice = loss({'logits': logits}, 1, 0, 0), loss({'logits': logits}, 0, 1, 0)
-    assert loss({'logits': logits}, 2, 3, 0.4) == pytest.approx(2 * ce + 3 * dice, rel=1e-5)
-    both = loss({'logits': logits, 'aux': logits}, 1, 1, 0.4)
-    assert both == pytest.approx(1.4 * (ce + dice), rel=1e-5)
+    alone = {name: loss({'logits': logits}, **{name: 1.0}) for name in losses.TERMS}
+    assert len({round(value, 6) for value in alone.values()} | {0.0}) == len(losses.TERMS) + 1
+    weights = {name: weight for weight, name in enumerate(losses.TERMS, start=2)}
+    expected = sum(weights[name] * alone[name] for name in losses.TERMS)
+    assert loss({'logits': logits}, **weights) == pytest.approx(expected, rel=1e-5)
+    both = loss({'logits': logits, 'aux': logits}, **weights, aux=0.4)
+    assert both == pytest.approx(1.4 * expected, rel=1e-5)
 
 
 def test_quarter_size_logits_meet_the_labels_at_the_centres_of_their_cells(rng):

@@ -155,6 +155,12 @@ CAFFE = published.CAFFE._asdict()
         (CAFFE, 'weights', CAFFE, False),
         (CAFFE, 'volume', None, True),
         (None, 'weights', published.IMAGENET._asdict(), True),
+        ('buda', None, 'buda', False),
+        ('buda', 'buda', 'buda', False),
+        ('buda', 'volume', None, True),
+        ('buda', 'weights', published.IMAGENET._asdict(), True),
+        (CAFFE, 'buda', 'buda', True),
+        (None, 'buda', 'buda', True),
     ],
 )
 def test_normalisation_comes_along_and_a_contradiction_is_said(
@@ -208,8 +214,14 @@ def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
     checkpoint.check_inputs({**inputs, 'range': [[0.0], [4095.0]]}, 'run')
     with pytest.raises(CheckpointError, match='that is none of ours'):
         checkpoint.check_inputs({**inputs, 'range': scale}, 'run')
-    with pytest.raises(CheckpointError, match='that is none of ours'):
-        checkpoint.check_inputs({'channels': 1, 'normalization': None, 'range': [[0], [1]]}, 'run')
+    checkpoint.check_inputs({'channels': 1, 'normalization': 'buda'}, 'run')
+    for how, more in (
+        (None, {'range': [[0], [1]]}),
+        ('buda', {'range': [[0], [1]]}),
+        ('other', {}),
+    ):
+        with pytest.raises(CheckpointError, match='that is none of ours'):
+            checkpoint.check_inputs({'channels': 1, 'normalization': how, **more}, 'run')
 
 
 def test_two_first_weights_are_refused():
@@ -345,6 +357,11 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
             {'normalization': CAFFE},
             {},
             r'normalised by mean \(123\.68, .*this run normalises them volume by volume',
+        ),
+        (
+            {'normalization': 'buda'},
+            {},
+            "volume by volume as Buda's code does, this run normalises them volume by volume",
         ),
         (
             {},

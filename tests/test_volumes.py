@@ -316,3 +316,102 @@ def test_grey_as_three_channels_takes_no_more_memory(rng):
     np.testing.assert_array_equal(
         volumes.measure_intensity(image), volumes.measure_intensity(np.repeat(grey, 3, axis=-1))
     )
+
+
+def published(volume):
+    """crop_sample, pad_sample and normalize_volume of Buda's utils.py by hand, without the resize
+    between them: (the box, the dark voxels' volume, its normalised padded one), in float64.
+    """
+    volume = volume.astype(np.float64)
+    volume[volume < volume.max() * 0.1] = 0
+    box = tuple(slice(where.min(), where.max() + 1) for where in np.nonzero(volume.max(-1)))
+    head = volume[box]
+    D, H, W, C = head.shape
+    side = max(H, W)
+    before = (side - H) // 2, (side - W) // 2
+    padded = np.zeros((D, side, side, C))
+    padded[:, before[0] : before[0] + H, before[1] : before[1] + W] = head
+    flat = np.sort(padded.ravel())
+
+    def percentile(q):
+        at = (len(flat) - 1) * q / 100
+        low, high = flat[int(np.floor(at))], flat[int(np.ceil(at))]
+        return low + (high - low) * (at % 1)
+
+    p10, p99 = percentile(10), percentile(99)
+    scaled = (np.clip(padded, p10, p99) - p10) / (p99 - p10)
+    flat_C = scaled.reshape(-1, C)
+    mean = flat_C.sum(0) / len(flat_C)
+    deviation = np.sqrt(((flat_C - mean) ** 2).sum(0) / len(flat_C))
+    normal = (scaled - mean) / deviation
+    return box, head, normal[:, before[0] : before[0] + H, before[1] : before[1] + W]
+
+
+def head(rng, kind, channels=3):
+    """A bright ellipsoid, of another brightness in each channel, in a dark noisy background."""
+    z, y, x = np.ogrid[-1:1:9j, -1:1:40j, -1:1:36j]
+    inside = (z / 0.8) ** 2 + (y / 0.7) ** 2 + ((x - 0.1) / 0.5) ** 2 < 1
+    bright = 90 * (1 + np.arange(channels)) / channels + rng.normal(60, 20, (*inside.shape, 1))
+    image = np.where(inside[..., None], bright, 0) + rng.uniform(0, 15, (*inside.shape, channels))
+    scale = {np.uint8: 1, np.uint16: 200, np.float32: 0.013}[kind]
+    image = np.clip(image, 0, 255) * scale
+    return image.astype(kind)
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16, np.float32])
+def test_the_published_normalisation_is_that_of_the_published_code(rng, kind):
+    volume = head(rng, kind)
+    box, dark_is_0, expected = published(volume)
+    assert volume[box].size < volume.size / 2
+    intensity = volumes.measure([volume], 'buda')
+    assert intensity.shape == (4, 3)
+    assert (intensity[:2] == intensity[:2, :1]).all()  # one range for all channels
+    found = volumes.normalize(dark_is_0, intensity)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    # Of the volume itself all but the dark voxels, and it isn't what 'volume' makes of it.
+    seen = volumes.normalize(volume[box], intensity)
+    np.testing.assert_allclose(seen[dark_is_0 > 0], expected[dark_is_0 > 0], atol=2e-5)
+    other = volumes.normalize(volume[box], volumes.measure([volume], 'volume'))
+    assert np.abs(other - expected)[dark_is_0 > 0].mean() > 0.2
+
+
+def test_what_is_outside_the_head_is_not_measured(rng):
+    volume = head(rng, np.uint8)
+    wide = np.pad(volume, [(3, 2), (40, 9), (8, 30), (0, 0)])
+    np.testing.assert_array_equal(volumes.measure_head([wide]), volumes.measure_head([volume]))
+    assert (volumes.measure_intensity(wide) != volumes.measure_intensity(volume)).any()
+
+
+def test_grey_is_measured_once_and_an_image_of_one_value_is_nothing(rng):
+    grey = head(rng, np.uint16, channels=1)
+    repeated = np.broadcast_to(grey, (*grey.shape[:3], 3))
+    expected = np.repeat(volumes.measure_head([grey]), 3, axis=1)
+    np.testing.assert_array_equal(volumes.measure_head([repeated]), expected)
+    for value in (0, 7):
+        flat = np.full((2, 5, 4, 2), value, np.uint8)
+        normal = volumes.normalize(flat, volumes.measure_head([flat]))
+        assert np.ptp(normal) == 0
+
+
+def test_the_published_normalisation_is_of_slices_at_their_own_size(rng):
+    """Also of those that training reads resized, and of a patient's pictures of several sizes."""
+    first, second = head(rng, np.uint8), head(rng, np.uint8)[:4, 4:-4]
+    images = [*first, *second]
+    slices = volumes.from_volumes([
+        volumes.Volume(name, image, image[..., 0], np.arange(len(image)),
+                       volumes.measure_intensity(image))
+        for name, image in (('a', first), ('b', second))
+    ])  # fmt: skip
+    resized = volumes.resized(slices, (24, 24))
+    measured = volumes.measured(resized, 'buda')
+    assert measured.read(0)[0].shape == (24, 24, 3)
+    for name, image in (('a', first), ('b', second)):
+        np.testing.assert_array_equal(measured.intensity[name], volumes.measure_head([image]))
+    assert volumes.measured(slices, 'volume') is slices
+    both = dataclasses.replace(
+        slices, patient=np.array(['a'] * len(images)), intensity={'a': slices.intensity['a']}
+    )
+    expected = volumes.measure_head([first, second])
+    for volume in volumes.iterate_volumes(both, 'buda'):
+        np.testing.assert_array_equal(volume.intensity, expected)
+    np.testing.assert_array_equal(volumes.measured(both, 'buda').intensity['a'], expected)

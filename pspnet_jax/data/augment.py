@@ -3,8 +3,11 @@
 Flip, scale, rotation, elastic deformation and crop are composed into one map from
 output pixel to input position, so each picture is interpolated once: the image
 bilinearly, the mask by its nearest neighbour. What falls outside the picture is the
-image's own minimum and, in the mask, the ignored label.
+image's own minimum and, in the mask, the ignored label. Blur, lower resolution and changed
+intensities come after it, and are the image's alone.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +29,17 @@ def augment(
     scale: float = 0.0,
     rotate: float = 0.0,
     elastic: float = 0.0,
+    blur: float = 0.0,
+    blur_probability: float = 1.0,
+    low_resolution: float = 0.0,
+    low_resolution_probability: float = 1.0,
+    gamma: float = 0.0,
+    gamma_probability: float = 1.0,
     gain: float = 0.0,
     bias: float = 0.0,
     noise: float = 0.0,
     ignore_label: int = IGNORE_LABEL,
+    context: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
 
@@ -37,9 +47,15 @@ def augment(
     nor elastic moves them; 0 keeps the size. flip:
     probability of a left-right mirror, flip_vertical: of an upside-down one. scale: 0.1
     zooms by 1/1.1 .. 1.1. rotate: degrees. elastic: standard deviation of the field in
-    pixels, the same everywhere. gain: channel-wise factor 1 +- gain. bias: channel-wise shift,
-    and noise: pixel noise's largest standard deviation, in units of the normalised image.
-    ignore_label: of what falls outside. Raises ValueError for a crop larger than the image.
+    pixels, the same everywhere. blur: largest deviation of the Gaussian, in pixels.
+    low_resolution: largest share of the pixels along each axis that is lost. gamma: 0.5 takes
+    powers of 1/1.5 .. 1.5 (`power`). These three are done with a probability of their own. gain:
+    channel-wise factor 1 +- gain. bias: channel-wise shift, and noise: pixel noise's largest
+    standard deviation, in units of the normalised image. ignore_label: of what falls outside.
+    context: how many neighbours on either side the image has the channels of
+    (`volumes.channels_seen`); what is drawn for a channel is for theirs too.
+
+    Raises ValueError for a crop larger than the image.
     """
     h, w = mask_HW.shape
     out_h, out_w = (crop, crop) if crop else (h, w)
@@ -87,11 +103,84 @@ def augment(
     image_HWC = above + lowest_11C
     mask_HW = sample(mask_HW, 0, ignore_label)
 
-    channels = (1, 1, image_HWC.shape[-1])
-    image_HWC = image_HWC * (1.0 + uniform(keys[5], gain, channels))
-    image_HWC = image_HWC + uniform(keys[6], bias, channels)
+    def by_channel(key, limit):
+        seen = 2 * context + 1
+        return jnp.tile(uniform(key, limit, (1, 1, image_HWC.shape[-1] // seen)), seen)
+
+    changes = (  # numbers beyond those of `keys`: no draw depends on which others there are
+        (8, blur, blur_probability, blurred, lambda key: blur * jax.random.uniform(key)),
+        (9, low_resolution, low_resolution_probability, coarse,
+         lambda key: 1.0 - low_resolution * jax.random.uniform(key)),
+        (10, gamma, gamma_probability, power,
+         lambda key: jnp.exp(by_channel(key, jnp.log1p(gamma)))),
+    )  # fmt: skip
+    for number, strength, probability, change, draw in changes:
+        if strength > 0.0 and probability > 0.0:
+            chance, amount = jax.random.split(jax.random.fold_in(key, number))
+            done = jax.random.bernoulli(chance, probability)
+            image_HWC = jnp.where(done, change(image_HWC, draw(amount)), image_HWC)
+    image_HWC = image_HWC * (1.0 + by_channel(keys[5], gain))
+    image_HWC = image_HWC + by_channel(keys[6], bias)
     if noise > 0.0:
         amount, pixels = jax.random.split(keys[7])
         sigma = jax.random.uniform(amount, maxval=noise)
         image_HWC = image_HWC + sigma * jax.random.normal(pixels, image_HWC.shape)
     return image_HWC, mask_HW
+
+
+def along_both(image_HWC: jax.Array, matrix: Callable[[int], jax.Array]) -> jax.Array:
+    """`matrix(n)`, n x n, times the columns and then the rows."""
+    for axis, n in enumerate(image_HWC.shape[:2]):
+        image_HWC = jnp.tensordot(matrix(n), image_HWC, axes=(1, axis), precision='highest')
+        image_HWC = jnp.moveaxis(image_HWC, 0, axis)
+    return image_HWC
+
+
+def blurred(image_HWC: jax.Array, sigma: jax.Array) -> jax.Array:
+    """By a Gaussian of `sigma` pixels; near the border its weights of what is there sum to 1."""
+
+    def matrix(n):
+        apart = jnp.arange(n)[:, None] - jnp.arange(n)[None]
+        weights = jnp.exp(-0.5 * (apart / jnp.maximum(sigma, 1e-3)) ** 2)
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    return along_both(image_HWC, matrix)
+
+
+def coarse(image_HWC: jax.Array, zoom: jax.Array) -> jax.Array:
+    """As if recorded at `zoom` times its height and width: to the nearest pixels of so many cells
+    of equal size, and back between the centres of these.
+
+    nnU-Net's SimulateLowResolutionTransform (PyTorch's 'nearest-exact', then 'bilinear').
+    Deviation: all channels alike, where it draws a zoom for each of half of them.
+    """
+
+    def matrix(n):
+        cells = jnp.maximum(jnp.round(zoom * n), 1.0)
+        position = jnp.clip((jnp.arange(n) + 0.5) * cells / n - 0.5, 0.0, cells - 1.0)
+        low = jnp.floor(position)
+        share = (position - low)[:, None]
+
+        def seen(cell):
+            pixel = jnp.floor((cell + 0.5) * n / cells)
+            return pixel[:, None] == jnp.arange(n)[None]
+
+        return jnp.where(seen(low), 1.0 - share, 0.0) + jnp.where(
+            seen(jnp.minimum(low + 1.0, cells - 1.0)), share, 0.0
+        )
+
+    return along_both(image_HWC, matrix)
+
+
+def power(image_HWC: jax.Array, exponent_11C: jax.Array) -> jax.Array:
+    """Each channel, from its smallest value as 0 to its largest as 1, to the power of `exponent`,
+    with the mean and the deviation that it had: nnU-Net's GammaTransform, never of the negative.
+    """
+
+    def moments(x):
+        return x.mean((0, 1), keepdims=True), x.std((0, 1), keepdims=True)
+
+    low, high = (f(axis=(0, 1), keepdims=True) for f in (image_HWC.min, image_HWC.max))
+    changed = ((image_HWC - low) / jnp.maximum(high - low, 1e-6)) ** exponent_11C
+    (mean, deviation), (own_mean, own_deviation) = moments(image_HWC), moments(changed)
+    return (changed - own_mean) * (deviation / jnp.maximum(own_deviation, 1e-6)) + mean

@@ -145,6 +145,8 @@ def check(config, out: str | Path) -> None:
     train = volumes.select(slices, parts['train'])
     if config.data.size:
         train = volumes.resized(train, config.data.size)
+    if config.data.normalize == 'buda':
+        train = volumes.measured(train, 'buda')
     path = Path(out) / 'contact_sheet.png'
     sheet = contact_sheet(train, config.augment.to_dict(), config.seed, config.loss.ignore_label)
     with files.writing(path) as aside:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pspnet_jax.data.volumes import Slices, Volume, check_kind, normalize
+from pspnet_jax.data.volumes import (
+    Slices,
+    Volume,
+    check_kind,
+    neighbours,
+    normalize,
+    stack,
+    tile,
+)
 from pspnet_jax.errors import DataError
 
 if TYPE_CHECKING:  # imported where it is used: a step whose data are on the device needs none
@@ -163,13 +171,18 @@ def batches(
 
 
 def eval_batches(
-    volume: Volume, batch_size: int, intensity: np.ndarray | None
+    volume: Volume, batch_size: int, intensity: np.ndarray | None, context: int = 0
 ) -> Iterator[np.ndarray]:
-    """The volume's slices, normalised, in batches of one size: the last is padded by zeros."""
+    """The volume's slices, normalised, in batches of one size: the last is padded by zeros.
+
+    With `context` each has its neighbours' channels too, see `volumes.channels_seen`.
+    """
     if intensity is None:
         intensity = volume.intensity
     else:
         check_kind(volume.image, intensity, volume.patient)
+    intensity = tile(intensity, context)
+    rows_Dn = neighbours(volume.scan, len(volume.image), context)
     for start in range(0, len(volume.image), batch_size):
-        image = normalize(volume.image[start : start + batch_size], intensity)
+        image = normalize(stack(volume.image, rows_Dn[start : start + batch_size]), intensity)
         yield np.pad(image, [(0, batch_size - len(image))] + [(0, 0)] * 3)

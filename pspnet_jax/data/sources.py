@@ -118,7 +118,7 @@ def load(config, split_file: str | Path = '') -> tuple[Slices, dict[str, list[st
     if split_file or data.split_file:
         return slices, splits.read(split_file or data.split_file, slices)
     options = {
-        'test_patients': splits.LGG_HOLDOUT if data.name == 'lgg' else (),
+        'test_patients': splits.LGG_HOLDOUT if data.name == 'lgg' and data.public_holdout else (),
         'validation_fraction': data.validation_fraction,
         'seed': data.split_seed,
     }

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,8 @@ class Slices:
     patients' steps in mm where they are known, `class_names` those of all classes in turn where the
     source names them, `ranges` the `measure_range` of those whose images are not of 8 bits.
     `scan` is `Volume`'s, of length N: a source whose patients may be several pictures or volumes
-    sets it. `digest` is each slice's `picture_digest`, where a source reads them anyway.
+    sets it. `digest` is each slice's `picture_digest`, where a source reads them anyway. `read_own`
+    gives slices at their own size, where `read` gives them `resized`.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -71,6 +73,7 @@ class Slices:
     ranges: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scan: np.ndarray | None = None
     digest: np.ndarray | None = None
+    read_own: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -103,27 +106,50 @@ def describe(slices: Slices) -> str:
     )
 
 
-def iterate_volumes(slices: Slices) -> Iterator[Volume]:
+def iterate_volumes(slices: Slices, how: str = 'volume') -> Iterator[Volume]:
     """Whole volumes, one in memory at a time, in the order of their names.
 
-    A patient whose slices have several sizes is a volume a size, 'NAME HEIGHTxWIDTH'.
+    A patient whose slices have several sizes is a volume a size, 'NAME HEIGHTxWIDTH'. Intensities
+    are those of `slices`, which is `how` 'volume' measures them, else measured anew.
     """
     for patient in sorted(set(slices.patient.tolist())):
         by_size = collections.defaultdict(list)
         for row in np.flatnonzero(slices.patient == patient):
             image, mask = slices.read(int(slices.key[row]))
             by_size[mask.shape].append((row, image, mask))
-        for (height, width), found in by_size.items():
-            rows, image, mask = zip(*found, strict=True)
+        sizes = {
+            size: [np.array(rows), *map(np.stack, arrays)]
+            for size, found in by_size.items()
+            for rows, *arrays in [zip(*found, strict=True)]
+        }
+        intensity = slices.intensity[patient]
+        if how != 'volume':
+            intensity = measure([image for _, image, _ in sizes.values()], how)
+        for (height, width), (rows, image, mask) in sizes.items():
             yield Volume(
                 patient if len(by_size) == 1 else f'{patient} {height}x{width}',
-                np.stack(image),
-                np.stack(mask),
-                slices.slice[list(rows)],
-                slices.intensity[patient],
+                image,
+                mask,
+                slices.slice[rows],
+                intensity,
                 slices.spacing.get(patient),
-                None if slices.scan is None else slices.scan[list(rows)],
+                None if slices.scan is None else slices.scan[rows],
             )
+
+
+def measured(slices: Slices, how: str) -> Slices:
+    """The same slices with their patients' intensities as `how` measures them, at their own size.
+
+    Reads all of them once, unless that is 'volume', which every source does by itself.
+    """
+    if how == 'volume':
+        return slices
+    own = dataclasses.replace(slices, read=slices.read_own or slices.read)
+    intensity = {
+        patient: next(iterate_volumes(select(own, [patient]), how)).intensity
+        for patient in slices.intensity
+    }
+    return dataclasses.replace(slices, intensity=intensity)
 
 
 def scans(scan: np.ndarray | None, depth: int) -> list[np.ndarray]:
@@ -131,6 +157,65 @@ def scans(scan: np.ndarray | None, depth: int) -> list[np.ndarray]:
     if scan is None:
         return [np.arange(depth)]
     return [np.flatnonzero(scan == number) for number in np.unique(scan)]
+
+
+def channels_seen(channels: int, context: int) -> int:
+    """Channels that the network sees of pictures that have `channels`: with `data.context` those of
+    a slice stand between those of as many slices on either side.
+    """
+    return channels * (2 * context + 1)
+
+
+def neighbours(scan: np.ndarray | None, depth: int, context: int) -> np.ndarray:
+    """(D, 2 context + 1) rows: of each of `depth` slices its own between those of its neighbours.
+
+    They are of the same scan, as `scans` has it; its first and last slice are repeated.
+    """
+    rows = np.empty((depth, 2 * context + 1), np.intp)
+    for own in scans(scan, depth):
+        places = np.arange(len(own))[:, None] + np.arange(-context, context + 1)
+        rows[own] = own[np.clip(places, 0, len(own) - 1)]
+    return rows
+
+
+def stack(image_DHWC: np.ndarray, rows_Bn: np.ndarray) -> np.ndarray:
+    """B H W nC: the n slices of each row, one after the other along the channels."""
+    return np.concatenate([image_DHWC[rows_B] for rows_B in rows_Bn.T], axis=-1)
+
+
+def tile(intensity: np.ndarray, context: int) -> np.ndarray:
+    """(4, C) as `channels_seen` has the channels: of one scan, neighbours have one scale."""
+    return np.tile(intensity, (1, 2 * context + 1))
+
+
+def with_context(slices: Slices, context: int) -> Slices:
+    """The same slices, `channels_seen` in each image; `ranges` stay those of the pictures.
+
+    A slice is read again wherever it is a neighbour, unless it is one of the last few.
+    """
+    if not context:
+        return slices
+    around = {}
+    for patient in slices.intensity:
+        rows = np.flatnonzero(slices.patient == patient)
+        scan, keys = None if slices.scan is None else slices.scan[rows], slices.key[rows]
+        keys_Dn = keys[neighbours(scan, len(rows), context)]
+        around |= zip(keys.tolist(), keys_Dn.tolist(), strict=True)
+    if all(len(set(keys)) == 1 for keys in around.values()):
+        logger.warning(
+            'data.context=%d, but no slice has a neighbour, so that each is stacked with itself: '
+            'name the slices of a volume, data.group="(.+)_(?P<slice>[0-9]+)", or set '
+            'data.context=0', context,
+        )  # fmt: skip
+    read_one = functools.lru_cache(maxsize=2 * context + 1)(slices.read)
+
+    def read(key: int) -> tuple[np.ndarray, np.ndarray]:
+        found = {other: read_one(other) for other in around[key]}
+        image = np.concatenate([found[other][0] for other in around[key]], axis=-1)
+        return image, found[key][1]
+
+    intensity = {name: tile(own, context) for name, own in slices.intensity.items()}
+    return dataclasses.replace(slices, read=read, intensity=intensity)
 
 
 def from_volumes(volumes: Sequence[Volume]) -> Slices:
@@ -149,6 +234,13 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
         spacing={v.patient: v.spacing for v in volumes if v.spacing is not None},
         scan=np.concatenate([np.zeros(len(v.mask)) if v.scan is None else v.scan for v in volumes]),
     )
+
+
+def with_intensity(volume: Volume, how: str) -> Volume:
+    """The volume, which is all of its patient, with intensities as `how` measures them."""
+    if how == 'volume':
+        return volume
+    return volume._replace(intensity=measure([volume.image], how))
 
 
 def with_channels(volume: Volume, channels: int) -> Volume:
@@ -247,7 +339,7 @@ def resized(slices: Slices, size: tuple[int, int]) -> Slices:
         image, mask = slices.read(key)
         return resize_image(image, size), resize_labels(mask, size)
 
-    return dataclasses.replace(slices, read=read)
+    return dataclasses.replace(slices, read=read, read_own=slices.read)
 
 
 def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -286,18 +378,77 @@ def lesion_pixels(mask: np.ndarray, ignore_label: int = IGNORE_LABEL) -> int:
     return int(np.count_nonzero((mask != 0) & (mask != ignore_label)))
 
 
+def measure(images: Sequence[np.ndarray], how: str) -> np.ndarray:
+    """`measure_intensity` or `measure_head` of a patient's images, each D H W C of its own size."""
+    if how == 'buda':
+        return measure_head(images)
+    if len(images) > 1:
+        images = [np.concatenate([image.reshape(-1, image.shape[-1]) for image in images])]
+    return measure_intensity(images[0])
+
+
 def measure_intensity(image: np.ndarray) -> np.ndarray:
     """(4, C) float32 of a volume D H W C: low, high, mean and deviation of each channel.
 
-    After Buda et al. 2019: clip to the 10th and 99th percentile, then z-score over
-    the volume. MRI intensities have no unit, so each volume brings its own scale.
-    Deviations: no crop to the head first, so low is usually the black background; a
-    constant channel gets deviation 1.
+    Clip to the channel's 10th and 99th percentile, then z-score over the volume, as Buda et al.
+    2019 describe it; their code differs, see `measure_head`. MRI intensities have no unit, so
+    each volume brings its own scale. There is no crop to the head first, so low is usually the
+    black background; a constant channel gets deviation 1.
     """
     if image.shape[-1] > 1 and image.strides[-1] == 0:  # grey, which `fit_channels` repeats
         return np.repeat(measure_intensity(image[..., :1]), image.shape[-1], axis=1)
     channels = np.moveaxis(image, -1, 0)
     return np.stack([_measure(values.reshape(-1)) for values in channels], 1).astype(np.float32)
+
+
+def measure_head(images: Sequence[np.ndarray]) -> np.ndarray:
+    """(4, C) float32 as Buda's code measures a volume: low and high are of all channels together.
+
+    github.com/mateuszbuda/brain-segmentation-pytorch, commit 11e6c78, utils.py: what is below a
+    tenth of the maximum becomes 0, the volume is cropped to the box of what is left (the head)
+    and padded with 0 to square slices; clip to the 10th and 99th percentile over all channels,
+    then z-score each channel. Deviations: only the measurement is of the crop, the network sees
+    whole slices, and dark voxels as they are; theirs are resized to 256 x 256 before, and each
+    volume's first and last slice left out. Several sizes, each with its box, are measured together.
+    """
+    C = images[0].shape[-1]
+    if C > 1 and all(image.strides[-1] == 0 for image in images):  # grey, repeated
+        return np.repeat(measure_head([image[..., :1] for image in images]), C, axis=1)
+    dark = 0.1 * max(float(image.max()) for image in images)
+    heads = [image[_box(image >= dark)] for image in images]
+    padding = sum(
+        len(head) * (max(head.shape[1:3]) ** 2 - math.prod(head.shape[1:3])) for head in heads
+    )
+
+    def parts(channel: int) -> Iterator[np.ndarray]:
+        for head in heads:
+            for part in _parts(head[..., channel].reshape(-1)):
+                yield np.where(part < dark, 0, part).astype(part.dtype)
+        for first in range(0, padding, 2**16):
+            yield np.zeros(min(padding - first, 2**16), heads[0].dtype)
+
+    if heads[0].dtype in (np.uint8, np.uint16):
+        counts = [_count(parts(channel)) for channel in range(C)]
+        low, high = _percentiles(sum(counts))
+        rows = [(low, high, *_moments(count, low, high)) for count in counts]
+    else:
+        together = np.concatenate([part for channel in range(C) for part in parts(channel)])
+        size = len(together) // C
+        low, high = np.percentile(together, (10, 99), overwrite_input=True)
+        del together
+        rows = [
+            (low, high, *_moments_of(functools.partial(parts, channel), size, low, high))
+            for channel in range(C)
+        ]
+    return np.array(rows).T.astype(np.float32)
+
+
+def _box(inside: np.ndarray) -> tuple[slice, ...]:
+    """Of D H W C booleans: the smallest D H W box that holds all that are true, all of it if none
+    is.
+    """
+    places = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2, 3} - {axis}))) for axis in range(3)]
+    return tuple(slice(at[0], at[-1] + 1) if len(at) else slice(None) for at in places)
 
 
 def _measure(values_N: np.ndarray) -> tuple[float, float, float, float]:
@@ -306,24 +457,46 @@ def _measure(values_N: np.ndarray) -> tuple[float, float, float, float]:
     Of 8 and 16 bits by how often each value occurs, else by a copy in float32.
     """
     if values_N.dtype in (np.uint8, np.uint16):
-        kinds = 2 ** (8 * values_N.dtype.itemsize)
-        counts = sum(np.bincount(part, minlength=kinds) for part in _parts(values_N))
-        seen = np.flatnonzero(counts)
-        last = np.cumsum(counts[seen]) - 1  # place, in order, of the last of each value
-        places = (len(values_N) - 1) * np.array([0.1, 0.99])
-        below, share = np.floor(places), places % 1
-        one, next_one = (seen[np.searchsorted(last, at)] for at in (below, np.ceil(places)))
-        low, high = one + (next_one - one) * share
-        clipped, weights = np.clip(seen, low, high), counts[seen] / len(values_N)
-        mean = (clipped * weights).sum()
-        std = np.sqrt(((clipped - mean) ** 2 * weights).sum())
-    else:
-        sorting = np.array(values_N, np.float32)
-        low, high = np.percentile(sorting, (10, 99), overwrite_input=True)
-        mean = sum(np.clip(part, low, high).sum() for part in _parts(sorting)) / len(sorting)
-        squares = (((np.clip(part, low, high) - mean) ** 2).sum() for part in _parts(sorting))
-        std = np.sqrt(sum(squares) / len(sorting))
-    return low, high, mean, std if std > 1e-6 else 1.0
+        counts = _count(_parts(values_N))
+        low, high = _percentiles(counts)
+        return low, high, *_moments(counts, low, high)
+    sorting = np.array(values_N, np.float32)
+    low, high = np.percentile(sorting, (10, 99), overwrite_input=True)
+    parts = functools.partial(_parts, sorting)
+    return low, high, *_moments_of(parts, len(sorting), low, high)
+
+
+def _count(parts: Iterator[np.ndarray]) -> np.ndarray:
+    """How often each value of 8 or 16 bits occurs."""
+    return sum(np.bincount(part, minlength=2 ** (8 * part.dtype.itemsize)) for part in parts)
+
+
+def _percentiles(counts: np.ndarray) -> tuple[float, float]:
+    """The 10th and 99th of values that occur so often, linear between neighbours."""
+    seen = np.flatnonzero(counts)
+    last = np.cumsum(counts[seen]) - 1  # place, in order, of the last of each value
+    places = last[-1] * np.array([0.1, 0.99])
+    below, share = np.floor(places), places % 1
+    one, next_one = (seen[np.searchsorted(last, at)] for at in (below, np.ceil(places)))
+    return tuple(one + (next_one - one) * share)
+
+
+def _moments(counts: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Mean and deviation, 1 where there is none, of the values between low and high."""
+    seen = np.flatnonzero(counts)
+    clipped, weights = np.clip(seen, low, high), counts[seen] / counts.sum()
+    mean = (clipped * weights).sum()
+    std = np.sqrt(((clipped - mean) ** 2 * weights).sum())
+    return mean, std if std > 1e-6 else 1.0
+
+
+def _moments_of(
+    parts: Callable[[], Iterator[np.ndarray]], size: int, low: float, high: float
+) -> tuple[float, float]:
+    """`_moments` of so many values, which `parts()` gives in turn."""
+    mean = sum(np.clip(part, low, high).sum() for part in parts()) / size
+    std = np.sqrt(sum(((np.clip(part, low, high) - mean) ** 2).sum() for part in parts()) / size)
+    return mean, std if std > 1e-6 else 1.0
 
 
 def _parts(values_N: np.ndarray) -> Iterator[np.ndarray]:

@@ -110,6 +110,10 @@ def resolve(
             f'variant {variant!r} is one of {" and ".join(VARIANTS[variant])}, not of {name}: '
             "use 'paper'"
         )
+    if options.get('deep_supervision') and make not in (UNet, BackboneUNet):
+        raise ValueError(
+            f'deep_supervision is of U-Nets, not of {name}: leave it as False, or use unet'
+        )
     backbone = backbone or own_backbone
     if backbone is not None and backbone.startswith('vgg'):
         defaults = defaults | ON_VGG.get(name, {})

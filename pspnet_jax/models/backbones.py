@@ -2,19 +2,21 @@
 
 VGG16 (Simonyan and Zisserman 2015, arXiv 1409.1556, configuration D), with and without
 BatchNorm; ResNet (He et al. 2016, arXiv 1512.03385); MobileNetV2 (Sandler et al. 2018,
-arXiv 1801.04381). Dilation as in Yu and Koltun 2016 and Zhao et al. 2017, section 3.
+arXiv 1801.04381); EfficientNet-Lite0 to 4 (Tan and Le 2019, arXiv 1905.11946, as TensorFlow's
+models/official/efficientnet/lite has it). Dilation as in Yu and Koltun 2016 and Zhao et al. 2017,
+section 3.
 
 A backbone returns the same dictionary whatever its output stride: the key is the
 stride that the undilated network has there, the value's true stride is
 min(key, output_stride). No decoder needs to know which backbone it stands on.
 
-| key | VGG16                | ResNet  | MobileNetV2        | channels: VGG, ResNet-50, Mobile |
-|-----|----------------------|---------|--------------------|----------------------------------|
-| 2   | pool1                | stem    | block 1            | 64, 64, 16                       |
-| 4   | pool2                | layer1  | block 3            | 128, 256, 24                     |
-| 8   | pool3                | layer2  | block 6            | 256, 512, 32                     |
-| 16  | pool4 (see below)    | layer3  | block 13           | 512, 1024, 96                    |
-| 32  | pool5 (see below)    | layer4  | block 18, the head | 512, 2048, 1280                  |
+| key | VGG16             | ResNet | MobileNetV2 | Lite0    | channels of VGG, ResNet-50, these |
+|-----|-------------------|--------|-------------|----------|-----------------------------------|
+| 2   | pool1             | stem   | block 1     | block 0  | 64, 64, 16, 16                    |
+| 4   | pool2             | layer1 | block 3     | block 2  | 128, 256, 24, 24                  |
+| 8   | pool3             | layer2 | block 6     | block 4  | 256, 512, 32, 40                  |
+| 16  | pool4 (see below) | layer3 | block 13    | block 10 | 512, 1024, 96, 112                |
+| 32  | pool5 (see below) | layer4 | the head    | the head | 512, 2048, 1280, 1280             |
 
 VGG16 also gives, at -2 .. -32, what was pooled into 2 .. 32: the blocks themselves. At output
 stride 8 it leaves out pool4 and pool5 and dilates block 5 by 2, at 16 it leaves out pool5
@@ -24,6 +26,8 @@ and keeps the pools that it would leave out, at stride 1.
 """
 
 import inspect
+import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -206,10 +210,11 @@ class ResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expand` times the channels -> depthwise 3x3 -> linear 1x1, and the shortcut."""
+    """1x1 to `expand` times the channels -> depthwise -> linear 1x1, and the shortcut."""
 
     features: int
     expand: int
+    kernel: int
     shortcut: bool
     stride: int
     dilation: int
@@ -228,6 +233,7 @@ class InvertedResidual(nn.Module):
             y = nn.relu6(norm('expand_bn', y))
         y = conv(
             wide,
+            self.kernel,
             stride=self.stride,
             dilation=self.dilation,
             groups=wide,
@@ -240,24 +246,78 @@ class InvertedResidual(nn.Module):
         return x + y if self.shortcut else y
 
 
-class MobileNetV2(nn.Module):
+class Stage(NamedTuple):
+    """Blocks of the same channels; the first one has the stride."""
+
+    expand: int
+    channels: float  # rounded to a multiple of 8
+    blocks: int
+    stride: int
+    kernel: int
+    nominal: int  # the stride behind it, from the image on
+
+
+class Layout(NamedTuple):
+    stages: tuple[Stage, ...]
+    first: int  # number of the first block, as in the published weights
+
+
+MOBILENET_V2 = Layout(
+    (
+        Stage(1, 16, 1, 1, 3, 2),
+        Stage(6, 24, 2, 2, 3, 4),
+        Stage(6, 32, 3, 2, 3, 8),
+        Stage(6, 64, 4, 2, 3, 16),
+        Stage(6, 96, 3, 1, 3, 16),
+        Stage(6, 160, 3, 2, 3, 32),
+        Stage(6, 320, 1, 1, 3, 32),
+    ),
+    first=1,
+)
+EFFICIENTNET_LITE0 = Layout(
+    (
+        Stage(1, 16, 1, 1, 3, 2),
+        Stage(6, 24, 2, 2, 3, 4),
+        Stage(6, 40, 2, 2, 5, 8),
+        Stage(6, 80, 3, 2, 3, 16),
+        Stage(6, 112, 3, 1, 5, 16),
+        Stage(6, 192, 4, 2, 5, 32),
+        Stage(6, 320, 1, 1, 3, 32),
+    ),
+    first=0,
+)
+
+
+def lite(wide: float, deep: float) -> Layout:
+    """Lite0 with `wide` times the channels and `deep` times the blocks; the first and the last
+    stage keep their one block, and stem and head their channels.
+    """
+    first, *between, last = (
+        stage._replace(channels=wide * stage.channels) for stage in EFFICIENTNET_LITE0.stages
+    )
+    between = [stage._replace(blocks=math.ceil(deep * stage.blocks)) for stage in between]
+    return EFFICIENTNET_LITE0._replace(stages=(first, *between, last))
+
+
+LAYOUTS = {
+    'mobilenet_v2': MOBILENET_V2,
+    'efficientnet_lite0': EFFICIENTNET_LITE0,
+    'efficientnet_lite1': lite(1.0, 1.1),
+    'efficientnet_lite2': lite(1.1, 1.2),
+    'efficientnet_lite3': lite(1.2, 1.4),
+    'efficientnet_lite4': lite(1.4, 1.8),
+}
+
+
+class MobileNet(nn.Module):
     """B H W C -> {2, 4, 8, 16, 32: B h w C'}; `width` 64 is the published width 1.0.
 
-    `dilate_first_block` as in `ResNet`: whether the depthwise 3x3 that has lost its stride
-    takes the new dilation. `same_padding` pads as Keras does, whose weights want it.
+    `dilate_first_block` as in `ResNet`: whether the depthwise convolution that has lost its stride
+    takes the new dilation. `same_padding` pads as TensorFlow does: Keras' weights of MobileNetV2
+    want it, and all of EfficientNet-Lite's.
     """
 
-    # expansion, channels, blocks, stride; the nominal stride behind them
-    layout = (
-        (1, 16, 1, 1, 2),
-        (6, 24, 2, 2, 4),
-        (6, 32, 3, 2, 8),
-        (6, 64, 4, 2, 16),
-        (6, 96, 3, 1, 16),
-        (6, 160, 3, 2, 32),
-        (6, 320, 1, 1, 32),
-    )
-
+    name_of_layout: str = 'mobilenet_v2'
     output_stride: int = 32
     width: int = 64
     dilate_first_block: bool = True
@@ -279,17 +339,19 @@ class MobileNetV2(nn.Module):
             x = conv(features, kernel, stride=stride, **padded, dtype=self.dtype, name=name)(x)
             return nn.relu6(batch_norm(train, **shared, name=f'{name}_bn')(x))
 
+        layout = LAYOUTS[self.name_of_layout]
         x = conv_norm(x, scaled(32), 3, 2, 'stem')
-        features, true_stride, dilation, number = {}, 2, 1, 1
-        for expand, channels, depth, stride, nominal in self.layout:
-            before = dilation
+        features, true_stride, dilation, number = {}, 2, 1, layout.first
+        for stage in layout.stages:
+            stride, before = stage.stride, dilation
             if true_stride * stride > self.output_stride:
                 stride, dilation = 1, 2 * dilation
             true_stride *= stride
-            for i in range(depth):
+            for i in range(stage.blocks):
                 x = InvertedResidual(
-                    features=scaled(channels),
-                    expand=expand,
+                    features=scaled(stage.channels),
+                    expand=stage.expand,
+                    kernel=stage.kernel,
                     shortcut=i > 0,
                     stride=stride if i == 0 else 1,
                     dilation=before if i == 0 and not self.dilate_first_block else dilation,
@@ -298,7 +360,7 @@ class MobileNetV2(nn.Module):
                     **shared,
                 )(x, train)
                 number += 1
-            features[nominal] = x
+            features[stage.nominal] = x
         # Narrower than published, the head keeps its 1280 channels in the paper; here it
         # shrinks too, since small networks are what a small width is asked for.
         features[32] = conv_norm(x, scaled(1280), 1, 1, 'head')
@@ -309,7 +371,10 @@ BACKBONES = {
     'vgg16': (VGG16, {}),
     'vgg16_bn': (VGG16, {'norm': True}),
     **{name: (ResNet, {'name_of_depth': name}) for name in RESNETS},
-    'mobilenet_v2': (MobileNetV2, {}),
+    **{
+        name: (MobileNet, {'name_of_layout': name, 'same_padding': 'lite' in name})
+        for name in LAYOUTS
+    },
 }
 OWN_OPTIONS = {'deep_stem': 'ResNet', 'stride_in_1x1': 'ResNet', 'same_padding': 'mobilenet_v2'}
 
@@ -330,4 +395,4 @@ def create(name: str, *, output_stride: int, **options) -> nn.Module:
         if options.get(key) and key not in known:
             raise ValueError(f'{key} is an option of {owner}: leave it as None for {name}')
     options = {key: value for key, value in options.items() if key in known}
-    return make(output_stride=output_stride, **options, **own)
+    return make(output_stride=output_stride, **{**own, **options})

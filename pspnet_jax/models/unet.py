@@ -10,6 +10,11 @@ unless `batch_norm` is off (the paper has none). `unet_mini` has 2 levels from 3
 0.6 does (its `Unet`, the same numbers): nearest upsampling to the size of the skip, skips at
 strides 16, 8, 4, 2, none at 1; from VGG16 each block as it is before its pooling, and two
 more 3x3s at the bottom (`center`).
+
+With `deep_supervision` the decoder's features at strides 2, 4 and 8 have 1x1 classifiers too, in
+training only, as in nnU-Net (Isensee et al. 2021). Deviations: their logits are enlarged to the
+image's size, where they meet every label, as those of PSPNet's auxiliary head are; all have the
+weight loss.aux, where nnU-Net halves it with each level.
 """
 
 import flax.linen as nn
@@ -24,19 +29,21 @@ from pspnet_jax.models.layers import (
     batch_norm,
     conv,
     pad_to_multiple,
+    resize,
     resize_nearest,
     score,
 )
 
 
 class UNet(nn.Module):
-    """B H W C -> {'logits': B H W K}, float32."""
+    """B H W C -> {'logits': B H W K, and in training 'deep2' ...: B H W K}, float32."""
 
     num_classes: int
     width: int = 64
     levels: tuple[float, ...] = (1, 2, 4, 8, 16)  # features of each, times the width
     batch_norm: bool = True
     dropout: float = 0.5
+    deep_supervision: bool = False
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
@@ -55,7 +62,7 @@ class UNet(nn.Module):
         H, W = image.shape[1:3]
         *widths, deepest = (int(self.width * level) for level in self.levels)
         x = pad_to_multiple(image, 2 ** len(widths)).astype(self.dtype)
-        skips = []
+        padded, skips, out = x.shape[1:3], [], {}
         for level, features in enumerate(widths):
             x = two_convs(x, features, f'down{level}')
             skips.append(x)
@@ -66,16 +73,21 @@ class UNet(nn.Module):
             x = DoubleSize(features, dtype=self.dtype, name=f'up{level}')(x)
             x = jnp.concatenate([skips[level], x], axis=-1)
             x = two_convs(x, features, f'up{level}')
-        return {'logits': score(x, self.num_classes, name='classifier')[:, :H, :W]}
+            if level and self.deep_supervision and (train or self.is_initializing()):
+                name = f'deep{2**level}'
+                deep = resize(score(x, self.num_classes, name=name), padded, align_corners=False)
+                out[name] = deep[:, :H, :W]
+        return {'logits': score(x, self.num_classes, name='classifier')[:, :H, :W], **out}
 
 
 class BackboneUNet(nn.Module):
-    """B H W C -> {'logits': B H W K}, float32."""
+    """B H W C -> {'logits': B H W K, and in training 'deep2' ...: B H W K}, float32."""
 
     num_classes: int
     backbone: nn.Module
     width: int = 64
     center: bool = False
+    deep_supervision: bool = False
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
@@ -90,7 +102,7 @@ class BackboneUNet(nn.Module):
                 x = ConvNorm(channels, **shared, name=f'{name}_{j}')(x, train)
             return x
 
-        x = features[32]
+        x, out = features[32], {}
         if self.center:
             x = two_convs(x, x.shape[-1], 'center')
         for i, stride in enumerate((16, 8, 4, 2, 1)):
@@ -99,4 +111,8 @@ class BackboneUNet(nn.Module):
             if skip is not None:
                 x = jnp.concatenate([x, skip], axis=-1)
             x = two_convs(x, 4 * self.width // 2**i, f'up{i}')
-        return {'logits': score(x, self.num_classes, 3, name='classifier')}
+            deep = self.deep_supervision and (train or self.is_initializing())
+            if deep and 1 < stride < 16:
+                name = f'deep{stride}'
+                out[name] = resize(score(x, self.num_classes, name=name), size, align_corners=False)
+        return {'logits': score(x, self.num_classes, 3, name='classifier'), **out}

@@ -13,16 +13,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pspnet_jax import models
+from pspnet_jax import losses, models
+from pspnet_jax.config import base
 from pspnet_jax.data import masks, pairing
 from pspnet_jax.errors import ConfigError
 from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
 
 Rule = tuple[Callable[[Any], bool], str]  # is it allowed, and in words what is
 
-
+BASE = 'pspnet_jax/config/base.py'
 LARGEST = 2**31 - 1  # whole number
-EPOCHS = 50.0  # configs/base.py's, which stands where nobody has set another
 FURTHEST = 1e30  # other number: infinity is none
 LONGEST = 4096  # characters
 SHORT = reprlib.Repr()  # of values in errors, which may be of any length and depth
@@ -46,10 +46,6 @@ def _is_number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def _is_size(x) -> bool:
-    return _is_int(x) and 16 <= x <= 2**14
-
-
 def _integer(low: int, high: int = LARGEST) -> Rule:
     return (lambda x: _is_int(x) and low <= x <= high), f'a whole number {_range(low, high)}'
 
@@ -60,15 +56,6 @@ def _number(low: float, high: float = FURTHEST) -> Rule:
 
 def _range(low: float, high: float) -> str:
     return f'of at least {low}' if high in (LARGEST, FURTHEST) else f'from {low} to {high}'
-
-
-def _is_label_map(x) -> bool:
-    if not isinstance(x, Mapping) or not 0 < len(x) <= 1024:
-        return False
-    try:
-        return bool(masks.parse_map(x))
-    except ValueError:
-        return False
 
 
 def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255) -> Rule:
@@ -86,9 +73,20 @@ def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255)
 
 def _or_none(rule: Rule) -> Rule:
     allowed, words = rule
-    return (
-        lambda x: x is None or allowed(x)
-    ), f'None (configs/base.py says what that is) or {words}'
+    return (lambda x: x is None or allowed(x)), f'None ({BASE} says what that is) or {words}'
+
+
+def _is_size(x) -> bool:
+    return x == () or (len(x) == 2 and all(_is_int(n) and 16 <= n <= 2**14 for n in x))
+
+
+def _is_label_map(x) -> bool:
+    if not isinstance(x, Mapping) or not 0 < len(x) <= 1024:
+        return False
+    try:
+        return bool(masks.parse_map(x))
+    except ValueError:
+        return False
 
 
 _BOOL: Rule = (lambda x: isinstance(x, bool)), 'True or False'
@@ -103,8 +101,9 @@ _NAME: Rule = (
 _POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
 _SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 
-RULES: dict[str, Rule] = {
-    'seed': _integer(0),
+# What a knob may be, where its default does not say it: that is any whole number or number from 0
+# on, text, tuple of texts, True or False, as the default is.
+LIMITS: dict[str, Rule] = {
     'parallel': _one_of('jit', 'pmap'),
     'model.name': _one_of(*models.NAMES),
     'model.num_classes': (
@@ -114,32 +113,19 @@ RULES: dict[str, Rule] = {
     'model.class_names': _all(_NAME),
     'model.width': _integer(4),
     'model.dtype': _one_of('float32', 'bfloat16'),
-    'model.pretrained': _TEXT,
     'model.stem': _one_of('cycle', 'mean'),
     'model.backbone': _or_none(_one_of(*BACKBONES)),
     'model.output_stride': _or_none(_one_of(*OUTPUT_STRIDES)),
     'model.dropout': _or_none(_number(0, 0.99)),
     'model.rates': _or_none(_all(_integer(1), least=1, most=16)),
     'model.multi_grid': _or_none(_all(_integer(1), least=1, most=64)),
-    'model.dilate_first_block': _or_none(_BOOL),
-    'model.deep_stem': _or_none(_BOOL),
-    'model.stride_in_1x1': _or_none(_BOOL),
-    'model.same_padding': _or_none(_BOOL),
-    'model.bins': _all(_integer(1), least=1, most=16),
-    'model.aux_head': _BOOL,
-    'model.fc_features': _or_none(_integer(0)),
+    'model.bins': _all(_integer(1), most=16),
     'model.context': _one_of('basic', 'large', 'none'),
     'model.scales': _SCALES,
-    'model.batch_norm': _BOOL,
     'model.variant': _one_of('paper', 'torchvision', 'smp'),
     'data.name': _one_of('folder', 'lgg', 'phantom'),
-    'data.source': _TEXT,
-    'data.root': _TEXT,
     'data.images': _all(_TEXT, least=1),
-    'data.masks': _TEXT,
-    'data.attribute': _TEXT,
     'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
-    'data.mask_colors': _all(_TEXT),
     'data.label_map': (
         lambda x: x is None or _is_label_map(x),
         "None or values of the masks with the class of each, {4: 3} or {'>0': 1}",
@@ -148,20 +134,16 @@ RULES: dict[str, Rule] = {
         lambda x: _TEXT[0](x) and pairing.is_rule(x),
         "a text with {stem} once or not at all and, behind it, one * at most: '{stem}_mask*'",
     ),
-    'data.group': _TEXT,
     'data.size': (
-        lambda x: isinstance(x, tuple) and (x == () or (len(x) == 2 and all(map(_is_size, x)))),
+        lambda x: isinstance(x, tuple) and _is_size(x),
         '(), or a tuple of height and width from 16 to 16384',
     ),
-    'data.normalize': _or_none(_one_of('volume', 'weights')),
+    'data.context': _integer(0, 5),
+    'data.normalize': _or_none(_one_of('volume', 'buda', 'weights')),
     'data.split': _one_of('holdout', 'kfold', 'site'),
     'data.folds': _integer(2),
-    'data.fold': _integer(0),
-    'data.site': _TEXT,
-    'data.split_file': _TEXT,
     'data.test_fraction': _number(0, 0.9),
     'data.validation_fraction': _number(0, 0.9),
-    'data.split_seed': _integer(0),
     'data.sampling': _one_of('lesion', 'uniform'),
     'data.lesion_floor': _number(0, 1),
     'data.threads': _integer(1),
@@ -170,19 +152,17 @@ RULES: dict[str, Rule] = {
     'phantom.volumes': _integer(3, 10_000),
     'phantom.slices': _integer(4, 1024),
     'phantom.size': _integer(32, 1024),
-    'phantom.seed': _integer(0),
-    'augment.crop': _integer(0),
     'augment.flip': _number(0, 1),
     'augment.flip_vertical': _number(0, 1),
-    'augment.scale': _number(0),
     'augment.rotate': _number(0, 180),
-    'augment.elastic': _number(0),
+    'augment.blur_probability': _number(0, 1),
+    'augment.low_resolution': _number(0, 0.95),
+    'augment.low_resolution_probability': _number(0, 1),
+    'augment.gamma_probability': _number(0, 1),
     'augment.gain': _number(0, 1),
-    'augment.bias': _number(0),
-    'augment.noise': _number(0),
-    'loss.cross_entropy': _number(0),
-    'loss.dice': _number(0),
-    'loss.aux': _number(0),
+    'loss.tversky_alpha': _POSITIVE,
+    'loss.tversky_beta': _POSITIVE,
+    'loss.top_k_share': ((lambda x: _is_number(x) and 0 < x <= 1), 'a number above 0, at most 1'),
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
     'optim.name': _one_of('adamw', 'adam', 'adamax', 'sgd', 'rmsprop', 'adagrad', 'adadelta'),
@@ -191,55 +171,54 @@ RULES: dict[str, Rule] = {
     'optim.schedule': _one_of('poly', 'cosine', 'constant'),
     'optim.power': _POSITIVE,
     'optim.warmup': _number(0, 1),
-    'optim.warmup_steps': _integer(0),
     'optim.momentum': _number(0, 1),
     'optim.beta2': _number(0, 1),
     'optim.rho': _number(0, 1),
-    'optim.weight_decay': _number(0),
-    'optim.decay_exclude': _all(_TEXT),
-    'optim.clip_norm': _number(0),
-    'distill.teacher': _TEXT,
     'distill.loss': _one_of('kl', 'l1', 'l2'),
-    'distill.weight': _number(0),
     'distill.temperature': _POSITIVE,
-    'distill.pairwise': _number(0),
     'distill.nodes': _integer(2, 32),
-    'train.init_from': _TEXT,
     'train.batch_size': _integer(1),
     'train.accumulate': _integer(1),
     'train.remat': _one_of('none', 'pointwise'),
     'train.steps_per_call': _integer(1),
     'train.epochs': _POSITIVE,
-    'train.steps': _integer(0),
     'train.ema_decay': _number(0, 0.99999),
     'train.log_every': _integer(1),
-    'train.validate_every': _integer(0),
-    'train.checkpoint_every': _integer(0),
     'train.nan_policy': _one_of('stop', 'skip'),
-    'train.max_skipped': _integer(0),
-    'train.patience': _integer(0),
     'crf.kernel': _one_of('none', 'exact', 'windowed'),
     'crf.window': _integer(1, 256),
     'crf.iterations': _integer(1, 1000),
-    'crf.spatial_weight': _number(0),
     'crf.spatial_sigma': _POSITIVE,
-    'crf.bilateral_weight': _number(0),
     'crf.bilateral_sigma': _POSITIVE,
     'crf.color_sigma': _POSITIVE,
     'predict.window': _integer(0, 2**14),
     'predict.overlap': _number(0, 0.9),
     'predict.scales': _SCALES,
-    'predict.flip': _BOOL,
     'predict.threshold': _or_none(_number(0, 1)),
-    'predict.largest_component': _BOOL,
-    'predict.min_size': _integer(0),
     'eval.batch_size': _integer(1, 4096),
     'eval.spacing': _all(_POSITIVE, length=3),
-    'eval.surface_tolerance': _number(0),
+    'eval.lesion_dilation': _integer(0, 100),
     'eval.calibration_bins': _integer(2, 1000),
     'eval.bootstrap': _integer(1, 10**6),
     'eval.checkpoint': (_NAME[0], "'best', 'last' or a step"),
 }
+
+
+def _by_default(kind: type) -> Rule:
+    return {
+        bool: _BOOL, int: _integer(0), float: _number(0), str: _TEXT, tuple: _all(_TEXT)
+    }[kind]  # fmt: skip
+
+
+def _rules() -> dict[str, Rule]:
+    """Of every knob, in the order of its home."""
+    defaults, rules = base.get_config(), {}
+    for key, value in flatten(defaults.to_dict()).items():
+        section, _, knob = key.rpartition('.')
+        kind = (defaults[section] if section else defaults).get_type(knob)
+        own = _by_default(kind) if key not in LIMITS else LIMITS[key]
+        rules[key] = _or_none(own) if value is None and key not in LIMITS else own
+    return rules
 
 
 def validate(config: ConfigDict) -> None:
@@ -254,7 +233,7 @@ def _faults(given: Mapping[str, Any]) -> list[str]:
     for key in sorted(given.keys() - RULES.keys())[:50]:  # a stranger's may have any number
         faults.append(f'{key[:100]} is not a key{nearest(key[:100])}')
     for key in RULES.keys() - given.keys():
-        faults.append(f'{key} is missing: configs/base.py has its default')
+        faults.append(f'{key} is missing: {BASE} has its default')
     for key in RULES.keys() & given.keys():
         allowed, words = RULES[key]
         if not allowed(given[key]):
@@ -270,11 +249,12 @@ def _contradictions(config: ConfigDict):
     """Values that are each allowed but not together."""
     model, loss, train, distill = config.model, config.loss, config.train, config.distill
     taught = bool(distill.teacher and (distill.weight or distill.pairwise))
-    if not loss.cross_entropy and not loss.dice and not taught:
-        yield 'loss.cross_entropy and loss.dice are both 0: give one a weight'
+    if not any(loss[name] for name in losses.TERMS) and not taught:
+        weights = ', '.join(f'loss.{name}' for name in losses.TERMS)
+        yield f'{weights} are all 0: give one a weight, such as --config.loss.dice=1'
     if distill.teacher and not taught:
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
-    if train.init_from and model.pretrained:
+    if train.init_from and model.pretrained not in ('', 'imagenet'):
         yield 'train.init_from and model.pretrained both give the first weights: set one'
     if loss.class_weights and len(loss.class_weights) != model.num_classes:
         yield (
@@ -314,7 +294,7 @@ def _contradictions(config: ConfigDict):
         models.create(**model)
     except ValueError as error:
         yield f'model: {error}'
-    if train.steps and train.epochs != EPOCHS:
+    if train.steps and train.epochs != base.get_config().train.epochs:
         yield (
             f'train.epochs is {train.epochs:g}, but train.steps is {train.steps} and goes before '
             'it: add --config.train.steps=0 to count epochs'
@@ -343,6 +323,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+RULES = _rules()
 PATHS = (  # knobs that name a file or folder, which is looked for from where the command was given
     'data.source', 'data.root', 'data.split_file', 'data.group', 'model.pretrained',
     'train.init_from', 'distill.teacher',
@@ -387,19 +368,17 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     """The config that `to_dict` wrote, validated and locked.
 
-    A knob that is newer than the config has configs/base.py's default, which is always what
+    A knob that is newer than the config has the default of today, which is always what
     was done before there was the knob.
     """
-    from configs import base  # only here: configs stand above the package
-
     if not isinstance(tree, Mapping):
         raise ConfigError(f'a config is a mapping of sections, this is {_shown(tree)}')
     if dotted := [key for key in tree if '.' in key]:
-        raise ConfigError(f'{_shown(dotted)} are no sections: see configs/base.py')
+        raise ConfigError(f'{_shown(dotted)} are no sections: see {BASE}')
     defaults = base.get_config().to_dict()
     for name, section in defaults.items():
         if isinstance(section, dict) != isinstance(tree.get(name, section), Mapping):
-            raise ConfigError(f'{name} is {_shown(tree[name])}: see configs/base.py')
+            raise ConfigError(f'{name} is {_shown(tree[name])}: see {BASE}')
     filled = {**defaults, **tree}
     filled |= {k: {**x, **tree.get(k, {})} for k, x in defaults.items() if isinstance(x, dict)}
     # Before it is a ConfigDict, which reads meaning into some keys and values.

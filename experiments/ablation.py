@@ -1,0 +1,219 @@
+"""Studies of one change at a time: the same protocol, the same patients, several seeds.
+
+  python -m experiments.ablation --list
+  python -m experiments.ablation --study=bins --source=FOLDER --workdir=runs/ablation
+
+Each variant of a study and seed is a run of `experiments.run` in WORKDIR/STUDY/VARIANT_SEED. Its
+line, with the names of both, goes to --results; a run whose line is there is not done again, one
+that was stopped is resumed. --study takes several names, 'all' takes all. The studies of PSPNet
+have one base, whose runs serve them all.
+
+All figures are of one quarter of the 78 patients that are not in the public hold-out (the test part
+of fold 0 of 4), by a network that never saw them: what is chosen here has not seen the hold-out.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import run
+from pspnet_jax import cli
+from pspnet_jax.config import augmentations, lgg
+from pspnet_jax.errors import ConfigError
+
+RESULTS = Path(__file__).parent / 'results' / 'ablation.jsonl'
+
+# Slices at half resolution, some minutes a run on one core.
+QUICK = {
+    'data.split': 'kfold',
+    'data.folds': 4,
+    'data.fold': 0,
+    'data.size': (128, 128),
+    'train.batch_size': 8,
+    'train.steps': 500,
+    'train.validate_every': 125,
+    'train.ema_decay': 0.99,
+    'optim.learning_rate': 3e-4,
+    'optim.new_layer_factor': 3.0,
+    'eval.batch_size': 8,
+    'eval.bootstrap': 1000,
+}
+BASE = 'base'
+UNET = QUICK | {'model.backbone': 'mobilenet_v2'}
+PSPNET = QUICK | {'model.backbone': 'mobilenet_v2', 'model.output_stride': 8}
+
+
+class Study(NamedTuple):
+    """`variants` are {name: what it changes}, of which the first changes nothing. The key 'page'
+    is the argument of configs/lgg.py in place of the study's.
+    """
+
+    question: str
+    page: str
+    changes: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    seeds: tuple[int, ...] = (0, 1)
+
+
+def pspnet(question: str, **variants: Mapping[str, Any]) -> Study:
+    return Study(question, 'pspnet', PSPNET, {BASE: {}, **variants})
+
+
+def one_knob(key: str, *values: Any) -> dict[str, dict[str, Any]]:
+    return {f'{key.split(".")[-1]} {value}': {key: value} for value in values}
+
+
+def recipe(name: str) -> dict[str, float]:
+    return {f'augment.{key}': value for key, value in augmentations.RECIPES[name].items()}
+
+
+STUDIES = {
+    'bins': pspnet(
+        'How much is the pyramid worth, and which levels?',
+        **{
+            'no pyramid': {'model.bins': ()},
+            'global average': {'model.bins': (1,)},
+            '1 2 4 8': {'model.bins': (1, 2, 4, 8)},
+            '1 2 3 6 12': {'model.bins': (1, 2, 3, 6, 12)},
+        },
+    ),
+    'aux': pspnet(
+        'What does the auxiliary loss add?',
+        none={'model.aux_head': False},
+        **one_knob('loss.aux', 0.2, 0.9),
+    ),
+    'stride': pspnet(
+        'How fine must the last map be?',
+        **one_knob('model.output_stride', 16, 32),
+    ),
+    'backbone': pspnet(
+        'Which encoder?',
+        **one_knob('model.backbone', 'efficientnet_lite0'),
+        **{
+            f'{name}, random weights': {'model.backbone': name, 'model.pretrained': ''}
+            for name in ('mobilenet_v2', 'resnet18', 'vgg16')
+        },
+    ),
+    'loss': pspnet(
+        'Which loss?',
+        **{
+            'cross-entropy': {'loss.dice': 0.0},
+            'soft Dice': {'loss.cross_entropy': 0.0},
+            **{
+                f'{name} too': {f'loss.{name}': 1.0}
+                for name in ('focal', 'tversky', 'lovasz', 'top_k')
+            },
+            'boundary too': {'loss.boundary': 0.01},
+        },
+    ),
+    'sampling': pspnet(
+        'Are slices with lesion to be drawn more often?',
+        **one_knob('data.sampling', 'uniform'),
+        **one_knob('data.lesion_floor', 0.3),
+    ),
+    'normalize': pspnet(
+        'On which scale are intensities?',
+        **one_knob('data.normalize', 'weights', 'buda'),
+    ),
+    'context': pspnet('Do neighbouring slices help?', **one_knob('data.context', 1)),
+    'augment': pspnet(
+        'Which augmentation?',
+        **{name: recipe(name) for name in ('none', 'flips', 'geometric', 'intensity', 'strong')},
+        nnunet=recipe('nnunet'),
+    ),
+    'average': pspnet('What does the average of the parameters add?',
+                      **one_knob('train.ema_decay', 0.0)),
+    'unet': Study(
+        'What helps a U-Net on MobileNetV2?',
+        'unet',
+        UNET,
+        {
+            'base': {},
+            **one_knob('model.backbone', 'efficientnet_lite0'),
+            **one_knob('data.context', 1),
+            **one_knob('model.deep_supervision', True),
+            **one_knob('data.normalize', 'weights', 'buda'),
+            **{name: recipe(name) for name in ('strong', 'nnunet')},
+            **{f'{name} too': {f'loss.{name}': 1.0} for name in ('tversky', 'lovasz', 'top_k')},
+            **one_knob('train.ema_decay', 0.0),
+            'random weights': {'model.pretrained': ''},
+        },
+    ),
+    'networks': Study(
+        'Every network under one protocol',
+        'pspnet',
+        QUICK,
+        {
+            'pspnet, mobilenet_v2': {'model.backbone': 'mobilenet_v2', 'model.output_stride': 8},
+            'unet, mobilenet_v2': {'page': 'unet', 'model.backbone': 'mobilenet_v2'},
+            'unet, efficientnet_lite0': {'page': 'unet', 'model.backbone': 'efficientnet_lite0'},
+        },
+    ),
+}  # fmt: skip
+
+
+def config_of(study: Study, variant: str, seed: int, local: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run; `local` is where this machine keeps the data."""
+    changes = dict(study.variants[variant])
+    page = changes.pop('page', study.page)
+    config = lgg.get_config(page)
+    config.update_from_flattened_dict({**study.changes, **changes, **local, 'seed': seed})
+    return config
+
+
+def main() -> None:
+    options = flags.FLAGS
+    if options.list:
+        for name, study in STUDIES.items():
+            print(f'{name}: {study.question} {", ".join(study.variants)}')
+        return
+    chosen = list(STUDIES) if options.study == ['all'] else options.study
+    if unknown := [name for name in chosen if name not in STUDIES]:
+        raise ConfigError(f'--study={",".join(unknown)} is not one of {", ".join(STUDIES)}')
+    if not options.workdir:
+        raise ConfigError('--workdir is missing: give a folder for the runs')
+    local = {'data.source': options.source, 'data.root': options.root}
+    for name in chosen:
+        study = STUDIES[name]
+        for seed in study.seeds:
+            for variant in study.variants:
+                run_one(name, variant, seed, {key: path for key, path in local.items() if path})
+
+
+def run_one(name: str, variant: str, seed: int, local: Mapping[str, Any]) -> None:
+    """Train and test one variant, unless its line is there."""
+    options, study = flags.FLAGS, STUDIES[name]
+    if study.page == 'pspnet' and variant == BASE:
+        name = BASE
+    there = {(line['study'], line['variant'], line['seed']) for line in read(options.results)}
+    if (name, variant, seed) in there:
+        return
+    print(f'{name}: {variant}, seed {seed}', flush=True)
+    config = config_of(study, variant, seed, local)
+    place = f'{variant.replace(" ", "_").replace(",", "")}_{seed}'
+    page = study.variants[variant].get('page', study.page)
+    changes = {**study.changes, **study.variants[variant]}
+    texts = {key: str(value) for key, value in changes.items() if key != 'page'}
+    workdir = Path(options.workdir) / name / place
+    line = run.make_line(config, workdir, f'configs/lgg.py:{page}', texts)
+    with open(options.results, 'a') as file:
+        file.write(json.dumps({'study': name, 'variant': variant, **line}) + '\n')
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == '__main__':
+    flags.DEFINE_list('study', [], "names of --list; 'all'")
+    flags.DEFINE_bool('list', False, 'print the studies and their variants')
+    flags.DEFINE_string('workdir', '', 'a folder for each run')
+    flags.DEFINE_string('source', '', 'the folder with kaggle_3m; without, it is fetched')
+    flags.DEFINE_string('root', '', "where the built data set is kept; without, tfds' own folder")
+    flags.DEFINE_string('results', str(RESULTS), 'the .jsonl that gets the lines')
+    cli.run(main)

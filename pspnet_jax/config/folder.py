@@ -1,0 +1,20 @@
+"""Your own pictures and masks: FOLDER/images and FOLDER/masks, paired by name.
+
+  python -m pspnet_jax.main --config=configs/folder.py --config.data.source=FOLDER
+  python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\
+      --config.data.group='(.+)_[0-9]+' --config.model.num_classes=3
+
+The argument is a network's name and a recipe of augmentation, as in configs/lgg.py; backbones start
+from ImageNet weights, as there, with --config.model.pretrained='' from random ones. `python -m
+pspnet_jax.data.check` with the same flags says what is wrong with the data before training.
+"""
+
+from pspnet_jax.config import base, lgg
+
+
+def get_config(arg: str = ''):
+    config = base.get_config()
+    config.data.name = 'folder'
+    lgg.choose_network(config, arg)
+    config.train.batch_size = 8
+    return config
