@@ -91,7 +91,7 @@ def parsed(monkeypatch, *arguments):
     monkeypatch.setattr('sys.path', [*sys.path])
     monkeypatch.setattr(cli.flags, 'FLAGS', values)
     config_flags.DEFINE_config_file('config', flag_values=values)
-    assert cli._parse(['main', *arguments]) == ['main']
+    assert cli._parse('', ['main', *arguments]) == ['main']
     return values.config
 
 

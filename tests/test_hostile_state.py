@@ -159,7 +159,7 @@ def test_a_strangers_config_is_held_to_its_ranges():
     for section, knob, value in (
         ('eval', 'batch_size', 10**9), ('eval', 'bootstrap', 10**9), ('predict', 'window', 10**9),
         ('phantom', 'size', 10**6), ('data', 'size', [10**6, 10**6]), ('crf', 'window', 10**6),
-        ('predict', 'scales', [1e9]), ('predict', 'scales', [1.0] * 10**6), ('model', 'bins', []),
+        ('predict', 'scales', [1e9]), ('predict', 'scales', [1.0] * 10**6), ('model', 'bins', [0]),
         ('model', 'output_stride', 8.0), ('model', 'width', 10**300), ('model', 'name', ['unet']),
         ('loss', 'dice', float('inf')), ('model', 'class_names', ['x' * 10**6, 'b']),
         ('model', 'class_names', ['a\nb', 'b']), ('data', 'source', 'a\0b'),
