@@ -127,13 +127,13 @@ def segmentation_loss(
     puts them when it enlarges them: labels are never interpolated.
     """
 
-    weights = {name: knobs[name] for name in losses.TERMS if name in knobs} | (extra or {})
+    terms = {name: knobs[name] for name in losses.TERMS if name in knobs} | (extra or {})
 
     def one_head(logits_BhwK):
         labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
         shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
         total = 0.0
-        for name, weight in weights.items():
+        for name, weight in terms.items():
             if weight:
                 loss, own = losses.TERMS[name]
                 options = {argument: knobs[knob] for argument, knob in own.items()}
@@ -763,13 +763,12 @@ def train_and_evaluate(
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
     behind the built-in augmentation, the channels of its `data.context` with it.
-    `loss_fn(logits_BHWK, labels_BHW)` is one more term of the loss, of weight 1, for the main
-    output and (times loss.aux) each auxiliary one: it sees the whole batch on any number of
-    devices, pixels to leave out as loss.ignore_label, and stands alone with loss.cross_entropy=0
-    and loss.dice=0. A loss whose weight the config keeps is an entry of `losses.TERMS`.
-    `on_log(step, values)` gets every record of metrics.jsonl, `on_validation(step, dice, state)`
-    every validated state once its checkpoint is under way: the next step reuses its arrays, so
-    copy what is kept.
+    `loss_fn(logits_BHWK, labels_BHW)` is one more term of the loss, for the main output and (times
+    loss.aux) each auxiliary one: it sees the whole batch on any number of devices, and stands alone
+    with loss.cross_entropy=0 and loss.dice=0. A loss whose weight the config keeps is an entry of
+    `losses.TERMS`. `on_log(step, values)` gets every record of metrics.jsonl,
+    `on_validation(step, dice, state)` every validated state once its checkpoint is under way: the
+    next step reuses its arrays, so copy what is kept.
     Returns the evaluation of the test cases, else of the validation cases, as
     `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.

@@ -491,7 +491,7 @@ def test_backbones_equal_keras(kind, backbone, options, sizes, file, tmp_path):
 
     theirs = build(sizes[-1])
     randomize_keras(theirs)
-    weights = theirs.get_weights()
+    trained = theirs.get_weights()
     if file == 'theirs.h5':
         theirs.save(tmp_path / file)
     else:
@@ -507,7 +507,7 @@ def test_backbones_equal_keras(kind, backbone, options, sizes, file, tmp_path):
     for size in sizes:
         image = nhwc(picture(size))
         theirs = build(size)
-        theirs.set_weights(weights)
+        theirs.set_weights(trained)
         for train, out in zip((False, True), run(variables, image)[:2], strict=True):
             seen = image[..., ::order] if train else image[:1, ..., ::order]
             with torch.no_grad():
