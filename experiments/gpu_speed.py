@@ -1,6 +1,6 @@
 """Ours against PyTorch on one GPU, in minutes; experiments/gpu_speed.sh runs it.
 
-  python -m experiments.gpu_speed --results=FILE [--seconds=440] [--case=PART ...] [--tiny]
+  python -m experiments.gpu_speed --results=FILE [--seconds=440] [--case=PATTERN ...] [--tiny]
 
 First every network's forward pass and one training step are compared with the CPU, in float32
 with TF32 off, and checked to be finite in bfloat16; batches from the device cache are compared
@@ -35,7 +35,7 @@ from experiments import speed
 
 RESULTS = flags.DEFINE_string('results', 'experiments/results/gpu.jsonl', 'gets the lines')
 SECONDS = flags.DEFINE_float('seconds', 440, 'no case starts after this')
-CASES = flags.DEFINE_multi_string('case', [], 'part of the names of the cases to run; all')
+CASES = flags.DEFINE_multi_string('case', [], 'pattern in the names of the cases to run; all')
 CHECK = flags.DEFINE_bool('check', True, 'compare with the CPU first')
 TINY = flags.DEFINE_bool('tiny', False, 'small sizes, to rehearse')
 
@@ -470,7 +470,7 @@ def main(_) -> None:
     waiting = [
         case
         for case in plan(TINY.value)
-        if not CASES.value or any(part in case['name'] for part in CASES.value)
+        if not CASES.value or any(re.search(part, case['name']) for part in CASES.value)
     ]
     failed = False
     with tempfile.TemporaryDirectory() as folder, open(f'{results}.log', 'w') as log:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Correctness and speed on one NVIDIA GPU, within 8 minutes; see experiments/gpu_speed.py.
 #
-#   COMMIT=... OUT=FOLDER bash experiments/gpu_speed.sh [--tiny] [--seconds=440] [--case=PART ...]
+#   COMMIT=... OUT=FOLDER bash experiments/gpu_speed.sh [--tiny] [--seconds=440] [--case=PATTERN ...]
 #
 # COMMIT is needed in a copy without .git. PYTHON is the one that has JAX and PyTorch. OUT gets
 # gpu_speed.jsonl, a line as soon as it is there, and the programs that were profiled.
