@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from experiments import run
 from pspnet_jax import cli
 from pspnet_jax.config import augmentations, lgg
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.runtime.errors import ConfigError
 
 RESULTS = Path(__file__).parent / 'results' / 'ablation.jsonl'
 

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.provenance import commit, device
-from pspnet_jax import compilation, models
+from pspnet_jax import models
+from pspnet_jax.runtime import compilation
 
 QUICK = flags.DEFINE_bool('quick', False, 'on the phantoms')
 COST = flags.DEFINE_bool('cost', False, 'measure parameters, FLOPs and time, train nothing')

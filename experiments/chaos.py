@@ -29,9 +29,9 @@ from absl import app, flags, logging
 from orbax.checkpoint import v1 as ocp
 
 from experiments.provenance import commit, device
-from pspnet_jax import checkpoint, log
-from pspnet_jax.errors import CheckpointError
-from pspnet_jax.runs import open_run
+from pspnet_jax.inference.runs import open_run
+from pspnet_jax.runtime import checkpoint, log
+from pspnet_jax.runtime.errors import CheckpointError
 
 CONFIG = {
     'config': 'configs/phantom.py',

@@ -22,9 +22,10 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from experiments import run
-from pspnet_jax import cli, metrics
-from pspnet_jax.errors import ConfigError
-from pspnet_jax.evaluate import interval
+from pspnet_jax import cli
+from pspnet_jax.evaluation import metrics
+from pspnet_jax.evaluation.scores import interval
+from pspnet_jax.runtime.errors import ConfigError
 
 
 class TooSlowError(Exception):

@@ -21,6 +21,8 @@ from typing import Any
 
 from absl import app, flags
 
+from pspnet_jax.training import update
+
 NAMES = flags.DEFINE_list('names', [], 'which; all')
 ROUNDS = flags.DEFINE_integer('rounds', 3, 'processes of each variant')
 RESULTS = Path('experiments/results/forms.jsonl')
@@ -100,7 +102,7 @@ def without_depthwise():
 
 
 def without_schedule():
-    from pspnet_jax import compilation
+    from pspnet_jax.runtime import compilation
 
     compilation.options = dict
 
@@ -148,21 +150,22 @@ def compile_step(name: str):
     import numpy as np
     import optax
 
-    from pspnet_jax import compilation, models, train
+    from pspnet_jax import models
     from pspnet_jax.config import base
+    from pspnet_jax.runtime import compilation
 
     network, options, change = VARIANTS[name]
     if change:
         change()
     model = models.create(num_classes=2, **network)
     tx = optax.sgd(1e-3, momentum=0.9)
-    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=False)
     rng = np.random.default_rng(0)
     batch = {
         'image': jnp.asarray(rng.standard_normal((4, 256, 256, 3)), jnp.float32),
         'mask': jnp.asarray(rng.integers(0, 2, (4, 256, 256)), jnp.int32),
     }
-    step = train.bind_step(base.get_config(), model, tx, **options)
+    step = update.bind_step(base.get_config(), model, tx, **options)
     jitted = compilation.jit(step, donate_argnums=0)
     compiled, facts = compilation.compile_now(jitted, state, batch)
     return compiled, state, batch, facts

@@ -34,7 +34,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import fuzz_data, fuzz_state, mutate
-from pspnet_jax.errors import PspnetError
+from pspnet_jax.runtime.errors import PspnetError
 
 READERS = {**fuzz_data.READERS, **fuzz_state.READERS}
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pspnet_jax.inference import predictors
+from pspnet_jax.prediction import folders, inputs, results
+
 GREY = (np.add.outer(np.arange(12), np.arange(16)) * 9).astype(np.uint8)
 COLOUR = np.stack([GREY, 255 - GREY, GREY // 2], axis=-1)
 MASK = np.zeros((12, 16), np.uint8)
@@ -352,17 +355,16 @@ def _videos(folder: Path) -> list[Path]:
 
 def read_input(path: Path) -> None:
     """What `predict` does with a folder, up to the network."""
-    from pspnet_jax import predict
     from pspnet_jax.config import phantom
-    from pspnet_jax.errors import DataError
+    from pspnet_jax.runtime.errors import DataError
 
-    predictor = predict.Predictor(phantom.get_config(), None, None, 1)
-    root, found = predict.find_files(path, path.parent / 'out')
-    stems, faults = predict.name_results(root, found)
-    pictures = [path for path in stems if not predict._is_video(path)]
-    groups, _ = predict.group_files(pictures, '(.+)_(?P<slice>[0-9]+)')
+    predictor = predictors.Predictor(phantom.get_config(), None, None, 1)
+    root, found = inputs.find_files(path, path.parent / 'out')
+    stems, faults = results.name_results(root, found)
+    pictures = [path for path in stems if not inputs._is_video(path)]
+    groups, _ = inputs.group_files(pictures, '(.+)_(?P<slice>[0-9]+)')
     for group in groups:
-        _, _, more = predict.read_cases(group, predictor=predictor, stems=stems)
+        _, _, more = folders.read_cases(group, predictor=predictor, stems=stems)
         faults += more
     if faults:
         raise DataError('; '.join(faults))

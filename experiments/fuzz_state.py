@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments import mutate, mutate_state
+from pspnet_jax.inference import choice
+from pspnet_jax.serving import export, read
+from pspnet_jax.training import update
 
 CHANNELS = 3
 
@@ -26,8 +29,8 @@ def _network():
     import jax
 
     from pspnet_jax import models
+    from pspnet_jax.inference.runs import abstract_variables
     from pspnet_jax.models import weights
-    from pspnet_jax.runs import abstract_variables
 
     model = models.create('unet', num_classes=2, backbone='vgg16', width=4)
     shapes = abstract_variables(model, CHANNELS)
@@ -59,8 +62,8 @@ def _whole():
     import jax
 
     from pspnet_jax import models
+    from pspnet_jax.inference.runs import abstract_variables
     from pspnet_jax.models import weights
-    from pspnet_jax.runs import abstract_variables
 
     model = models.create('unet', num_classes=2, backbone='resnet18', width=4)
     shapes = abstract_variables(model, CHANNELS)
@@ -150,9 +153,10 @@ def _configs(folder: Path) -> list[Path]:
 
 def read_config(path: Path) -> None:
     """A config as it stands in a checkpoint, and the network that it asks for."""
-    from pspnet_jax import models, runs
+    from pspnet_jax import models
     from pspnet_jax.config import from_dict
-    from pspnet_jax.errors import ConfigError
+    from pspnet_jax.inference import runs
+    from pspnet_jax.runtime.errors import ConfigError
 
     try:
         tree = json.loads(path.read_bytes() if path.is_file() else '')
@@ -166,7 +170,7 @@ def read_config(path: Path) -> None:
 @contextlib.contextmanager
 def _traced_once():
     """One network is traced once, not for every input."""
-    from pspnet_jax import export, runs
+    from pspnet_jax.inference import runs
 
     before = runs.abstract_variables
     runs.abstract_variables = export.abstract_variables = _shapes(before)
@@ -185,14 +189,13 @@ TREE = {'conv': {'kernel': np.arange(48, dtype=np.float32).reshape(2, 2, 3, 4)}}
 
 
 def _state():
-    from pspnet_jax import train
 
-    return train.TrainState(np.int32(0), TREE, {}, {'mu': TREE}, None)
+    return update.TrainState(np.int32(0), TREE, {}, {'mu': TREE}, None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    from pspnet_jax import checkpoint
     from pspnet_jax.models import weights
+    from pspnet_jax.runtime import checkpoint
 
     inputs = {'channels': CHANNELS, 'normalization': weights.IMAGENET._asdict()}
     for name, averaged in (('a', None), ('b', TREE)):
@@ -213,9 +216,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def read_checkpoint(path: Path) -> None:
     """As `runs.open_run` does."""
-    from pspnet_jax import checkpoint
     from pspnet_jax.config import from_dict
     from pspnet_jax.models.weights import fixed_intensity
+    from pspnet_jax.runtime import checkpoint
 
     step = checkpoint.candidates(path, 'last')[0]
     meta = checkpoint.metadata(path, step)
@@ -226,7 +229,7 @@ def read_checkpoint(path: Path) -> None:
 
 def read_resume(path: Path) -> None:
     """As training does that goes on."""
-    from pspnet_jax import checkpoint
+    from pspnet_jax.runtime import checkpoint
 
     checkpoint.restore(path, _state(), _config())
 
@@ -242,7 +245,6 @@ def _tiny(image):
 
 
 def _stablehlo(folder: Path) -> list[Path]:
-    from pspnet_jax import export
 
     with zipfile.ZipFile(folder / 'a.stablehlo.zip', 'w') as archive:
         archive.writestr(export.PROGRAM, export.to_stablehlo(_tiny, CHANNELS).serialize())
@@ -251,7 +253,6 @@ def _stablehlo(folder: Path) -> list[Path]:
 
 
 def _onnx(folder: Path) -> list[Path]:
-    from pspnet_jax import export
 
     proto = export.to_onnx(_tiny, CHANNELS, (32, 32), {'format': 'onnx'})
     (folder / 'a.onnx').write_bytes(proto.SerializeToString())
@@ -261,9 +262,9 @@ def _onnx(folder: Path) -> list[Path]:
 def _savedparams(folder: Path) -> list[Path]:
     import jax
 
-    from pspnet_jax import export, models
+    from pspnet_jax import models
     from pspnet_jax.config import from_dict
-    from pspnet_jax.runs import abstract_variables
+    from pspnet_jax.inference.runs import abstract_variables
 
     config = _config()
     shapes = abstract_variables(models.create(**from_dict(config).model), CHANNELS)
@@ -275,17 +276,17 @@ def _savedparams(folder: Path) -> list[Path]:
 
 
 def read_export(path: Path) -> None:
-    from pspnet_jax import export
 
     with _traced_once():
-        export.read(path)
+        read.read(path)
 
 
 # A run's own files, and a built data set.
 
 
 def _run(folder: Path) -> list[Path]:
-    from pspnet_jax import calibration, choice, faults
+    from pspnet_jax.inference import calibration
+    from pspnet_jax.runtime import faults
 
     workdir = folder / 'run'
     workdir.mkdir()
@@ -302,8 +303,10 @@ def _run(folder: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> None:
-    from pspnet_jax import calibration, charts, choice, faults, log
     from pspnet_jax.config import from_dict
+    from pspnet_jax.evaluation import charts
+    from pspnet_jax.inference import calibration
+    from pspnet_jax.runtime import faults, log
 
     for each in charts.run_charts(log.read(path)):
         charts.svg(each)
@@ -330,7 +333,7 @@ def _built(folder: Path) -> list[Path]:
 
 def read_built(path: Path) -> None:
     from pspnet_jax.data import lgg
-    from pspnet_jax.errors import DataError
+    from pspnet_jax.runtime.errors import DataError
 
     before, lgg.fetch = lgg.fetch, _no_network
     try:
@@ -343,7 +346,7 @@ def read_built(path: Path) -> None:
 
 
 def _no_network():
-    from pspnet_jax.errors import DataError
+    from pspnet_jax.runtime.errors import DataError
 
     raise DataError('nothing is built here')
 

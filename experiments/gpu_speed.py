@@ -32,6 +32,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import speed
+from pspnet_jax.training import placement, update
 
 RESULTS = flags.DEFINE_string('results', 'experiments/results/gpu.jsonl', 'gets the lines')
 SECONDS = flags.DEFINE_float('seconds', 440, 'no case starts after this')
@@ -180,8 +181,9 @@ def our_program(case: dict[str, Any]):
     import jax
     import optax
 
-    from pspnet_jax import compilation, models, train
+    from pspnet_jax import models
     from pspnet_jax.config import base
+    from pspnet_jax.runtime import compilation
 
     model = models.create(num_classes=case['classes'], dtype=case['dtype'], **case['model'])
     variables = random_variables(model)
@@ -196,21 +198,21 @@ def our_program(case: dict[str, Any]):
     params, stats = variables['params'], variables.get('batch_stats', {})
     momentum = jax.eval_shape(tx.init, params)
     momentum = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), momentum)
-    state = train.TrainState(np.zeros((), np.int32), params, stats, momentum, None)
+    state = update.TrainState(np.zeros((), np.int32), params, stats, momentum, None)
     config = base.get_config()
     options = {
         'loss_options': {**config.loss.to_dict(), 'dice': 0.0},
         'augment_options': {},
         'remat': 'none' if 'remat none' in case['variant'] else config.train.remat,
     }
-    step = train.bind_step(config, model, tx, **options)
+    step = update.bind_step(config, model, tx, **options)
     return compilation.jit(step, donate_argnums=0), (state, batch)
 
 
 def time_ours(case: dict[str, Any]) -> dict[str, Any]:
     import jax
 
-    from pspnet_jax import compilation
+    from pspnet_jax.runtime import compilation
 
     for words, change in CHANGES.items():
         if words in case['variant']:
@@ -335,8 +337,9 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
     import jax
     import optax
 
-    from pspnet_jax import compilation, models, train
+    from pspnet_jax import models
     from pspnet_jax.config import base
+    from pspnet_jax.runtime import compilation
 
     rng = np.random.default_rng(0)
     batch = {
@@ -351,8 +354,8 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
     variables = random_variables(model)
     params, stats = variables['params'], variables.get('batch_stats', {})
     tx, config = optax.sgd(1e-3, momentum=0.9), base.get_config()
-    state = train.TrainState(np.zeros((), np.int32), params, stats, tx.init(params), None)
-    step = train.bind_step(config, model, tx, augment_options={}, remat='none')
+    state = update.TrainState(np.zeros((), np.int32), params, stats, tx.init(params), None)
+    step = update.bind_step(config, model, tx, augment_options={}, remat='none')
 
     def both(state, batch):
         values = {'params': state.params, 'batch_stats': state.batch_stats}
@@ -364,8 +367,8 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
         compiled = compilation.jit(both).lower(*arguments).compile(compiler_options)
     logits, (after, metrics) = jax.device_get(compiled(*arguments))
     pairs = zip(jax.tree.leaves(after.params), jax.tree.leaves(params), strict=True)
-    update = np.concatenate([np.ravel(new - old) for new, old in pairs])
-    return np.asarray(logits, np.float32), update, float(metrics['loss'])
+    change = np.concatenate([np.ravel(new - old) for new, old in pairs])
+    return np.asarray(logits, np.float32), change, float(metrics['loss'])
 
 
 def check_networks(number: int) -> list[dict[str, Any]]:
@@ -403,7 +406,7 @@ def check_cache() -> dict[str, Any]:
     import jax.numpy as jnp
     import optax
 
-    from pspnet_jax import models, train
+    from pspnet_jax import models
     from pspnet_jax.config import base
     from pspnet_jax.data import phantom, pipeline
 
@@ -413,12 +416,12 @@ def check_cache() -> dict[str, Any]:
     rows = np.stack(list(itertools.islice(pipeline.rows(drawn, **places), 3)))
     batches = pipeline.batches(slices, drawn, intensity=None, threads=1, **places)
     model, tx = models.create('unet_mini', num_classes=2, width=4), optax.sgd(0.01)
-    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
-    step = train.bind_step(base.get_config(), model, tx)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=False)
+    step = update.bind_step(base.get_config(), model, tx)
     one, three = (jax.tree.map(jnp.copy, state) for _ in range(2))
     with jax.default_matmul_precision('highest'):
-        alone = train.over_mesh(step)
-        together = train.over_mesh_cached(step, pipeline.store(slices, None))
+        alone = placement.over_mesh(step)
+        together = placement.over_mesh_cached(step, pipeline.store(slices, None))
         for _ in range(3):
             batch = next(batches)
             one = alone.compile(one, batch)[0](one, batch)[0]

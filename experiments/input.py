@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from pspnet_jax.training import placement, update
+
 SOURCE = flags.DEFINE_string('source', '', 'folder of the LGG data; none: left out')
 ROOT = flags.DEFINE_string('root', '', 'where the built data set is')
 RESULTS = Path('experiments/results/input.jsonl')
@@ -34,8 +36,9 @@ def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, An
 
     import jax
 
-    from pspnet_jax import models, optim, train
+    from pspnet_jax import models
     from pspnet_jax.data import pipeline, sources, volumes
+    from pspnet_jax.training import optim
 
     module, _, argument = config_name.partition(':')
     config = importlib.import_module(f'pspnet_jax.config.{module}').get_config(argument)
@@ -64,8 +67,8 @@ def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, An
     loader_rate, batch = rate(20)
     model = models.create(**config.model)
     tx, _ = optim.create(steps=10, **config.optim)
-    state = train.create_state(model, tx, seed=0, channels=slices.channels, ema=False)
-    placed = train.over_mesh(train.bind_step(config, model, tx))
+    state = update.create_state(model, tx, seed=0, channels=slices.channels, ema=False)
+    placed = placement.over_mesh(update.bind_step(config, model, tx))
     state = placed.put_state(state)
     run, _ = placed.compile(state, placed.put_batch(batch))
     batches, waited = read_ahead(), 0.0

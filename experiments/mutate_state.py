@@ -51,7 +51,7 @@ def change_zip(data: bytes, rng: random.Random) -> bytes:
 
 def change_metadata(data: bytes, rng: random.Random) -> bytes:
     """JSON of a checkpoint: changed anywhere, or below its seal, which is made anew."""
-    from pspnet_jax import checkpoint
+    from pspnet_jax.runtime import checkpoint
 
     tree = json.loads(data)
     found = tree.get('custom_metadata')

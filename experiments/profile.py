@@ -23,7 +23,7 @@ from absl import app
 
 from experiments import forms
 from experiments.provenance import commit, device
-from pspnet_jax import compilation
+from pspnet_jax.runtime import compilation
 
 STAGES = ('layer1', 'layer2', 'layer3', 'layer4', 'pyramid', 'head', 'aux')
 

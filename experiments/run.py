@@ -22,9 +22,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.provenance import commit, device
-from pspnet_jax import checkpoint, cli
-from pspnet_jax.evaluate import evaluate_checkpoint
-from pspnet_jax.train import train_and_evaluate
+from pspnet_jax import cli
+from pspnet_jax.evaluation.protocol import evaluate_checkpoint
+from pspnet_jax.runtime import checkpoint
+from pspnet_jax.training.loop import train_and_evaluate
 
 LOCAL_PATHS = (  # this machine's business
     'data.source', 'data.root', 'model.pretrained', 'train.init_from', 'distill.teacher',

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pspnet_jax.training import placement, update
+
 RESULTS = Path('experiments/results/scale.jsonl')
 CASES = ('pspnet_resnet50', 'vgg_pspnet', 'unet', 'unet_mini')
 COLLECTIVES = 'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
@@ -41,14 +43,16 @@ def measure(name: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from pspnet_jax import checkpoint, models, optim, train
+    from pspnet_jax import models
     from pspnet_jax.config import lgg, to_dict
+    from pspnet_jax.runtime import checkpoint
+    from pspnet_jax.training import optim
 
     config = lgg.get_config(name)
     model = models.create(**config.model)
     tx, _ = optim.create(steps=10, **config.optim)
     ema = config.train.ema_decay > 0
-    state = train.create_state(model, tx, seed=0, channels=3, ema=ema)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=ema)
     rng = np.random.default_rng(0)  # zeros, as Adam's means are, would be compressed
     state = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), state)
     size, batch_size = config.augment.crop or 256, 2
@@ -56,7 +60,7 @@ def measure(name: str) -> dict[str, Any]:
         'image': np.zeros((batch_size, size, size, 3), np.float32),
         'mask': np.zeros((batch_size, size, size), np.int32),
     }
-    placed = train.over_mesh(train.bind_step(config, model, tx))
+    placed = placement.over_mesh(update.bind_step(config, model, tx))
     placed_state = placed.put_state(state)
     program, _ = placed.compile(placed_state, placed.put_batch(batch))
     sizes = {

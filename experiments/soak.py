@@ -31,7 +31,7 @@ from absl import app, flags
 from PIL import Image
 
 from experiments.provenance import commit, device
-from pspnet_jax import checkpoint, log
+from pspnet_jax.runtime import checkpoint, log
 
 VALIDATE_EVERY = CHECKPOINT_EVERY = 100
 LIMIT = 0.02  # that memory may grow from a fifth of the run to its end, of what it was
@@ -115,7 +115,7 @@ def judge(samples: Sequence[Sample], steps: int) -> dict[str, Any]:
 def train(folder: Path) -> None:
     """The run that is watched; its live arrays go to FOLDER/live.jsonl at each validation."""
     from pspnet_jax.config.folder import get_config
-    from pspnet_jax.train import train_and_evaluate
+    from pspnet_jax.training.loop import train_and_evaluate
 
     changes = {
         'data.source': str(folder / 'data'),

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from pspnet_jax.training import update
+
 STEPS = 3  # that are timed in a turn, behind one that is not
 FLAGS = flags.FLAGS
 
@@ -107,7 +109,7 @@ def check(case: dict[str, Any]) -> None:
     """A process that says how far our output is from the peer's, of the same weights."""
     import jax
 
-    from pspnet_jax import compilation
+    from pspnet_jax.runtime import compilation
 
     exact, _, variables = load(case)
     peer = np.load(case['exchange'] + '.out.npz')
@@ -123,14 +125,14 @@ def ours(case: dict[str, Any]) -> None:
     import optax
 
     from experiments.serve import serve
-    from pspnet_jax import compilation, train
     from pspnet_jax.config import base
+    from pspnet_jax.runtime import compilation
 
     _, model, variables = load(case)
     image = jnp.asarray(np.load(case['exchange'] + '.out.npz')['image'])
     if case['train']:
         tx = optax.sgd(1e-3, momentum=0.9)
-        state = train.TrainState(
+        state = update.TrainState(
             jnp.zeros((), jnp.int32),
             variables['params'],
             variables['batch_stats'],
@@ -139,7 +141,7 @@ def ours(case: dict[str, Any]) -> None:
         )
         config = base.get_config()
         plain = {'loss_options': {**config.loss.to_dict(), 'dice': 0.0}, 'augment_options': {}}
-        step_fn = train.bind_step(config, model, tx, **plain)
+        step_fn = update.bind_step(config, model, tx, **plain)
         small = case['size'] // 4 if case['peer'] == 'keras' else case['size']  # of its labels
         rng = np.random.default_rng(0)
         labels = rng.integers(0, case['classes'], (case['batch'], small, small))

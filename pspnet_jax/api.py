@@ -9,27 +9,33 @@
 They are the commands' own functions; whatever a call lacks is a knob of the config.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from ml_collections import ConfigDict
+# JAX and what stands on it are imported by the calls: `import pspnet_jax` and --help are quick.
+if TYPE_CHECKING:
+    import numpy as np
+    from ml_collections import ConfigDict
 
-from pspnet_jax import predict
-from pspnet_jax.data import formats, pairing, sources, volumes
-from pspnet_jax.errors import ConfigError
-from pspnet_jax.evaluate import evaluate_options, evaluate_volumes, label_options, tell_overlap
-from pspnet_jax.train import train_and_evaluate
+    from pspnet_jax.inference.predictors import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A trained network with what it needs to know of images; made by `load` and `train`."""
 
-    predictor: predict.Predictor
+    predictor: Predictor
     workdir: str | Path | Sequence[str | Path]
+
+    def __repr__(self) -> str:
+        model, runs = self.config.model, self.predictor.runs
+        name = f'{model.name} on {model.backbone}' if model.backbone else model.name
+        places = ', '.join(f'step {run["step"]} of {run["workdir"]}' for run in runs)
+        return f'<Model {name}, {model.num_classes} classes: {places}>'
 
     @property
     def config(self) -> ConfigDict:
@@ -52,17 +58,25 @@ class Model:
 
         Of a file in the orientation that `data.formats.read` turns it into.
         """
+        from pspnet_jax.data import formats
+        from pspnet_jax.inference import predictors
+
         image = formats.read(volume).image if isinstance(volume, str | Path) else volume
-        return predict.predict_array(self.predictor, image)[0]
+        return predictors.predict_array(self.predictor, image)[0]
 
     def evaluate(
         self, images: str | Path, masks: str | Path, *, group: str | None = None
     ) -> dict[str, Any]:
-        """`evaluate.evaluate_volumes`'s figures over a folder of images and one of masks.
+        """`evaluation.scores.evaluate_volumes`'s figures over a folder of images and one of masks.
 
         `group` says whose pictures belong together, in place of the run's `data.group`. The log,
         and 'overlap' of the figures' 'data', say which the run was trained on.
         """
+        from pspnet_jax.data import pairing, sources, volumes
+        from pspnet_jax.evaluation.protocol import tell_overlap
+        from pspnet_jax.evaluation.scores import evaluate_options, evaluate_volumes
+        from pspnet_jax.inference.settings import label_options
+
         config = self.config
         rules = [pairing.split(Path(place))[1] for place in config.data.images]
         folder = Path(images).absolute()
@@ -95,9 +109,12 @@ class Model:
         return result
 
     def _labels_and_probabilities(self, image):
+        from pspnet_jax.data import formats
+        from pspnet_jax.inference import predictors
+
         if isinstance(image, str | Path):
             (image,) = formats.read(image).image[:1]
-        return predict.predict_array(self.predictor, image)
+        return predictors.predict_array(self.predictor, image)
 
 
 def load(
@@ -111,7 +128,9 @@ def load(
     `checkpoint` is 'best', 'last' or a step. `options` are those of the config's `predict`
     section: flip=True, threshold=0.4, window=512 and on. Raises CheckpointError, ConfigError.
     """
-    return Model(predict.load(workdir, checkpoint, options), workdir)
+    from pspnet_jax.inference import predictors
+
+    return Model(predictors.load(workdir, checkpoint, options), workdir)
 
 
 def train(
@@ -127,9 +146,11 @@ def train(
 
     `config` is a config, or the name of a network for pictures in `images` and `masks` (several
     folders of images stack as channels). `changes` are by dotted key, {'train.epochs': 20}.
-    `hooks` are `train.train_and_evaluate`'s. Raises what that raises.
+    `hooks` are `training.loop.train_and_evaluate`'s. Raises what that raises.
     """
     from pspnet_jax.config import folder as own_pictures
+    from pspnet_jax.runtime.errors import ConfigError
+    from pspnet_jax.training.loop import train_and_evaluate
 
     named = isinstance(config, str)
     config = own_pictures.get_config(config) if named else config.copy_and_resolve_references()

@@ -8,173 +8,18 @@ two parts of the split, which makes figures too good. CHECK/contact_sheet.png sh
 their outlines, and below each how augmentation changes it.
 """
 
-import collections
-from collections.abc import Iterator
-from pathlib import Path
-
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from PIL import Image
 
-from pspnet_jax import cli, visualize
-from pspnet_jax.config import validate
-from pspnet_jax.data import sources, volumes
-from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
-from pspnet_jax.errors import ConfigError, DataError, say
-from pspnet_jax.storage import writing
-
-THUMB = 16  # pixels a side of what is compared
-ALIKE = 0.999  # correlation of two thumbnails from which they are the same picture
-SHEET = 12  # columns of the contact sheet
-CELL = 160  # pixels a side of its pictures
-
-
-def statistics(slices: Slices) -> tuple[dict[str, int], dict[int, int], np.ndarray]:
-    """({'HxWxC dtype': slices}, {class: pixels}, (N, THUMB**2) thumbnails), every slice read once.
-
-    A thumbnail has mean 0 and length 1, or is all zeros where the picture is nearly flat.
-    """
-    sizes, pixels = collections.Counter(), np.zeros(256, np.int64)
-    thumbs = np.zeros((len(slices), THUMB * THUMB), np.float32)
-    for row, key in enumerate(slices.key):
-        image, mask = slices.read(int(key))
-        sizes[f'{"x".join(map(str, image.shape))} {image.dtype}'] += 1
-        pixels += np.bincount(mask.ravel(), minlength=256)
-        grey = image.mean(axis=-1, keepdims=True, dtype=np.float32)
-        thumb = volumes.resize_image(grey, (THUMB, THUMB)).ravel()
-        thumb = thumb - thumb.mean()
-        if thumb.std() > 0.02 * max(np.ptp(grey), 1e-6) and np.ptp(grey) > 0:
-            thumbs[row] = thumb / np.linalg.norm(thumb)
-    return dict(sizes), {label: int(n) for label, n in enumerate(pixels) if n}, thumbs
-
-
-def leaks(
-    thumbs: np.ndarray, patient: np.ndarray, parts: dict[str, list[str]]
-) -> Iterator[tuple[int, int]]:
-    """Pairs of rows, of two parts, whose thumbnails are the same picture."""
-    part_of = {p: number for number, names in enumerate(parts.values()) for p in names}
-    part = np.array([part_of.get(p, -1) for p in patient.tolist()])
-    for number in range(len(parts) - 1):
-        here, there = np.flatnonzero(part == number), np.flatnonzero(part > number)
-        for first in range(0, len(here), 1024):  # blocks, so that the matrix stays small
-            block = here[first : first + 1024]
-            alike = thumbs[block] @ thumbs[there].T > ALIKE
-            for i, j in zip(*np.nonzero(alike), strict=True):
-                yield int(block[i]), int(there[j])
-
-
-def contact_sheet(
-    slices: Slices, augment_options: dict, seed: int, ignore_label: int = IGNORE_LABEL
-) -> np.ndarray:
-    """RGB uint8: SHEET slices with most lesion, one a patient where there are enough, with their
-    outlines; below each two of its augmentations, as the network gets them.
-    """
-    import jax
-
-    from pspnet_jax.data.augment import augment
-
-    rows, seen = [], set()
-    for row in np.argsort(-slices.lesion_pixels, kind='stable').tolist():
-        if slices.patient[row] not in seen:
-            seen.add(slices.patient[row])
-            rows.append(row)
-    rest = [row for row in range(len(slices)) if row not in rows]
-    columns = []
-    for row in (rows + rest)[:SHEET]:
-        image, mask = slices.read(int(slices.key[row]))
-        intensity = slices.intensity[slices.patient[row]]
-        cells = [_cell(visualize.outline(visualize.to_uint8(image, *intensity[:2]), mask))]
-        normal = volumes.normalize(image, intensity)
-        for n in range(2):
-            key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
-            changed, labels = augment(
-                key, normal, mask.astype(np.int32), ignore_label=ignore_label, **augment_options
-            )
-            changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
-            picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
-            labels = np.asarray(labels)
-            labels = np.where(labels == ignore_label, 0, labels).astype(np.uint8)
-            cells.append(_cell(visualize.outline(picture, labels)))
-        columns.append(np.concatenate(cells))
-    return np.concatenate(columns, axis=1)
-
-
-def _cell(picture: np.ndarray) -> np.ndarray:
-    """The picture inside CELL x CELL, on grey."""
-    image = Image.fromarray(picture)
-    image.thumbnail((CELL - 4, CELL - 4))
-    cell = Image.new('RGB', (CELL, CELL), (60, 60, 60))
-    cell.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
-    return np.asarray(cell)
-
-
-def _missing(pixels: dict[int, int], num_classes: int) -> list[str]:
-    """A fault for each class that no pixel has."""
-    there = [label for label in range(num_classes) if label in pixels]
-    if there in ([0], []):
-        return [
-            'no pixel is of any class but 0: look at a mask, and say what its values are by '
-            'data.mask_format, data.mask_colors or data.label_map'
-        ]
-    faults = []
-    for label in sorted(set(range(num_classes)) - set(there)):
-        remedy = f'lower model.num_classes to {there[-1] + 1}'
-        if label < there[-1]:
-            places = {old: new for new, old in enumerate(there) if old != new}
-            remedy = (
-                f'if there is none, number the others without a gap, data.label_map="{places}" '
-                f'with model.num_classes={len(there)}'
-            )
-        faults.append(f'no pixel is of class {label}: {remedy}')
-    return faults
-
-
-def check(config, out: str | Path) -> None:
-    """Print what is in the data set; raise DataError with all its faults."""
-    from pspnet_jax.train import normalize_by_weights  # which imports nearly everything
-
-    validate(config)
-    slices, parts = sources.load(config)
-    for name, patients in parts.items():
-        print(f'{name:10} {volumes.describe(volumes.select(slices, patients))}')
-    sizes, pixels, thumbs = statistics(slices)
-    print('sizes      ' + ', '.join(f'{size}: {n}' for size, n in sorted(sizes.items())))
-    total = sum(pixels.values())
-    shares = (f'{label}: {100 * n / total:.2f} %' for label, n in pixels.items())
-    print('classes    ' + ', '.join(shares))
-    train = volumes.select(slices, parts['train'])
-    if config.data.size:
-        train = volumes.resized(train, config.data.size)
-    if config.data.normalize == 'buda':
-        train = volumes.measured(train, 'buda')
-    path = Path(out) / 'contact_sheet.png'
-    sheet = contact_sheet(train, config.augment.to_dict(), config.seed, config.loss.ignore_label)
-    with writing(path) as aside:
-        Image.fromarray(sheet).save(aside, 'png')
-    say(f'written to {path}')
-
-    faults = _missing(pixels, config.model.num_classes)
-    if normalize_by_weights(config):
-        try:
-            volumes.joint_range(slices)
-        except DataError as error:
-            faults.append(str(error))
-    found = leaks(thumbs, slices.patient, parts)
-    pairs = collections.Counter((str(slices.patient[a]), str(slices.patient[b])) for a, b in found)
-    faults += [
-        f'{a} and {b} are in two parts and have {n} pair(s) of nearly the same picture: '
-        'give both one patient (data.group), or remove one'
-        for (a, b), n in sorted(pairs.items())
-    ]
-    if faults:
-        raise DataError(f'{len(faults)} fault(s):', faults[:50])
-    print('no fault found')
+from pspnet_jax import cli
+from pspnet_jax.runtime.errors import ConfigError
 
 
 def main() -> None:
     if flags.FLAGS.config is None:
         raise ConfigError('--config is missing: --config=configs/folder.py for your own pictures')
+    from pspnet_jax.training.check import check
+
     check(flags.FLAGS.config, flags.FLAGS.out)
 
 

@@ -18,15 +18,16 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from pspnet_jax import compilation, devices, hosts, models
 from pspnet_jax.config import RULES, augmentations
 from pspnet_jax.config.flags import PAGES, prepare
-from pspnet_jax.errors import ConfigError, DataError, PspnetError, StoppedError, one_line
+from pspnet_jax.runtime.errors import ConfigError, DataError, PspnetError, StoppedError, one_line
 
 logger = logging.getLogger(__name__)
 
 COMMANDS = {  # of `pspnet`: the module, and what it does
     'train': ('main', 'train and evaluate what a config describes, or resume it'),
+    'build': ('build', 'build the LGG data set, which training otherwise does by itself'),
+    'rasterize': ('rasterize', 'write masks of what was drawn in an annotation tool'),
     'check': ('check', 'say what is in a data set, and what is wrong with it'),
     'evaluate': ('evaluate', 'score a trained network on patients whose masks are known'),
     'predict': ('predict', 'write masks and pictures for images, volumes and videos'),
@@ -89,9 +90,14 @@ def run(main: Callable[[], None]) -> None:
     sys.unraisablehook = _print_unless_late
 
     def guarded(_) -> None:
+        from pspnet_jax.runtime import compilation, devices, hosts  # JAX: --help goes without
+
         compilation.use_cache()
         try:
-            hosts.start_from_flags()
+            options = flags.FLAGS
+            if 'coordinator' in options:
+                given = (options.coordinator, options.num_processes, options.process_id)
+                hosts.start(*given, options.host_timeout)
             logger.info('%s', devices.describe())
             if advice := devices.idle_gpu():
                 logger.warning('%s', advice)
@@ -117,6 +123,14 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=functools.partial(_parse, main.__globals__['__doc__']))
 
 
+def define_host_flags() -> None:
+    """--coordinator and on, for commands that several processes can run together."""
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, of several processes')
+    flags.DEFINE_integer('num_processes', None, 'how many there are, all with the same command')
+    flags.DEFINE_integer('process_id', None, 'which one this is, from 0')
+    flags.DEFINE_integer('host_timeout', 60, 'seconds after which a silent process is given up')
+
+
 def _help(told: str) -> str:
     """What a command does, `told` by its module, and the flags that are its own."""
     lines = [told.strip(), '', 'Flags:']
@@ -127,6 +141,8 @@ def _help(told: str) -> str:
         default = '' if flag.default in (None, '', False, []) else f' ({flag.default_as_str})'
         lines.append(f'  --{flag.name}{default}: {" ".join((flag.help or "").split())}')
     if 'config' in flags.FLAGS:
+        from pspnet_jax import models
+
         lines += [
             '',
             'Every knob of a config is a flag: --config.KEY=VALUE. pspnet_jax/config/base.py has',

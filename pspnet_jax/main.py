@@ -8,9 +8,8 @@ A workdir that holds checkpoints is gone on with, from the step where it stopped
 from absl import flags
 from ml_collections import config_flags
 
-from pspnet_jax import cli, hosts
-from pspnet_jax.errors import ConfigError
-from pspnet_jax.train import train_and_evaluate
+from pspnet_jax import cli
+from pspnet_jax.runtime.errors import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
 WORKDIR = flags.DEFINE_string('workdir', 'runs/last', 'checkpoints, metrics, evaluation')
@@ -19,9 +18,11 @@ WORKDIR = flags.DEFINE_string('workdir', 'runs/last', 'checkpoints, metrics, eva
 def main() -> None:
     if CONFIG.value is None:
         raise ConfigError('--config is missing: --config=configs/phantom.py needs no data')
+    from pspnet_jax.training.loop import train_and_evaluate
+
     train_and_evaluate(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == '__main__':
-    hosts.define_flags()
+    cli.define_host_flags()
     cli.run(main)

@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from pspnet_jax.training import loop
+
 # Most of a test's time is compilation, so it is asked to optimise less. Read when JAX first
 # meets a device, and inherited by the commands that tests start.
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -34,7 +36,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from pspnet_jax.errors import PspnetError
+from pspnet_jax.runtime.errors import PspnetError
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
@@ -144,7 +146,6 @@ def tiny_config(**changes):
 @pytest.fixture
 def power_cut(monkeypatch):
     """`power_cut(config, workdir, steps)` trains until the batch behind `steps` is asked for."""
-    from pspnet_jax import train
     from pspnet_jax.data import pipeline
 
     def run(config, workdir, steps):
@@ -158,7 +159,7 @@ def power_cut(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, 'batches', broken_off)
             with pytest.raises(KeyboardInterrupt):
-                train.train_and_evaluate(config, str(workdir))
+                loop.train_and_evaluate(config, str(workdir))
 
     return run
 
@@ -166,7 +167,7 @@ def power_cut(monkeypatch):
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """(workdir, evaluation) of one tiny run; tests must not change it."""
-    from pspnet_jax.train import train_and_evaluate
+    from pspnet_jax.training.loop import train_and_evaluate
 
     workdir = tmp_path_factory.mktemp('run')
     return workdir, train_and_evaluate(tiny_config(), str(workdir))

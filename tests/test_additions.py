@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from pspnet_jax import config as rules
-from pspnet_jax import log, losses, models, train
+from pspnet_jax import models
 from pspnet_jax.data import sources
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models.backbones import BACKBONES
-from pspnet_jax.runs import open_run
+from pspnet_jax.runtime import log
+from pspnet_jax.runtime.errors import ConfigError
+from pspnet_jax.training import loop, losses, update
 from tests.conftest import ROOT, tiny_config
 
 PAGE = '''
@@ -175,7 +177,7 @@ def test_a_loss_is_known_where_it_is_trained_and_needs_not_be_where_it_is_not(pa
     back = rules.from_dict(json.loads(json.dumps(rules.to_dict(config))))
     assert back.loss.to_dict()['extra'] == {'brier': 1.0}
     with pytest.raises(ConfigError, match=r"losses\.TERMS\['brier'\] = \(function, \{\}\)"):
-        train.train_and_evaluate(config, str(tmp_path))
+        loop.train_and_evaluate(config, str(tmp_path))
 
 
 def test_the_sum_has_the_losses_that_were_added(page, rng):
@@ -186,7 +188,7 @@ def test_the_sum_has_the_losses_that_were_added(page, rng):
     out = {'logits': logits, 'aux': logits}
 
     def total(**changes):
-        return float(train.segmentation_loss(out, labels, **{**options, **changes}))
+        return float(update.segmentation_loss(out, labels, **{**options, **changes}))
 
     own = float(module.brier(logits, labels, ignore_label=255, axis_name=None))
     prob = np.asarray(jax.nn.softmax(logits), np.float64)
@@ -200,18 +202,29 @@ def test_the_sum_has_the_losses_that_were_added(page, rng):
     assert total(loss_fn=lambda *_: 2.0, **nothing, aux=0.0) == 2.0
 
 
+def test_one_loss_has_a_weight():
+    none = {'loss.cross_entropy': 0.0, 'loss.dice': 0.0}
+    words = r'loss.cross_entropy, loss.dice, loss.focal, .* are all 0: .*--config.loss.dice=1'
+    with pytest.raises(ConfigError, match=words):
+        loop.check_losses(tiny_config(**none), own_loss=False)
+    loop.check_losses(tiny_config(**none), own_loss=True)
+    for name in losses.TERMS:
+        if name in tiny_config().loss:
+            loop.check_losses(tiny_config(**none | {f'loss.{name}': 0.1}), own_loss=False)
+
+
 def test_a_hook_is_a_loss(tmp_path):
     """Of any size, and alone where the config's are 0; they are not for the run's evaluation."""
     config = tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0, 'train.steps': 2})
     with pytest.raises(ConfigError, match='are all 0'):
-        train.train_and_evaluate(config, str(tmp_path))
+        loop.train_and_evaluate(config, str(tmp_path))
     seen = []
 
     def far(logits_BHWK, labels_BHW):
         seen.append((logits_BHWK.shape, labels_BHW.shape))
         return 7.0 + 0.0 * logits_BHWK.mean()
 
-    result = train.train_and_evaluate(config, str(tmp_path), loss_fn=far)
+    result = loop.train_and_evaluate(config, str(tmp_path), loss_fn=far)
     assert set(seen) == {((4, 32, 32, 2), (4, 32, 32))}
     assert [line['loss'] for line in log.read(tmp_path) if 'loss' in line] == [7.0, 7.0]
     assert result['summary']['dice']['n'] >= 0

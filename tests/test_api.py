@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import pspnet_jax
-from pspnet_jax import predict
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.inference import predictors
+from pspnet_jax.runtime.errors import ConfigError
 from tests.conftest import ROOT, tiny_config
 
 PYTHON = [  # test_export.py runs those that serve
@@ -75,7 +75,7 @@ def test_a_volume_is_its_slices_with_one_scale(model, rng):
     volume = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
     labels = model.predict_volume(volume)
     assert labels.shape == (3, 32, 32)
-    np.testing.assert_array_equal(labels, predict.predict_array(model.predictor, volume)[0])
+    np.testing.assert_array_equal(labels, predictors.predict_array(model.predictor, volume)[0])
 
 
 def test_evaluation_of_folders_is_a_row_a_picture(own, model):
@@ -147,7 +147,7 @@ def test_the_readmes_examples_run(own, tmp_path, monkeypatch, capsys, block):
 
 
 def test_the_module_train_is_also_the_call():
-    from pspnet_jax.train import train_step
+    from pspnet_jax.training.update import train_step
 
     assert callable(pspnet_jax.train)
     assert pspnet_jax.train.train_step is train_step

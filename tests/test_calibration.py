@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
-from pspnet_jax import calibration
-from pspnet_jax.errors import DataError
+from pspnet_jax.inference import calibration
+from pspnet_jax.runtime.errors import DataError
 
 
 @pytest.fixture

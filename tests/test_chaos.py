@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from experiments import chaos, faults, soak
-from pspnet_jax import checkpoint
+from pspnet_jax.runtime import checkpoint
 from tests.conftest import ROOT, TINY
 
 

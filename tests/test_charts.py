@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
-from pspnet_jax import charts
-from pspnet_jax.charts import Axis, Chart, Line
+from pspnet_jax.evaluation import charts
+from pspnet_jax.evaluation.charts import Axis, Chart, Line
 from tests import test_layering
 
 X, Y = [10, 100, 1000, 20], [0.1, 0.9, 0.5, 0.3]

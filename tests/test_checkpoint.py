@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, models, optim, train
+from pspnet_jax import models
 from pspnet_jax.config import from_dict, to_dict
-from pspnet_jax.errors import CheckpointError
-from pspnet_jax.runs import open_run
+from pspnet_jax.inference.runs import open_run
+from pspnet_jax.runtime import checkpoint
+from pspnet_jax.runtime.errors import CheckpointError
+from pspnet_jax.training import optim, update
 from tests.conftest import tiny_config
 
 
 def new_state(config):
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    return train.create_state(model, tx, seed=9, channels=3, ema=True)
+    return update.create_state(model, tx, seed=9, channels=3, ema=True)
 
 
 @pytest.fixture

@@ -10,10 +10,14 @@ import shutil
 import numpy as np
 import pytest
 
-from pspnet_jax import api, calibration, choice, evaluate, export, manifest, postprocess, predict
+from pspnet_jax import api
 from pspnet_jax.config import from_dict, with_prediction
 from pspnet_jax.data.volumes import Volume
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.evaluation import fitting, protocol, scores
+from pspnet_jax.inference import calibration, choice, postprocess, predictors, settings
+from pspnet_jax.prediction import folders, manifest
+from pspnet_jax.runtime.errors import ConfigError, DataError
+from pspnet_jax.serving import export, read
 from tests.conftest import refused, tiny_config
 
 OWN = {'flip': False, 'threshold': None, 'largest_component': False, 'min_size': 0}
@@ -54,20 +58,20 @@ def test_each_dice_tried_is_that_of_evaluation_with_these_options(
     rng, monkeypatch, num_classes, ignore_label
 ):
     data = list(patients(rng, num_classes, ignore_label))
-    tried = choice.grid(OWN, num_classes, given=())
+    tried = fitting.grid(OWN, num_classes, given=())
     how = {
         'batch_size': 2, 'intensity': None, 'context': 0, 'num_classes': num_classes,
         'ignore_label': ignore_label,
     }  # fmt: skip
     kept = []
-    monkeypatch.setattr(choice, 'choose', lambda *found: kept.append(choice.combinations(*found)))
-    evaluate.choose_postprocessing(network, data, tried=tried, **how)
+    monkeypatch.setattr(choice, 'choose', lambda *found: kept.append(fitting.combinations(*found)))
+    fitting.choose_postprocessing(network, data, tried=tried, **how)
     (rows,) = kept
     assert len(rows) == 2 * (18 if num_classes == 2 else 1) * 2 * 6
     assert len({row['dice'] for row in rows}) > 10
     for row in rng.permutation(rows)[:40]:
         options = {key: row[key] for key in choice.OPTIONS}
-        found = evaluate.evaluate_volumes(
+        found = scores.evaluate_volumes(
             network(options.pop('flip')), data, label_options=options, **FIGURES, **how
         )
         dice = found['summary']['dice']
@@ -85,15 +89,15 @@ def test_what_is_kept_of_components_is_one_rule(rng):
 
 
 def test_the_grid_has_the_configs_own_first_and_what_was_given_alone():
-    tried = choice.grid(OWN, 2, given=())
+    tried = fitting.grid(OWN, 2, given=())
     assert {key: values[0] for key, values in tried.items()} == OWN
     assert 0.5 in tried['threshold']
     steps = np.diff([0.1, *tried['threshold'][2:]])
     np.testing.assert_allclose(steps, 0.05)
     assert tried['threshold'][-1] == 0.9
-    assert choice.grid(OWN, 3, given=())['threshold'] == [None]
+    assert fitting.grid(OWN, 3, given=())['threshold'] == [None]
     other = OWN | {'threshold': 0.42, 'min_size': 7}
-    tried = choice.grid(other, 2, given=('min_size', 'flip', 'window'))
+    tried = fitting.grid(other, 2, given=('min_size', 'flip', 'window'))
     assert (tried['min_size'], tried['flip'], tried['threshold'][0]) == ([7], [False], 0.42)
 
 
@@ -101,7 +105,7 @@ def test_the_highest_mean_is_chosen_and_of_equal_ones_the_nearest_to_the_config(
     tried = {'flip': [False, True], 'min_size': [0, 10, 30]}
 
     def chosen(*dice):
-        found = choice.choose(tried, np.array(dice))
+        found = fitting.choose(tried, np.array(dice))
         return [*found['options'].values()], found
 
     assert chosen([0.5, 0.6, 0.7, 0.9, 0.1, 0.2])[0] == [True, 0]
@@ -164,7 +168,7 @@ def test_a_threshold_is_refused_for_more_than_two_classes(tmp_path):
 def chosen(trained, tmp_path, monkeypatch):
     """(workdir, evaluation, postprocessing.json) of a run whose choice departs from the config."""
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
-    result = evaluate.evaluate_checkpoint(workdir, split='validation', choose=True)
+    result = protocol.evaluate_checkpoint(workdir, split='validation', choose=True)
     return workdir, result, json.loads((workdir / choice.KEPT).read_text())
 
 
@@ -174,14 +178,14 @@ def test_a_choice_is_kept_with_the_run_applied_and_reported(chosen, capsys, capl
     assert kept['dice'] == pytest.approx(result['summary']['dice']['mean'], abs=1e-12)
     used = result['checkpoint']['config']['predict']
     assert {key: used[key] for key in choice.OPTIONS} == kept['options'] != OWN
-    plain = evaluate.evaluate_checkpoint(workdir, split='validation', changes=OWN)
+    plain = protocol.evaluate_checkpoint(workdir, split='validation', changes=OWN)
     assert plain['postprocessing'] is None
     assert plain['summary']['dice']['mean'] == pytest.approx(kept['without'], abs=1e-12)
     assert kept['dice'] > kept['without']
 
     capsys.readouterr()
     with caplog.at_level(logging.INFO):
-        test = evaluate.evaluate_checkpoint(workdir)
+        test = protocol.evaluate_checkpoint(workdir)
     assert test['postprocessing'] == {
         'options': kept['options'], 'given': [],
         **{key: kept[key] for key in ('dice', 'without', 'patients')},
@@ -201,7 +205,7 @@ def test_flags_win_one_by_one(chosen, caplog):
     options = kept['options']
     given = {'flip': False, 'min_size': 3}
     with caplog.at_level(logging.INFO):
-        predictor = predict.load(workdir, changes=given)
+        predictor = predictors.load(workdir, changes=given)
     used = {key: predictor.config.predict[key] for key in choice.OPTIONS}
     assert used == options | given
     assert predictor.chosen['given'] == ['flip', 'min_size']
@@ -213,46 +217,46 @@ def test_flags_win_one_by_one(chosen, caplog):
 
 def test_prediction_and_its_manifest_have_what_was_chosen(chosen, tmp_path, rng):
     workdir, _, kept = chosen
-    predictor = predict.load(workdir)
+    predictor = predictors.load(workdir)
     image = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
-    labels, _ = predict.predict_array(predictor, image)
-    same = predict.load(workdir, changes=kept['options'])
-    np.testing.assert_array_equal(labels, predict.predict_array(same, image)[0])
+    labels, _ = predictors.predict_array(predictor, image)
+    same = predictors.load(workdir, changes=kept['options'])
+    np.testing.assert_array_equal(labels, predictors.predict_array(same, image)[0])
 
     def digest(predictor):
-        return predict.open_manifest(predictor, tmp_path / 'out', None).how
+        return folders.open_manifest(predictor, tmp_path / 'out', None).how
 
     assert digest(predictor) == digest(same)
-    assert digest(predictor) != digest(predict.load(workdir, changes=OWN))
-    book = predict.open_manifest(predictor, tmp_path / 'out', None)
-    predict.begin_manifest(predictor, book, None)
+    assert digest(predictor) != digest(predictors.load(workdir, changes=OWN))
+    book = folders.open_manifest(predictor, tmp_path / 'out', None)
+    folders.begin_manifest(predictor, book, None)
     line = json.loads((tmp_path / 'out' / manifest.NAME).read_text())
     assert {key: line['options'][key] for key in choice.OPTIONS} == kept['options']
 
 
 def test_a_choice_of_other_views_or_another_step_is_not_applied(chosen, caplog):
     workdir, _, kept = chosen
-    predictor = predict.load(workdir, changes={'window': 32})
+    predictor = predictors.load(workdir, changes={'window': 32})
     assert predictor.chosen is None
-    assert predictor.config == with_prediction(predict.load(workdir, changes=OWN).config,
+    assert predictor.config == with_prediction(predictors.load(workdir, changes=OWN).config,
                                                {'window': 32})  # fmt: skip
     assert 'was chosen with other views (overlap, window): not applied' in caplog.text
     choice.save(workdir, kept | {'step': 3})
-    assert predict.load(workdir).chosen is None
+    assert predictors.load(workdir).chosen is None
     assert f'is of step 3, this is step {kept["step"]}: not applied' in caplog.text
 
 
 def test_a_choice_of_one_run_is_not_applied_to_a_mean(chosen, trained, caplog):
     workdir, _, _ = chosen
     with caplog.at_level(logging.INFO):
-        predictor = predict.load([trained[0], workdir])
+        predictor = predictors.load([trained[0], workdir])
     assert {key: predictor.config.predict[key] for key in choice.OPTIONS} == OWN
     assert 'postprocessing.json is chosen for one run by itself: not applied' in caplog.text
 
 
 def test_an_exported_file_says_what_was_chosen_and_is_not_in_it(chosen):
     workdir, _, kept = chosen
-    _, metadata = export.read(export.export_checkpoint(workdir, 'savedparams', size=(32, 32)))
+    _, metadata = read.read(export.export_checkpoint(workdir, 'savedparams', size=(32, 32)))
     own = from_dict({}).predict
     expected = {
         f'predict.{key} = {value!r}' for key, value in kept['options'].items() if value != own[key]
@@ -263,7 +267,7 @@ def test_an_exported_file_says_what_was_chosen_and_is_not_in_it(chosen):
 def test_options_that_are_given_are_not_chosen(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     given = {'flip': True, 'threshold': 0.35, 'largest_component': True}
-    result = evaluate.evaluate_checkpoint(workdir, split='validation', choose=True, changes=given)
+    result = protocol.evaluate_checkpoint(workdir, split='validation', choose=True, changes=given)
     kept = json.loads((workdir / choice.KEPT).read_text())
     assert kept['options'] == given | {'min_size': kept['options']['min_size']}
     assert {row['of'] for row in kept['best']} == {'min_size'}
@@ -272,18 +276,18 @@ def test_options_that_are_given_are_not_chosen(trained, tmp_path):
 
 def test_a_temperature_fitted_without_the_chosen_flip_is_not_applied(trained, tmp_path, caplog):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
-    evaluate.evaluate_checkpoint(workdir, split='validation', fit=True)
+    protocol.evaluate_checkpoint(workdir, split='validation', fit=True)
     step = json.loads((workdir / calibration.KEPT).read_text())['step']
-    views = evaluate.choice_views(tiny_config())
+    views = settings.choice_views(tiny_config())
     options = OWN | {'flip': True}
     choice.save(workdir, FACTS | {'step': step, 'views': views, 'options': options})
-    predictor = predict.load(workdir)
+    predictor = predictors.load(workdir)
     assert predictor.config.predict.flip
     assert predictor.temperature == 1
     assert 'was fitted with other views (flip): not applied' in caplog.text
-    evaluate.evaluate_checkpoint(workdir, split='validation', fit=True)  # with the chosen flip
+    protocol.evaluate_checkpoint(workdir, split='validation', fit=True)  # with the chosen flip
     assert json.loads((workdir / calibration.KEPT).read_text())['views']['flip']
-    assert predict.load(workdir).temperature != 1
+    assert predictors.load(workdir).temperature != 1
 
 
 def test_the_network_sees_each_slice_once_a_flip(rng):
@@ -292,9 +296,9 @@ def test_the_network_sees_each_slice_once_a_flip(rng):
     def program(flip):
         return lambda image: seen.append((flip, len(image))) or network(flip)(image)
 
-    evaluate.choose_postprocessing(
-        program, data, tried=choice.grid(OWN, 2, given=()), batch_size=5, intensity=None, context=0,
-        num_classes=2, ignore_label=255,
+    fitting.choose_postprocessing(
+        program, data, tried=fitting.grid(OWN, 2, given=()), batch_size=5, intensity=None,
+        context=0, num_classes=2, ignore_label=255,
     )  # fmt: skip
     assert seen == [(False, 5), (True, 5)] * len(data)
 
@@ -302,4 +306,4 @@ def test_the_network_sees_each_slice_once_a_flip(rng):
 @pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
 def test_post_processing_is_chosen_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--choose_postprocessing is for'):
-        evaluate.evaluate_checkpoint(tmp_path, choose=True, **where)
+        protocol.evaluate_checkpoint(tmp_path, choose=True, **where)

@@ -53,7 +53,7 @@ PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=
         ),
         ('export', ['--workdir=/no', '--format=onnx'], '/no holds no checkpoint'),
         ('export', ['--workdir=/no', '--format=onnx', '--size=9'], '--size=9 is not HEIGHT,WIDTH'),
-        ('data.lgg', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
+        ('build', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
         ('main', [PHANTOM, '--config.train.steps=None'], '--config.train.steps can not be None'),
         (
             'main',
@@ -175,7 +175,7 @@ def test_build_reports_every_fault_and_builds_nothing(tmp_path):
     write_case(tmp_path / 'raw', 'TCGA_DU_5849_19950405')
     broken = folder / 'TCGA_CS_4941_19960909_2.tif'
     broken.write_bytes(broken.read_bytes()[:500])
-    done = run('data.lgg', f'--source={tmp_path / "raw"}', f'--out={tmp_path / "built"}')
+    done = run('build', f'--source={tmp_path / "raw"}', f'--out={tmp_path / "built"}')
     assert done.returncode == 1
     assert f'{broken} is not a readable picture' in done.stderr
     assert 'Traceback' not in done.stderr
@@ -186,7 +186,7 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     for patient in ('TCGA_CS_4941_19960909', 'TCGA_DU_5849_19950405'):
         write_case(tmp_path / 'raw', patient, slices=2)
-    done = run('data.lgg', f'--source={tmp_path / "raw"}', f'--out={tmp_path / "built"}')
+    done = run('build', f'--source={tmp_path / "raw"}', f'--out={tmp_path / "built"}')
     assert done.returncode == 0, done.stderr
     assert 'train: 2 slices' in done.stdout
     done = run('evaluate', f'--workdir={workdir}', '--split=validation')

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pspnet_jax import compilation
+from pspnet_jax.runtime import compilation
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.newest

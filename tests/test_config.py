@@ -9,10 +9,10 @@ from ml_collections import config_flags
 
 from experiments import ablation
 from pspnet_jax import config as rules
-from pspnet_jax import losses, models
+from pspnet_jax import models
 from pspnet_jax.config import augmentations, base, lgg, phantom
 from pspnet_jax.data.sources import SOURCES
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.runtime.errors import ConfigError
 from tests.conftest import PSPNET, ROOT, tiny_config
 
 LGG_ARGUMENTS = ('', 'pspnet_resnet18', 'pspnet_resnet101', *models.names())
@@ -127,17 +127,6 @@ def test_a_threshold_is_for_two_classes():
     config.model.num_classes = 3
     with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, the model has 3'):
         rules.validate(config)
-
-
-def test_one_loss_has_a_weight():
-    config = tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0})
-    words = r'loss.cross_entropy, loss.dice, loss.focal, .* are all 0: .*--config.loss.dice=1'
-    with pytest.raises(ConfigError, match=words):
-        rules.validate(config)
-    for name in losses.TERMS:
-        rules.validate(
-            tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0, f'loss.{name}': 0.1})
-        )
 
 
 def test_every_fault_is_listed_at_once():

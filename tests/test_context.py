@@ -11,25 +11,19 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from pspnet_jax import (
-    api,
-    checkpoint,
-    compilation,
-    evaluate,
-    export,
-    infer,
-    models,
-    optim,
-    predict,
-    train,
-    transfer,
-)
+from pspnet_jax import api, models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import phantom, pipeline, sources, video, volumes
-from pspnet_jax.errors import CheckpointError, ConfigError
+from pspnet_jax.evaluation import fitting, protocol, scores
+from pspnet_jax.inference import infer, predictors
+from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models import weights
 from pspnet_jax.models.weights import IMAGENET
-from pspnet_jax.runs import open_run
+from pspnet_jax.prediction import folders, videos
+from pspnet_jax.runtime import checkpoint, compilation
+from pspnet_jax.runtime.errors import CheckpointError, ConfigError
+from pspnet_jax.serving import export, read
+from pspnet_jax.training import loop, optim, placement, transfer, update
 from tests.conftest import random_variables, tiny_config, write_case
 from tests.test_evaluate import OPTIONS
 from tests.test_predict import (
@@ -127,16 +121,16 @@ def test_training_batches_are_the_stacks_whatever_keeps_the_slices(
         for row, image in enumerate(by_hand([volumes.normalize(x, own) for x in parts], 1)):
             expected[image.tobytes()] = volume.mask[row]
     stores = []
-    monkeypatch.setattr(train, 'over_mesh_cached', lambda step, store: stores.append(store))
+    monkeypatch.setattr(loop, 'over_mesh_cached', lambda step, store: stores.append(store))
     seen = []
     for cache in ('none', 'memory', 'device'):
         config.data.cache = cache
         kept = volumes.in_memory(slices) if cache == 'memory' else slices
-        _, next_batch = train.loader(config, kept, train.train_step, scale, 0, {})
+        _, next_batch = loop.loader(config, kept, update.train_step, scale, 0, {})
         for _ in range(3):
             batch = next_batch(1)
             if cache == 'device':
-                batch = compilation.jit(train.gather)(stores[0], batch[0])
+                batch = compilation.jit(placement.gather)(stores[0], batch[0])
             images, masks = (np.asarray(batch[name]) for name in ('image', 'mask'))
             for image, mask in zip(images, masks, strict=True):
                 np.testing.assert_array_equal(expected[image.tobytes()], mask)
@@ -216,12 +210,12 @@ def test_a_step_without_weight_on_the_neighbours_is_the_one_of_the_slice_alone(r
             }
         )  # fmt: skip
         tx, _ = optim.create(steps=4, **config.optim)
-        state = train.TrainState(
+        state = update.TrainState(
             jnp.zeros((), jnp.int32), tree['params'], tree['batch_stats'],
             tx.init(tree['params']), None,
         )  # fmt: skip
-        step = train.bind_step(config, model, tx)
-        _, next_batch = train.loader(config, slices, step, None, 0, {})
+        step = update.bind_step(config, model, tx)
+        _, next_batch = loop.loader(config, slices, step, None, 0, {})
         state, metrics = compilation.jit(step)(state, next_batch(1))
         after = {'params': state.params, 'batch_stats': state.batch_stats}
         results.append((float(metrics['loss']), flatten_dict(after, sep='/')))
@@ -244,7 +238,7 @@ def test_runs_with_context_are_the_same_however_the_slices_are_kept(tmp_path):
                 'train.steps': 2, 'train.steps_per_call': 1,
             }
         )  # fmt: skip
-        result = train.train_and_evaluate(config, str(tmp_path / cache))
+        result = loop.train_and_evaluate(config, str(tmp_path / cache))
         lines = (tmp_path / cache / 'metrics.jsonl').read_text().splitlines()
         losses.append([line['loss'] for line in map(json.loads, lines) if 'loss' in line])
         dice.append([row['dice'] for row in result['patients']])
@@ -259,7 +253,7 @@ def test_runs_with_context_are_the_same_however_the_slices_are_kept(tmp_path):
     changed = tiny_config(**{'model.width': 4, 'optim.name': 'sgd', 'data.context': 2})
     words = r'can not resume \(data.context is 1 there, 2 here\)'
     with pytest.raises(CheckpointError, match=words):
-        train.train_and_evaluate(changed, str(tmp_path / 'none'))
+        loop.train_and_evaluate(changed, str(tmp_path / 'none'))
 
 
 def test_a_config_from_before_the_knob_has_none():
@@ -329,7 +323,7 @@ def test_a_teacher_sees_as_many_slices(tmp_path):
         **{'model.width': 4, 'data.context': 1, 'distill.teacher': str(tmp_path / 'teacher')}
     )
     with pytest.raises(ConfigError, match=words):
-        train.train_and_evaluate(config, str(tmp_path / 'run'))
+        loop.train_and_evaluate(config, str(tmp_path / 'run'))
 
 
 # ---- evaluation and prediction --------------------------------------------------------------
@@ -340,7 +334,7 @@ def save(workdir, config, tree=None, normalization=None, scale=None):
     model = models.create(**config.model)
     seen = volumes.channels_seen(3, config.data.context)
     tree = random_variables(model, seen) if tree is None else tree
-    state = train.TrainState(None, tree['params'], tree['batch_stats'], {}, {})
+    state = update.TrainState(None, tree['params'], tree['batch_stats'], {}, {})
     inputs = {'channels': 3, 'normalization': normalization}
     inputs |= {'range': scale} if scale else {}
     writer = checkpoint.Writer(workdir)
@@ -391,11 +385,11 @@ def test_evaluation_and_the_temperature_see_the_stacks(rng, context, intensity):
         found = by_hand([volumes.normalize(part, scale) for part in parts], context)
         expected += [*found, *np.zeros((11 - len(found), *found.shape[1:]))]  # fills the batch
     whole = [volume for volume, _ in data]
-    evaluate.evaluate_volumes(record, whole, **how)
+    scores.evaluate_volumes(record, whole, **how)
     np.testing.assert_array_equal(seen, expected)
     seen.clear()
     fitted = ('batch_size', 'intensity', 'context', 'num_classes', 'ignore_label')
-    evaluate.fit_temperature(record, whole, **{key: how[key] for key in fitted})
+    fitting.fit_temperature(record, whole, **{key: how[key] for key in fitted})
     np.testing.assert_array_equal(seen, expected)
     small = list(pipeline.eval_batches(whole[0], 3, intensity, context))
     np.testing.assert_array_equal(np.concatenate(small)[:8], expected[:8])
@@ -463,7 +457,7 @@ def test_some_slices_of_a_volume_are_predicted_as_among_all(leaning_run, tmp_pat
     names = [f'case_{n}' for n in (1, 2, 3, 4, 6, 7)]
     root = save_scenes(tmp_path, names, [1.0, 0.2, 0.5, 0.9, 1.0, 0.3])
     workdir = leaning_run(weights, **{'data.name': 'lgg'})
-    predict.predict_files(workdir, root / 'images', tmp_path / 'all', save=['probability'])
+    folders.predict_files(workdir, root / 'images', tmp_path / 'all', save=['probability'])
     images = [np.array(Image.open(root / 'images' / f'{name}.png')) for name in names]
     images = np.repeat(np.stack(images)[..., None], 3, axis=-1)
     scale = FIXED if weights else volumes.measure_intensity(images)
@@ -475,7 +469,7 @@ def test_some_slices_of_a_volume_are_predicted_as_among_all(leaning_run, tmp_pat
         np.testing.assert_allclose(found, prob, atol=1e-4)
     for source in ('case_2.png', 'case_[134].png', 'case_[16].png'):
         out = tmp_path / source
-        predict.predict_files(workdir, root / 'images' / source, out, save=['probability'])
+        folders.predict_files(workdir, root / 'images' / source, out, save=['probability'])
         for path in out.glob('*.png'):
             both = [np.array(Image.open(p)) for p in (path, tmp_path / 'all' / path.name)]
             np.testing.assert_array_equal(*both)
@@ -497,7 +491,7 @@ def test_arrays_are_volumes_or_slices_alone(leaning_run, rng):
 @pytest.mark.parametrize('context', [0, 1, 3])
 @pytest.mark.parametrize('count', [0, 1, 2, 9])
 def test_frames_stand_between_those_before_and_after(context, count):
-    found = predict._windows(iter(range(count)), context)
+    found = videos._windows(iter(range(count)), context)
     rows = volumes.neighbours(None, count, context) if count else np.zeros((0, 1))
     assert list(found) == rows.tolist()
 
@@ -505,10 +499,10 @@ def test_frames_stand_between_those_before_and_after(context, count):
 def test_a_video_is_seen_with_neighbouring_frames(tmp_path, rng):
     pytest.importorskip('av', reason='videos are read and written by PyAV')
     config = tiny_config(**{'data.context': 1, 'eval.batch_size': 4})
-    predictor = predict.Predictor(config, leaning, FIXED, 3)
+    predictor = predictors.Predictor(config, leaning, FIXED, 3)
     frames = rng.integers(0, 255, (10, 32, 40, 3), np.uint8)
     source = make(tmp_path / 'in.mkv', frames, exact=True)
-    predict.predict_video(predictor, source, tmp_path / 'out', save=['mask'])
+    videos.predict_video(predictor, source, tmp_path / 'out', save=['mask'])
     with video.reading(tmp_path / 'out_mask.mkv') as (_, _, pictures):
         found = np.stack(list(pictures))[..., 0] > 0
     expected = leaning(by_hand([volumes.normalize(frames, FIXED)], 1)).argmax(-1)
@@ -540,9 +534,9 @@ def test_without_weight_on_the_neighbours_all_is_as_of_the_slices_alone(pair, tm
     folder, *workdirs = pair
     results = []
     for workdir in workdirs:
-        result = evaluate.evaluate_checkpoint(workdir, data=str(folder / 'data'), changes=changes)
+        result = protocol.evaluate_checkpoint(workdir, data=str(folder / 'data'), changes=changes)
         out = tmp_path / workdir.name
-        predict.predict_files(
+        folders.predict_files(
             workdir, folder / 'data' / 'images', out, save=['probability'], changes=changes
         )
         pictures = [np.array(Image.open(path)) for path in sorted(out.glob('*.png'))]
@@ -558,7 +552,7 @@ def test_without_weight_on_the_neighbours_all_is_as_of_the_slices_alone(pair, tm
 def test_runs_of_several_contexts_are_no_ensemble(pair):
     _, plain, wide = pair
     with pytest.raises(CheckpointError, match=r'data\.context is 0 there, 1 here'):
-        predict.load([plain, wide])
+        predictors.load([plain, wide])
 
 
 # ---- export ---------------------------------------------------------------------------------
@@ -595,16 +589,16 @@ def test_exported_files_take_a_volume_and_stack_it_themselves(tmp_path, rng, fmt
     config = tiny_config(**{'model.width': 4, 'data.context': 1})
     workdir = save(tmp_path / 'run', config, None, normalization)
     path = export.export_checkpoint(workdir, fmt, size=(32, 40))
-    call, metadata = export.read(path)
+    call, metadata = read.read(path)
     assert metadata['context']['slices'] == 1
     assert 'slices of one volume in turn' in metadata['context']['how']
     assert metadata['sizes']['channels'] == 3
-    predictor = predict.load(workdir)
+    predictor = predictors.load(workdir)
     for depth in (5, 1):
         volume = rng.integers(0, 255, (depth, 32, 40, 3), np.uint8)
-        _, expected = predict.predict_array(predictor, volume)
+        _, expected = predictors.predict_array(predictor, volume)
         np.testing.assert_allclose(call(volume), expected, atol=1e-4)
-    _, apart = predict.predict_array(predictor, volume[0])
+    _, apart = predictors.predict_array(predictor, volume[0])
     np.testing.assert_allclose(apart, expected[0], atol=1e-6)
 
 
@@ -614,7 +608,7 @@ def test_an_export_without_weight_on_the_neighbours_is_that_of_the_slices(pair, 
     found = []
     for workdir in (plain, wide):
         path = tmp_path / f'{workdir.name}.stablehlo.zip'
-        call, _ = export.read(export.export_checkpoint(workdir, 'stablehlo', output=path))
+        call, _ = read.read(export.export_checkpoint(workdir, 'stablehlo', output=path))
         found.append(call(image))
     np.testing.assert_allclose(*found, atol=1e-4)
     assert found[0].std() > 1e-3

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax.compilation import jit
 from pspnet_jax.models import convolution, layers
+from pspnet_jax.runtime.compilation import jit
 
 FORMS = [((9, 7), (1, 1)), ((8, 8), (2, 2)), ((13, 10), (4, 4)), ((7, 5), (3, 2)), ((1, 1), (1, 1))]
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import crf, infer
-from pspnet_jax.compilation import jit
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.inference import crf, infer
+from pspnet_jax.runtime.compilation import jit
+from pspnet_jax.runtime.errors import ConfigError
 
 OPTIONS = {
     'spatial_weight': 2.0,

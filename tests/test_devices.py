@@ -10,8 +10,9 @@ import sys
 import jax
 import pytest
 
-from pspnet_jax import cli, devices
-from pspnet_jax.errors import ConfigError
+from pspnet_jax import cli
+from pspnet_jax.runtime import devices
+from pspnet_jax.runtime.errors import ConfigError
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.newest

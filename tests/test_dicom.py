@@ -5,7 +5,7 @@ import pytest
 
 from pspnet_jax.data import formats
 from pspnet_jax.data.formats import files
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 from tests.test_flat import has
 
 needs_pydicom = pytest.mark.skipif(

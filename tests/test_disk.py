@@ -13,10 +13,13 @@ import pytest
 from PIL import Image
 
 from experiments import chaos
-from pspnet_jax import checkpoint, export, faults, log, manifest, predict, train
 from pspnet_jax.data.formats import video
-from pspnet_jax.errors import ConfigError, DataError, LogError, PspnetError
-from pspnet_jax.evaluate import evaluate_checkpoint
+from pspnet_jax.evaluation.protocol import evaluate_checkpoint
+from pspnet_jax.prediction import folders, manifest
+from pspnet_jax.runtime import checkpoint, faults, log
+from pspnet_jax.runtime.errors import ConfigError, DataError, LogError, PspnetError
+from pspnet_jax.serving import export
+from pspnet_jax.training import loop
 from tests.conftest import ROOT, TINY, tiny_config
 
 FULL, READ_ONLY = 'No space left on device', 'Read-only file system'
@@ -74,13 +77,13 @@ def stopped(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp('stopped')
     with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(tiny_config(), str(workdir), on_log=cut)
+        loop.train_and_evaluate(tiny_config(), str(workdir), on_log=cut)
     assert checkpoint.steps(workdir) == [1]
     return workdir
 
 
 def goes_on_to_the_bit(workdir, trained):
-    train.train_and_evaluate(tiny_config(), str(workdir))
+    loop.train_and_evaluate(tiny_config(), str(workdir))
     ours, theirs = (checkpoint.metadata(folder, 4)['sha256'] for folder in (workdir, trained[0]))
     assert ours == theirs
     assert (workdir / 'metrics.jsonl').read_bytes() == (trained[0] / 'metrics.jsonl').read_bytes()
@@ -130,7 +133,7 @@ def test_a_run_on_such_a_disk_does_not_start(stopped, disk, state):
     before = content(workdir)
     spoil(disk, state)
     with pytest.raises((ConfigError, DataError, LogError), match=STATES[state]):
-        train.train_and_evaluate(tiny_config(), str(workdir))
+        loop.train_and_evaluate(tiny_config(), str(workdir))
     assert content(workdir) == before
 
 
@@ -198,17 +201,17 @@ def test_predictions_of_before_stay_and_the_rest_is_done_later(trained, disk, tm
     for name in 'abc':
         pixels = rng.integers(0, 255, (96, 96, 3), np.uint8)
         Image.fromarray(pixels).save(source / f'{name}.png')
-    predict.predict_files(trained[0], source, tmp_path / 'expected')
+    folders.predict_files(trained[0], source, tmp_path / 'expected')
     expected = content(tmp_path / 'expected')
-    predict.predict_files(trained[0], source / 'a.png', output)
+    folders.predict_files(trained[0], source / 'a.png', output)
     spoil(disk, state, free=2**13)
     with pytest.raises(DataError, match=rf'can not be written \({STATES[state]}\): free'):
-        predict.predict_files(trained[0], source, output)
+        folders.predict_files(trained[0], source, output)
     found = content(output)
     assert found.items() <= expected.items()  # each is whole, none is there by halves
     assert sum(name.startswith('a_') for name in found) == 3
     repair(disk)
-    assert predict.predict_files(trained[0], source, output) == []
+    assert folders.predict_files(trained[0], source, output) == []
     assert content(output) == expected
 
 

@@ -7,12 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from pspnet_jax import evaluate, infer, predict, train
 from pspnet_jax.config import with_prediction
 from pspnet_jax.data import pipeline, sources
 from pspnet_jax.data.volumes import Volume, iterate_volumes, measure_head, normalize, select
-from pspnet_jax.errors import CheckpointError, ConfigError, DataError
-from pspnet_jax.runs import open_run
+from pspnet_jax.evaluation import fitting, protocol, scores
+from pspnet_jax.inference import infer, predictors, settings
+from pspnet_jax.inference.runs import open_run
+from pspnet_jax.runtime.errors import CheckpointError, ConfigError, DataError
+from pspnet_jax.training import loop
 from tests.conftest import tiny_config, write_case
 
 OPTIONS = {
@@ -50,7 +52,7 @@ MASK[1, 1:4, 1:4] = 1
 
 
 def test_the_truth_scores_one():
-    result = evaluate.evaluate_volumes(oracle, [volume('a', MASK)], **OPTIONS)
+    result = scores.evaluate_volumes(oracle, [volume('a', MASK)], **OPTIONS)
     (row,) = result['patients']
     assert row['dice'] == row['dice_largest'] == row['iou'] == 1
     assert row['hd95'] == row['assd'] == 0
@@ -65,13 +67,13 @@ def test_the_truth_scores_one():
 
 def test_distances_are_in_mm_where_the_volume_has_its_spacing():
     moved = volume('a', np.roll(MASK, 1, axis=2))._replace(mask=MASK.astype(np.uint8))
-    steps = evaluate.evaluate_volumes(oracle, [moved], **OPTIONS)
+    steps = scores.evaluate_volumes(oracle, [moved], **OPTIONS)
     assert steps['patients'][0]['hd95'] == 1
-    mm = evaluate.evaluate_volumes(oracle, [moved._replace(spacing=(3.0, 0.5, 0.7))], **OPTIONS)
+    mm = scores.evaluate_volumes(oracle, [moved._replace(spacing=(3.0, 0.5, 0.7))], **OPTIONS)
     assert mm['patients'][0]['hd95'] == pytest.approx(0.7)
     assert mm['data']['hd95_unit'] == 'mm'
     both = [moved, moved._replace(patient='b', spacing=(3.0, 0.5, 0.7))]
-    unit = evaluate.evaluate_volumes(oracle, both, **OPTIONS)['data']['hd95_unit']
+    unit = scores.evaluate_volumes(oracle, both, **OPTIONS)['data']['hd95_unit']
     assert 'where the file says' in unit
 
 
@@ -95,17 +97,17 @@ def pictures(rng, count=3, size=40):
 def test_pictures_of_one_patient_are_scored_picture_by_picture(rng):
     """They lie nowhere on one another: as if each were a patient, and the mean over them."""
     together, alone = pictures(rng)
-    (row,) = evaluate.evaluate_volumes(oracle, [together], **OPTIONS)['patients']
-    each = evaluate.evaluate_volumes(oracle, alone, **OPTIONS)['patients']
+    (row,) = scores.evaluate_volumes(oracle, [together], **OPTIONS)['patients']
+    each = scores.evaluate_volumes(oracle, alone, **OPTIONS)['patients']
     for name in ('hd95', 'hd95_joined', 'assd', 'surface_dice'):
         assert row[name] == pytest.approx(np.mean([part[name] for part in each])), name
     assert (row['scans'], row['slices']) == (3, 3)
     # The largest component of each picture is kept, and Dice is over the pixels of all.
     kept = {'largest_component': True}
-    whole = evaluate.evaluate_volumes(oracle, [together], **OPTIONS, label_options=kept)
+    whole = scores.evaluate_volumes(oracle, [together], **OPTIONS, label_options=kept)
     assert whole['patients'][0]['dice'] == pytest.approx(row['dice_largest'])
     assert whole['patients'][0]['predicted_voxels'] == row['predicted_voxels'] - 3
-    as_volume = evaluate.evaluate_volumes(oracle, [together._replace(scan=None)], **OPTIONS)
+    as_volume = scores.evaluate_volumes(oracle, [together._replace(scan=None)], **OPTIONS)
     assert as_volume['patients'][0]['assd'] < 0.7 * row['assd']  # every pixel counts as surface
 
 
@@ -117,12 +119,12 @@ def test_two_volumes_of_one_patient_are_not_neighbours():
     mask[1:3, 1:4, 1:4] = 1
     both = volume('p', mask)._replace(scan=np.array([0, 0, 1, 1]))
     both.image[3, 5, 5] = 1
-    (row,) = evaluate.evaluate_volumes(oracle, [both], **OPTIONS)['patients']
+    (row,) = scores.evaluate_volumes(oracle, [both], **OPTIONS)['patients']
     assert row['dice_largest'] == 1
-    (joined,) = evaluate.evaluate_volumes(oracle, [both._replace(scan=None)], **OPTIONS)['patients']
+    (joined,) = scores.evaluate_volumes(oracle, [both._replace(scan=None)], **OPTIONS)['patients']
     assert joined['scans'] == 1
     missing = both._replace(image=both.image * (np.arange(4) < 2)[:, None, None, None])
-    (row,) = evaluate.evaluate_volumes(oracle, [missing], **OPTIONS)['patients']
+    (row,) = scores.evaluate_volumes(oracle, [missing], **OPTIONS)['patients']
     assert (row['present'], row['missed'], row['invented']) == (2, 1, 0)
     assert row['hd95'] == 0
 
@@ -141,7 +143,7 @@ def test_structures_that_are_missed_or_invented_are_counted():
     one.image[2, 9:11, 1:3] = 3
     perfect = volume('b', np.where(mask == 2, 0, mask))
     options = OPTIONS | {'num_classes': 4}
-    result = evaluate.evaluate_volumes(labelled, [one, perfect], **options)
+    result = scores.evaluate_volumes(labelled, [one, perfect], **options)
     first, second = result['patients']
     assert first['hd95'] == second['hd95'] == 0
     assert [first[name] for name in ('present', 'missed', 'invented')] == [2, 1, 1]
@@ -155,13 +157,13 @@ def test_structures_that_are_missed_or_invented_are_counted():
     assert hd95 == [{'mean': 0, 'n': 2}, {'mean': None, 'n': 0}, {'mean': None, 'n': 0}]
     dice = [row['dice'] for row in result['summary']['structures']]
     assert dice == [{'mean': 1, 'n': 2}, {'mean': 0, 'n': 1}, {'mean': 0, 'n': 1}]
-    text = evaluate.table(result)
+    text = scores.table(result)
     assert '1 of 3 structures are missed and 1 invented' in text
     assert 'class 2: Dice 0.000 over 1, HD95 - over 0; missed 1 of 1, invented 0' in text
 
 
 def test_a_lesion_that_is_missed_is_counted_with_two_classes_too():
-    result = evaluate.evaluate_volumes(nothing, [volume('a', MASK)], **OPTIONS)
+    result = scores.evaluate_volumes(nothing, [volume('a', MASK)], **OPTIONS)
     assert result['patients'][0]['missed'] == result['summary']['structures'][0]['missed'] == 1
 
 
@@ -175,7 +177,7 @@ def test_a_perfect_prediction_is_perfect_whichever_label_is_ignored(ignore_label
     one.image[mask == ignore_label] = 1  # whatever is said there
     options = OPTIONS | {'num_classes': 4, 'ignore_label': ignore_label}
     seen = []
-    result = evaluate.evaluate_volumes(
+    result = scores.evaluate_volumes(
         labelled, [one], **options, each=lambda volume, _: seen.append(volume.mask)
     )
     (row,) = result['patients']
@@ -189,15 +191,15 @@ def test_a_perfect_prediction_is_perfect_whichever_label_is_ignored(ignore_label
     assert summary['mean_IU'] == pytest.approx(1)
     assert summary['per_slice_dice_empty_is_1'] == summary['pooled']['dice'] == 1
     np.testing.assert_array_equal(seen[0] == 255, mask == ignore_label)  # as pictures show it
-    evaluate.table(result)
+    scores.table(result)
 
 
 def test_the_baseline_has_a_dice_where_its_rule_gives_one():
     """All background is undefined where there is no lesion, as every prediction of that is."""
-    result = evaluate.evaluate_volumes(oracle, [volume('none', 0 * MASK)], **OPTIONS)
+    result = scores.evaluate_volumes(oracle, [volume('none', 0 * MASK)], **OPTIONS)
     assert result['baseline']['dice'] is result['summary']['dice']['mean'] is None
     both = [volume('none', 0 * MASK), volume('a', MASK)]
-    assert evaluate.evaluate_volumes(oracle, both, **OPTIONS)['baseline']['dice'] == 0
+    assert scores.evaluate_volumes(oracle, both, **OPTIONS)['baseline']['dice'] == 0
 
 
 @pytest.mark.parametrize(
@@ -206,13 +208,13 @@ def test_the_baseline_has_a_dice_where_its_rule_gives_one():
 )
 def test_few_patients_have_an_interval_that_says_so_and_one_has_none(patients, words):
     data = [volume(f'p{n}', MASK) for n in range(patients)]
-    result = evaluate.evaluate_volumes(oracle, data, **OPTIONS)
-    assert words in evaluate.table(result)
+    result = scores.evaluate_volumes(oracle, data, **OPTIONS)
+    assert words in scores.table(result)
     assert (result['summary']['dice']['ci95'] is None) == (patients == 1)
 
 
 def test_predicting_nothing_is_the_baseline():
-    result = evaluate.evaluate_volumes(nothing, [volume('a', MASK)], **OPTIONS)
+    result = scores.evaluate_volumes(nothing, [volume('a', MASK)], **OPTIONS)
     summary, baseline = result['summary'], result['baseline']
     assert summary['dice']['mean'] == baseline['dice'] == 0
     assert summary['hd95'] == {'mean': None, 'median': None, 'sd': None, 'ci95': None, 'n': 0}
@@ -235,7 +237,7 @@ def test_a_mean_over_patients_is_not_the_pooled_figure():
     big[:, :5, :5] = 1
     half = volume('half', MASK)
     half = half._replace(image=half.image * (np.arange(6) < 3)[:, None])  # sees 3 of 3x3 no more
-    result = evaluate.evaluate_volumes(oracle, [volume('big', big), half], **OPTIONS)
+    result = scores.evaluate_volumes(oracle, [volume('big', big), half], **OPTIONS)
     dice = [row['dice'] for row in result['patients']]
     assert dice == [1, pytest.approx(2 * 6 / (6 + 9))]
     assert result['summary']['dice']['mean'] == pytest.approx(np.mean(dice))
@@ -247,7 +249,7 @@ def test_a_mean_over_patients_is_not_the_pooled_figure():
 def test_the_largest_component_drops_a_stray():
     stray = volume('a', MASK)
     stray.image[2, 5, 5] = 1
-    (row,) = evaluate.evaluate_volumes(oracle, [stray], **OPTIONS)['patients']
+    (row,) = scores.evaluate_volumes(oracle, [stray], **OPTIONS)['patients']
     assert row['dice'] == pytest.approx(18 / 19)
     assert row['dice_largest'] == 1
 
@@ -257,7 +259,7 @@ def test_what_is_done_to_the_labels_is_in_the_figures():
     stray.image[2, 5, 5] = 1
 
     def dice(**options):
-        result = evaluate.evaluate_volumes(oracle, [stray], **OPTIONS, label_options=options)
+        result = scores.evaluate_volumes(oracle, [stray], **OPTIONS, label_options=options)
         return result['patients'][0]['dice']
 
     assert dice() == pytest.approx(18 / 19)
@@ -266,12 +268,12 @@ def test_what_is_done_to_the_labels_is_in_the_figures():
 
 
 def test_a_volume_without_lesion_is_undefined_not_one():
-    result = evaluate.evaluate_volumes(
+    result = scores.evaluate_volumes(
         oracle, [volume('a', MASK), volume('none', 0 * MASK)], **OPTIONS
     )
     assert result['patients'][1]['dice'] is None
     assert result['summary']['dice']['n'] == 1
-    assert '(bootstrap over 1 of 2 patients)' in evaluate.table(result)
+    assert '(bootstrap over 1 of 2 patients)' in scores.table(result)
 
 
 def hesitant(image):
@@ -292,7 +294,7 @@ def test_lesions_are_counted_one_by_one_and_by_class():
     seen.image[0, 0:2, 0] = seen.image[0, 0:2, 9:11] = 0
     seen.image[0, 9:11, 9:11] = 1
     data = [seen, volume('b', 0 * mask)]
-    result = evaluate.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
+    result = scores.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
     row, empty = result['patients']
     assert row['lesion_dice'] == pytest.approx(np.mean([0.5 / 3, 1]))
     assert row['lesion_f1'] == pytest.approx(np.mean([2 / (2 + 1 + 1), 1]))
@@ -302,9 +304,9 @@ def test_lesions_are_counted_one_by_one_and_by_class():
     assert result['summary']['lesion_f1']['n'] == 1
     assert result['data']['lesion_options'] == OPTIONS['lesion_options']
     words = 'Dice 0.583, detection F1 0.750 over 1; lesions: 2 found, 1 missed, 1 false'
-    assert words in evaluate.table(result)
+    assert words in scores.table(result)
     grown = OPTIONS | {'num_classes': 3, 'lesion_options': {'dilation': 4, 'smallest': 2.0}}
-    (row, _) = evaluate.evaluate_volumes(hesitant, data, **grown)['patients']
+    (row, _) = scores.evaluate_volumes(hesitant, data, **grown)['patients']
     assert (row['lesions_found'], row['lesions_missed'], row['lesions_false']) == (2, 0, 1)
 
 
@@ -312,7 +314,7 @@ def test_lesions_of_two_pictures_of_a_patient_are_two():
     mask = np.zeros((2, 6, 6), int)
     mask[:, 1:4, 1:4] = 1
     (apart,), (joined,) = (
-        evaluate.evaluate_volumes(oracle, [item], **OPTIONS)['patients']
+        scores.evaluate_volumes(oracle, [item], **OPTIONS)['patients']
         for item in (volume('a', mask)._replace(scan=np.array([0, 1])), volume('a', mask))
     )
     assert (apart['lesions_found'], joined['lesions_found']) == (2, 1)
@@ -323,7 +325,7 @@ def test_ignored_voxels_are_of_no_lesion():
     seen = volume('a', mask)
     seen.image[:, 5, 5], mask[:, 5, 5] = 1, 255  # said to be a lesion, and ignored
     seen = seen._replace(mask=mask.astype(np.uint8))
-    (row,) = evaluate.evaluate_volumes(oracle, [seen], **OPTIONS)['patients']
+    (row,) = scores.evaluate_volumes(oracle, [seen], **OPTIONS)['patients']
     assert (row['lesion_dice'], row['lesions_false']) == (1, 0)
 
 
@@ -332,7 +334,7 @@ def test_a_lesions_size_is_in_the_unit_of_the_spacing():
     options = OPTIONS | {'lesion_options': {'dilation': 1, 'smallest': 10.0}}
 
     def found(volume, spacing=(1.0, 1.0, 1.0)):
-        figures = evaluate.evaluate_volumes(oracle, [volume], **options | {'spacing': spacing})
+        figures = scores.evaluate_volumes(oracle, [volume], **options | {'spacing': spacing})
         return figures['summary']['lesions']['found']
 
     assert found(tall) == 0
@@ -345,7 +347,7 @@ def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
     data = [volume('a', first), volume('b', second)]
     data[0].image[0, 0, :3] = 0
     data[1].image[:] = 0  # says background everywhere
-    found = evaluate.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
+    found = scores.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
     bins = found['calibration']['bins']
     assert sum(b['voxels'] for b in bins) == 2 * 108 - 3
     # Where 0.7 is said of background, foreground has 0.3; of class 1 or 2, 1 - 0.3 / 2.
@@ -367,8 +369,8 @@ def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
 def test_a_temperature_changes_probabilities_and_no_label():
     data = volume('a', MASK)
     how = {'batch_size': 2, 'intensity': None, 'context': 0}
-    labels, plain = evaluate.predict_foreground(hesitant, data, **how)
-    again, tempered = evaluate.predict_foreground(hesitant, data, **how, temperature=4.0)
+    labels, plain = scores.predict_foreground(hesitant, data, **how)
+    again, tempered = scores.predict_foreground(hesitant, data, **how, temperature=4.0)
     assert (labels == again).all()
     batch = normalize(data.image, data.intensity)
     assert (labels == hesitant(batch).argmax(-1)).all()
@@ -384,7 +386,7 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
     wrong.image[0, 0, 0] = 1  # 1 of 107 voxels
     ignored = MASK.copy()
     ignored[2, 5, 5] = 255
-    found = evaluate.fit_temperature(
+    found = fitting.fit_temperature(
         sure,
         [wrong._replace(mask=ignored.astype(np.uint8)), wrong],
         batch_size=2, intensity=None, context=0, num_classes=2, ignore_label=255,
@@ -399,11 +401,11 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
 
 def test_labels_outside_the_model_and_no_volume_are_errors():
     with pytest.raises(DataError, match=r'a has labels \[2\], the model has classes 0 to 1'):
-        evaluate.evaluate_volumes(oracle, [volume('a', 2 * MASK)], **OPTIONS)
+        scores.evaluate_volumes(oracle, [volume('a', 2 * MASK)], **OPTIONS)
     with pytest.raises(DataError, match='no volume'):
-        evaluate.evaluate_volumes(oracle, [], **OPTIONS)
+        scores.evaluate_volumes(oracle, [], **OPTIONS)
     with pytest.raises(DataError, match='every voxel is labelled 255'):
-        evaluate.evaluate_volumes(oracle, [volume('a', 0 * MASK + 255)], **OPTIONS)
+        scores.evaluate_volumes(oracle, [volume('a', 0 * MASK + 255)], **OPTIONS)
 
 
 def test_evaluation_json_has_what_is_promised(trained):
@@ -428,7 +430,7 @@ def test_a_folder_in_the_kaggle_layout_is_evaluated_from_the_checkpoint_alone(tr
     alone = tmp_path / 'alone'
     shutil.copytree(trained[0] / 'checkpoints', alone / 'checkpoints')
     write_case(tmp_path / 'kaggle_3m', 'someone', slices=3)
-    result = evaluate.evaluate_checkpoint(alone, data=str(tmp_path))
+    result = protocol.evaluate_checkpoint(alone, data=str(tmp_path))
     assert [row['patient'] for row in result['patients']] == ['someone']
     assert result['patients'][0]['lesion_voxels'] == 2 * 40 * 60
 
@@ -438,7 +440,7 @@ def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_pat
 
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     changes = {'flip': True, 'window': 24, 'threshold': 0.2}
-    result = evaluate.evaluate_checkpoint(workdir, changes=changes)
+    result = protocol.evaluate_checkpoint(workdir, changes=changes)
     written = json.loads((workdir / 'evaluation.json').read_text())
     assert (
         written['checkpoint']['config']['predict'] | changes
@@ -458,15 +460,15 @@ def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_pat
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match='holds no checkpoint'):
-        evaluate.evaluate_checkpoint(tmp_path)
+        protocol.evaluate_checkpoint(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(trained[0], workdir)
-    plain = evaluate.evaluate_checkpoint(workdir, split='validation')
-    fitted = evaluate.evaluate_checkpoint(workdir, split='validation', fit=True)
+    plain = protocol.evaluate_checkpoint(workdir, split='validation')
+    fitted = protocol.evaluate_checkpoint(workdir, split='validation', fit=True)
     kept = json.loads((workdir / 'temperature.json').read_text())
     assert kept['step'] == fitted['checkpoint']['step']
     assert kept['negative_log_likelihood'] < kept['without']
@@ -475,26 +477,26 @@ def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_pat
     assert fitted['summary'] == plain['summary']  # no label has changed
     assert fitted['calibration']['bins'] != plain['calibration']['bins']
     # Kept: for that checkpoint's next evaluation, on other patients, seen in the same way.
-    again = evaluate.evaluate_checkpoint(workdir, split='test')
+    again = protocol.evaluate_checkpoint(workdir, split='test')
     assert again['calibration']['temperature'] == kept['temperature']
-    other = evaluate.evaluate_checkpoint(workdir, split='test', changes={'flip': True})
+    other = protocol.evaluate_checkpoint(workdir, split='test', changes={'flip': True})
     assert other['calibration']['temperature'] == 1
-    assert predict.load(workdir).temperature == kept['temperature']
-    assert predict.load(workdir, changes={'flip': True}).temperature == 1
-    assert predict.load(workdir, changes={'threshold': 0.4}).temperature == kept['temperature']
+    assert predictors.load(workdir).temperature == kept['temperature']
+    assert predictors.load(workdir, changes={'flip': True}).temperature == 1
+    assert predictors.load(workdir, changes={'threshold': 0.4}).temperature == kept['temperature']
 
 
 def test_views_are_what_changes_probabilities():
     config = tiny_config()
-    plain = evaluate.views(config)
+    plain = settings.views(config)
     same = [{'overlap': 0.7}, {'threshold': 0.3}, {'largest_component': True}, {'min_size': 9}]
     for changes in same:
-        assert evaluate.views(with_prediction(config, changes)) == plain
+        assert settings.views(with_prediction(config, changes)) == plain
     others = [{'flip': True}, {'scales': (1.0, 1.5)}, {'window': 32}]
-    found = [evaluate.views(with_prediction(config, changes)) for changes in others]
-    found.append(evaluate.views(tiny_config(**{'crf.kernel': 'windowed'})))
-    found.append(evaluate.views(tiny_config(**{'crf.kernel': 'windowed', 'crf.window': 9})))
-    found.append(evaluate.views(with_prediction(config, {'window': 32, 'overlap': 0.7})))
+    found = [settings.views(with_prediction(config, changes)) for changes in others]
+    found.append(settings.views(tiny_config(**{'crf.kernel': 'windowed'})))
+    found.append(settings.views(tiny_config(**{'crf.kernel': 'windowed', 'crf.window': 9})))
+    found.append(settings.views(with_prediction(config, {'window': 32, 'overlap': 0.7})))
     for one, other in itertools.combinations([plain, *found], 2):
         assert one != other
     assert json.loads(json.dumps(found)) == found
@@ -503,7 +505,7 @@ def test_views_are_what_changes_probabilities():
 @pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
 def test_a_temperature_is_fitted_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--fit_temperature is for'):
-        evaluate.evaluate_checkpoint(tmp_path, fit=True, **where)
+        protocol.evaluate_checkpoint(tmp_path, fit=True, **where)
 
 
 def test_a_slice_of_nothing_but_ignored_pixels_counts_nowhere():
@@ -511,7 +513,7 @@ def test_a_slice_of_nothing_but_ignored_pixels_counts_nowhere():
     ignored[0] = 255
     wrong = volume('a', ignored)
     wrong.image[1] = 0  # misses the lesion
-    result = evaluate.evaluate_volumes(oracle, [wrong], **OPTIONS)
+    result = scores.evaluate_volumes(oracle, [wrong], **OPTIONS)
     # Of two slices that count one is empty and right, one is missed.
     for part in (result['summary'], result['baseline']):
         assert part['per_slice_dice_empty_is_1'] == pytest.approx(1 / 2)
@@ -532,7 +534,7 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
             (tmp_path / 'data' / kind).mkdir(parents=True, exist_ok=True)
             np.save(tmp_path / 'data' / kind / f'{new}.npy', pixels[1:3])  # some slices
     with caplog.at_level('WARNING'):
-        result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
+        result = protocol.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
     assert result['data']['overlap'] == {
         'train': ['other'], 'validation': ['chosen'], 'same_name': []
     }  # fmt: skip
@@ -543,10 +545,10 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     caplog.clear()
     (workdir / 'splits.json').unlink()
     with caplog.at_level('WARNING'):
-        result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
+        result = protocol.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
     assert result['data']['overlap'] is None
     assert 'whether the run was trained on these pictures is not known' in caplog.text
-    assert 'overlap' not in evaluate.evaluate_checkpoint(workdir)['data']
+    assert 'overlap' not in protocol.evaluate_checkpoint(workdir)['data']
 
 
 def test_a_run_normalised_as_published_is_so_wherever_images_are_seen(tmp_path, monkeypatch):
@@ -555,7 +557,7 @@ def test_a_run_normalised_as_published_is_so_wherever_images_are_seen(tmp_path, 
     monkeypatch.setattr(pipeline, 'batches', lambda slices, *a, **k: seen.append(slices) or
                         real(slices, *a, **k))  # fmt: skip
     config = tiny_config(**{'data.normalize': 'buda', 'data.size': (32, 32), 'phantom.size': 40})
-    result = train.train_and_evaluate(config, str(tmp_path))
+    result = loop.train_and_evaluate(config, str(tmp_path))
     slices, parts = sources.load(config, tmp_path / 'splits.json')  # as the source measures it
     found = {volume.patient: volume for volume in iterate_volumes(slices)}
     expected = {name: measure_head([volume.image]) for name, volume in found.items()}
@@ -565,12 +567,12 @@ def test_a_run_normalised_as_published_is_so_wherever_images_are_seen(tmp_path, 
         assert (intensity != slices.intensity[name]).any()
     run = open_run(tmp_path)
     program = infer.compile_predict(run.model, size=(32, 32), batch_size=4)
-    predictor = predict.load(tmp_path)
+    predictor = predictors.load(tmp_path)
     for row in result['patients']:
         image = found[row['patient']].image
         labels = program(run.variables, normalize(image, expected[row['patient']])).argmax(-1)
         assert row['predicted_voxels'] == (labels > 0).sum()
-        np.testing.assert_array_equal(predict.predict_array(predictor, image)[0], labels)
+        np.testing.assert_array_equal(predictors.predict_array(predictor, image)[0], labels)
 
 
 def sources_config(workdir):
@@ -579,4 +581,4 @@ def sources_config(workdir):
 
 def test_a_group_is_of_a_folder_of_images(trained):
     with pytest.raises(ConfigError, match='--group is for --data=FOLDER'):
-        evaluate.evaluate_checkpoint(trained[0], group='(.+)_')
+        protocol.evaluate_checkpoint(trained[0], group='(.+)_')

@@ -16,14 +16,17 @@ import pytest
 from PIL import Image
 
 import pspnet_jax
-from pspnet_jax import checkpoint, export, infer, models, onnx_graph
-from pspnet_jax.compilation import jit
+from pspnet_jax import models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, DataError, ExportError
+from pspnet_jax.inference import infer
+from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models import layers
 from pspnet_jax.models.weights import IMAGENET
-from pspnet_jax.runs import open_run
+from pspnet_jax.runtime import checkpoint
+from pspnet_jax.runtime.compilation import jit
+from pspnet_jax.runtime.errors import CheckpointError, ConfigError, DataError, ExportError
+from pspnet_jax.serving import export, onnx_graph, read
 from tests.conftest import ROOT, random_variables, tiny_config
 
 # Every network, and what makes it small. All are exported with symbols for batch, height and
@@ -235,7 +238,7 @@ def expected_of(workdir, image):
 @pytest.mark.newest
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_a_file_read_here_is_the_model(exported, trained, fmt):
-    predict, metadata = export.read(exported(fmt))
+    predict, metadata = read.read(exported(fmt))
     image = images(3, 40, 48, 3)
     np.testing.assert_allclose(predict(image), expected_of(trained[0], image), atol=1e-5)
     assert metadata['format'] == fmt
@@ -254,7 +257,7 @@ def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt
         pytest.importorskip('onnxruntime', reason='onnxruntime reads it again')
     output = tmp_path / export.FILES[fmt]
     export.export_checkpoint(published, fmt, output=output, size=(32, 48))
-    predict, metadata = export.read(output)
+    predict, metadata = read.read(output)
     image = images(2, 32, 48, 3)
     prob = predict(image)
     assert prob.shape == (2, 32, 48, 4)
@@ -271,7 +274,7 @@ def test_a_measure_of_the_head_is_left_to_those_who_read_the_parameters(tmp_path
         with pytest.raises(ConfigError, match=r"'buda' has no form in .* --format=savedparams"):
             export.export_checkpoint(workdir, fmt)
     export.export_checkpoint(workdir, 'savedparams', size=(32, 48))
-    predict, metadata = export.read(workdir / export.FILES['savedparams'])
+    predict, metadata = read.read(workdir / export.FILES['savedparams'])
     assert metadata['normalization']['kind'] == 'buda'
     image = images(2, 32, 48, 3)
     image[:, :9] = 4  # dark: outside the head
@@ -288,7 +291,7 @@ def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fm
         pytest.importorskip('onnxruntime', reason='onnxruntime reads it again')
     workdir = save_published(tmp_path, range=[[-1000.0] * 3, [3080.0] * 3])
     export.export_checkpoint(workdir, fmt, size=(32, 48))
-    predict, metadata = export.read(workdir / export.FILES[fmt])
+    predict, metadata = read.read(workdir / export.FILES[fmt])
     assert metadata['input']['dtype'] == 'float32'
     eight = images(2, 32, 48, 3)
     deep = (-1000 + 16 * eight.astype(np.float32)).astype(np.float32)
@@ -342,7 +345,7 @@ def test_metadata_is_plain_json_in_each_format(exported):
 
 
 def test_saved_parameters_are_the_checkpoints_to_the_bit(exported, trained):
-    variables, _ = export.read_params(exported('savedparams'))
+    variables, _ = read.read_params(exported('savedparams'))
     expected = open_run(trained[0]).variables
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
@@ -376,7 +379,7 @@ def test_saved_parameters_that_do_not_fit_are_refused(exported, tmp_path, damage
     if damage == 'another file':
         path.write_bytes(b'no file of ours')
     with pytest.raises(CheckpointError, match=re.escape(words)):
-        export.read_params(path)
+        read.read_params(path)
 
 
 @pytest.mark.parametrize('name', [*export.FILES.values(), 'model.zip'])
@@ -384,7 +387,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b'something else')
     with pytest.raises((CheckpointError, ExportError), match=re.escape(str(path))):
-        export.read(path)
+        read.read(path)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(published, tmp_path, monkeypatch):
@@ -439,7 +442,7 @@ def test_onnx_missing_is_an_error_that_says_what_to_install(monkeypatch, tmp_pat
     with pytest.raises(ExportError, match='pip install'):
         export.to_onnx(lambda x: x, 3, (4, 4), {})
     with pytest.raises(ExportError, match='pip install'):
-        export.read_onnx(tmp_path / 'model.onnx')
+        read.read_onnx(tmp_path / 'model.onnx')
     for line in re.findall(r'"(\w+)>=', onnx_graph.NEED):
         assert line in (ROOT / 'requirements-dev.txt').read_text()
 

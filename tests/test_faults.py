@@ -17,10 +17,13 @@ import pytest
 from PIL import Image
 
 from experiments import chaos
-from pspnet_jax import checkpoint, faults, log, manifest, models, optim, predict, train
+from pspnet_jax import models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import pipeline, volumes
-from pspnet_jax.errors import (
+from pspnet_jax.evaluation.protocol import evaluate_checkpoint
+from pspnet_jax.prediction import folders, manifest
+from pspnet_jax.runtime import checkpoint, faults, log
+from pspnet_jax.runtime.errors import (
     CheckpointError,
     ConfigError,
     DataError,
@@ -28,7 +31,7 @@ from pspnet_jax.errors import (
     OutOfMemoryError,
     StoppedError,
 )
-from pspnet_jax.evaluate import evaluate_checkpoint
+from pspnet_jax.training import loop, optim, update
 from tests.conftest import ROOT, tiny_config
 
 
@@ -50,11 +53,11 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit(
 
     before = signal.getsignal(number)
     with pytest.raises(StoppedError, match=f'{number.name}: stopped behind the checkpoint') as told:
-        train.train_and_evaluate(tiny_config(), str(tmp_path), on_log=at_step_1)
+        loop.train_and_evaluate(tiny_config(), str(tmp_path), on_log=at_step_1)
     assert told.value.signum == number
     assert signal.getsignal(number) == before
     assert checkpoint.steps(tmp_path)[-1] < 4
-    train.train_and_evaluate(tiny_config(), str(tmp_path))
+    loop.train_and_evaluate(tiny_config(), str(tmp_path))
     assert state_of(tmp_path) == state_of(trained[0])
     assert records(tmp_path) == records(trained[0])
 
@@ -76,7 +79,7 @@ def test_a_resumed_run_says_what_changed_and_keeps_the_config_before(trained, tm
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     before = json.loads((workdir / 'config.json').read_text())
     changes = {'train.steps': 6, 'optim.learning_rate': 5e-4, 'model.stem': 'mean'}
-    train.train_and_evaluate(tiny_config(**changes), str(workdir))
+    loop.train_and_evaluate(tiny_config(**changes), str(workdir))
     assert 'the config was changed, from step 4 on: ' in caplog.text
     assert 'optim.learning_rate from 0.001 to 0.0005' in caplog.text
     assert 'model.stem changed, which has no effect on a run that is resumed' in caplog.text
@@ -96,14 +99,14 @@ def test_a_resumed_run_says_what_changed_and_keeps_the_config_before(trained, tm
 )
 def test_a_change_that_the_arrays_do_not_fit_is_refused_by_its_name(trained, key, value, there):
     with pytest.raises(CheckpointError, match='can not resume') as told:
-        train.train_and_evaluate(tiny_config(**{key: value}), str(trained[0]))
+        loop.train_and_evaluate(tiny_config(**{key: value}), str(trained[0]))
     assert f'{key} is {there}' in str(told.value)
     assert f'--config.train.init_from={trained[0]}' in str(told.value)
 
 
 def test_training_on_all_data_ends_without_an_evaluation(tmp_path):
     config = tiny_config(**{'data.test_fraction': 0.0, 'data.validation_fraction': 0.0})
-    assert train.train_and_evaluate(config, str(tmp_path)) == {}
+    assert loop.train_and_evaluate(config, str(tmp_path)) == {}
     assert checkpoint.steps(tmp_path)[-1] == 4
 
 
@@ -147,7 +150,7 @@ def test_an_update_of_no_number_is_skipped_and_counted(tmp_path, monkeypatch, ca
                'train.steps_per_call': 2,
                'data.cache': cache}  # fmt: skip
     config = tiny_config(**changes)
-    train.train_and_evaluate(config, str(tmp_path / 'a'), augment_fn=broken)
+    loop.train_and_evaluate(config, str(tmp_path / 'a'), augment_fn=broken)
     found = [r for r in log.read(tmp_path / 'a') if 'loss' in r]
     skipped = [r for r in found if 'skipped' in r]
     assert [r['step'] for r in found] == list(range(1, 13))
@@ -158,7 +161,7 @@ def test_an_update_of_no_number_is_skipped_and_counted(tmp_path, monkeypatch, ca
     assert progress['skipped'] == len(skipped)
     config.train.max_skipped = len(skipped) - 1
     with pytest.raises(NonFiniteLossError, match=f'step {skipped[-1]["step"]}: update'):
-        train.train_and_evaluate(config, str(tmp_path / 'b'), augment_fn=broken)
+        loop.train_and_evaluate(config, str(tmp_path / 'b'), augment_fn=broken)
 
 
 def slices_with(bad):
@@ -196,7 +199,7 @@ def test_exhausted_memory_is_explained():
         pytest.raises(
             OutOfMemoryError, match=r'out of memory.*train\.batch_size=4.*7 MB.*accumulate'
         ),
-        faults.memory_explained(lambda: train.what_takes_memory(config, 7.0)),
+        faults.memory_explained(lambda: loop.what_takes_memory(config, 7.0)),
     ):
         jnp.zeros(2**46, jnp.float32).block_until_ready()  # 256 TiB
     with pytest.raises(ZeroDivisionError), faults.memory_explained(str):
@@ -227,7 +230,7 @@ def test_a_damaged_newer_step_is_set_aside_and_saved_again(trained, power_cut, t
     largest = max((folder / '4').rglob('*'), key=lambda p: p.stat().st_size)
     flip(largest, largest.stat().st_size // 2)
     (folder / '99').mkdir()  # as a cut off deletion leaves it
-    train.train_and_evaluate(tiny_config(), str(tmp_path))
+    loop.train_and_evaluate(tiny_config(), str(tmp_path))
     assert {p.name for p in (tmp_path / checkpoint.ASIDE).iterdir()} == {'4', '99'}
     assert state_of(tmp_path) == state_of(trained[0])
     assert records(tmp_path) == records(trained[0])
@@ -250,7 +253,7 @@ def small_run(folder, *dice):
     rng, tx = np.random.default_rng(0), optax.adam(0.1)
     params = {'kernel': rng.normal(size=(3, 3, 8, 8)).astype(np.float32)}
     stats = {'mean': rng.normal(size=8).astype(np.float32)}
-    state = train.TrainState(jnp.asarray(7), params, stats, tx.init(params), params)
+    state = update.TrainState(jnp.asarray(7), params, stats, tx.init(params), params)
     config = to_dict(tiny_config())
     with contextlib.closing(checkpoint.Writer(folder)) as writer:
         for step, value in enumerate(dice, start=7):
@@ -363,7 +366,7 @@ def cut_off(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('cut_off')
     config = tiny_config(**{'train.steps': 6})
     with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(config, str(workdir), on_log=cut)
+        loop.train_and_evaluate(config, str(workdir), on_log=cut)
     assert checkpoint.steps(workdir) == [2, 3]
     return workdir, config
 
@@ -393,7 +396,7 @@ def test_a_run_whose_best_step_is_damaged_trains_on_and_is_evaluated(cut_off, tm
     """The damaged one is not kept in the place of a sound one, and not evaluated."""
     workdir, config = shutil.copytree(cut_off[0], tmp_path / 'run'), cut_off[1]
     damage(workdir / 'checkpoints' / '2')
-    evaluation = train.train_and_evaluate(config, str(workdir))
+    evaluation = loop.train_and_evaluate(config, str(workdir))
     dice = {step: checkpoint.metadata(workdir, step)['dice'] for step in checkpoint.steps(workdir)}
     assert max(dice) == 6
     assert evaluation['checkpoint']['step'] == checkpoint.best(dice)
@@ -406,7 +409,7 @@ def test_the_step_that_was_passed_over_stands_in_every_output(cut_off, tmp_path)
     os.truncate(workdir / 'checkpoints' / '2' / '_CHECKPOINT_METADATA', 1000)
     said = evaluate_checkpoint(workdir)['checkpoint']
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / 'a.png')
-    predict.predict_files(workdir, tmp_path / 'a.png', tmp_path / 'out', save=['mask'])
+    folders.predict_files(workdir, tmp_path / 'a.png', tmp_path / 'out', save=['mask'])
     (run,) = json.loads((tmp_path / 'out' / manifest.NAME).read_text().splitlines()[0])['runs']
     for output in (said, run):
         assert (output['step'], list(output['passed_over'])) == (3, ['2'])
@@ -417,7 +420,7 @@ def test_forty_loads_of_a_run_that_is_being_written(tmp_path):
     """By two other processes; after each load a step is saved, and others are deleted meanwhile."""
     config = tiny_config(**{'model.width': 4})
     model, (tx, _) = models.create(**config.model), optim.create(steps=4, **config.optim)
-    state = train.create_state(model, tx, seed=9, channels=3, ema=True)
+    state = update.create_state(model, tx, seed=9, channels=3, ema=True)
 
     def save_next(writer, step):
         """Each even one is the best so far."""

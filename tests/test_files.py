@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pspnet_jax.data.formats import files
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 
 def test_names_are_composed_as_most_systems_have_them(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from pspnet_jax.data import formats
 from pspnet_jax.data.formats import flat
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 
 def has(package):

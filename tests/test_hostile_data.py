@@ -22,7 +22,7 @@ from PIL import Image
 from experiments import fuzz, fuzz_data, mutate
 from pspnet_jax.data import formats, lgg
 from pspnet_jax.data.formats import flat, limits
-from pspnet_jax.errors import DataError, PspnetError
+from pspnet_jax.runtime.errors import DataError, PspnetError
 from tests.conftest import ROOT
 from tests.test_dicom import save_dicom
 from tests.test_flat import GREY, has

@@ -17,24 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experiments import fuzz, fuzz_state, mutate
-from pspnet_jax import (
-    calibration,
-    charts,
-    checkpoint,
-    config,
-    export,
-    faults,
-    log,
-    stablehlo,
-)
+from pspnet_jax import config
 from pspnet_jax.data import lgg
-from pspnet_jax.errors import (
+from pspnet_jax.evaluation import charts
+from pspnet_jax.inference import calibration
+from pspnet_jax.runtime import checkpoint, faults, log
+from pspnet_jax.runtime.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     ExportError,
     PspnetError,
 )
+from pspnet_jax.serving import read, stablehlo
 from tests.conftest import refused
 
 often = settings(
@@ -251,7 +246,7 @@ def test_an_onnx_file_reaches_no_other(tmp_path):
     onnx = pytest.importorskip('onnx', reason='onnx writes .onnx')
     pytest.importorskip('onnxruntime', reason='onnxruntime reads .onnx')
     (path,) = fuzz_state._onnx(tmp_path)
-    export.read(path)
+    read.read(path)
     model = onnx.load(path)
     weights = max(model.graph.initializer, key=lambda x: len(x.raw_data))
     (tmp_path / 'secret').write_bytes(weights.raw_data)
@@ -259,7 +254,7 @@ def test_an_onnx_file_reaches_no_other(tmp_path):
     weights.data_location = onnx.TensorProto.EXTERNAL
     weights.external_data.add(key='location', value='secret')
     path.write_bytes(model.SerializeToString())
-    refused(export.read, path, kind=ExportError)
+    refused(read.read, path, kind=ExportError)
 
 
 # A built data set.

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experiments import fuzz, fuzz_data
-from pspnet_jax import predict, text
 from pspnet_jax.data import folder, formats, lgg, phantom, splits
 from pspnet_jax.data.formats import annotations, files, flat, outlines, via, video
 from pspnet_jax.data.formats.outlines import Shape
-from pspnet_jax.errors import LONGEST, DataError, PspnetError
+from pspnet_jax.prediction import inputs, videos
+from pspnet_jax.runtime import text
+from pspnet_jax.runtime.errors import LONGEST, DataError, PspnetError
 from tests.conftest import write_case
 from tests.test_flat import GREY, has
 from tests.test_hostile_data import refusal, within
@@ -76,10 +77,10 @@ def test_names_can_not_add_a_line_nor_steer_a_terminal(tmp_path, name):
         (files.find, place / 'nothing'),
         (lgg.check, place),
         (read_annotations, place / 'images' / f'{name}.png'),
-        (predict.find_files, place / 'nothing'),
+        (inputs.find_files, place / 'nothing'),
     ):
         refusal(function, path)
-    assert str(predict.Speed(name, 1, 25.0, 1.0)).isprintable()
+    assert str(videos.Speed(name, 1, 25.0, 1.0)).isprintable()
 
 
 # What is no file, and where links lead.
@@ -108,7 +109,7 @@ def test_nothing_waits_on_a_fifo_a_device_or_a_link_in_a_circle(tmp_path):
             refusal(read, path)
         refusal(splits.read, place, SLICES)
         refusal(read_annotations, place)
-        refusal(predict.find_files, place)
+        refusal(inputs.find_files, place)
         if has('av'):
             refusal(video.reading(place).__enter__)
 
@@ -124,12 +125,12 @@ def test_links_in_a_circle_are_not_followed(tmp_path):
     path = root / 'sub' / 'a.png'
     with within(5):
         assert files.find(root) == {'sub/a': path}
-        assert predict.find_files(root) == (root, [path])
-        assert predict.find_files(f'{root}/**/*.png') == (root, [path])
-        assert predict.find_files(f'{root}/**') == (root, [path])
+        assert inputs.find_files(root) == (root, [path])
+        assert inputs.find_files(f'{root}/**/*.png') == (root, [path])
+        assert inputs.find_files(f'{root}/**') == (root, [path])
         read = annotations.Annotations({'a.png': []}, {}, {}, [])
         assert list(via.match_pictures(read, root)[0]) == [path]
-    assert 'is no pattern' in refusal(predict.find_files, f'{root}/**x')
+    assert 'is no pattern' in refusal(inputs.find_files, f'{root}/**x')
 
 
 def test_a_link_out_of_the_folder_is_no_way_to_write_there(tmp_path):

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import checkpoint, hosts, log
-from pspnet_jax.errors import CheckpointError, ConfigError, HostError
-from pspnet_jax.evaluate import evaluate_checkpoint, in_order, table
-from pspnet_jax.predict import predict_files
-from pspnet_jax.train import train_and_evaluate
+from pspnet_jax.evaluation.protocol import evaluate_checkpoint
+from pspnet_jax.evaluation.scores import in_order, table
+from pspnet_jax.prediction.folders import predict_files
+from pspnet_jax.runtime import checkpoint, hosts, log
+from pspnet_jax.runtime.errors import CheckpointError, ConfigError, HostError
+from pspnet_jax.training.loop import train_and_evaluate
 from tests.conftest import ROOT, tiny_config
 
 STEPS = 16

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, signal
 
-from pspnet_jax import crf, infer
+from pspnet_jax.inference import crf, infer
 
 OPTIONS = {'window': 16, 'overlap': 0.5, 'batch_size': 4}
 

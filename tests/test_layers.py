@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax.compilation import jit
 from pspnet_jax.models import layers
+from pspnet_jax.runtime.compilation import jit
 
 
 @pytest.mark.parametrize(('size', 'bins'), [(6, 3), (17, 6), (32, 6), (5, 6), (1, 3)])

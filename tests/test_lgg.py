@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pspnet_jax.data import lgg, volumes
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 from tests.conftest import SHARED, needs_shared, write_case
 
 

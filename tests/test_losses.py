@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pspnet_jax import losses
+from pspnet_jax.training import losses
 
 IGNORE = 255
 

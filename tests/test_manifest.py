@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import manifest, predict
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.prediction import folders, manifest
+from pspnet_jax.runtime.errors import ConfigError, DataError
 from tests.conftest import ROOT
 from tests.test_predict import noise, written
 
@@ -34,12 +34,12 @@ def test_results_do_not_go_among_the_inputs(trained, tmp_path):
     (tmp_path / 'a_mask.png').write_bytes(MINE)
     for source in (tmp_path, tmp_path / 'a.png', f'{tmp_path}/*.png'):
         with pytest.raises(ConfigError, match=r'holds the inputs: give results a folder of their'):
-            predict.predict_files(trained[0], source, tmp_path)
+            folders.predict_files(trained[0], source, tmp_path)
     with pytest.raises(ConfigError, match='holds the inputs'):
-        predict.predict_files(trained[0], tmp_path, tmp_path, overwrite=True)
+        folders.predict_files(trained[0], tmp_path, tmp_path, overwrite=True)
     (tmp_path / 'link').symlink_to(tmp_path)
     with pytest.raises(ConfigError, match='holds the inputs'):
-        predict.predict_files(trained[0], tmp_path / 'a.png', tmp_path / 'link')
+        folders.predict_files(trained[0], tmp_path / 'a.png', tmp_path / 'link')
     assert (tmp_path / 'a_mask.png').read_bytes() == MINE
     assert written(tmp_path) == {'a.png', 'b.png', 'c.png', 'a_mask.png'}
 
@@ -52,23 +52,23 @@ def test_masks_by_hand_are_neither_replaced_nor_taken_for_results(trained, tmp_p
     with pytest.raises(
         DataError, match=r'3 result\(s\) in .*: give another --output, or --over'
     ) as e:
-        predict.predict_files(trained[0], source, out, save=['mask'])
+        folders.predict_files(trained[0], source, out, save=['mask'])
     assert f'{out}/b_mask... was not written by this command' in str(e.value)
     assert {path.read_bytes() for path in out.iterdir()} == {MINE}
     (out / 'c_mask.png').unlink()
     with pytest.raises(DataError, match=r'2 result\(s\)'):
-        predict.predict_files(trained[0], source, out, save=['mask'])
-    predict.predict_files(trained[0], source, out, save=['overlay'])  # of these there is none
+        folders.predict_files(trained[0], source, out, save=['mask'])
+    folders.predict_files(trained[0], source, out, save=['overlay'])  # of these there is none
     with pytest.raises(DataError, match=r'2 result\(s\)'):
-        predict.predict_files(trained[0], source, out, save=['mask', 'overlay'])
+        folders.predict_files(trained[0], source, out, save=['mask', 'overlay'])
     assert (out / 'a_mask.png').read_bytes() == MINE
-    predict.predict_files(trained[0], source, out, save=['mask'], overwrite=True)
+    folders.predict_files(trained[0], source, out, save=['mask'], overwrite=True)
     assert np.array(Image.open(out / 'a_mask.png')).shape == (32, 32)
 
 
 def test_the_manifest_says_run_step_and_options_of_every_result(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'ab'), tmp_path / 'out'
-    predict.predict_files(trained[0], source, out, save=['mask'], changes={'flip': True})
+    folders.predict_files(trained[0], source, out, save=['mask'], changes={'flip': True})
     writer, *rest = lines(out)
     (run,) = writer['runs']
     steps = [
@@ -86,47 +86,47 @@ def test_the_manifest_says_run_step_and_options_of_every_result(trained, tmp_pat
 
 def test_another_run_or_other_options_do_not_pass_for_this_one(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'ab'), tmp_path / 'out'
-    predict.predict_files(trained[0], source, out, save=['mask'])
+    folders.predict_files(trained[0], source, out, save=['mask'])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for changes in ({'flip': True}, {'threshold': 0.9}):
         with pytest.raises(DataError, match=r'a_mask\.\.\. was written by .*, step \d+'):
-            predict.predict_files(trained[0], source, out, save=['mask'], changes=changes)
+            folders.predict_files(trained[0], source, out, save=['mask'], changes=changes)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     # The same weights in another folder are the same run.
     copy = shutil.copytree(trained[0], tmp_path / 'copy')
-    predict.predict_files(copy, source, out, save=['mask'])
+    folders.predict_files(copy, source, out, save=['mask'])
     assert (out / 'a_mask.png').read_bytes() == before['a_mask.png']
     # And a new file goes beside those of other options.
     more = pictures(tmp_path / 'more', 'x')
-    predict.predict_files(trained[0], more, out, save=['mask'], changes={'flip': True})
+    folders.predict_files(trained[0], more, out, save=['mask'], changes={'flip': True})
     assert 'x_mask.png' in written(out)
 
 
 def test_inputs_that_changed_are_done_again_and_two_of_a_name_are_told_apart(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'ab'), tmp_path / 'out'
-    predict.predict_files(trained[0], source, out, save=['overlay'])
+    folders.predict_files(trained[0], source, out, save=['overlay'])
     before = {name: (out / name).read_bytes() for name in written(out)}
     noise(source / 'a.png', (48, 32), 9)
-    predict.predict_files(trained[0], source, out, save=['overlay'])
+    folders.predict_files(trained[0], source, out, save=['overlay'])
     assert Image.open(out / 'a_overlay.png').size[0] >= 32
     assert (out / 'a_overlay.png').read_bytes() != before['a_overlay.png']
     assert (out / 'b_overlay.png').read_bytes() == before['b_overlay.png']
     other = pictures(tmp_path / 'other', 'zab')
     with pytest.raises(DataError, match=rf'is the result of {source}/a.png, not of {other}/a.png'):
-        predict.predict_files(trained[0], other, out, save=['overlay'])
+        folders.predict_files(trained[0], other, out, save=['overlay'])
     # A folder that was moved is the same.
     moved = source.rename(tmp_path / 'moved')
     kept = {name: (out / name).read_bytes() for name in written(out)}
     for name in kept:
         (out / name).write_bytes(b'finished')
-    predict.predict_files(trained[0], moved, out, save=['overlay'])
+    folders.predict_files(trained[0], moved, out, save=['overlay'])
     assert {(out / name).read_bytes() for name in kept} == {b'finished'}
 
 
 @pytest.mark.parametrize('cut', ['begun', 'middle of a line', 'none of it'])
 def test_a_command_that_was_killed_is_gone_on_with(trained, tmp_path, cut):
     source, out = pictures(tmp_path / 'in'), tmp_path / 'out'
-    predict.predict_files(trained[0], source, out, save=['mask'])
+    folders.predict_files(trained[0], source, out, save=['mask'])
     expected = {name: (out / name).read_bytes() for name in written(out)}
     rows = (out / manifest.NAME).read_text().splitlines(keepends=True)
     (done,) = (row for row in rows if '"b"' in row and '"done"' in row)
@@ -139,12 +139,12 @@ def test_a_command_that_was_killed_is_gone_on_with(trained, tmp_path, cut):
         rows += [done[:30]] if cut == 'middle of a line' else []
     (out / manifest.NAME).write_text(''.join(rows))
     (out / 'c_mask.png').unlink()
-    predict.predict_files(trained[0], source, out, save=['mask'])
+    folders.predict_files(trained[0], source, out, save=['mask'])
     assert {name: (out / name).read_bytes() for name in written(out)} == expected
     assert all(isinstance(row, dict) for row in manifest._lines(out / manifest.NAME))
     for name in expected:  # and is finished then
         (out / name).write_bytes(b'finished')
-    predict.predict_files(trained[0], source, out, save=['mask'])
+    folders.predict_files(trained[0], source, out, save=['mask'])
     assert {(out / name).read_bytes() for name in expected} == {b'finished'}
 
 
@@ -166,7 +166,7 @@ def test_two_commands_into_one_folder_at_once(trained, tmp_path):
     """Of one input and of two: each result is whole, and nothing else is left."""
     one, other = pictures(tmp_path / 'one', 'abcd'), pictures(tmp_path / 'other', 'stuv')
     code = 'import sys; from pspnet_jax import predict\n'
-    code += 'assert not predict.predict_files(*sys.argv[1:], save=["mask"])'
+    code += 'assert not folders.predict_files(*sys.argv[1:], save=["mask"])'
     out = tmp_path / 'out'
     started = [
         subprocess.Popen([sys.executable, '-c', code, trained[0], source, out], cwd=ROOT,
@@ -177,7 +177,7 @@ def test_two_commands_into_one_folder_at_once(trained, tmp_path):
         _, said = process.communicate()
         assert process.returncode == 0, said
     assert written(out) == {f'{name}_mask.png' for name in 'abcdstuv'}
-    predict.predict_files(trained[0], one, tmp_path / 'alone', save=['mask'])
+    folders.predict_files(trained[0], one, tmp_path / 'alone', save=['mask'])
     for name in 'abcd':
         ours, alone = ((tmp_path / k / f'{name}_mask.png').read_bytes() for k in ('out', 'alone'))
         assert ours == alone
@@ -192,18 +192,18 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(trained, t
     parts = left.name.split('.')
     living = left.with_name('.'.join([*parts[:2], str(os.getpid()), *parts[3:]]))
     living.touch()
-    predict.predict_files(trained[0], source, out, save=['mask'])
+    folders.predict_files(trained[0], source, out, save=['mask'])
     assert list((out / 'sub').iterdir()) == [living]
 
 
 def test_a_name_too_long_for_results_is_one_files_fault(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', ['a', 'z', 'x' * 247]), tmp_path / 'out'
     for _ in range(2):
-        (fault,) = predict.predict_files(trained[0], source, out, save=['mask', 'overlay'])
+        (fault,) = folders.predict_files(trained[0], source, out, save=['mask', 'overlay'])
         assert fault.endswith(
             f'{"x" * 247}.png: with _mask behind it the name is too long for this disk: give it '
             'a shorter one'
         )
     assert written(out) == {f'{name}_{kind}.png' for name in 'az' for kind in ('mask', 'overlay')}
     longest = pictures(tmp_path / 'longest', ['y' * 246])  # _mask.png makes it 255
-    assert predict.predict_files(trained[0], longest, out, save=['mask']) == []
+    assert folders.predict_files(trained[0], longest, out, save=['mask']) == []

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pspnet_jax.data import formats, masks
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 RED = 0xC80000
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pspnet_jax import metrics
+from pspnet_jax.evaluation import metrics
+from pspnet_jax.inference import postprocess
 
 
 def grid(text):
@@ -54,8 +55,8 @@ def test_largest_component_connects_corners_and_slices():
     mask[0, 2, 2] = mask[1, 3, 3] = mask[2, 4, 4] = True  # one diagonal of three
     expected = mask.copy()
     mask[0, 0, :2] = True  # one of two, the first that a scan meets
-    assert (metrics.largest_component(mask) == expected).all()
-    assert not metrics.largest_component(np.zeros((2, 2, 2), bool)).any()
+    assert (postprocess.largest_component(mask) == expected).all()
+    assert not postprocess.largest_component(np.zeros((2, 2, 2), bool)).any()
 
 
 def brute_force_distances(a, b, spacing):

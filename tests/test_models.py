@@ -10,8 +10,8 @@ import pytest
 
 from experiments.tables import PUBLISHED, PUBLISHED_OTHERWISE, read_lines
 from pspnet_jax import models
-from pspnet_jax.compilation import jit
 from pspnet_jax.models import backbones, deeplab, dilated, fcn, refinenet
+from pspnet_jax.runtime.compilation import jit
 from tests.conftest import random_variables
 
 # Parameters for 2 and 21 classes on the network's own backbone. Update if a change was meant.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax.data import formats
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 from tests.test_flat import has
 
 needs_nibabel = pytest.mark.skipif(not has('nibabel'), reason='nibabel is not installed')

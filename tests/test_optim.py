@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from pspnet_jax import optim
 from pspnet_jax.config import RULES
+from pspnet_jax.training import optim
 
 
 @pytest.mark.parametrize('name', ['poly', 'cosine'])

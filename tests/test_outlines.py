@@ -10,7 +10,7 @@ from scipy import spatial
 
 from pspnet_jax.data.formats import outlines
 from pspnet_jax.data.formats.outlines import Shape, check_shapes, rasterize
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 
 def polygon(*points, label=1):

@@ -26,7 +26,8 @@ def whole(*extras):
 
 
 def test_the_version_has_one_place():
-    assert PROJECT['tool']['setuptools']['dynamic']['version']['attr'] == 'pspnet_jax.__version__'
+    version = PROJECT['tool']['setuptools']['dynamic']['version']
+    assert version == {'attr': 'pspnet_jax.runtime.VERSION'}
     assert f'\nversion: {pspnet_jax.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pspnet_jax import log
+from pspnet_jax.runtime import log
 from tests.conftest import ROOT
 
 SCRIPT = """

@@ -16,9 +16,9 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from pspnet_jax import models
-from pspnet_jax.compilation import jit
 from pspnet_jax.models import backbones, unet, weights
 from pspnet_jax.models.weights import tables, translate
+from pspnet_jax.runtime.compilation import jit
 
 torch = pytest.importorskip('torch', reason='PyTorch is the reference')
 peers = pytest.importorskip('experiments.peers', reason='PyTorch is the reference')

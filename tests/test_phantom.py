@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pspnet_jax import metrics
 from pspnet_jax.data import phantom, volumes
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.evaluation import metrics
+from pspnet_jax.runtime.errors import ConfigError
 
 
 def test_a_phantom_depends_on_seed_and_index_alone():

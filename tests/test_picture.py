@@ -14,7 +14,7 @@ from PIL import Image
 
 from pspnet_jax.data import formats
 from pspnet_jax.data.formats import limits
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 from tests.test_dicom import save_dicom
 from tests.test_flat import (
     COLOUR,

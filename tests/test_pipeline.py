@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax.data import phantom, pipeline, volumes
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pspnet_jax import postprocess
+from pspnet_jax.inference import postprocess
 
 LABELS = np.array(
     [[1, 1, 0, 0, 2, 2],

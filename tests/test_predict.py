@@ -15,29 +15,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import (
-    checkpoint,
-    evaluate,
-    infer,
-    manifest,
-    models,
-    paths,
-    predict,
-    train,
-    visualize,
-)
+from pspnet_jax import models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import folder, formats, sources, splits, volumes
 from pspnet_jax.data.formats import files, limits
-from pspnet_jax.errors import CheckpointError, ConfigError, DataError
+from pspnet_jax.evaluation import protocol, visualize
+from pspnet_jax.inference import infer, predictors
+from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models.weights import IMAGENET
-from pspnet_jax.runs import open_run
+from pspnet_jax.prediction import folders, inputs, manifest, results
+from pspnet_jax.runtime import checkpoint, paths, threads
+from pspnet_jax.runtime.errors import CheckpointError, ConfigError, DataError
+from pspnet_jax.training import loop
 from tests.conftest import tiny_config, write_case
 
 
 @pytest.fixture(scope='module')
 def predictor(trained):
-    return predict.load(trained[0])
+    return predictors.load(trained[0])
 
 
 @contextlib.contextmanager
@@ -65,7 +60,7 @@ def noise(path, size, seed=0, dtype=np.uint8, high=255):
 def test_a_folder_becomes_masks_overlays_and_panels(trained, tmp_path):
     write_case(tmp_path / 'in', 'case', slices=3)
     Image.new('L', (50, 37), 90).save(tmp_path / 'in' / 'photo.jpg')
-    assert predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out') == []
+    assert folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out') == []
     names = written(tmp_path / 'out')
     stems = ['case/case_1', 'case/case_2', 'case/case_3', 'photo']
     assert names == {f'{s}_{k}.png' for s in stems for k in ('mask', 'overlay', 'panels')}
@@ -77,8 +72,8 @@ def test_a_folder_becomes_masks_overlays_and_panels(trained, tmp_path):
 
 def test_one_slice_alone_is_predicted_as_within_its_volume(trained, tmp_path):
     folder = write_case(tmp_path / 'in', 'case', slices=4)
-    predict.predict_files(trained[0], folder, tmp_path / 'all')
-    predict.predict_files(trained[0], folder / 'case_2.tif', tmp_path / 'one')
+    folders.predict_files(trained[0], folder, tmp_path / 'all')
+    folders.predict_files(trained[0], folder / 'case_2.tif', tmp_path / 'one')
     assert written(tmp_path / 'one') == {
         f'case_2_{kind}.png' for kind in ('mask', 'overlay', 'panels')
     }
@@ -91,7 +86,7 @@ def test_one_slice_alone_is_predicted_as_within_its_volume(trained, tmp_path):
 def test_a_bad_picture_is_reported_and_the_others_done(trained, tmp_path):
     folder = write_case(tmp_path / 'in', 'case', slices=2)
     (folder / 'case_1.tif').write_bytes(b'no tiff')
-    faults = predict.predict_files(trained[0], folder, tmp_path / 'out')
+    faults = folders.predict_files(trained[0], folder, tmp_path / 'out')
     assert len(faults) == 1
     assert 'case_1.tif is not a readable picture' in faults[0]
     assert (tmp_path / 'out' / 'case_2_mask.png').exists()
@@ -105,7 +100,7 @@ def test_no_pictures_is_an_error_before_anything_is_written(trained, tmp_path, k
     if kind == 'empty':
         source.mkdir()
     with pytest.raises(DataError, match=str(source)):
-        predict.predict_files(trained[0], source, tmp_path / 'out')
+        folders.predict_files(trained[0], source, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 
@@ -115,7 +110,7 @@ NUMBERED = '(.+)_(?P<slice>[0-9]+)'
 def test_slices_are_grouped_in_the_order_of_their_numbers():
     names = ['b_10.tif', 'b_9.tif', 'b_1.tif', 'a.png', 'c_1.png']
     paths = [Path(name) for name in names]
-    groups, told = predict.group_files(paths, NUMBERED)
+    groups, told = inputs.group_files(paths, NUMBERED)
     assert [[p.name for p in group.paths] for group in groups] == [
         ['b_1.tif', 'b_9.tif', 'b_10.tif'], ['a.png'], ['c_1.png']
     ]  # fmt: skip
@@ -125,16 +120,16 @@ def test_slices_are_grouped_in_the_order_of_their_numbers():
         'measured of intensities, and 2 are volumes of numbered slices; in 1 files it finds no '
         'patient: each is by itself; --group= takes each file by itself'
     )
-    groups, told = predict.group_files(paths, '')
+    groups, told = inputs.group_files(paths, '')
     assert [list(group.paths) for group in groups] == [[path] for path in paths]
     assert told == (
         'each of 5 files is by itself, as evaluation takes it; if NAME_1, NAME_2 ... are slices: '
         "--group='(.+)_(?P<slice>[0-9]+)'"
     )
     assert (
-        predict.group_files(paths[2:4])[1] == 'each of 2 files is by itself, as evaluation takes it'
+        inputs.group_files(paths[2:4])[1] == 'each of 2 files is by itself, as evaluation takes it'
     )
-    assert predict.group_files(paths[:1])[1] == ''
+    assert inputs.group_files(paths[:1])[1] == ''
 
 
 def test_slices_that_are_no_neighbours_have_no_component_in_common(bright_run, tmp_path):
@@ -142,8 +137,8 @@ def test_slices_that_are_no_neighbours_have_no_component_in_common(bright_run, t
     root = save_scenes(tmp_path, [f'case_{n}' for n in range(1, 5)], [1.0] * 4)
     workdir = bright_run(**{'data.name': 'lgg'})
     source, changes = root / 'images' / 'case_[124].png', {'largest_component': True}
-    predict.predict_files(workdir, source, tmp_path / 'out', save=['mask'], changes=changes)
-    alone = predict.predict_files(
+    folders.predict_files(workdir, source, tmp_path / 'out', save=['mask'], changes=changes)
+    alone = folders.predict_files(
         workdir, root / 'images' / 'case_4.png', tmp_path / 'alone', save=['mask'], changes=changes
     )
     assert alone == []
@@ -165,7 +160,7 @@ def test_files_of_sub_folders_belong_together_as_in_training(tmp_path, how, seco
     trained = collections.defaultdict(dict)
     for case in cases:
         trained[case.patient][case.images[0]] = case.slice
-    groups, _ = predict.group_files(sorted((tmp_path / 'images').rglob('*.png')), how)
+    groups, _ = inputs.group_files(sorted((tmp_path / 'images').rglob('*.png')), how)
     found = [{path: group.numbers.get(path) for path in group.paths} for group in groups]
     assert sorted(found, key=str) == sorted(trained.values(), key=str)
 
@@ -234,7 +229,7 @@ def test_what_a_picture_is_called_changes_nothing(bright_run, tmp_path, names, c
         save_scenes(tmp_path / way, stems, GAINS)
         out = tmp_path / f'out_{way}'
         source = tmp_path / way / 'images'
-        assert predict.predict_files(workdir, source, out, save=['mask'], changes=changes) == []
+        assert folders.predict_files(workdir, source, out, save=['mask'], changes=changes) == []
         masks.append([np.array(Image.open(out / f'{stem}_mask.png')) > 0 for stem in stems])
     for n, (named, plain) in enumerate(zip(*masks, strict=True)):
         np.testing.assert_array_equal(named, plain)
@@ -257,9 +252,9 @@ def dice_by_hand(out, masks, patient_of):
 def evaluated_and_predicted(workdir, data, images, masks, patient_of, group=None):
     """Assert that the figures of `evaluate` are those of the files of `predict`; gives them."""
     changes = {'largest_component': True}
-    result = evaluate.evaluate_checkpoint(workdir, data=str(data), changes=changes, group=group)
+    result = protocol.evaluate_checkpoint(workdir, data=str(data), changes=changes, group=group)
     out = data / 'out'
-    assert not predict.predict_files(
+    assert not folders.predict_files(
         workdir, images, out, save=['mask'], changes=changes, group=group, overwrite=True
     )
     expected = dice_by_hand(out, masks, patient_of)
@@ -277,7 +272,7 @@ def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
     moved = root.rename(tmp_path / 'moved')
 
     def patients(**how):
-        result = evaluate.evaluate_checkpoint(workdir, **how)
+        result = protocol.evaluate_checkpoint(workdir, **how)
         return [row['patient'] for row in result['patients']], result['data']['split']
 
     with pytest.raises(DataError, match=rf'and give --data={root} --split=test'):
@@ -377,16 +372,16 @@ def test_some_slices_of_a_volume_are_predicted_as_among_all(bright_run, tmp_path
     names = [f'case_{n}' for n in range(1, 9)]
     root = save_scenes(tmp_path, names, [1.0, 0.2, 0.5, 0.5, 1.0, 1.0, 0.9, 0.3])
     workdir = bright_run(**{'data.name': 'lgg'})
-    predict.predict_files(workdir, root / 'images', tmp_path / 'all', save=['mask'])
+    folders.predict_files(workdir, root / 'images', tmp_path / 'all', save=['mask'])
     for source in ('case_3.png', 'case_[348].png'):
         out = tmp_path / source
-        predict.predict_files(workdir, root / 'images' / source, out, save=['mask'])
+        folders.predict_files(workdir, root / 'images' / source, out, save=['mask'])
         for path in out.glob('*.png'):
             np.testing.assert_array_equal(
                 Image.open(path), Image.open(tmp_path / 'all' / path.name)
             )
     alone = tmp_path / 'alone'
-    predict.predict_files(workdir, root / 'images' / 'case_2.png', alone, save=['mask'], group='')
+    folders.predict_files(workdir, root / 'images' / 'case_2.png', alone, save=['mask'], group='')
     assert (np.array(Image.open(alone / 'case_2_mask.png')) > 0).sum() > 0
     assert not np.array(Image.open(tmp_path / 'all' / 'case_2_mask.png')).any()
 
@@ -410,14 +405,14 @@ def test_what_is_finished_is_skipped_and_what_is_not_is_done(trained, tmp_path):
     for i, name in enumerate(('a', 'b', 'sub/c')):
         noise(tmp_path / 'in' / f'{name}.png', (32, 32), i)
     out = tmp_path / 'out'
-    predict.predict_files(trained[0], tmp_path / 'in', out)
+    folders.predict_files(trained[0], tmp_path / 'in', out)
     for name in written(out):
         (out / name).write_bytes(b'finished')
     (out / 'sub' / 'c_panels.png').unlink()
-    predict.predict_files(trained[0], tmp_path / 'in', out)
+    folders.predict_files(trained[0], tmp_path / 'in', out)
     again = {name for name in written(out) if (out / name).read_bytes() != b'finished'}
     assert again == {f'sub/c_{kind}.png' for kind in ('mask', 'overlay', 'panels')}
-    predict.predict_files(trained[0], tmp_path / 'in', out, overwrite=True)
+    folders.predict_files(trained[0], tmp_path / 'in', out, overwrite=True)
     assert not [name for name in written(out) if (out / name).read_bytes() == b'finished']
 
 
@@ -456,7 +451,7 @@ def test_the_summary_accounts_for_every_file(bright_run, tmp_path, capsys):
     root = tmp_path / 'in'
     there = everything(root)
     workdir = bright_run()
-    faults = predict.predict_files(workdir, root, root / 'out', save=['mask'])
+    faults = folders.predict_files(workdir, root, root / 'out', save=['mask'])
     assert len(faults) == 2
     summary = capsys.readouterr().out.splitlines()
     total = sum(map(len, there.values()))
@@ -475,12 +470,12 @@ def test_the_summary_accounts_for_every_file(bright_run, tmp_path, capsys):
         assert set(listed) <= set(names)
         assert (' and 1 more' in line) == (len(names) == 4)
     # Again: what was predicted is finished, a fault is tried again.
-    predict.predict_files(workdir, root, root / 'out', save=['mask'])
+    folders.predict_files(workdir, root, root / 'out', save=['mask'])
     first = capsys.readouterr().out.splitlines()[2]
     assert first.endswith(f': 0 predicted, 3 finished before, 2 failed, {over} passed over')
     # What is passed over by its name is predicted by that name.
     one = root / 'nurse_with_mask.png'
-    assert predict.predict_files(workdir, one, tmp_path / 'one', save=['mask']) == []
+    assert folders.predict_files(workdir, one, tmp_path / 'one', save=['mask']) == []
     assert capsys.readouterr().out.splitlines()[-1] == f'1 file in {one}: 1 predicted'
     assert written(tmp_path / 'one') == {'nurse_with_mask_mask.png'}
 
@@ -489,7 +484,7 @@ def test_a_folder_of_nothing_but_others_names_them(bright_run, tmp_path):
     for name in ('scan.heic', 'b_mask.png'):
         (tmp_path / name).write_bytes(b'1')
     with pytest.raises(DataError) as caught:
-        predict.find_files(tmp_path)
+        inputs.find_files(tmp_path)
     assert '1 passed over, of endings that are not read: scan.heic' in str(caught.value)
     assert '1 passed over, named like results or masks' in str(caught.value)
 
@@ -497,7 +492,7 @@ def test_a_folder_of_nothing_but_others_names_them(bright_run, tmp_path):
 def test_hidden_folders_are_as_hidden_as_in_training(tmp_path):
     for name in ('a.png', '.ipynb_checkpoints/a-checkpoint.png', 'sub/.cache/b.png'):
         noise(tmp_path / name, (4, 4))
-    assert predict.find_files(tmp_path)[1] == list(files.find(tmp_path).values())
+    assert inputs.find_files(tmp_path)[1] == list(files.find(tmp_path).values())
 
 
 def test_a_folder_that_can_not_be_listed_is_a_fault(bright_run, tmp_path, monkeypatch, capsys):
@@ -512,7 +507,7 @@ def test_a_folder_that_can_not_be_listed_is_a_fault(bright_run, tmp_path, monkey
         return scandir(path)
 
     monkeypatch.setattr(os, 'scandir', refuse)
-    faults = predict.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
+    faults = folders.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
     assert faults == [f'{closed} can not be listed: is it yours?']
     assert 'folders that can not be listed: closed' in capsys.readouterr().out
 
@@ -520,10 +515,10 @@ def test_a_folder_that_can_not_be_listed_is_a_fault(bright_run, tmp_path, monkey
 def test_results_in_the_input_folder_are_not_input(trained, tmp_path):
     noise(tmp_path / 'a.png', (32, 32))
     save = ('mask', 'probability', 'overlay', 'outline', 'panels')
-    predict.predict_files(trained[0], tmp_path, tmp_path / 'below', save=save)
+    folders.predict_files(trained[0], tmp_path, tmp_path / 'below', save=save)
     assert len(written(tmp_path)) == 1 + len(save)
     noise(tmp_path / 'below' / 'x.png', (32, 32))  # whatever is in the output folder
-    assert predict.find_files(tmp_path, tmp_path / 'below') == (tmp_path, [tmp_path / 'a.png'])
+    assert inputs.find_files(tmp_path, tmp_path / 'below') == (tmp_path, [tmp_path / 'a.png'])
 
 
 def test_patterns_name_files_and_folders(tmp_path):
@@ -531,7 +526,7 @@ def test_patterns_name_files_and_folders(tmp_path):
         noise(tmp_path / name, (4, 4))
 
     def found(pattern):
-        root, paths = predict.find_files(f'{tmp_path}/{pattern}')
+        root, paths = inputs.find_files(f'{tmp_path}/{pattern}')
         return root, [str(path.relative_to(tmp_path)) for path in paths]
 
     assert found('p*/*.png') == (tmp_path, ['p1/a.png', 'p2/a.png'])
@@ -545,12 +540,12 @@ def test_a_folder_of_dicom_files_is_one_volume_and_keeps_its_name(tmp_path):
     for name in ('p1/1.dcm', 'p1/2.dcm', 'p2/1.DCM', 'p2/beside.png', '.hidden.png'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    root, found = predict.find_files(tmp_path)
+    root, found = inputs.find_files(tmp_path)
     assert (root, found) == (tmp_path, [tmp_path / name for name in ('p1', 'p2', 'p2/beside.png')])
-    stems, _ = predict.name_results(root, found)
+    stems, _ = results.name_results(root, found)
     assert [str(stem) for stem in stems.values()] == ['p1', 'p2', 'p2/beside']
-    root, found = predict.find_files(tmp_path / 'p1')  # the series itself
-    assert predict.name_results(root, found) == ({tmp_path / 'p1': Path('p1')}, [])
+    root, found = inputs.find_files(tmp_path / 'p1')  # the series itself
+    assert results.name_results(root, found) == ({tmp_path / 'p1': Path('p1')}, [])
 
 
 def test_channels_are_stacked_as_the_run_reads_them(predictor, tmp_path, rng):
@@ -561,14 +556,14 @@ def test_channels_are_stacked_as_the_run_reads_them(predictor, tmp_path, rng):
             Image.fromarray(pixels).save(tmp_path / f'{case}_{n:04}.png')
     images = ('in/{stem}_0000', 'in/{stem}_0001')
     found = sorted(tmp_path.iterdir())
-    stacks = predict.stack_channels(found, images)
+    stacks = inputs.stack_channels(found, images)
     first = [tmp_path / 'a_0000.png', tmp_path / 'b_0000.png']
     assert list(stacks) == first
-    assert predict.stack_channels(first[:1], images) == {first[0]: (first[0], found[1])}
-    assert list(predict.stack_channels(found, ('in',))) == found
+    assert inputs.stack_channels(first[:1], images) == {first[0]: (first[0], found[1])}
+    assert list(inputs.stack_channels(found, ('in',))) == found
     two = predictor._replace(channels=2)
-    _, cases, faults = predict.read_cases(
-        predict.Group(first[1:]),
+    _, cases, faults = folders.read_cases(
+        inputs.Group(first[1:]),
         predictor=two,
         stems={path: path for path in first},
         channels=stacks,
@@ -576,9 +571,9 @@ def test_channels_are_stacked_as_the_run_reads_them(predictor, tmp_path, rng):
     assert not faults
     np.testing.assert_array_equal(cases[0].image[0], np.moveaxis(channels[1], 0, -1))
     (tmp_path / 'b_0001.png').unlink()
-    stacks = predict.stack_channels(first[1:], images)
-    _, _, (fault,) = predict.read_cases(
-        predict.Group(first[1:]),
+    stacks = inputs.stack_channels(first[1:], images)
+    _, _, (fault,) = folders.read_cases(
+        inputs.Group(first[1:]),
         predictor=two,
         stems={path: path for path in first},
         channels=stacks,
@@ -603,9 +598,9 @@ def test_channels_by_name_are_grouped_by_the_cases_name_and_counted(bright_run, 
            'data.group': NUMBERED}
     )  # fmt: skip
     changes = {'largest_component': True}
-    result = evaluate.evaluate_checkpoint(workdir, data=str(tmp_path), changes=changes)
+    result = protocol.evaluate_checkpoint(workdir, data=str(tmp_path), changes=changes)
     capsys.readouterr()
-    faults = predict.predict_files(
+    faults = folders.predict_files(
         workdir, tmp_path / 'imagesTr', tmp_path / 'out', save=['mask'], changes=changes
     )
     assert faults == []
@@ -623,7 +618,7 @@ def test_channels_by_name_are_grouped_by_the_cases_name_and_counted(bright_run, 
 def test_two_inputs_of_one_name_do_not_overwrite_each_other(trained, tmp_path):
     for name in ('a.png', 'a.jpg'):
         noise(tmp_path / 'in' / name, (32, 32))
-    (fault,) = predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out')
+    (fault,) = folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out')
     assert 'a.png would overwrite the results of' in fault
     assert 'a.jpg: rename one' in fault
 
@@ -632,9 +627,9 @@ def test_pictures_of_many_sizes_are_predicted_as_each_alone(trained, predictor, 
     sizes = {'a': (40, 32), 'b': (32, 40), 'c': (40, 32), 'd': (36, 36), 'e': (32, 40)}
     for i, (name, size) in enumerate(sizes.items()):
         noise(tmp_path / 'in' / f'{name}.png', size, i)
-    predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['probability'])
+    folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['probability'])
     for name, size in sizes.items():
-        _, prob = predict.predict_array(
+        _, prob = predictors.predict_array(
             predictor, np.array(Image.open(tmp_path / f'in/{name}.png'))
         )
         picture = np.array(Image.open(tmp_path / 'out' / f'{name}_probability.png'))
@@ -644,10 +639,10 @@ def test_pictures_of_many_sizes_are_predicted_as_each_alone(trained, predictor, 
 
 def test_deep_pictures_are_predicted_as_they_are_and_shown_in_8_bits(trained, predictor, tmp_path):
     noise(tmp_path / 'in' / 'deep.png', (40, 32), dtype=np.uint16, high=4000)
-    predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['mask', 'panels'])
+    folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['mask', 'panels'])
     pixels = formats.read(tmp_path / 'in' / 'deep.png').image[0]
     assert pixels.max() > 3000
-    labels, _ = predict.predict_array(predictor, pixels)
+    labels, _ = predictors.predict_array(predictor, pixels)
     np.testing.assert_array_equal(Image.open(tmp_path / 'out' / 'deep_mask.png'), 255 * labels)
     shown = np.array(Image.open(tmp_path / 'out' / 'deep_panels.png'))[:, :32, 0]
     low, high = np.percentile(pixels, (10, 99))
@@ -663,7 +658,7 @@ def test_nifti_in_gives_nifti_out_on_the_same_grid(trained, predictor, tmp_path,
     source.parent.mkdir()
     nibabel.save(nibabel.Nifti1Image(voxels, affine), source)
     save = ['mask', 'probability', 'overlay']
-    assert predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=save) == []
+    assert folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=save) == []
     assert written(tmp_path / 'out') == {
         'scan_mask.nii.gz', 'scan_probability.nii.gz', 'scan_overlay.png'
     }  # fmt: skip
@@ -673,7 +668,7 @@ def test_nifti_in_gives_nifti_out_on_the_same_grid(trained, predictor, tmp_path,
     assert mask.shape == prob.shape == voxels.shape
     np.testing.assert_array_equal(np.asarray(mask.dataobj), prob > 0.5)
     # The network saw slices from feet to head: the file's second axis is the third here.
-    _, expected = predict.predict_array(predictor, formats.read(source).image)
+    _, expected = predictors.predict_array(predictor, formats.read(source).image)
     ours = formats.read(tmp_path / 'out' / 'scan_probability.nii.gz').image[..., 0]
     np.testing.assert_allclose(ours, expected[..., 1], atol=1e-4)
 
@@ -684,7 +679,7 @@ def test_pages_and_arrays_give_pages_and_arrays(trained, tmp_path, rng):
     first, *others = map(Image.fromarray, pages)
     first.save(tmp_path / 'in' / 'pages.tif', save_all=True, append_images=others)
     np.save(tmp_path / 'in' / 'array.npy', pages[..., None])
-    predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['mask'])
+    folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['mask'])
     mask = np.load(tmp_path / 'out' / 'array_mask.npy')
     assert mask.shape == pages.shape
     with Image.open(tmp_path / 'out' / 'pages_mask.tif') as picture:
@@ -696,16 +691,16 @@ def test_pages_and_arrays_give_pages_and_arrays(trained, tmp_path, rng):
 def test_a_full_disk_stops_it_with_one_line_and_leaves_nothing_half_written(trained, tmp_path):
     for name in ('a', 'b'):
         noise(tmp_path / 'in' / f'{name}.png', (64, 64, 3))
-    predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'compiled')
+    folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'compiled')
     with full_disk(2000), pytest.raises(DataError, match=r'can not be written .*: free some space'):
-        predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out')
+        folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out')
     for name in written(tmp_path / 'out'):  # a small mask may be whole
         Image.open(tmp_path / 'out' / name).load()
         assert not Path(name).name.startswith('.')
     assert written(tmp_path) - {f'out/{name}' for name in written(tmp_path / 'out')} == {
         'in/a.png', 'in/b.png', *(f'compiled/{n}' for n in written(tmp_path / 'compiled'))
     }  # fmt: skip
-    assert predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out') == []  # goes on
+    assert folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out') == []  # goes on
     for name in written(tmp_path / 'compiled'):
         ours, theirs = ((tmp_path / k / name).read_bytes() for k in ('out', 'compiled'))
         assert ours == theirs
@@ -716,7 +711,7 @@ def test_options_of_the_config_and_of_the_call(trained, tmp_path):
 
     def mask(**changes):
         out = tmp_path / 'out'
-        predict.predict_files(
+        folders.predict_files(
             trained[0], tmp_path / 'in', out, save=['mask'], overwrite=True, changes=changes
         )
         return np.array(Image.open(out / 'a_mask.png')) > 0
@@ -732,8 +727,8 @@ def test_options_of_the_config_and_of_the_call(trained, tmp_path):
 
 def test_an_ensemble_of_a_run_and_itself_is_the_run(trained, predictor, rng):
     image = rng.integers(0, 255, (40, 32, 3), np.uint8)
-    _, alone = predict.predict_array(predictor, image)
-    _, twice = predict.predict_array(predict.load([trained[0], trained[0]]), image)
+    _, alone = predictors.predict_array(predictor, image)
+    _, twice = predictors.predict_array(predictors.load([trained[0], trained[0]]), image)
     np.testing.assert_allclose(twice, alone, atol=1e-5)
 
 
@@ -758,35 +753,35 @@ def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained,
     with pytest.raises(
         CheckpointError, match=r'aux_head is True there, False here; model.width is'
     ):
-        predict.load([trained[0], other])
+        predictors.load([trained[0], other])
     imagenet = {'mean': [1.0] * 3, 'std': [1.0] * 3, 'trained_order': 'RGB'}
     other = save_run(tmp_path / 'weights', tiny_config(), imagenet)
     with pytest.raises(CheckpointError, match='normalised in two ways'):
-        predict.load([trained[0], other])
+        predictors.load([trained[0], other])
     other = save_run(tmp_path / 'buda', tiny_config(), 'buda')
     with pytest.raises(CheckpointError, match='normalised in two ways'):
-        predict.load([trained[0], other])
+        predictors.load([trained[0], other])
     names = tiny_config(**{'model.class_names': ('background', 'lesion')})
     named = save_run(tmp_path / 'names', names)
-    predict.load([trained[0], named])  # not part of the network
+    predictors.load([trained[0], named])  # not part of the network
     names.model.class_names = ('lesion', 'background')
     other = save_run(tmp_path / 'turned', names)
     with pytest.raises(CheckpointError, match=r"class_names is \('background', .* here"):
-        predict.load([named, other])
+        predictors.load([named, other])
 
 
 def test_channels_that_do_not_fit_are_named(trained, tmp_path, predictor):
     np.save(tmp_path / 'four.npy', np.zeros((1, 32, 32, 4), np.uint8))
-    (fault,) = predict.predict_files(trained[0], tmp_path, tmp_path / 'out')
+    (fault,) = folders.predict_files(trained[0], tmp_path, tmp_path / 'out')
     assert 'four.npy has 4 channels, the network takes 3' in fault
     grey = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1)
-    colour = predict.fit_channels(grey, 3, 'x')
+    colour = volumes.fit_channels(grey, 3, 'x')
     assert (colour == grey).all()
-    np.testing.assert_array_equal(predict.fit_channels(colour, 1, 'x'), grey)
+    np.testing.assert_array_equal(volumes.fit_channels(colour, 1, 'x'), grey)
     with pytest.raises(DataError, match='x has 3 channels, the network takes 1'):
-        predict.fit_channels(colour * np.uint8([1, 2, 1]), 1, 'x')
+        volumes.fit_channels(colour * np.uint8([1, 2, 1]), 1, 'x')
     with pytest.raises(DataError, match='is no image'):
-        predict.predict_array(predictor, np.zeros(5))
+        predictors.predict_array(predictor, np.zeros(5))
 
 
 def test_pictures_of_one_patient_that_do_not_fit_the_memory_are_refused(
@@ -794,9 +789,9 @@ def test_pictures_of_one_patient_that_do_not_fit_the_memory_are_refused(
 ):
     root = save_scenes(tmp_path, ['a_1', 'a_2', 'b_1'], [1.0, 1.0, 1.0])
     monkeypatch.setattr(limits, 'SMALL', 0)
-    monkeypatch.setattr(predict, 'free_memory', lambda: 4 * 48 * 48 - 1)
+    monkeypatch.setattr(folders, 'free_memory', lambda: 4 * 48 * 48 - 1)
     monkeypatch.setattr(limits, 'free_memory', lambda: 2**30)
-    faults = predict.predict_files(
+    faults = folders.predict_files(
         bright_run(), root / 'images', tmp_path / 'out', save=['mask'], group=NUMBERED
     )
     assert len(faults) == 2
@@ -806,9 +801,9 @@ def test_pictures_of_one_patient_that_do_not_fit_the_memory_are_refused(
 
 
 def test_threads_keep_the_order_and_pass_errors_on():
-    assert list(predict.in_threads(lambda x: x * x, range(20), 3)) == [x * x for x in range(20)]
-    assert list(predict.ahead(iter('abc'))) == ['a', 'b', 'c']
-    inverses = predict.in_threads(lambda x: 1 / (3 - x), range(10), 1)
+    assert list(threads.in_threads(lambda x: x * x, range(20), 3)) == [x * x for x in range(20)]
+    assert list(threads.ahead(iter('abc'))) == ['a', 'b', 'c']
+    inverses = threads.in_threads(lambda x: 1 / (3 - x), range(10), 1)
     assert [next(inverses) for _ in range(3)] == [1 / 3, 1 / 2, 1]
     with pytest.raises(ZeroDivisionError):
         next(inverses)
@@ -842,25 +837,25 @@ def test_a_run_on_12_bits_by_weights_keeps_their_range_and_takes_no_others(tmp_p
         }
     )  # fmt: skip
     workdir = tmp_path / 'run'
-    train.train_and_evaluate(config, str(workdir))
+    loop.train_and_evaluate(config, str(workdir))
     parts = json.loads((workdir / 'splits.json').read_text())
     pixels = [np.array(Image.open(root / 'images' / f'{n}.png')) for n in parts['train']]
     expected = np.median([np.percentile(image, (0.5, 99.5)) for image in pixels], axis=0)
     inputs = open_run(workdir, 'best').inputs
     np.testing.assert_allclose(np.ravel(inputs['range']), expected, rtol=1e-6)
-    predictor = predict.load(workdir)
+    predictor = predictors.load(workdir)
     scale = np.array(inputs['range'])
     np.testing.assert_array_equal(predictor.intensity, IMAGENET.intensity(1, scale))
     noise(tmp_path / 'eight.png', (48, 48))
-    (fault,) = predict.predict_files(workdir, tmp_path / 'eight.png', tmp_path / 'out')
+    (fault,) = folders.predict_files(workdir, tmp_path / 'eight.png', tmp_path / 'out')
     assert 'eight.png has 8 bits, the run was trained on images with values of about' in fault
     with pytest.raises(DataError, match=r'an array of shape \(48, 48\) has 8 bits'):
-        predict.predict_array(predictor, np.zeros((48, 48), np.uint8))
+        predictors.predict_array(predictor, np.zeros((48, 48), np.uint8))
     for n in range(3):
         (root / 'images' / f'p{n}.png').unlink()
         noise(root / 'images' / f'p{n}.png', (48, 48))
     with pytest.raises(DataError, match=r'3 of 8 patients have images of 8 bits \(p'):
-        train.train_and_evaluate(config, str(tmp_path / 'mixed'))
+        loop.train_and_evaluate(config, str(tmp_path / 'mixed'))
 
 
 def a_ct(path, shape=(96, 96, 40), kind=np.int16):
@@ -888,22 +883,24 @@ def test_a_volume_takes_no_more_memory_than_is_asked_for(
 ):
     """A CT of 512 x 512 x 300 in 0.7 GB, where it was 5 GB: 9 bytes a voxel for its mask."""
     path = a_ct(tmp_path / 'ct.nii.gz', kind=kind)
-    predictor = predict.Predictor(tiny_config(**{'eval.batch_size': 1, **changes}), blind, None, 3)
+    predictor = predictors.Predictor(
+        tiny_config(**{'eval.batch_size': 1, **changes}), blind, None, 3
+    )
     asked, voxels, how = [], 96 * 96 * 40, {'predictor': predictor, 'save': save}
     monkeypatch.setattr(limits, 'check_room', lambda _, needed: asked.append(needed))
     stems = {path: tmp_path / 'out' / 'ct'}
     Image.init()
     tracemalloc.start()
     try:
-        _, cases, faults = predict.read_cases(predict.Group([path]), stems=stems, **how)
+        _, cases, faults = folders.read_cases(inputs.Group([path]), stems=stems, **how)
         assert not faults
         reading = tracemalloc.get_traced_memory()[1]
         held = cases[0].pictures[0].image.nbytes
         tracemalloc.reset_peak()
-        results = predict.segment(predictor, cases, probabilities='probability' in save)
+        results = predictors.segment(predictor, cases, probabilities='probability' in save)
         predicted = [(case, *result) for case, result in zip(cases, results, strict=True)]
         note_of = {stem: lambda state: None for stem in stems.values()}
-        predict.write_results((1, predicted, []), note_of=note_of, **how)
+        results.write_results((1, predicted, []), note_of=note_of, **how)
         working = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -918,7 +915,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(bright_run, tmp_path, mo
     a_ct(tmp_path / 'in' / 'ct.nii.gz')
     monkeypatch.setattr(limits, 'SMALL', 2**18)
     monkeypatch.setattr(limits, 'free_memory', lambda: 2**20)
-    (fault,) = predict.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
+    (fault,) = folders.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
     assert 'ct.nii.gz needs 3 MB and 1 MB are free: close other programs or cut it up' in fault
     assert written(tmp_path / 'out') == {'a_mask.png'}
 
@@ -931,7 +928,7 @@ def test_what_does_not_fit_beside_others_is_done_by_itself(bright_run, tmp_path,
     monkeypatch.setattr(limits, 'SMALL', 0)
     monkeypatch.setattr(limits, 'free_memory', lambda: next(free, 2**30))
     workdir, out = bright_run(), tmp_path / 'out'
-    assert predict.predict_files(workdir, tmp_path / 'in', out, save=['mask']) == []
+    assert folders.predict_files(workdir, tmp_path / 'in', out, save=['mask']) == []
     assert written(out) == {f'{name}_mask.nii.gz' for name in 'abc'}
 
 
@@ -943,14 +940,14 @@ def test_the_slices_of_a_patient_are_measured_together_as_the_run_measures(tmp_p
     for path, image in images.items():
         Image.fromarray(image).save(path)
     paths, stems = [*images], {path: path.with_suffix('') for path in images}
-    group = predict.Group(paths[:2], paths[2:])
-    predictor = predict.Predictor(tiny_config(), None, None, 3, measured='buda')
-    _, cases, faults = predict.read_cases(group, predictor=predictor, stems=stems)
+    group = inputs.Group(paths[:2], paths[2:])
+    predictor = predictors.Predictor(tiny_config(), None, None, 3, measured='buda')
+    _, cases, faults = folders.read_cases(group, predictor=predictor, stems=stems)
     assert not faults
     first, second, third = images.values()
     expected = volumes.measure_head([np.stack([first, second]), third[None]])
     for case in cases:
         np.testing.assert_array_equal(case.intensity, expected)
-    by_itself = predict.Group(paths[:1])
-    _, (alone,), _ = predict.read_cases(by_itself, predictor=predictor, stems=stems)
+    by_itself = inputs.Group(paths[:1])
+    _, (alone,), _ = folders.read_cases(by_itself, predictor=predictor, stems=stems)
     np.testing.assert_array_equal(alone.intensity, volumes.measure_head([first[None]]))

@@ -12,15 +12,18 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pspnet_jax import models, optim, predict, train
-from pspnet_jax.compilation import jit
+from pspnet_jax import models
 from pspnet_jax.config import base, folder, lgg, phantom, validate
+from pspnet_jax.data import sources as data_sources
 from pspnet_jax.data import volumes
-from pspnet_jax.errors import ConfigError, DataError, PretrainedError, PspnetError
+from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models import backbones, weights
 from pspnet_jax.models.backbones import VGG16
 from pspnet_jax.models.weights import sources, tables, translate
-from pspnet_jax.runs import open_run
+from pspnet_jax.prediction import folders
+from pspnet_jax.runtime.compilation import jit
+from pspnet_jax.runtime.errors import ConfigError, DataError, PretrainedError, PspnetError
+from pspnet_jax.training import loop, optim, placement, start
 from tests.conftest import ROOT, SHARED, needs_shared, refused, tiny_config
 
 SHAPES = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256),
@@ -104,11 +107,11 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     )
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    state, _, inputs, _ = start.start_or_resume(config, model, tx, 3, str(tmp_path))
     expected = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     for tree in (state.params, state.ema_params):
         assert (np.asarray(tree['backbone']['conv1_1']['kernel']) == expected).all()
-    placed = train.over_mesh(lambda state, batch: (state, batch))
+    placed = placement.over_mesh(lambda state, batch: (state, batch))
     state, batch = placed.put_state(state), placed.put_batch(np.zeros((8, 1)))
     placed.compile(state, batch)[0](state, batch)
     pixel = np.array([[255, 0, 128]], np.uint8)
@@ -358,7 +361,7 @@ def test_what_starts_from_random_weights_all_the_same(caplog, changes, words):
     config = lgg.get_config()
     config.update_from_flattened_dict(changes)
     validate(config)
-    assert train.pretrained_file(config) is None
+    assert start.pretrained_file(config) is None
     assert words in caplog.text
     assert bool(words) == bool(caplog.records)
 
@@ -369,7 +372,7 @@ def test_configs_start_from_imagenet_weights_but_the_phantoms(monkeypatch):
     asked = []
     monkeypatch.setattr(weights, 'fetch_public', lambda *given: asked.append(given))
     for arg in ('', 'vgg_pspnet', 'pspnet_50', 'mobilenet_unet', 'unet', 'deeplab_v2'):
-        train.pretrained_file(lgg.get_config(arg))
+        start.pretrained_file(lgg.get_config(arg))
     files = [public.where for _, public in asked]
     names = ('resnet50', 'vgg16', 'resnet50s', 'mobilenet_v2', 'resnet101')  # none of unet
     assert files == [weights.PUBLIC[name].where for name in names]
@@ -474,7 +477,7 @@ def test_training_starts_from_the_file_that_imagenet_stands_for(
     config = lgg.get_config('vgg_pspnet')
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path))
+    state, _, inputs, _ = start.start_or_resume(config, model, tx, 3, str(tmp_path))
     kernel = state.params['backbone']['conv3_2']['kernel']
     expected = arrays['features.12.weight'].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(kernel, expected)
@@ -491,7 +494,7 @@ def test_what_can_not_be_had_is_said_before_the_data_is_read(tmp_path, monkeypat
         raise DataError('the data is read')
 
     monkeypatch.setattr(weights, 'fetch_public', missing)
-    monkeypatch.setattr(train.sources, 'load', read)
+    monkeypatch.setattr(data_sources, 'load', read)
     config, run = lgg.get_config(), tmp_path / 'run'
     for source, there, words in (
         ('', False, 'no weights'),
@@ -503,10 +506,10 @@ def test_what_can_not_be_had_is_said_before_the_data_is_read(tmp_path, monkeypat
         if there:
             (run / 'checkpoints/7').mkdir(parents=True)
         with pytest.raises(PspnetError, match=words):
-            train.train_and_evaluate(config, str(run))
+            loop.train_and_evaluate(config, str(run))
     config.model.pretrained = str(tmp_path / 'w.npz')
     with pytest.raises(PretrainedError, match=r'w\.npz is not a file'):
-        train.train_and_evaluate(config, str(tmp_path / 'other'))
+        loop.train_and_evaluate(config, str(tmp_path / 'other'))
 
 
 def test_two_sources_of_first_weights_are_one_too_many():
@@ -786,7 +789,7 @@ def test_weights_fed_0_to_255_are_scaled_to_z_scores(arrays, tmp_path):
 def test_pretrained_weights_bring_their_normalisation(pretrained_file, normalize, by_weights):
     config = tiny_config(**{'model.pretrained': pretrained_file})
     config.data.normalize = normalize
-    assert train.normalize_by_weights(config) == by_weights
+    assert start.normalize_by_weights(config) == by_weights
 
 
 def test_what_wrappers_put_in_front_is_taken_off(arrays, tmp_path):
@@ -871,7 +874,7 @@ def test_a_published_network_becomes_a_checkpoint_that_predicts(published_fcn, t
     )
     image = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / 'photo.png')
-    predict.predict_files(tmp_path / 'run', tmp_path / 'photo.png', tmp_path / 'out')
+    folders.predict_files(tmp_path / 'run', tmp_path / 'photo.png', tmp_path / 'out')
     mask = np.array(Image.open(tmp_path / 'out' / 'photo_mask.png'))
     normal = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     logits = jit(model.apply)(values, jnp.asarray(normal[None], jnp.float32))['logits']

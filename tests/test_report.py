@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import charts, evaluate, report, visualize
 from pspnet_jax.data.volumes import Volume
+from pspnet_jax.evaluation import charts, report, scores, visualize
 from tests.conftest import ROOT, tiny_config
 from tests.test_charts import RECORDS
 
@@ -51,14 +51,14 @@ def evaluated(rng):
     data = [make_volume(n, rng, depth=5 + i, lesion=n != 'none') for i, n in enumerate(names)]
     for hit, each in zip((0.2, 0.6, 0.95, 0), data, strict=True):
         each.image[..., 0] = np.where(each.mask & (rng.random(each.mask.shape) < hit), 200, 20)
-    options = evaluate.evaluate_options(tiny_config()) | {'intensity': None}
-    result = evaluate.evaluate_volumes(bright, data, **options)
+    options = scores.evaluate_options(tiny_config()) | {'intensity': None}
+    result = scores.evaluate_volumes(bright, data, **options)
     result['data'] |= {'source': HOSTILE, 'split': 'test'}
     result['checkpoint'] = {'step': 7, 'config': {'model': {'name': 'pspnet'}}}
     cases = []
     for role, row in report.extremes(result['patients']):
         volume = data[names.index(row['patient'])]
-        found = evaluate.predict_foreground(bright, volume, **HOW)
+        found = scores.predict_foreground(bright, volume, **HOW)
         cases.append((role, report.make_case(volume, *found)))
     return result, cases
 

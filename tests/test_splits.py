@@ -10,7 +10,7 @@ from PIL import Image
 
 from pspnet_jax.config import base
 from pspnet_jax.data import folder, phantom, sources, splits, volumes
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 SITES = {'DU': 45, 'HT': 34, 'CS': 16, 'FG': 14, 'EZ': 1}
 PATIENTS = [f'TCGA_{site}_{1000 + i}_19990101' for site, n in SITES.items() for i in range(n)]

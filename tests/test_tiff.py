@@ -9,7 +9,7 @@ from PIL import Image
 
 from pspnet_jax.data import formats
 from pspnet_jax.data.formats import flat, tiff
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 Z, C, H, W = 4, 3, 6, 7
 

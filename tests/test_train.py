@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, compilation, evaluate, infer, log, losses, models, optim, train
+from pspnet_jax import models
 from pspnet_jax.config import base
 from pspnet_jax.data import phantom, pipeline, sources, volumes
-from pspnet_jax.errors import CheckpointError, ConfigError, NonFiniteLossError
+from pspnet_jax.evaluation import protocol
+from pspnet_jax.inference import infer
+from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models import convolution, unet
-from pspnet_jax.runs import open_run
+from pspnet_jax.runtime import checkpoint, compilation, log
+from pspnet_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteLossError
+from pspnet_jax.training import loop, losses, optim, placement, start, update
 from tests.conftest import PSPNET, tiny_config
 from tests.test_folder import BOXES, annotate, squares
 
@@ -26,7 +30,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
     workdir, evaluation = trained
     power_cut(tiny_config(), tmp_path, steps=3)
     assert checkpoint.steps(tmp_path)[-1] == 3
-    resumed = train.train_and_evaluate(tiny_config(), str(tmp_path))
+    resumed = loop.train_and_evaluate(tiny_config(), str(tmp_path))
 
     # The digests cover parameters, batch statistics, their average and the optimiser's state.
     parts = {'params', 'batch_stats', 'ema_params', 'opt_state'}
@@ -59,21 +63,21 @@ def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monke
         return load(config, *arguments)
 
     monkeypatch.setattr(sources, 'load', load)
-    train.train_and_evaluate(config, run)
+    loop.train_and_evaluate(config, run)
     assert config.model.class_names == ()  # the caller's own
     assert open_run(run).config.model.class_names == named
-    monkeypatch.setattr(train, 'evaluate_checkpoint', lambda *_, **__: None)
+    monkeypatch.setattr(loop, 'evaluate_checkpoint', lambda *_, **__: None)
     config.train.steps = 2
-    train.train_and_evaluate(config, run)
+    loop.train_and_evaluate(config, run)
     assert read_with == [(), named, named]  # to train, to evaluate, to go on
 
     def see(predict_fn, data, **options):
         seen.extend(data)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, 'evaluate_volumes', see)
+    monkeypatch.setattr(protocol, 'evaluate_volumes', see)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate_checkpoint(run, data=str(tmp_path / 'test'))
+        protocol.evaluate_checkpoint(run, data=str(tmp_path / 'test'))
     for volume in seen:
         np.testing.assert_array_equal(volume.mask[0], squares('muscle', 'tumor'))
     assert len(seen) == 6
@@ -81,14 +85,14 @@ def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monke
 
 def test_names_that_a_run_has_stay(tmp_path):
     config = tiny_config(**{'model.class_names': ('background', 'lesion')})
-    assert train.name_classes(config, ('background', 'tumor')) is config
+    assert start.name_classes(config, ('background', 'tumor')) is config
     config = tiny_config()
-    assert train.name_classes(config, ()) is config
-    assert train.name_classes(config, ('a', 'b', 'c')) is config  # of another model
-    assert train.name_classes(config, ('a', 'b')).model.class_names == ('a', 'b')
+    assert start.name_classes(config, ()) is config
+    assert start.name_classes(config, ('a', 'b', 'c')) is config  # of another model
+    assert start.name_classes(config, ('a', 'b')).model.class_names == ('a', 'b')
     with pytest.raises(ConfigError, match='in one line'):
-        train.name_classes(config, ('a', 'b\n'))
-    assert train.stored_class_names(str(tmp_path)) == ()
+        start.name_classes(config, ('a', 'b\n'))
+    assert start.stored_class_names(str(tmp_path)) == ()
 
 
 def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):
@@ -98,7 +102,7 @@ def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):
     """
     workdir, host = tmp_path / 'device', tmp_path / 'host'
     config = tiny_config(**{'optim.name': 'sgd'})
-    evaluation = train.train_and_evaluate(config, str(host))
+    evaluation = loop.train_and_evaluate(config, str(host))
     config.data.cache, config.train.steps_per_call, config.train.checkpoint_every = 'device', 2, 2
     real = pipeline.rows
 
@@ -108,10 +112,10 @@ def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, 'rows', power_cut)
     with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(config, str(workdir))
+        loop.train_and_evaluate(config, str(workdir))
     monkeypatch.undo()
     assert checkpoint.steps(workdir)[-1] == 2
-    result = train.train_and_evaluate(config, str(workdir))
+    result = loop.train_and_evaluate(config, str(workdir))
     for mine, other in zip(result['patients'], evaluation['patients'], strict=True):
         assert mine['dice'] == pytest.approx(other['dice'], abs=1e-3)
     ours, theirs = (
@@ -136,12 +140,12 @@ def test_three_updates_in_one_program_equal_three_programs(rng):
     store = pipeline.store(slices, None)
     model = models.create('unet_mini', num_classes=2, width=4)
     state, step = sgd_step(model)
-    alone, together = train.over_mesh(step), train.over_mesh_cached(step, store)
+    alone, together = placement.over_mesh(step), placement.over_mesh_cached(step, store)
     one, three = (jax.tree.map(jnp.copy, state) for _ in range(2))
     losses = []
     for batch_rows in rows:
         batch = next(batches)
-        gathered = compilation.jit(train.gather)(store, batch_rows)
+        gathered = compilation.jit(placement.gather)(store, batch_rows)
         for key in batch:
             np.testing.assert_array_equal(gathered[key], batch[key])
         one, metrics = alone.compile(one, batch)[0](one, batch)
@@ -165,12 +169,12 @@ def test_no_window_of_max_pooling_loses_its_gradient(monkeypatch):
         monkeypatch.setattr(unet, 'max_pool', max_pool)
         model = models.create(**config.model)
         tx, _ = optim.create(steps=4, **config.optim)
-        state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+        state = update.create_state(model, tx, seed=0, channels=3, ema=False)
         step = functools.partial(
-            train.train_step, model=model, tx=tx, seed=0, augment_options={},
+            update.train_step, model=model, tx=tx, seed=0, augment_options={},
             loss_options=config.loss.to_dict(), remat='pointwise',
         )  # fmt: skip
-        compiled, _ = train.over_mesh(step).compile(state, batch)
+        compiled, _ = placement.over_mesh(step).compile(state, batch)
         for _ in range(3):
             state, metrics = compiled(state, batch)
             norms.append(float(metrics['gradient_norm'][0]))
@@ -199,7 +203,7 @@ def test_rematerialised_gradients_are_the_same(rng):
 def test_a_finished_run_is_evaluated_again_and_not_trained(trained, tmp_path):
     workdir, evaluation = trained
     before = (workdir / 'metrics.jsonl').read_text()
-    again = train.train_and_evaluate(tiny_config(), str(workdir))
+    again = loop.train_and_evaluate(tiny_config(), str(workdir))
     assert again['patients'] == evaluation['patients']
     assert (workdir / 'metrics.jsonl').read_text() == before
 
@@ -241,7 +245,7 @@ def test_another_models_workdir_is_refused(trained):
     workdir, _ = trained
     config = tiny_config(**PSPNET, **{'model.width': 8})
     with pytest.raises(CheckpointError) as caught:
-        train.train_and_evaluate(config, str(workdir))
+        loop.train_and_evaluate(config, str(workdir))
     assert "model.backbone is None there, 'resnet18' here" in str(caught.value)
     assert 'model.width is 16 there, 8 here' in str(caught.value)
 
@@ -249,7 +253,7 @@ def test_another_models_workdir_is_refused(trained):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     config = tiny_config(**{'optim.learning_rate': 1e30, 'optim.clip_norm': 0.0})
     with pytest.raises(NonFiniteLossError, match=r'step \d: .*optim\.learning_rate'):
-        train.train_and_evaluate(config, str(tmp_path))
+        loop.train_and_evaluate(config, str(tmp_path))
     for step in checkpoint.steps(tmp_path):
         lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
         assert step <= max(json.loads(line)['step'] for line in lines)
@@ -258,16 +262,16 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: 3)
     with pytest.raises(ConfigError, match='batch_size 4 does not divide over 3 devices'):
-        train.train_and_evaluate(tiny_config(), str(tmp_path))
+        loop.train_and_evaluate(tiny_config(), str(tmp_path))
 
 
 def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
     """Two validations without a better Dice: the best is kept, and the run stays stopped."""
     dice = iter([0.5, 0.6, 0.6, 0.4, 0.9])
-    monkeypatch.setattr(train, 'validate_volumes', lambda *_: next(dice))
+    monkeypatch.setattr(loop, 'validate_volumes', lambda *_: next(dice))
     changes = {'train.patience': 2, 'train.validate_every': 1, 'train.steps': 9}
     for _ in range(2):
-        train.train_and_evaluate(tiny_config(**changes), str(tmp_path))
+        loop.train_and_evaluate(tiny_config(**changes), str(tmp_path))
         assert checkpoint.steps(tmp_path)[-1] == 4
         assert checkpoint.metadata(tmp_path, 4)['progress'] == {
             'best_dice': 0.6,
@@ -280,7 +284,7 @@ def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
 @pytest.mark.newest
 def test_pmap_trains_and_checkpoints_like_jit(trained, tmp_path):
     """On one device: the same run to rounding (tests/test_parallel.py has eight)."""
-    train.train_and_evaluate(tiny_config(parallel='pmap'), str(tmp_path))
+    loop.train_and_evaluate(tiny_config(parallel='pmap'), str(tmp_path))
     ours, theirs = (
         [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
         for folder in (tmp_path, trained[0])
@@ -302,9 +306,9 @@ class Pixelwise(nn.Module):
 def one_step(accumulate, loss_options, batch):
     model = Pixelwise()
     tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
-    state = train.create_state(model, tx, seed=0, channels=3, ema=True)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=True)
     step = functools.partial(
-        train.train_step,
+        update.train_step,
         model=model,
         tx=tx,
         loss_options=loss_options,
@@ -322,9 +326,9 @@ CE_ONLY = {**base.get_config().loss.to_dict(), 'dice': 0.0}
 def sgd_step(model, **options):
     """A state of `model`, and its step with cross-entropy, without dropout's noise."""
     tx, _ = optim.create('sgd', steps=9, learning_rate=0.01, schedule='constant')
-    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=False)
     step = functools.partial(
-        train.train_step, model=model, tx=tx, loss_options=CE_ONLY, augment_options={'flip': 0.5},
+        update.train_step, model=model, tx=tx, loss_options=CE_ONLY, augment_options={'flip': 0.5},
         seed=0, **options,
     )  # fmt: skip
     return state, step
@@ -354,9 +358,9 @@ def test_randomness_is_of_the_seed_and_the_step(rng):
     def loss(step, seed):
         model = Pixelwise()
         tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
-        state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+        state = update.create_state(model, tx, seed=0, channels=3, ema=False)
         options = {'model': model, 'tx': tx, 'loss_options': CE_ONLY, 'seed': seed}
-        run = functools.partial(train.train_step, augment_options={'noise': 0.5}, **options)
+        run = functools.partial(update.train_step, augment_options={'noise': 0.5}, **options)
         return float(compilation.jit(run)(state.replace(step=jnp.int32(step)), batch)[1]['loss'])
 
     assert loss(3, 0) == loss(3, 0)
@@ -377,7 +381,7 @@ def test_the_loss_is_the_weighted_sum_and_the_auxiliary(rng):
 
     def loss(out, **weights):
         options = {**nothing, **weights}
-        return float(train.segmentation_loss(out, batch['mask'], axis_name=None, **options))
+        return float(update.segmentation_loss(out, batch['mask'], axis_name=None, **options))
 
     alone = {name: loss({'logits': logits}, **{name: 1.0}) for name in losses.TERMS}
     assert len({round(value, 6) for value in alone.values()} | {0.0}) == len(losses.TERMS) + 1
@@ -394,7 +398,7 @@ def test_quarter_size_logits_meet_the_labels_at_the_centres_of_their_cells(rng):
     logits = 100.0 * jax.nn.one_hot(small, 2)
     options = {**CE_ONLY, 'axis_name': None}
     out = {'logits': logits}
-    assert float(train.segmentation_loss(out, jnp.asarray(labels), **options)) < 1e-6
+    assert float(update.segmentation_loss(out, jnp.asarray(labels), **options)) < 1e-6
 
 
 class Constant:
@@ -419,7 +423,7 @@ def test_a_perfect_map_at_a_quarter_of_the_size_is_enlarged_to_where_it_belongs(
         mask = ((rows - place[0]) ** 2 + (columns - place[1]) ** 2 < 10**2).astype(np.int32)
         cells = [n // 4 for n in size]
 
-        labels = train.labels_at(jnp.asarray(mask[None]), cells)
+        labels = update.labels_at(jnp.asarray(mask[None]), cells)
         model = Constant(100.0 * jax.nn.one_hot(labels, 2))
         image = np.zeros((1, *size, 1), np.float32)
         prob = infer.probabilities({}, jnp.asarray(image), model=model)
@@ -434,9 +438,9 @@ def test_what_augmentation_fills_in_counts_in_no_loss(rng, ignore_label):
     batch = batch_of(rng)
     options = {**CE_ONLY, 'dice': 1.0, 'ignore_label': ignore_label}
     model, (tx, _) = Pixelwise(), optim.create('sgd', steps=2, learning_rate=0.1)
-    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=False)
     step = functools.partial(
-        train.train_step, model=model, tx=tx, loss_options=options,
+        update.train_step, model=model, tx=tx, loss_options=options,
         augment_options={'rotate': 45.0, 'scale': 0.5}, seed=0,
     )  # fmt: skip
     _, metrics = compilation.jit(step)(state, batch)

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import checkpoint, models, optim, train, transfer
-from pspnet_jax.compilation import jit
-from pspnet_jax.config import to_dict
-from pspnet_jax.errors import CheckpointError, ConfigError
+from pspnet_jax import models
+from pspnet_jax.config import to_dict, validate
+from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models import weights
 from pspnet_jax.models.weights import tables
-from pspnet_jax.runs import open_run
+from pspnet_jax.runtime import checkpoint
+from pspnet_jax.runtime.compilation import jit
+from pspnet_jax.runtime.errors import CheckpointError, ConfigError
+from pspnet_jax.training import loop, optim, start, transfer, update
 from tests.conftest import PSPNET, tiny_config
 from tests.test_train import CE_ONLY, Pixelwise, batch_of
 
@@ -22,7 +24,7 @@ from tests.test_train import CE_ONLY, Pixelwise, batch_of
 def new_state(config, channels=3, seed=7):
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    return train.create_state(model, tx, seed=seed, channels=channels, ema=False)
+    return update.create_state(model, tx, seed=seed, channels=channels, ema=False)
 
 
 def write_run(workdir, channels=3, normalization=None, scale=None, **changes):
@@ -40,11 +42,11 @@ def write_run(workdir, channels=3, normalization=None, scale=None, **changes):
 
 
 def started(workdir, channels=3, **changes):
-    """What `train.start_or_resume` makes of a config: (state, inputs)."""
+    """What `start.start_or_resume` makes of a config: (state, inputs)."""
     config = tiny_config(**changes)
     model = models.create(**config.model)
     tx, _ = optim.create(steps=4, **config.optim)
-    state, _, inputs, _ = train.start_or_resume(config, model, tx, channels, str(workdir))
+    state, _, inputs, _ = start.start_or_resume(config, model, tx, channels, str(workdir))
     return state, inputs
 
 
@@ -169,7 +171,7 @@ def test_normalisation_comes_along_and_a_contradiction_is_said(
 ):
     write_run(tmp_path / 'a', normalization=there)
     said = []
-    monkeypatch.setattr(train.logger, 'warning', lambda *words: said.append(words))
+    monkeypatch.setattr(start.logger, 'warning', lambda *words: said.append(words))
     changes = {'train.init_from': str(tmp_path / 'a'), 'data.normalize': asked}
     _, inputs = started(tmp_path / 'b', **changes)
     assert json.loads(json.dumps(inputs)) == json.loads(
@@ -184,7 +186,7 @@ def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog)
     tx, _ = optim.create(steps=4, **config.optim)
     scale = np.float32([[-1000] * 3, [1200] * 3])
     with caplog.at_level('INFO'):
-        state, _, inputs, _ = train.start_or_resume(
+        state, _, inputs, _ = start.start_or_resume(
             config, model, tx, 3, str(tmp_path), lambda: scale
         )
     assert 'after -1000 to 1200, measured over the training images, became 0 to 255' in caplog.text
@@ -196,11 +198,11 @@ def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog)
         open_run(tmp_path).intensity, weights.IMAGENET.intensity(3, scale)
     )
     # Going on keeps it, whatever the images would give now.
-    _, _, again, _ = train.start_or_resume(config, model, tx, 3, str(tmp_path), lambda: 9 * scale)
+    _, _, again, _ = start.start_or_resume(config, model, tx, 3, str(tmp_path), lambda: 9 * scale)
     np.testing.assert_array_equal(again['range'], scale)
     # By volume there is none to keep.
     config.data.normalize = 'volume'
-    _, _, inputs, _ = train.start_or_resume(
+    _, _, inputs, _ = start.start_or_resume(
         config, model, tx, 3, str(tmp_path / 'b'), lambda: scale
     )
     assert 'range' not in inputs
@@ -228,7 +230,7 @@ def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
 def test_two_first_weights_are_refused():
     config = tiny_config(**{'train.init_from': 'a', 'model.pretrained': 'b'})
     with pytest.raises(ConfigError, match=r'init_from and model\.pretrained both give'):
-        train.train_and_evaluate(config, 'never')
+        loop.train_and_evaluate(config, 'never')
 
 
 # ---- a teacher --------------------------------------------------------------------------
@@ -241,10 +243,10 @@ def teach(batch, *, teacher_seed, teacher=None, **options):
     """One step of SGD of `Pixelwise` under a teacher of the same kind."""
     model = Pixelwise()
     tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
-    state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=False)
     taught = model.init(jax.random.key(teacher_seed), batch['image'])
     step = functools.partial(
-        train.train_step,
+        update.train_step,
         model=model,
         tx=tx,
         augment_options={},
@@ -300,7 +302,7 @@ def test_coarse_students_meet_a_teacher_of_full_size(rng):
     fine = jnp.asarray(rng.standard_normal((1, 16, 16, 2)), jnp.float32)
     coarse = jnp.asarray(rng.standard_normal((1, 4, 4, 2)), jnp.float32)
     options = {**DISTILL, 'loss': 'l2', 'ignore_label': 255, 'axis_name': None}
-    loss = train.teacher_losses(coarse, None, fine, None, jnp.asarray(labels), **options)
+    loss = update.teacher_losses(coarse, None, fine, None, jnp.asarray(labels), **options)
     # The four pixels in the middle of 4 x 4.
     middle = fine.reshape(1, 4, 4, 4, 4, 2)[:, :, 1:3, :, 1:3].mean((2, 4))
     goal = jax.nn.softmax(middle)
@@ -321,10 +323,10 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
         },
     )
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
-    train.train_and_evaluate(config, str(whole))
+    loop.train_and_evaluate(config, str(whole))
     power_cut(config, halves, steps=1)
     assert checkpoint.steps(halves)[-1] == 1
-    train.train_and_evaluate(config, str(halves))
+    loop.train_and_evaluate(config, str(halves))
     digests = [checkpoint.metadata(folder, 2)['sha256'] for folder in (whole, halves)]
     assert digests[0] == digests[1]
     assert set(digests[0]) == {'params', 'batch_stats', 'opt_state'}
@@ -375,14 +377,14 @@ def test_a_teacher_of_another_kind_is_refused(tmp_path, run, changes, words):
     write_run(tmp_path / 'teacher', **run)
     config = tiny_config(**{'distill.teacher': str(tmp_path / 'teacher'), **changes})
     with pytest.raises(ConfigError, match=words):
-        train.train_and_evaluate(config, str(tmp_path / 'run'))
+        loop.train_and_evaluate(config, str(tmp_path / 'run'))
 
 
 def test_a_teacher_alone_is_enough_and_without_weight_too_little(trained):
     alone = {'distill.teacher': 'runs/a', 'loss.cross_entropy': 0.0, 'loss.dice': 0.0}
-    train.validate(tiny_config(**alone))
+    validate(tiny_config(**alone))
     with pytest.raises(ConfigError, match=r'distill\.weight and distill\.pairwise are both 0'):
-        train.validate(tiny_config(**alone, **{'distill.weight': 0.0}))
+        validate(tiny_config(**alone, **{'distill.weight': 0.0}))
 
 
 # ---- hooks ------------------------------------------------------------------------------
@@ -391,7 +393,7 @@ def test_a_teacher_alone_is_enough_and_without_weight_too_little(trained):
 def test_hooks_hear_everything_and_take_nothing_away(trained, tmp_path):
     """The run with them is, to the bit, the one without."""
     records, validated = [], []
-    train.train_and_evaluate(
+    loop.train_and_evaluate(
         tiny_config(),
         str(tmp_path),
         augment_fn=lambda key, image_HWC, mask_HW: (image_HWC, mask_HW),
@@ -418,10 +420,10 @@ def test_a_function_of_ones_own_comes_behind_the_crop_with_a_key_an_example(rng)
     def loss(augment_fn, seed=0):
         model = Pixelwise()
         tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
-        state = train.create_state(model, tx, seed=0, channels=3, ema=False)
+        state = update.create_state(model, tx, seed=0, channels=3, ema=False)
         options = {'model': model, 'tx': tx, 'loss_options': CE_ONLY, 'seed': seed}
         step = functools.partial(
-            train.train_step, augment_options={'crop': 4}, augment_fn=augment_fn, **options
+            update.train_step, augment_options={'crop': 4}, augment_fn=augment_fn, **options
         )
         return float(jit(step)(state, batch)[1]['loss'])
 

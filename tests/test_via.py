@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import text
 from pspnet_jax.data import formats
 from pspnet_jax.data.formats import annotations, flat, outlines, via
-from pspnet_jax.errors import ConfigError, DataError
+from pspnet_jax.runtime import text
+from pspnet_jax.runtime.errors import ConfigError, DataError
 from tests.conftest import ROOT
 
 SIZE = (20, 24)  # H, W
@@ -1021,7 +1021,7 @@ def test_mutated_files_give_masks_or_a_message(tmp_path, tool):
 
 
 def test_the_command_writes_masks_or_one_line(tmp_path, images):
-    def command(*arguments, module='pspnet_jax.data.formats.via'):
+    def command(*arguments, module='pspnet_jax.rasterize'):
         return subprocess.run(
             [sys.executable, '-m', module, *arguments],
             cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -1038,7 +1038,7 @@ def test_the_command_writes_masks_or_one_line(tmp_path, images):
 
     before = tree_of(tmp_path / 'masks')
     done = command(*given, '--classes=tumor=3, edema=1', module='pspnet_jax.data.via')
-    assert 'pspnet_jax.data.via is now pspnet_jax.data.formats.via' in done.stderr
+    assert 'pspnet_jax.data.via is now pspnet_jax.rasterize' in done.stderr
     assert (done.returncode, tree_of(tmp_path / 'masks')) == (0, before)
 
     refused = command(*given[:2], f'--out={tmp_path / "other"}', '--classes=tumor=3')

@@ -7,9 +7,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from pspnet_jax import predict
 from pspnet_jax.data.formats import video
-from pspnet_jax.errors import DataError
+from pspnet_jax.inference import predictors
+from pspnet_jax.prediction import folders, videos
+from pspnet_jax.runtime.errors import DataError
 from tests.conftest import tiny_config
 from tests.test_predict import full_disk, written
 
@@ -96,7 +97,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, rng):
 
 @pytest.fixture(scope='module')
 def predictor(trained):
-    return predict.load(trained[0])
+    return predictors.load(trained[0])
 
 
 def test_a_video_becomes_videos_frame_by_frame(trained, predictor, tmp_path, capsys):
@@ -104,7 +105,7 @@ def test_a_video_becomes_videos_frame_by_frame(trained, predictor, tmp_path, cap
     source = make(tmp_path / 'in' / 'clip.mp4', [picture(n) for n in range(frames)])
     save = ['mask', 'probability', 'overlay', 'panels']
     out = tmp_path / 'out'
-    assert predict.predict_files(trained[0], tmp_path / 'in', out, save=save) == []
+    assert folders.predict_files(trained[0], tmp_path / 'in', out, save=save) == []
     assert f'clip.mp4: {frames} frames of 29.97 a second' in capsys.readouterr().out
     assert written(out) == {
         'clip_mask.mkv', 'clip_probability.mkv', 'clip_overlay.mp4', 'clip_panels.mp4'
@@ -118,14 +119,14 @@ def test_a_video_becomes_videos_frame_by_frame(trained, predictor, tmp_path, cap
     _, _, images = read(source)
     _, _, probs = read(out / 'clip_probability.mkv')
     _, _, masks = read(out / 'clip_mask.mkv')
-    scale = predict._case(predictor, np.stack(images)).intensity
+    scale = predictors.case_of(predictor, np.stack(images)).intensity
     for image, prob, mask in zip(images, probs, masks, strict=True):
-        case = predict.Case(image[None], scale)
-        ((labels, expected),) = predict.segment(predictor, [case], probabilities=True)
+        case = predictors.Case(image[None], scale)
+        ((labels, expected),) = predictors.segment(predictor, [case], probabilities=True)
         np.testing.assert_allclose(prob[..., 0] / 255, expected[0, ..., 1], atol=0.003)
         np.testing.assert_array_equal(mask[..., 0], 255 * labels[0])
     before = {name: (out / name).stat().st_mtime_ns for name in written(out)}
-    predict.predict_files(trained[0], tmp_path / 'in', out, save=save)
+    folders.predict_files(trained[0], tmp_path / 'in', out, save=save)
     assert before == {name: (out / name).stat().st_mtime_ns for name in written(out)}
 
 
@@ -135,7 +136,7 @@ def bright(images):
     return np.stack([1 - share, share], axis=-1).astype(np.float32)
 
 
-BRIGHT = predict.Predictor(tiny_config(), bright, None, 3)
+BRIGHT = predictors.Predictor(tiny_config(), bright, None, 3)
 
 
 def black_at_first(black, lit):
@@ -155,7 +156,7 @@ def masks(path):
 def test_a_black_start_does_not_set_the_scale(tmp_path, black):
     lit = black + 10
     source = make(tmp_path / 'a.mkv', black_at_first(black, lit), exact=True)
-    predict.predict_video(BRIGHT, source, tmp_path / 'a', save=['mask'])
+    videos.predict_video(BRIGHT, source, tmp_path / 'a', save=['mask'])
     found = masks(tmp_path / 'a_mask.mkv')[black:]
     assert len(found) == lit
     assert found[:, :, 32:].all()
@@ -163,12 +164,12 @@ def test_a_black_start_does_not_set_the_scale(tmp_path, black):
 
 
 def test_the_frames_that_a_scale_is_measured_on_are_spread_over_all():
-    seen = predict.Spread()
+    seen = videos.Spread()
     for n in range(1000):
         seen.add(np.full((300, 400, 3), n % 256, np.uint8))
     assert (seen.count, len(seen.frames)) == (1000, 63)
     assert {int(frame.max()) for frame in seen.frames} == {n % 256 for n in range(0, 1000, 16)}
-    assert max(frame[..., 0].size for frame in seen.frames) <= predict.FRAME_PIXELS
+    assert max(frame[..., 0].size for frame in seen.frames) <= videos.FRAME_PIXELS
 
 
 def test_a_cameras_scale_follows_its_frames_and_that_is_said(tmp_path, monkeypatch, caplog):
@@ -176,7 +177,7 @@ def test_a_cameras_scale_follows_its_frames_and_that_is_said(tmp_path, monkeypat
     reading = video.reading
     monkeypatch.setattr(video, 'reading', lambda camera: reading(source))
     with caplog.at_level('INFO'):
-        predict.predict_video(BRIGHT, 0, tmp_path / 'camera', save=['mask'], limit=24)
+        videos.predict_video(BRIGHT, 0, tmp_path / 'camera', save=['mask'], limit=24)
     monkeypatch.undo()
     assert 'camera 0: its intensity scale is that of the frames so far' in caplog.text
     assert masks(tmp_path / 'camera_mask.mkv')[-4:].mean((0, 1)).tolist() == 32 * [0] + 32 * [1]
@@ -214,7 +215,7 @@ def test_a_video_that_was_cut_off_is_an_error_with_its_frames_counted(
     with pytest.raises(
         DataError, match=r'ends early: (\d+) of (60|an unknown number of) frames'
     ) as e:
-        predict.predict_video(BRIGHT, path, tmp_path / 'out' / 'x', save=['mask'])
+        videos.predict_video(BRIGHT, path, tmp_path / 'out' / 'x', save=['mask'])
     there = int(re.search(r'early: (\d+)', str(e.value))[1])
     assert 60 * share - 12 < there < 60 * share + 4
     assert not (tmp_path / 'out').exists()
@@ -247,11 +248,11 @@ def test_a_video_that_lacks_only_its_index_is_read_whole(tmp_path, caplog):
 
 
 def test_a_cut_video_among_others_is_the_fault_of_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predict, 'load', lambda *_: BRIGHT)
+    monkeypatch.setattr(predictors, 'load', lambda *_: BRIGHT)
     cut = make(tmp_path / 'in' / 'cut.mkv', [picture(n) for n in range(20)], exact=True)
     cut.write_bytes(cut.read_bytes()[:-9000])
     make(tmp_path / 'in' / 'whole.mp4', [picture(n) for n in range(5)])
-    (fault,) = predict.predict_files('run', tmp_path / 'in', tmp_path / 'out', save=['mask'])
+    (fault,) = folders.predict_files('run', tmp_path / 'in', tmp_path / 'out', save=['mask'])
     assert 'cut.mkv ends early' in fault
     assert written(tmp_path / 'out') == {'whole_mask.mkv'}
 
@@ -260,7 +261,7 @@ def test_a_bad_video_stops_no_other_and_leaves_nothing(trained, tmp_path):
     (tmp_path / 'in').mkdir()
     (tmp_path / 'in' / 'bad.avi').write_bytes(b'RIFF no')
     make(tmp_path / 'in' / 'good.mp4', [picture(0)])
-    (fault,) = predict.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['mask'])
+    (fault,) = folders.predict_files(trained[0], tmp_path / 'in', tmp_path / 'out', save=['mask'])
     assert 'bad.avi is not a readable video' in fault
     assert written(tmp_path / 'out') == {'good_mask.mkv'}
 
@@ -269,16 +270,16 @@ def test_a_video_without_frames_is_named_with_a_remedy(predictor, tmp_path, monk
     source = make(tmp_path / 'empty.mp4', [picture(0)])
     monkeypatch.setattr(video, '_frames', lambda *arguments: iter(()))
     with pytest.raises(DataError, match=r'empty.mp4 has no frame that can be read: record'):
-        predict.predict_video(predictor, source, tmp_path / 'out' / 'empty')
+        videos.predict_video(predictor, source, tmp_path / 'out' / 'empty')
     assert not (tmp_path / 'out').exists()
 
 
 def test_a_limit_and_an_interrupted_camera_end_whole(predictor, tmp_path, monkeypatch):
     source = make(tmp_path / 'a.mp4', [picture(n) for n in range(12)])
-    speed = predict.predict_video(predictor, source, tmp_path / 'short', save=['mask'], limit=5)
+    speed = videos.predict_video(predictor, source, tmp_path / 'short', save=['mask'], limit=5)
     assert speed.frames == len(read(tmp_path / 'short_mask.mkv')[2]) == 5
 
-    segment, calls = predict.segment, []
+    segment, calls = predictors.segment, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -286,13 +287,13 @@ def test_a_limit_and_an_interrupted_camera_end_whole(predictor, tmp_path, monkey
             raise KeyboardInterrupt
         return segment(*arguments, **options)
 
-    monkeypatch.setattr(predict, 'segment', interrupted)
+    monkeypatch.setattr(videos, 'segment', interrupted)
     with pytest.raises(KeyboardInterrupt):  # a file that is not whole is not finished
-        predict.predict_video(predictor, source, tmp_path / 'file', save=['mask'])
+        videos.predict_video(predictor, source, tmp_path / 'file', save=['mask'])
     assert not list(tmp_path.glob('*file*'))
     reading = video.reading
     monkeypatch.setattr(video, 'reading', lambda camera: reading(source))
     calls.clear()
-    speed = predict.predict_video(predictor, 0, tmp_path / 'camera', save=['mask'])
+    speed = videos.predict_video(predictor, 0, tmp_path / 'camera', save=['mask'])
     monkeypatch.undo()
     assert speed.frames == len(read(tmp_path / 'camera_mask.mkv')[2]) >= 4

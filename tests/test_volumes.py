@@ -11,8 +11,8 @@ from scipy import ndimage
 
 from pspnet_jax.data import phantom, volumes
 from pspnet_jax.data.formats import limits
-from pspnet_jax.errors import DataError
 from pspnet_jax.models.weights.tables import CAFFE, IMAGENET
+from pspnet_jax.runtime.errors import DataError
 from tests.conftest import ROOT
 
 

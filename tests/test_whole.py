@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import checkpoint, export, manifest
 from pspnet_jax.data import formats
 from pspnet_jax.data.formats import video
+from pspnet_jax.prediction import manifest
+from pspnet_jax.runtime import checkpoint
+from pspnet_jax.serving import export, read
 from tests import test_via as drawn
 from tests.conftest import ROOT
 
@@ -148,7 +150,7 @@ def test_pictures_go_through_every_command(own):
         assert Image.open(root / 'out' / f'{stem}_overlay.png').mode == 'RGB'
     for fmt in ('stablehlo', 'savedparams'):
         ok('export', f'--workdir={workdir}', f'--format={fmt}', '--size=40,48')
-        served, _ = export.read(workdir / export.FILES[fmt])
+        served, _ = read.read(workdir / export.FILES[fmt])
         image, _ = pixels(boxes()['p3'])
         labels = served(image[None])[0].argmax(-1)
         mask = np.array(Image.open(root / 'out' / 'p3_mask.png')) > 0
@@ -314,7 +316,7 @@ def shape(**changes):
 def test_a_bad_drawing_is_one_line_and_no_mask(pictures, tmp_path, name, regions, words):
     drawn.write(tmp_path / 'via.json', {'x1': {'filename': name, 'size': 1, 'regions': regions}})
     before = snapshot(tmp_path)
-    done = run('data.formats.via', f'--annotations={tmp_path / "via.json"}',
+    done = run('rasterize', f'--annotations={tmp_path / "via.json"}',
                f'--images={pictures / "images"}', f'--out={tmp_path / "masks"}')  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     assert done.returncode == 1
@@ -328,7 +330,7 @@ def test_an_outline_that_crosses_itself_is_named_and_taken(pictures, tmp_path):
     drawn.write(
         tmp_path / 'via.json', {'x1': {'filename': 'p1.png', 'size': 1, 'regions': regions}}
     )
-    told = ok('data.formats.via', f'--annotations={tmp_path / "via.json"}',
+    told = ok('rasterize', f'--annotations={tmp_path / "via.json"}',
               f'--images={pictures / "images"}', f'--out={tmp_path / "masks"}')  # fmt: skip
     assert "'p1.png', region 1 crosses itself: what is enclosed twice is outside; draw it" in told
     assert (tmp_path / 'masks' / 'p1.png').exists()
@@ -359,7 +361,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(own, tmp_path, comman
                    f'--output={tmp_path / "out" / "model.safetensors"}'),
         'check': ('check', '--config=configs/folder.py', f'--config.data.source={root}',
                   '--config.data.masks=binary', f'--out={tmp_path / "out"}'),
-        'via': ('data.formats.via', f'--annotations={root / "coco.json"}',
+        'via': ('rasterize', f'--annotations={root / "coco.json"}',
                 f'--images={root / "images"}', f'--out={tmp_path / "out"}'),
     }[command]  # fmt: skip
     before = snapshot(tmp_path)

@@ -10,7 +10,7 @@ from absl import flags
 
 from pspnet_jax.config import base
 from pspnet_jax.config.rules import RULES, nearest
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.runtime.errors import ConfigError
 
 HERE = Path(__file__).parent
 PAGES = ('phantom', 'lgg', 'folder')  # configs of the package, named without a path

@@ -8,17 +8,15 @@ import difflib
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pspnet_jax import losses, models
 from pspnet_jax.config import base
 from pspnet_jax.data import masks, pairing, sources
-from pspnet_jax.errors import ConfigError
-from pspnet_jax.models.backbones import BACKBONES, OUTPUT_STRIDES
+from pspnet_jax.runtime.errors import ConfigError
 
 Rule = tuple[Callable[[Any], bool], Any]  # is it allowed, and in words (by `str`) what is
 
@@ -49,13 +47,27 @@ class _Words:
         return self.say()
 
 
-def _key_of(*tables: Mapping[str, Any]) -> Rule:
-    """Of dictionaries as they are when a config is checked: an entry added by then is allowed."""
+def _named(names: Callable[[], Iterable[Any]]) -> Rule:
+    """One of the names as they are when a config is checked: an entry added by then is allowed."""
+    return (lambda x: _one_of(*names())[0](x)), _Words(lambda: _one_of(*names())[1])
 
-    def names() -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for table in tables for name in table))
 
-    return (lambda x: x in names()), _Words(lambda: _one_of(*names())[1])
+def _networks() -> tuple[str, ...]:
+    from pspnet_jax import models  # these bring Flax along: --help goes without
+
+    return tuple(dict.fromkeys((*models.MODELS, *models.ALIASES)))
+
+
+def _backbones() -> tuple[str, ...]:
+    from pspnet_jax.models import backbones
+
+    return tuple(backbones.BACKBONES)
+
+
+def _output_strides() -> tuple[int, ...]:
+    from pspnet_jax.models import backbones
+
+    return backbones.OUTPUT_STRIDES
 
 
 def _is_int(x) -> bool:
@@ -139,7 +151,7 @@ NEW_KNOB = f'a new one has its default in {BASE}, and its limits in rules.py bes
 # on, text, tuple of texts, True or False, as the default is.
 LIMITS: dict[str, Rule] = {
     'parallel': _one_of('jit', 'pmap'),
-    'model.name': _key_of(models.MODELS, models.ALIASES),
+    'model.name': _named(_networks),
     'model.num_classes': (
         lambda x: _is_int(x) and 2 <= x <= 255,
         'a whole number from 2 to 255: background is a class too, one structure needs 2',
@@ -148,8 +160,8 @@ LIMITS: dict[str, Rule] = {
     'model.width': _integer(4),
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.stem': _one_of('cycle', 'mean'),
-    'model.backbone': _or_none(_key_of(BACKBONES)),
-    'model.output_stride': _or_none(_one_of(*OUTPUT_STRIDES)),
+    'model.backbone': _or_none(_named(_backbones)),
+    'model.output_stride': _or_none(_named(_output_strides)),
     'model.dropout': _or_none(_number(0, 0.99)),
     'model.rates': _or_none(_all(_integer(1), least=1, most=16)),
     'model.multi_grid': _or_none(_all(_integer(1), least=1, most=64)),
@@ -157,7 +169,7 @@ LIMITS: dict[str, Rule] = {
     'model.context': _one_of('basic', 'large', 'none'),
     'model.scales': _SCALES,
     'model.variant': _one_of('paper', 'torchvision', 'smp'),
-    'data.name': _key_of(sources.SOURCES),
+    'data.name': _named(lambda: sources.SOURCES),
     'data.images': _all(_TEXT, least=1),
     'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
     'data.label_map': (
@@ -259,12 +271,9 @@ def _rules() -> dict[str, Rule]:
     return rules
 
 
-def validate(config: ConfigDict, *, own_loss: bool = False) -> None:
-    """Raise one ConfigError that lists every key and value that is wrong.
-
-    With `own_loss` the weights of all losses may be 0: there is one that the config does not name.
-    """
-    faults = _faults(flatten(config.to_dict())) or list(_contradictions(config, own_loss))
+def validate(config: ConfigDict) -> None:
+    """Raise one ConfigError that lists every key and value that is wrong."""
+    faults = _faults(flatten(config.to_dict())) or list(_contradictions(config))
     if faults:
         raise ConfigError('the config can not run:', sorted(faults))
 
@@ -286,15 +295,12 @@ def _shown(value: Any) -> str:
     return SHORT.repr(value)[:400]
 
 
-def _contradictions(config: ConfigDict, own_loss: bool):
+def _contradictions(config: ConfigDict):
     """Values that are each allowed but not together."""
+    from pspnet_jax import models
+
     model, loss, train, distill = config.model, config.loss, config.train, config.distill
     taught = bool(distill.teacher and (distill.weight or distill.pairwise))
-    terms = [name for name in losses.TERMS if name in loss]
-    extra = loss.to_dict()['extra'] or {}
-    if not any((*extra.values(), *(loss[name] for name in terms), taught, own_loss)):
-        weights = ', '.join(f'loss.{name}' for name in terms)
-        yield f'{weights} are all 0: give one a weight, such as --config.loss.dice=1'
     if distill.teacher and not taught:
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
     if train.init_from and model.pretrained not in ('', 'imagenet'):
@@ -431,7 +437,7 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     config = ConfigDict(
         {k: _section(x) if isinstance(x, Mapping) else x for k, x in filled.items()}
     )
-    validate(config, own_loss=True)  # it may come from a run that had one
+    validate(config)
     return config.lock()
 
 

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pspnet_jax import text
 from pspnet_jax.data import formats, pairing, volumes
 from pspnet_jax.data.formats import annotations, files, flat, via
 from pspnet_jax.data.formats.outlines import Shape, rasterize
 from pspnet_jax.data.masks import Code, Found, look, merged, read_classes, understand
 from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
-from pspnet_jax.errors import DataError, all_faults, some
+from pspnet_jax.runtime import text
+from pspnet_jax.runtime.errors import DataError, all_faults, some
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """The LGG MRI segmentation data set as a TensorFlow Datasets builder.
 
-  python -m pspnet_jax.data.lgg --source=FOLDER --out=FOLDER
-
 Buda, Saha, Mazurowski, Computers in Biology and Medicine 2019; Kaggle
 `mateuszbuda/lgg-mri-segmentation`, 110 patients, 3,929 slices, CC BY-NC-SA 4.0.
 
@@ -18,6 +16,8 @@ import itertools
 import logging
 import os
 import re
+import runpy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,14 +25,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import flags
 from etils import epath
 from PIL import Image
 
 from pspnet_jax.data import splits, volumes
 from pspnet_jax.data.formats.flat import open_picture
 from pspnet_jax.data.volumes import Slices, Volume
-from pspnet_jax.errors import DataError, first_line, say
+from pspnet_jax.runtime.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -393,16 +392,6 @@ def _decode(png: bytes, mode: str) -> np.ndarray:
         return np.array(picture)
 
 
-def main() -> None:
-    builder = build(flags.FLAGS.source, flags.FLAGS.out)
-    for split, info in builder.info.splits.items():
-        print(f'{split}: {info.num_examples} slices')
-    say(f'built in {builder.data_dir}')
-
-
-if __name__ == '__main__':
-    from pspnet_jax import cli
-
-    flags.DEFINE_string('source', '', 'folder that holds kaggle_3m; empty: fetch it from Kaggle')
-    flags.DEFINE_string('out', '', "where to build; empty: tfds' own folder")
-    cli.run(main)
+if __name__ == '__main__':  # the former name of the command
+    print('pspnet_jax.data.lgg is now pspnet_jax.build', file=sys.stderr)
+    runpy.run_module('pspnet_jax.build', run_name='__main__', alter_sys=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pspnet_jax.data.formats import Picture, read_labels, read_palette
 from pspnet_jax.data.volumes import IGNORE_LABEL
-from pspnet_jax.errors import DataError, some
+from pspnet_jax.runtime.errors import DataError, some
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 COLORED = 1 << 24  # marks a number that is a colour

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from pspnet_jax.data.volumes import Slices, Volume, from_volumes, measure_intensity
-from pspnet_jax.errors import ConfigError
+from pspnet_jax.runtime.errors import ConfigError
 
 
 def load(*, volumes: int, slices: int, size: int, seed: int) -> Slices:

@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pspnet_jax.data.volumes import (
-    Slices,
-    Volume,
-    check_kind,
-    neighbours,
-    normalize,
-    stack,
-    tile,
-)
-from pspnet_jax.errors import DataError
+from pspnet_jax.data.volumes import Slices, Volume, check_kind, neighbours, normalize, stack, tile
+from pspnet_jax.runtime.errors import DataError
 
 if TYPE_CHECKING:  # imported where it is used: a step whose data are on the device needs none
     import grain

@@ -10,7 +10,7 @@ from typing import Any
 
 from pspnet_jax.data import pairing, splits
 from pspnet_jax.data.volumes import Slices
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 # Kaggle's names of LGG's slices: CASE_7.tif.
 SLICE = re.compile(r'(?P<patient>.+)_(?P<slice>[0-9]{1,9})')

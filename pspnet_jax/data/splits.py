@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pspnet_jax import text
 from pspnet_jax.data.volumes import Slices, picture_digest
-from pspnet_jax.errors import DataError
-from pspnet_jax.storage import writing
+from pspnet_jax.runtime import text
+from pspnet_jax.runtime.errors import DataError
+from pspnet_jax.runtime.storage import writing
 
 KEPT = 'splits.json'  # in a run's workdir
 

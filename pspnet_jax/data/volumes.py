@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax.data.formats.limits import free_memory
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
 

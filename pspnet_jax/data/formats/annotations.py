@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pspnet_jax import text
 from pspnet_jax.data.formats import files
 from pspnet_jax.data.formats.outlines import MAX_PIXELS, MAX_SIDE, Shape, has_area
-from pspnet_jax.errors import ConfigError, DataError, first_line, some
+from pspnet_jax.runtime import text
+from pspnet_jax.runtime.errors import ConfigError, DataError, first_line, some
 
 MAX_FAULTS = 1000  # of a file, after which it is not read on
 CSV_HEADER = (

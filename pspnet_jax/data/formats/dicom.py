@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pspnet_jax.data.formats import limits
-from pspnet_jax.errors import DataError, first_line, some
+from pspnet_jax.runtime.errors import DataError, first_line, some
 
 logger = logging.getLogger(__name__)
 

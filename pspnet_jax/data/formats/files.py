@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pspnet_jax.data.formats import dicom
-from pspnet_jax.errors import DataError, all_faults
+from pspnet_jax.runtime.errors import DataError, all_faults
 
 logger = logging.getLogger(__name__)
 

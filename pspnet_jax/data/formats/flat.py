@@ -12,7 +12,7 @@ from PIL import Image
 
 from pspnet_jax.data.formats import limits, tiff
 from pspnet_jax.data.formats.limits import PIL_FORMATS, reading
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
 

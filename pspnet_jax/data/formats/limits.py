@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from pspnet_jax.errors import DataError, NoRoomError, first_line
+from pspnet_jax.runtime.errors import DataError, NoRoomError, first_line
 
 # Values of one picture or volume, channels counted: a slide of 20,000 x 20,000 RGB has 1.2e9,
 # a CT of 512 x 512 x 3,000 has 0.8e9.

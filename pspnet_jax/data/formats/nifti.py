@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pspnet_jax.data.formats import limits
-from pspnet_jax.errors import DataError
-from pspnet_jax.storage import writing
+from pspnet_jax.runtime.errors import DataError
+from pspnet_jax.runtime.storage import writing
 
 MAX_EXTENSIONS = 2**24  # bytes between the header of a file and its voxels
 GZIP_RATIO = 1032  # the most that deflate can shrink

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 MAX_SIDE = 2**16  # of a picture, and twice that the largest coordinate
 MAX_PIXELS = 2**29  # a slide of 20,000 x 20,000 has 2**28.6

@@ -24,8 +24,8 @@ from PIL import Image
 
 from pspnet_jax.data.formats import dicom, files, flat, limits, nifti
 from pspnet_jax.data.formats.files import DICOM, NIFTI, PICTURES, SUFFIXES, suffix
-from pspnet_jax.errors import DataError
-from pspnet_jax.storage import writing
+from pspnet_jax.runtime.errors import DataError
+from pspnet_jax.runtime.storage import writing
 
 logger = logging.getLogger(__name__)
 

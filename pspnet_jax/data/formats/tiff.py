@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from pspnet_jax.data.formats import limits
-from pspnet_jax.errors import DataError
+from pspnet_jax.runtime.errors import DataError
 
 BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION, SAMPLES, FORMAT = 258, 259, 262, 270, 277, 339
 WHITE_IS_ZERO = 0  # of PHOTOMETRIC

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pspnet_jax import storage
 from pspnet_jax.data.formats import limits
-from pspnet_jax.errors import DataError, first_line
+from pspnet_jax.runtime import storage
+from pspnet_jax.runtime.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 

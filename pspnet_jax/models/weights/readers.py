@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from pspnet_jax.errors import PretrainedError, first_line
 from pspnet_jax.models.weights.sources import existing
+from pspnet_jax.runtime.errors import PretrainedError, first_line
 
 Arrays = dict[str, np.ndarray]
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pspnet_jax.errors import PretrainedError
+from pspnet_jax.runtime.errors import PretrainedError
 
 
 def existing(path: str | Path) -> Path:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pspnet_jax.errors import PretrainedError
 from pspnet_jax.models.backbones import BASIC_RESNETS, RESNETS
 from pspnet_jax.models.weights.readers import Arrays, read_arrays
 from pspnet_jax.models.weights.sources import fetch
 from pspnet_jax.models.weights.tables import IMAGENET, NETWORKS, TABLES, Normalization, Table
+from pspnet_jax.runtime.errors import PretrainedError
 
 MOST_LISTED = 50  # faults in one error
 # Their word for an array -> ours; a 'weight' of one axis is a BatchNorm's scale.

@@ -1,0 +1,1 @@
+"""Figures of a trained network, by patient, and the report that shows them."""

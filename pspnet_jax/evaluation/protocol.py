@@ -1,0 +1,263 @@
+"""Which patients of which run are evaluated, and with what was fitted for it."""
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.data import pairing, sources, splits, volumes
+from pspnet_jax.data.volumes import Volume
+from pspnet_jax.evaluation import fitting, report, visualize
+from pspnet_jax.evaluation.fitting import choose_postprocessing, fit_temperature
+from pspnet_jax.evaluation.scores import (
+    PredictFn,
+    evaluate_options,
+    evaluate_volumes,
+    predict_foreground,
+    table,
+    with_ignored,
+)
+from pspnet_jax.inference import calibration, choice, infer
+from pspnet_jax.inference.runs import open_run
+from pspnet_jax.inference.settings import (
+    choice_views,
+    label_options,
+    program_options,
+    views,
+    with_choice,
+)
+from pspnet_jax.runtime import hosts, paths
+from pspnet_jax.runtime.errors import ConfigError, DataError, say
+from pspnet_jax.runtime.storage import writing
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(
+    workdir: str | Path,
+    *,
+    split: str = '',
+    data: str = '',
+    which: str = '',
+    fit: bool = False,
+    choose: bool = False,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    group: str | None = None,
+    trusted: bool = False,
+) -> dict[str, Any]:
+    """Evaluate; write WORKDIR/evaluation.json, report.html and pictures; print the table.
+
+    `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
+    without it, the data set that the run was trained on, if this user did so on this machine or
+    says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
+    patients as WORKDIR/splits.json has them: '' takes those of 'test', and of `data` all. `group`
+    says whose pictures of such a folder belong together, in place of the run's `data.group`.
+    `changes` are to the config's `predict` section; evaluation.json has the config as used. With
+    `choose`, post-processing is chosen on the validation patients first and kept in
+    WORKDIR/postprocessing.json; `with_choice` says what this and later calls make of it. With `fit`
+    the temperature is then fitted on these patients and kept in
+    WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
+    probabilities of that checkpoint. Returns what evaluation.json holds.
+    """
+    if (fit or choose) and (data or split != 'validation'):
+        asked = '--choose_postprocessing' if choose else '--fit_temperature'
+        raise ConfigError(
+            f'{asked} is for the patients of --split=validation: what is fitted on '
+            'others would be tested on them'
+        )
+    workdir, data = paths.local(workdir), data and str(paths.local(data))
+    run = open_run(workdir, which)
+    config, step = with_prediction(run.config, changes), run.step
+    if not data:
+        split = split or 'test'
+        if not trusted:
+            _check_known(config, split)
+    if group is not None and not _is_folder(config, data):
+        raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
+    names, open_volumes = _volume_source(
+        config, workdir, split, data, run.channels, run.measured, group
+    )
+    folder, digests = Path(workdir) / 'pictures', []
+
+    def save_picture(volume: Volume, pred: np.ndarray) -> None:
+        digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
+        picture = visualize.volume_picture(volume, pred)
+        with writing(folder / f'{volume.patient}.png') as aside:
+            Image.fromarray(picture).save(aside, 'png')
+
+    variables, options = jax.device_put(run.variables), program_options(config)
+
+    @functools.cache
+    def program(flip: bool) -> PredictFn:
+        compiled = infer.compile_predict(run.model, **options | {'flip': flip})
+        return functools.partial(compiled, variables)
+
+    how = {
+        'batch_size': config.eval.batch_size,
+        'intensity': run.intensity,
+        'context': run.context,
+    }
+    classes = {'num_classes': config.model.num_classes, 'ignore_label': config.loss.ignore_label}
+    if choose:
+        tried = fitting.grid(config.predict, config.model.num_classes, given=changes)
+        part = open_volumes(hosts.share(names))
+        facts = choose_postprocessing(program, part, tried=tried, order=names, **classes, **how)
+        if hosts.is_first():
+            seen = {'step': step, 'views': choice_views(config), 'split': split}
+            choice.save(workdir, {**seen, **facts})
+        hosts.wait_for_all()
+        print(f'post-processing for step {step}: {choice.words(facts)}')
+    config, chosen = with_choice(run.config, workdir, step, changes)
+    predict_fn = program(config.predict.flip)
+    if fit:
+        facts = fit_temperature(predict_fn, open_volumes(), **classes, **how)
+        if hosts.is_first():
+            seen = {'step': step, 'views': views(config), 'split': split}
+            calibration.save(workdir, {**seen, **facts})
+        hosts.wait_for_all()
+        print(
+            f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
+            f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
+        )
+    how['temperature'] = calibration.load(workdir, step, views(config))
+    result = evaluate_volumes(
+        predict_fn,
+        open_volumes(hosts.share(names)),
+        **evaluate_options(config) | how,
+        label_options=label_options(config),
+        each=save_picture,
+        order=names,
+    )
+    result['data'] |= {'source': data or config.data.name, 'split': split}
+    if data:
+        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
+    result['postprocessing'] = chosen
+    result['checkpoint'] = {
+        'step': step,
+        'passed_over': {str(n): reason for n, reason in run.passed_over.items()},
+        'config': to_dict(config),
+    }
+    if not hosts.is_first():
+        return result
+    path = Path(workdir) / 'evaluation.json'
+    with writing(path) as aside:
+        aside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
+
+    # Which patient is the median is known only now: the few shown are predicted again.
+    roles = {row['patient']: role for role, row in report.extremes(result['patients'])}
+    cases = {}
+    for volume in open_volumes(list(roles)):
+        pred, foreground = predict_foreground(predict_fn, volume, **how, **label_options(config))
+        shown = with_ignored(volume, config.loss.ignore_label)
+        cases[volume.patient] = report.make_case(shown, pred, foreground)
+    page = report.write(workdir, result, [(role, cases[name]) for name, role in roles.items()])
+    print(table(result))
+    say(f'written to {path} and {page}; pictures in {folder}')
+    return result
+
+
+def tell_overlap(
+    workdirs: Sequence[str | Path], digests: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, list[str]] | None]:
+    """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
+    log says; None where that is not known of all.
+    """
+    kept = [Path(workdir) / splits.KEPT for workdir in workdirs]
+    found = [splits.overlap(path, digests) for path in kept]
+    for path, one in zip(kept, found, strict=True):
+        if one is None and hosts.is_first():
+            logger.warning(
+                'whether the run was trained on these pictures is not known: %s is not there, '
+                'damaged, or older than the digests of pictures', path,
+            )  # fmt: skip
+    if None in found:
+        return {'overlap': None}
+    together = {
+        key: [name for name in digests if any(name in one[key] for one in found)]
+        for key in ('train', 'validation', 'same_name')
+    }
+    said = {
+        'train': 'have pictures that the run was trained on, so these figures are too good',
+        'validation': 'have pictures of its validation set, by which its checkpoint was chosen',
+        'same_name': 'have the name of one of these and other pictures',
+    }
+    for key, words in said.items():
+        if (names := together[key]) and hosts.is_first():
+            some = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if names[5:] else '')
+            logger.warning('%d of %d patients %s: %s', len(names), len(digests), words, some)
+    return {'overlap': together}
+
+
+def _is_folder(config, data: str) -> bool:
+    """Whether --data holds the config's folder of images, and is not in Kaggle's layout."""
+    place = Path(data).expanduser() / sources.elsewhere(config, data)['images'][0]
+    return bool(data) and pairing.split(place)[0].is_dir()
+
+
+def _check_known(config, split: str) -> None:
+    """Raise DataError for a run that names data which this user has not trained on here."""
+    places = sources.places(config)
+    if places and not paths.are_known(places):
+        raise DataError(
+            f'the run was trained on {", ".join(places)}, and no training of yours on this machine '
+            f'has read that: look whether it is what you expect, and give --data={places[0]} '
+            f'--split={split}'
+        )
+
+
+def _volume_source(
+    config, workdir, split: str, data: str, channels: int, how: str, group: str | None
+) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
+    """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
+    time, or those of these, with the network's channels and intensities as `how` measures them.
+    """
+    kept = Path(workdir) / splits.KEPT
+    if _is_folder(config, data):
+        where = sources.elsewhere(config, data) | {'group': sources.grouping(config, group)}
+        slices = sources.read_folder(config, **where, mixed_sizes=True)
+        parts = splits.read(kept, slices) if split else {split: list(slices.intensity)}
+    elif data:
+        from pspnet_jax.data import lgg
+
+        found = lgg.check(data, size=None)
+        if split:
+            wanted = set(splits.listed(kept)[0][split])
+            found = [case for case in found if case.patient in wanted]
+            if lost := sorted(wanted - {case.patient for case in found}):
+                raise DataError(f'{data} lacks {lost[:8]}, of the split {split!r} in {kept}')
+
+        def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
+            chosen = [case for case in found if patients is None or case.patient in patients]
+            cases = (lgg.read_case(case, size=None) for case in chosen)
+            found_volumes = (volumes.with_intensity(volume, how) for volume in cases)
+            return (volumes.with_channels(volume, channels) for volume in found_volumes)
+
+        return [case.patient for case in found], open_folder
+    else:
+        slices, parts = sources.load(config, kept if kept.exists() else '')
+    sources.check_class_names(slices, config)
+    if not parts[split]:
+        raise DataError(f'the split {split!r} has no patient in this data set')
+
+    def open_split(patients: Sequence[str] | None = None) -> Iterator[Volume]:
+        chosen = parts[split]
+        if patients is not None:  # one whose slices have several sizes is several, 'NAME 32x40'
+            begin = tuple(f'{name} ' for name in chosen)
+            found = {
+                name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients
+            }
+            chosen = [name for name in chosen if name in found]
+        for volume in volumes.iterate_volumes(volumes.select(slices, chosen), how):
+            own = volume.patient
+            if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
+                yield volumes.with_channels(volume, channels)
+
+    return sorted(parts[split]), open_split

@@ -1,0 +1,262 @@
+"""An evaluation as one page to read: report.html, a file that needs no other and no network.
+
+Everything that comes from data is escaped on its way into the page, and the page's content
+security policy lets no script run but ours, whose digest it states.
+"""
+
+import base64
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
+from pspnet_jax.evaluation import charts, metrics, visualize
+from pspnet_jax.inference import choice
+from pspnet_jax.runtime import log
+from pspnet_jax.runtime.storage import writing
+
+MOST_SLICES = 48  # of a patient shown
+MOST_PIXELS = 256  # a side of a picture shown
+PICTURE_BYTES = 15_000_000  # of all pictures, as base64
+LAYERS = ('image', 'truth', 'prediction', 'probability', 'difference')
+# What the tables show: {key of a row: (heading, decimals)}.
+FIGURES = {
+    'dice': ('Dice', 3),
+    'dice_largest': ('Dice, largest component', 3),
+    'iou': ('IoU', 3),
+    'sensitivity': ('Sensitivity', 3),
+    'precision': ('Precision', 3),
+    'surface_dice': ('Surface Dice', 3),
+    'lesion_dice': ('Lesion Dice', 3),
+    'lesion_f1': ('Lesion F1', 3),
+    'hd95': ('HD95, larger of two', 1),
+    'hd95_joined': ('HD95, joined', 1),
+    'assd': ('ASSD', 1),
+}
+COUNTS = {'present': ('Structures', 0), 'missed': ('Missed', 0), 'invented': ('Invented', 0)}
+SIZES = {
+    'lesion_voxels': ('Lesion, voxels', 0),
+    'predicted_voxels': ('Predicted, voxels', 0),
+    'slices': ('Slices', 0),
+}
+POOLED = {
+    'per_slice_dice_empty_is_1': 'Dice per slice, an empty slice left empty counts 1',
+    'pooled_pixel_accuracy': 'Pixel accuracy, pooled',
+    'frequency_weighted_IU': 'frequency_weighted_IU, pooled',
+    'mean_IU': 'mean_IU, pooled, background included',
+}
+TEMPLATES = Path(__file__).parent / 'templates'
+
+
+class Case(NamedTuple):
+    """A patient to look at, no larger than is shown: D slices, all arrays D h w (image: D h w 3).
+
+    `prob` is the probability of foreground in 255ths; `number` those of the D slices.
+    """
+
+    patient: str
+    number: np.ndarray
+    image: np.ndarray
+    truth: np.ndarray
+    pred: np.ndarray
+    prob: np.ndarray
+
+
+def extremes(patients: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """[(role, row)] of the best, median and worst patient by Dice, each patient once.
+
+    Of two in the middle the lower. Patients whose Dice is undefined are passed over.
+    """
+    ranked = sorted((p for p in patients if p['dice'] is not None), key=lambda p: p['dice'])
+    if not ranked:
+        return []
+    places = {'best': len(ranked) - 1, 'median': (len(ranked) - 1) // 2, 'worst': 0}
+    roles = {}
+    for role, place in places.items():
+        roles.setdefault(place, []).append(role)
+    return [(' and '.join(names), ranked[place]) for place, names in roles.items()]
+
+
+def make_case(volume: Volume, pred_DHW: np.ndarray, foreground_DHW: np.ndarray) -> Case:
+    """Every n-th pixel and at most MOST_SLICES evenly spaced slices, that with most lesion too."""
+    D, H, W = pred_DHW.shape
+    keep = np.arange(D)
+    if D > MOST_SLICES:
+        most = _lesion_pixels(volume.mask).argmax()
+        spaced = np.linspace(0, D - 1, MOST_SLICES - 1).round().astype(int)
+        keep = np.union1d(spaced, most)
+    step = math.ceil(max(H, W) / MOST_PIXELS)
+    return Case(
+        volume.patient,
+        volume.slices[keep],
+        np.stack([visualize.to_rgb(volume.image[d, ::step, ::step]) for d in keep]),
+        volume.mask[keep, ::step, ::step],
+        pred_DHW[keep, ::step, ::step],
+        np.rint(255 * foreground_DHW[keep, ::step, ::step]).astype(np.uint8),
+    )
+
+
+def _lesion_pixels(mask_DHW: np.ndarray) -> np.ndarray:
+    return np.array([lesion_pixels(mask_HW) for mask_HW in mask_DHW])
+
+
+def write(workdir: str | Path, result: dict[str, Any], cases: Sequence[tuple[str, Case]]) -> Path:
+    """WORKDIR/report.html of what `evaluate.evaluate_checkpoint` found.
+
+    `cases` are [(role, Case)], `extremes` with their pictures; the run's curves are read from
+    WORKDIR/metrics.jsonl. At most PICTURE_BYTES of pictures: they are made coarser until they
+    fit.
+    """
+    path = Path(workdir) / 'report.html'
+    page = render(result, log.read(workdir), cases)
+    with writing(path) as aside:
+        aside.write_text(page, encoding='utf-8', errors='replace')  # names need not be UTF-8
+    return path
+
+
+def render(
+    result: dict[str, Any], records: Sequence[dict[str, Any]], cases: Sequence[tuple[str, Case]]
+) -> str:
+    """The page: the template, filled with the figures, charts and pictures."""
+    script = (TEMPLATES / 'report.js').read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    bins = [each for each in result['calibration']['bins'] if each['voxels']]
+    rows = {row['patient']: row for row in result['patients']}
+    chosen = result.get('postprocessing')
+    checkpoint, structures = result['checkpoint'], result['summary']['structures']
+    distance = _unit(result['patients'], result['data']['spacing'])
+    lesions = [p for p in result['patients'] if p['dice'] is not None and p['lesion_voxels']]
+    volume = _unit(lesions, result['data']['spacing'], 'cubic ')
+    return _template().render(
+        result,
+        title=f'{checkpoint["config"]["model"]["name"]}: evaluation of step {checkpoint["step"]}',
+        policy="default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        style=(TEMPLATES / 'report.css').read_text(),
+        script=script,
+        few=metrics.FEW,
+        chosen=chosen and choice.words(chosen, result['data']['split']),
+        seen=len((result['data'].get('overlap') or {'train': ()})['train']),
+        figures=FIGURES,
+        structure_figures={name: of for name, of in FIGURES.items() if name in structures[0]},
+        counts=COUNTS,
+        columns=FIGURES | COUNTS | SIZES,
+        pooled=POOLED,
+        volume_chart=lesions and charts.svg(charts.lesion_volume(lesions, volume)),
+        bins=bins,
+        calibration_chart=bins and charts.svg(charts.calibration(bins)),
+        curves=[charts.svg(each) for each in charts.run_charts(records, distance)],
+        legend=_legend([case for _, case in cases]),
+        heat=f'linear-gradient(to right, {", ".join(map(_css, visualize.HEAT[::51]))})',
+        layers=LAYERS,
+        cases=[
+            {
+                'role': role,
+                'row': rows[case.patient],
+                'shown': len(case.number),
+                'start': int(_lesion_pixels(case.truth).argmax()),
+            }
+            for role, case in cases
+        ],
+        pictures=_encode([case for _, case in cases]),
+    )
+
+
+def _template():
+    """templates/report.html, which escapes all but what it calls safe: our own files and charts."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {'number': _number, 'interval': _interval}
+    environment.policies['json.dumps_kwargs'] = {'allow_nan': False, 'separators': (',', ':')}
+    return environment.get_template('report.html')
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return '-' if value is None else f'{value:,.{digits}f}'
+
+
+def _interval(figures: dict[str, Any], digits: int) -> str:
+    if figures['ci95'] is None:
+        return 'none'
+    return ' to '.join(_number(end, digits) for end in figures['ci95'])
+
+
+def _unit(patients: Sequence[dict[str, Any]], spacing: Sequence[float], cubic: str = '') -> str:
+    """That of distances, or of volumes, in words; `spacing` is of those whose files have none."""
+    known, mm = [row['in_mm'] for row in patients], f'{cubic}millimetres'
+    steps = 'voxels' if set(spacing) == {1.0} else f'{cubic}units of eval.spacing'
+    return mm if all(known) else f'{mm} where known, else {steps}' if any(known) else steps
+
+
+def _legend(cases: Sequence[Case]) -> dict[str, list[tuple[str, str]]]:
+    """{panels: [(colour, words)]} of what is to be seen in them."""
+    classes = {label for case in cases for x in (case.truth, case.pred) for label in np.unique(x)}
+    kinds = {n for case in cases for n in np.unique(visualize.difference(case.pred, case.truth))}
+    palette = visualize.label_palette()
+    return {
+        'Truth, prediction': [
+            (_css(palette[label]), 'ignored' if label == IGNORE_LABEL else f'class {label}')
+            for label in sorted(classes - {0})
+        ],
+        'Difference': [
+            (_css(color), words)
+            for kind, (words, color) in visualize.DIFFERENCE.items()
+            if kind in kinds
+        ],
+    }
+
+
+def _css(color: Sequence[int]) -> str:
+    return f'rgb({", ".join(map(str, color))})'
+
+
+def _encode(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """What the page's script reads, at the finest of 1, 1/2, 1/4 .. that fits PICTURE_BYTES."""
+    step = 1
+    while True:
+        pictures = [_encode_case(case, step) for case in cases]
+        size = sum(len(uri) for case in pictures for layer in LAYERS for uri in case[layer])
+        if size <= PICTURE_BYTES or step >= MOST_PIXELS:
+            return pictures
+        step *= 2
+
+
+def _encode_case(case: Case, step: int) -> dict[str, Any]:
+    """Data URIs by layer and slice. Truth, prediction and difference lie over the image."""
+    image, truth, pred, prob = (x[:, ::step, ::step] for x in case[2:])
+    labels, kinds = visualize.label_palette(), visualize.difference_palette()
+    apart = [visualize.difference(p, t) for p, t in zip(pred, truth, strict=True)]
+    return {
+        'number': [int(n) for n in case.number],
+        'image': [_png(Image.fromarray(x).quantize(256)) for x in image],
+        'truth': [_png(_indexed(x, labels), transparency=0) for x in truth],
+        'prediction': [_png(_indexed(x, labels), transparency=0) for x in pred],
+        'probability': [_png(_indexed(x, visualize.HEAT)) for x in prob],
+        'difference': [_png(_indexed(x, kinds), transparency=0) for x in apart],
+    }
+
+
+def _indexed(index_HW: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """A palette picture with no more of the palette than it uses."""
+    picture = Image.frombytes('P', index_HW.shape[::-1], index_HW.tobytes())
+    picture.putpalette(palette[: int(index_HW.max()) + 1].tobytes())
+    return picture
+
+
+def _png(picture: Image.Image, **options: Any) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, 'png', optimize=True, **options)
+    return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'

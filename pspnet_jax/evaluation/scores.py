@@ -1,0 +1,457 @@
+"""Figures of a network over volumes whose masks are known: per patient first, then over patients.
+
+The figure to quote is Dice over the whole volume of a patient, its mean, median and deviation
+over patients. Per-slice and pooled figures stand under those names only, beside the baseline that
+calls everything background. docs/metrics.md defines each figure.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from pspnet_jax.data import pipeline, volumes
+from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
+from pspnet_jax.evaluation import metrics
+from pspnet_jax.inference import calibration, choice, postprocess
+from pspnet_jax.runtime import hosts
+from pspnet_jax.runtime.errors import DataError, one_line
+
+PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
+DISTANCES = ('hd95', 'hd95_joined', 'assd', 'surface_dice')  # of `metrics.surface_ratios`
+LESIONS = ('lesion_dice', 'lesion_f1')  # of `metrics.lesion_ratios`
+FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES, *LESIONS)
+COUNTS = (
+    'present', 'missed', 'invented', 'lesions_found', 'lesions_missed', 'lesions_false'
+)  # fmt: skip
+
+
+def predict_slices(
+    predict_fn: PredictFn,
+    volume: Volume,
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    context: int,
+) -> Iterator[np.ndarray]:
+    """n H W K probabilities, batch by batch: of all D slices in order, and of no padding."""
+    left = len(volume.image)
+    for batch in pipeline.eval_batches(volume, batch_size, intensity, context):
+        yield np.asarray(predict_fn(batch))[:left]
+        left -= len(batch)
+
+
+def predict_foreground(
+    predict_fn: PredictFn,
+    volume: Volume,
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    context: int,
+    temperature: float = 1.0,
+    threshold: float | None = None,
+    **clean_options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """D H W uint8 labels, and D H W float32: the probability of any class but 0.
+
+    `threshold` and `clean_options` as `postprocess` has them, of each scan by itself. The
+    temperature is the probability's alone: labels are those without.
+    """
+    labels, foreground = [], []
+    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
+    for prob in predict_slices(predict_fn, volume, **how):
+        labels.append(postprocess.to_labels(prob, threshold))
+        foreground.append(calibration.temper(prob, temperature)[..., 1:].sum(-1))
+    labels = np.concatenate(labels)
+    for rows in volumes.scans(volume.scan, len(labels)):
+        labels[rows] = postprocess.clean(labels[rows], **clean_options)
+    return labels, np.concatenate(foreground)
+
+
+def evaluate_options(config) -> dict[str, Any]:
+    """The keyword arguments of `evaluate_volumes` that a config decides."""
+    return {
+        'batch_size': config.eval.batch_size,
+        'context': config.data.context,
+        'num_classes': config.model.num_classes,
+        'ignore_label': config.loss.ignore_label,
+        'spacing': config.eval.spacing,
+        'surface_tolerance': config.eval.surface_tolerance,
+        'lesion_options': {
+            'dilation': config.eval.lesion_dilation,
+            'smallest': config.eval.lesion_smallest,
+        },
+        'calibration_bins': config.eval.calibration_bins,
+        'bootstrap': config.eval.bootstrap,
+    }
+
+
+def evaluate_volumes(
+    predict_fn: PredictFn,
+    data: Iterable[Volume],
+    *,
+    batch_size: int,
+    intensity: np.ndarray | None,
+    context: int,
+    num_classes: int,
+    ignore_label: int,
+    spacing: tuple[float, float, float],
+    surface_tolerance: float,
+    lesion_options: Mapping[str, Any],
+    calibration_bins: int,
+    bootstrap: int,
+    temperature: float = 1.0,
+    label_options: Mapping[str, Any] = MappingProxyType({}),
+    each: Callable[[Volume, np.ndarray], None] = lambda volume, pred: None,
+    order: Sequence[str] = (),
+) -> dict[str, Any]:
+    """{'summary', 'patients', 'baseline', 'calibration', 'data'} over volumes, one at a time.
+
+    With more than two classes a patient's figure is the mean over the structures 1..K-1 without
+    `ignore_label`. Distances and components are of each scan, so of each picture where a patient
+    has several, and a distance is the mean over these; they are in mm where a volume has its
+    spacing, else in `spacing`'s unit. Undefined figures are None, and `n` says over how many
+    patients a mean is; `structures` says how many are missed or invented, which no distance
+    shows. Calibration is of the probability of any class but 0, over all counted voxels.
+    `label_options` are further ones of `predict_foreground`, `lesion_options` those of
+    `metrics.lesions`.
+    `each(volume, labels_DHW)` is called with every prediction, the volume's ignored voxels as
+    IGNORE_LABEL. On several hosts `data` are this one's volumes and `order` the patients of all,
+    and the figures are of all. Raises DataError for labels outside 0..K-1, and when there is no
+    volume.
+    """
+    rows = []
+    for volume in data:
+        check_labels(volume, num_classes, ignore_label)
+        pred, foreground = predict_foreground(
+            predict_fn,
+            volume,
+            batch_size=batch_size,
+            intensity=intensity,
+            context=context,
+            temperature=temperature,
+            **label_options,
+        )
+        each(with_ignored(volume, ignore_label), pred)
+        counted = volume.mask != ignore_label
+        calibrated = metrics.calibration_counts(
+            foreground[counted], volume.mask[counted] > 0, calibration_bins
+        )
+        per_slice, empty = (
+            [
+                metrics.counts(labels, truth, num_classes, ignore_label).tolist()
+                for labels, truth in zip(predicted, volume.mask, strict=True)
+            ]
+            for predicted in (pred, np.zeros_like(pred))
+        )
+        figures = _patient_row(
+            pred,
+            volume,
+            num_classes,
+            ignore_label,
+            volume.spacing or spacing,
+            surface_tolerance,
+            lesion_options,
+        )
+        rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist()])
+    rows = in_order(hosts.gather(rows), order)
+    if not rows:
+        raise DataError('there is no volume to evaluate: the split is empty')
+    patients, per_slice, per_slice_empty, calibrated = zip(*rows, strict=True)
+    patients, calibrated = list(patients), np.sum(calibrated, axis=0)
+    structures = structures_of(num_classes, ignore_label)
+    ignored = [ignore_label] if ignore_label < num_classes else []
+    nothing = [_mean_dice(np.sum(counts, axis=0), structures) for counts in per_slice_empty]
+    per_slice, per_slice_empty = (
+        np.array([counts for counts_of_one in part for counts in counts_of_one])
+        for part in (per_slice, per_slice_empty)
+    )
+    if not calibrated.any():
+        raise DataError(f'every voxel is labelled {ignore_label}, to be ignored: nothing to score')
+    pooled, empty = np.sum(per_slice, axis=0), np.sum(per_slice_empty, axis=0)
+    in_mm = [row['in_mm'] for row in patients]
+    steps = f'steps of (slice, row, column) = {tuple(spacing)}'
+    if any(in_mm):
+        steps = f'mm where the file says its spacing, else {steps}'
+    return {
+        'summary': {name: _over_patients(patients, name, bootstrap) for name in FIGURES}
+        | {
+            'structures': _over_structures(patients, structures),
+            'lesions': {
+                what: sum(p[f'lesions_{what}'] for p in patients)
+                for what in ('found', 'missed', 'false')
+            },
+            'per_slice_dice_empty_is_1': _slice_dice(per_slice, structures),
+            'pooled': {
+                name: _mean(values[structures]) for name, values in metrics.ratios(pooled).items()
+            },
+            'pooled_pixel_accuracy': _accuracy(pooled),
+            **metrics.pooled_iou(pooled, ignore_label),
+        },
+        'patients': patients,
+        'baseline': {
+            'prediction': 'all background',
+            'dice': _mean(nothing),
+            'per_slice_dice_empty_is_1': _slice_dice(per_slice_empty, structures),
+            'pooled_pixel_accuracy': _accuracy(empty),
+            'pooled_mean_iou': _mean(np.delete(metrics.ratios(empty)['iou'], ignored)),
+            **metrics.pooled_iou(empty, ignore_label),
+        },
+        'calibration': {
+            'of': 'the probability of any class but 0, over all counted voxels',
+            'temperature': temperature,
+            'expected_calibration_error': metrics.expected_calibration_error(calibrated),
+            'bins': _calibration_bins(calibrated),
+        },
+        'data': {
+            'patients': len(patients),
+            'scans': sum(row['scans'] for row in patients),
+            'slices': len(per_slice),
+            'lesion_slices': sum(bool(c[1:, [0, 2]].sum()) for c in per_slice),
+            'ignored_slices': int((~per_slice.any((1, 2))).sum()),
+            'hd95_unit': 'mm' if all(in_mm) else steps,
+            'spacing': list(spacing),
+            'surface_tolerance': surface_tolerance,
+            'lesion_options': dict(lesion_options),
+        },
+    }
+
+
+def in_order(rows: Sequence[Any], order: Sequence[str]) -> list[Any]:
+    """Rows as one host has them: by the place of their patients in `order`, if there is one."""
+    place = {name: n for n, name in enumerate(order)}
+
+    def key(row) -> int:
+        name = row[0]['patient']  # or 'NAME 32x40', where its slices have several sizes
+        return place[name if name in place else name.rsplit(' ', 1)[0]]
+
+    return sorted(rows, key=key) if order else list(rows)
+
+
+def check_labels(volume: Volume, num_classes: int, ignore_label: int) -> None:
+    wrong = np.setdiff1d(volume.mask, [*range(num_classes), ignore_label])
+    if wrong.size:
+        raise DataError(
+            f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
+            f'{num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
+        )
+
+
+def with_ignored(volume: Volume, ignore_label: int) -> Volume:
+    """The volume for pictures, which know one ignored label."""
+    return volume._replace(mask=np.where(volume.mask == ignore_label, IGNORE_LABEL, volume.mask))
+
+
+def structures_of(num_classes: int, ignore_label: int) -> list[int]:
+    """The classes that are scored one by one."""
+    return [label for label in range(1, num_classes) if label != ignore_label]
+
+
+def _patient_row(
+    pred, volume, num_classes, ignore_label, spacing, surface_tolerance, lesion_options
+) -> dict[str, Any]:
+    """One patient's figures, means over the structures; `structures` has those of each."""
+    scans = volumes.scans(volume.scan, len(pred))
+    structures = structures_of(num_classes, ignore_label)
+    largest, counted = np.zeros_like(pred), volume.mask != ignore_label
+    rows = []
+    for label in structures:
+        ours, theirs = (pred == label) & counted, volume.mask == label
+        for scan in scans:
+            component = postprocess.largest_component(pred[scan] == label)
+            largest[scan] = np.where(component, label, largest[scan])
+        found = [
+            metrics.surface_ratios(
+                metrics.surface_distances(ours[scan], theirs[scan], spacing), surface_tolerance
+            )
+            for scan in scans
+        ]
+        dice, hits, false = zip(
+            *(metrics.lesions(ours[scan], theirs[scan], spacing, **lesion_options)
+              for scan in scans), strict=True,
+        )  # fmt: skip
+        dice, hits, false = np.concatenate(dice), np.concatenate(hits), sum(false)
+        predicted, there = (
+            np.array([mask[scan].any() for scan in scans]) for mask in (ours, theirs)
+        )
+        rows.append(
+            {
+                'label': label,
+                **{name: _mean([ratios[name] for ratios in found]) for name in DISTANCES},
+                **{
+                    name: _mean([value])
+                    for name, value in metrics.lesion_ratios((dice, hits, false)).items()
+                },
+                'present': int(there.sum()),
+                'missed': int((there & ~predicted).sum()),
+                'invented': int((predicted & ~there).sum()),
+                'lesions_found': int(hits.sum()),
+                'lesions_missed': int((~hits).sum()),
+                'lesions_false': false,
+            }
+        )
+    count = metrics.counts(pred, volume.mask, num_classes, ignore_label)
+    largest_count = metrics.counts(largest, volume.mask, num_classes, ignore_label)
+    ratios = metrics.ratios(count)
+    for row in rows:
+        row['dice'] = _mean([ratios['dice'][row['label']]])
+    return {
+        'patient': volume.patient,
+        **{name: _mean(values[structures]) for name, values in ratios.items()},
+        'dice_largest': _mean_dice(largest_count, structures),
+        **{name: _mean([row[name] for row in rows]) for name in (*DISTANCES, *LESIONS)},
+        **{name: sum(row[name] for row in rows) for name in COUNTS},
+        'scans': len(scans),
+        'slices': len(pred),
+        'lesion_voxels': int(count[structures][:, [0, 2]].sum()),
+        'predicted_voxels': int(count[structures][:, [0, 1]].sum()),
+        'spacing': list(map(float, spacing)),
+        'in_mm': volume.spacing is not None,
+        'structures': rows,
+    }
+
+
+def _over_structures(patients, structures: Sequence[int]) -> list[dict[str, Any]]:
+    """For each structure the means over patients and over how many, and how many are missed."""
+    found = []
+    for place, label in enumerate(structures):
+        rows = [patient['structures'][place] for patient in patients]
+        figures = {
+            name: {'mean': _mean(values), 'n': sum(value is not None for value in values)}
+            for name in ('dice', *DISTANCES, *LESIONS)
+            for values in [[row[name] for row in rows]]
+        }
+        numbers = {name: sum(row[name] for row in rows) for name in COUNTS}
+        found.append({'label': label, **figures, **numbers})
+    return found
+
+
+def _mean_dice(counts: np.ndarray, structures: Sequence[int]) -> float | None:
+    """(K, 3) counts -> mean Dice over the structures; None where all are undefined."""
+    return _mean(metrics.ratios(counts)['dice'][structures])
+
+
+def _mean(values) -> float | None:
+    values = np.array([np.nan if v is None else v for v in values], np.float64)
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _accuracy(counts: np.ndarray) -> float:
+    """(K, 3) pooled counts -> share of the pixels that are right."""
+    return float(counts[:, 0].sum() / counts[:, [0, 2]].sum())
+
+
+def _calibration_bins(counts: np.ndarray) -> list[dict[str, Any]]:
+    """(bins, 3) counts -> each bin's range, voxels, mean probability and share of foreground."""
+    edges = np.linspace(0, 1, len(counts) + 1)
+    return [
+        {
+            'low': float(low),
+            'high': float(high),
+            'voxels': int(number),
+            'probability': float(prob / number) if number else None,
+            'frequency': float(true / number) if number else None,
+        }
+        for low, high, (number, prob, true) in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def _slice_dice(counts: Sequence[np.ndarray], structures: Sequence[int]) -> float:
+    """Mean over slices, where an empty slice that is predicted empty counts 1, and one whose
+    every pixel is ignored does not count.
+    """
+    counts = np.stack(counts)
+    dice = metrics.ratios(counts[counts.any((1, 2))])['dice'][:, structures]
+    return float(np.nan_to_num(dice, nan=1.0).mean())
+
+
+def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
+    values = np.array([np.nan if p[name] is None else p[name] for p in patients], np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return {'mean': None, 'median': None, 'sd': None, 'ci95': None, 'n': 0}
+    return {
+        'mean': float(values.mean()),
+        'median': float(np.median(values)),
+        'sd': float(values.std(ddof=1)) if len(values) > 1 else None,
+        'ci95': metrics.bootstrap_ci(values, resamples=bootstrap),
+        'n': len(values),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """What a person reads: a row a patient, then the summary and the baseline."""
+
+    def cell(value, digits=3):
+        return '-' if value is None else f'{value:.{digits}f}'
+
+    columns = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined')
+    patients, summary = result['patients'], result['summary']
+    names = [one_line(p['patient']) for p in patients]
+    wide = max(len('patient'), *map(len, names))
+    head = f'{"patient":{wide}} ' + ' '.join(f'{c:>12}' for c in columns)
+    head += f' {"missed":>8} {"invented":>8} {"voxels":>9}'
+    lines = [head, '-' * len(head)]
+    for p, name in zip(patients, names, strict=True):
+        cells = ' '.join(f'{cell(p[c]):>12}' for c in columns)
+        missed = f'{p["missed"]} of {p["present"]}'
+        lines.append(
+            f'{name:{wide}} {cells} {missed:>8} {p["invented"]:>8} {p["lesion_voxels"]:>9,}'
+        )
+    lines.append('-' * len(head))
+    for statistic in ('mean', 'median', 'sd'):
+        cells = ' '.join(f'{cell(summary[c][statistic]):>12}' for c in columns)
+        lines.append(f'{statistic:{wide}} {cells}')
+    baseline, calibrated = result['baseline'], result['calibration']
+    dice, hd95 = summary['dice'], summary['hd95']
+    found = {
+        name: sum(row[name] for row in summary['structures'])
+        for name in ('present', 'missed', 'invented')
+    }
+    lines += [
+        f'per-volume Dice {cell(dice["mean"])}, {interval(dice)} '
+        f'(bootstrap over {dice["n"]} of {len(patients)} patients)',
+        f'HD95, the larger of the two directed ones, {cell(hd95["mean"])}, of both surfaces joined '
+        f'{cell(summary["hd95_joined"]["mean"])}, over {hd95["n"]} of {len(patients)} patients',
+        f'{found["missed"]} of {found["present"]} structures are missed and {found["invented"]} '
+        'invented; these are in no distance',
+    ]
+    if len(summary['structures']) > 1:
+        lines += [
+            f'class {row["label"]}: Dice {cell(row["dice"]["mean"])} over {row["dice"]["n"]}, HD95 '
+            f'{cell(row["hd95"]["mean"])} over {row["hd95"]["n"]}; missed {row["missed"]} of '
+            f'{row["present"]}, invented {row["invented"]}'
+            for row in summary['structures']
+        ]
+    lines += [
+        f'pooled Dice {cell(summary["pooled"]["dice"])}; per-slice Dice with empty = 1 '
+        f'{cell(summary["per_slice_dice_empty_is_1"])}',
+        f'all background: per-volume Dice {cell(baseline["dice"])}, per-slice with empty = 1 '
+        f'{cell(baseline["per_slice_dice_empty_is_1"])}, '
+        f'pixel accuracy {cell(baseline["pooled_pixel_accuracy"])}, '
+        f'mean IoU {cell(baseline["pooled_mean_iou"])}',
+        f'ASSD {cell(summary["assd"]["mean"])} over {summary["assd"]["n"]}; surface Dice within '
+        f'{result["data"]["surface_tolerance"]:g} {cell(summary["surface_dice"]["mean"])} over '
+        f'{summary["surface_dice"]["n"]}',
+        f'lesion-wise as in BraTS 2023: Dice {cell(summary["lesion_dice"]["mean"])}, detection F1 '
+        f'{cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; lesions: '
+        f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}',
+        f'pooled: frequency_weighted_IU {cell(summary["frequency_weighted_IU"])}, mean_IU '
+        f'{cell(summary["mean_IU"])}, class_wise_IU '
+        f'{" ".join(cell(value) for value in summary["class_wise_IU"])}',
+        f'expected calibration error {cell(calibrated["expected_calibration_error"], 4)} at '
+        f'temperature {cell(calibrated["temperature"])}',
+    ]
+    if chosen := result.get('postprocessing'):
+        lines.append(f'post-processing: {choice.words(chosen, result["data"]["split"])}')
+    return '\n'.join(lines)
+
+
+def interval(figures: dict[str, Any], digits: int = 3) -> str:
+    """The interval of one of the summary's figures in words, with what few patients do to it."""
+    if figures['ci95'] is None:
+        return f'no interval of {figures["n"]}'
+    low, high = figures['ci95']
+    few = f', too narrow for {figures["n"]}' if figures['n'] < metrics.FEW else ''
+    return f'95 % interval {low:.{digits}f} to {high:.{digits}f}{few}'

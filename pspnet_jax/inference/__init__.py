@@ -1,0 +1,1 @@
+"""A trained network opened, and what it says of an image: probabilities, then labels."""

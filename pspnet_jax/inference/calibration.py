@@ -1,0 +1,135 @@
+"""One temperature for all probabilities, fitted on validation patients and kept with the run.
+
+It is of one checkpoint and of the views that are averaged: scales, mirror images, tiles, CRF.
+
+Guo et al. 2017 (arXiv:1706.04599, section 4.2). Which class is the most probable never
+changes, so neither do labels, Dice and distances.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from scipy import optimize, special
+
+from pspnet_jax.runtime.errors import DataError
+from pspnet_jax.runtime.storage import writing
+
+logger = logging.getLogger(__name__)
+
+KEPT = 'temperature.json'  # in a run's workdir
+BOUNDS = (0.05, 20.0)
+TINY = np.finfo(np.float32).tiny  # a probability of 0 is one that float32 does not hold
+
+
+def temper(prob: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(log p / T) over the last axis.
+
+    For p = softmax(logits) that is softmax(logits / T): log p differs from the logits by a
+    constant of each pixel. Also behind a CRF, which gives probabilities only.
+    """
+    if temperature == 1.0:
+        return prob
+    return special.softmax(np.log(np.maximum(prob, TINY)) / np.float32(temperature), axis=-1)
+
+
+def sample(
+    prob: np.ndarray, labels: np.ndarray, ignore_label: int, count: int, seed: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, K) probabilities and n labels of at most `count` pixels, the same for the same seed.
+
+    `prob` is ... K, `labels` ...; every pixel that is not ignored has the same chance.
+    """
+    counted = np.flatnonzero(labels.ravel() != ignore_label)
+    if len(counted) > count:
+        counted = np.random.default_rng(seed).choice(counted, count, replace=False)
+    return prob.reshape(-1, prob.shape[-1])[counted], labels.ravel()[counted]
+
+
+def negative_log_likelihood(prob: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    """Mean over N of -log softmax(log p / T)[label]; prob N K, labels N."""
+    log_prob = np.log(np.maximum(prob, TINY)).astype(np.float64) / temperature
+    chosen = log_prob[np.arange(len(labels)), labels]
+    return float(np.mean(special.logsumexp(log_prob, axis=-1) - chosen))
+
+
+def fit(prob: np.ndarray, labels: np.ndarray) -> float:
+    """The T within `BOUNDS` with the smallest negative log likelihood of labels N, prob N K.
+
+    It is convex in 1/T, so the minimum is one. Where every label has the largest probability
+    it falls with T, and the lower bound comes back.
+    """
+    found = optimize.minimize_scalar(
+        lambda log_t: negative_log_likelihood(prob, labels, math.exp(log_t)),
+        bounds=np.log(BOUNDS),
+        method='bounded',
+        options={'xatol': 1e-4},
+    )
+    return math.exp(found.x)
+
+
+def save(workdir: str | Path, facts: dict[str, Any]) -> None:
+    """Write WORKDIR/temperature.json: 'step', 'views', 'temperature', and what tells where from."""
+    path = Path(workdir) / KEPT
+    with writing(path) as aside:
+        aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
+
+
+def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxyType({})) -> float:
+    """The temperature that was fitted for the checkpoint of `step`, seen as `views` says; 1 where
+    none was, which the log says if there is another.
+
+    Raises DataError for a file that is not ours.
+    """
+    path = Path(workdir) / KEPT
+    if not os.path.lexists(path):
+        return 1.0
+    again = (
+        f'python -m pspnet_jax.evaluate --workdir={workdir} --split=validation --fit_temperature'
+    )
+    try:
+        if not path.is_file():
+            raise ValueError('it is no file')
+        with path.open(encoding='utf-8') as file:
+            kept = json.loads(file.read(100_000))
+        fitted, temperature, seen = kept['step'], kept['temperature'], kept.get('views', {})
+        if type(fitted) is not int or type(temperature) not in (int, float):
+            raise TypeError('they are no numbers')
+        if not BOUNDS[0] * 0.99 <= temperature <= BOUNDS[1] * 1.01:
+            raise ValueError(temperature)
+        if not isinstance(seen, dict):
+            raise TypeError('views')
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it '
+            f'again by {again}'
+        ) from error
+    return temperature if is_for(path, fitted, seen, step, views, 'fitted', again) else 1.0
+
+
+def is_for(
+    path: Path, its_step: int, its_views: Mapping[str, Any], step: int, views: Mapping[str, Any],
+    done: str, again: str,
+) -> bool:  # fmt: skip
+    """Whether what a run keeps at `path`, `done` ('fitted') for a step and views, is for these; the
+    log says where it is not, and which command does it `again`.
+    """
+    if its_step != step:
+        logger.warning('%s is of step %.20s, this is step %d: not applied', path, its_step, step)
+        return False
+    differ = sorted(key for key in its_views.keys() | views if its_views.get(key) != views.get(key))
+    if differ:
+        what = 'names no views'
+        if its_views:
+            what = f'was {done} with other views ({", ".join(differ):.200})'
+        logger.warning(
+            '%s %s: not applied; %s with the same flags makes it anew', path, what, again
+        )
+        return False
+    return True

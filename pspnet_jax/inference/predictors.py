@@ -1,0 +1,195 @@
+"""Masks of arrays by a trained network."""
+
+import functools
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.data.formats import Picture
+from pspnet_jax.data.volumes import check_kind, fit_channels, measure, neighbours, normalize, tile
+from pspnet_jax.inference import calibration, choice, infer, postprocess
+from pspnet_jax.inference.runs import open_run
+from pspnet_jax.inference.settings import label_options, program_options, views, with_choice
+from pspnet_jax.runtime import checkpoint, paths
+from pspnet_jax.runtime.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+WINDOW_PIXELS = 2**24  # of images whose tiles are blended at a time
+
+
+class Predictor(NamedTuple):
+    """A run, or several as an ensemble: predict_fn takes B H W C normalised images.
+
+    `intensity` normalises every image alike; None: each volume has its own. `temperature` is
+    that which was fitted for the checkpoint, of probabilities alone: labels are those without.
+    `chosen` is what the config has of `evaluate.with_choice`. `runs` say which they are: workdir,
+    step, digest and what was passed over. `measured` is how a volume's own intensities are.
+    """
+
+    config: ConfigDict
+    predict_fn: Callable[[np.ndarray], np.ndarray]
+    intensity: np.ndarray | None
+    channels: int  # of a picture, see `runs.Run`
+    temperature: float = 1.0
+    chosen: Mapping[str, Any] | None = None
+    runs: Sequence[Mapping[str, Any]] = ()
+    measured: str = 'volume'
+
+
+class Case(NamedTuple):
+    """Slices D H W C that share their size and intensity scale, and go to one or more files.
+
+    `pictures` are what was read, whose slices are the image's in turn; `stems` are the results'
+    names, without endings, below the output folder. `around` has for each slice those that the
+    network sees as one with it, H W C each; without, they are the image's own.
+    """
+
+    image: np.ndarray
+    intensity: np.ndarray
+    pictures: Sequence[Picture] = ()
+    stems: Sequence[Path] = ()
+    around: Sequence[Sequence[np.ndarray]] = ()
+
+
+def load(
+    workdirs: Sequence[str | Path] | str | Path,
+    which: str = '',
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Predictor:
+    """The checkpoint of a run, or of several runs as one network: the mean of their probabilities.
+
+    `changes` are to the config's `predict` section, which is the first run's with what was chosen
+    on validation (`evaluate.with_choice`) where there is one run. Raises
+    CheckpointError for runs of different networks or differently normalised images.
+    """
+    workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
+    runs = [open_run(workdir, which) for workdir in workdirs]
+    first, variables = runs[0], runs[0].variables
+    for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
+        faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
+        same = np.array_equal(first.intensity, other.intensity)
+        if not same or first.measured != other.measured:
+            faults.append('images are normalised in two ways: data.normalize')
+        ours, theirs = first.config.model.class_names, other.config.model.class_names
+        if ours and theirs and ours != theirs:
+            faults.append(f'model.class_names is {ours} there, {theirs} here')
+        if faults:
+            raise CheckpointError(
+                f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '
+                f'{"; ".join(faults)}: give runs of one config'
+            )
+    ensemble, place = len(runs) > 1, paths.local(workdirs[0])
+    config, chosen = with_prediction(first.config, changes), None
+    if not ensemble:
+        config, chosen = with_choice(first.config, place, first.step, changes)
+    elif any((Path(paths.local(each)) / choice.KEPT).exists() for each in workdirs):
+        logger.info(
+            '%s is chosen for one run by itself: not applied to the mean of %d',
+            choice.KEPT, len(runs),
+        )  # fmt: skip
+    if ensemble:
+        variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
+    program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
+    predict_fn = functools.partial(program, jax.device_put(variables))
+    temperature = 1.0 if ensemble else calibration.load(place, first.step, views(config))
+    about = [
+        {
+            'workdir': os.path.abspath(paths.local(workdir)),
+            'step': run.step,
+            'passed_over': {str(step): reason for step, reason in run.passed_over.items()},
+            'digest': run.digest,
+        }
+        for workdir, run in zip(workdirs, runs, strict=True)
+    ]
+    return Predictor(
+        config, predict_fn, first.intensity, first.channels, temperature, chosen, about,
+        first.measured,
+    )  # fmt: skip
+
+
+def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(labels uint8, probabilities K float32) of an image H W, H W C or D H W C of numbers.
+
+    D slices are one volume. Raises DataError for channels that are not the network's.
+    """
+    image_DHWC = {2: image[None, ..., None], 3: image[None], 4: image}.get(image.ndim)
+    if image_DHWC is None or not image.size:
+        raise DataError(f'an array of shape {image.shape} is no image: give H W, H W C or D H W C')
+    image_DHWC = as_taken(predictor, image_DHWC, f'an array of shape {image.shape}')
+    ((labels, prob),) = segment(predictor, [case_of(predictor, image_DHWC)], probabilities=True)
+    return (labels, prob) if image.ndim == 4 else (labels[0], prob[0])
+
+
+def segment(
+    predictor: Predictor, cases: Sequence[Case], *, probabilities: bool
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """(labels D H W uint8, probabilities D H W K where asked for) of each case.
+
+    Slices of one size are predicted together, whatever case they are of.
+    """
+    config = predictor.config
+    batch_size, options = config.eval.batch_size, label_options(config)
+    threshold = options.pop('threshold')
+    labels = [np.empty(case.image.shape[:3], np.uint8) for case in cases]
+    shapes = [(*case.image.shape[:3], config.model.num_classes) for case in cases]
+    probs = [np.empty(shape, np.float32) if probabilities else None for shape in shapes]
+    context = config.data.context
+    around = [case.around or slices_around(case.image, context) for case in cases]
+    scales = [tile(case.intensity, context) for case in cases]
+    by_size = defaultdict(list)
+    for c, case in enumerate(cases):
+        by_size[case.image.shape[1:]] += [(c, d) for d in range(len(case.image))]
+    for (H, W, _), places in by_size.items():
+        together = batch_size
+        if config.predict.window:  # the batch is of tiles, and blending needs memory
+            together = min(batch_size, max(WINDOW_PIXELS // (H * W), 1))
+        for first in range(0, len(places), together):
+            batch = places[first : first + together]
+            images = [np.concatenate(around[c][d], axis=-1) for c, d in batch]
+            images = np.stack(
+                [normalize(x, scales[c]) for x, (c, _) in zip(images, batch, strict=True)]
+            )
+            if not config.predict.window:
+                images = infer.pad_batch(images, batch_size)
+            prob_BHWK = predictor.predict_fn(images)
+            labels_BHW = postprocess.to_labels(prob_BHWK, threshold)
+            for (c, d), labels_HW, prob_HWK in zip(batch, labels_BHW, prob_BHWK, strict=False):
+                labels[c][d] = labels_HW
+                if probabilities:
+                    probs[c][d] = calibration.temper(prob_HWK, predictor.temperature)
+    return [
+        (postprocess.clean(labels_DHW, **options), prob)
+        for labels_DHW, prob in zip(labels, probs, strict=True)
+    ]
+
+
+def slices_around(images: Sequence[np.ndarray], context: int) -> list[list[np.ndarray]]:
+    """For each of the slices of a scan those that the network sees as one with it."""
+    return [[images[row] for row in rows] for rows in neighbours(None, len(images), context)]
+
+
+def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndarray:
+    """The image with the network's channels. Raises DataError for one that it can't take."""
+    if predictor.intensity is not None:
+        check_kind(image_DHWC, predictor.intensity, name)
+    return fit_channels(image_DHWC, predictor.channels, name)
+
+
+def case_of(
+    predictor: Predictor, image_DHWC: np.ndarray, context: Sequence[np.ndarray] = (), **names
+) -> Case:
+    """A case whose scale, where the network needs one, is that of the images of `context`, else of
+    itself.
+    """
+    if predictor.intensity is not None:
+        return Case(image_DHWC, predictor.intensity, **names)
+    return Case(image_DHWC, measure(context or [image_DHWC], predictor.measured), **names)

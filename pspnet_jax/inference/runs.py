@@ -1,0 +1,102 @@
+"""A trained network, opened from its checkpoint folder for evaluation, prediction and export."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from pspnet_jax import models
+from pspnet_jax.config import from_dict
+from pspnet_jax.data.volumes import channels_seen
+from pspnet_jax.models.weights import fixed_intensity, measured_how
+from pspnet_jax.runtime import checkpoint, paths
+from pspnet_jax.runtime.errors import ConfigError, first_line
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """`variables` are params (their average where one was kept) and batch_stats, as numpy arrays.
+
+    `inputs` are what the network takes, as `checkpoint.save` has them. `passed_over` gives the
+    reason for each damaged step that would have been taken before `step`. `digest` is that of all
+    arrays of the checkpoint, by which the same weights are known in whatever folder.
+    """
+
+    config: ConfigDict
+    model: nn.Module
+    variables: dict[str, Any]
+    inputs: dict[str, Any]
+    step: int
+    passed_over: dict[int, str]
+    digest: str
+
+    @property
+    def channels(self) -> int:
+        """Of a picture; the network sees `volumes.channels_seen` of them and `context`."""
+        return self.inputs['channels']
+
+    @property
+    def context(self) -> int:
+        return self.config.data.context
+
+    @property
+    def intensity(self) -> np.ndarray | None:
+        """(4, C) that normalises every image alike; None: each volume has its own."""
+        return fixed_intensity(self.inputs)
+
+    @property
+    def measured(self) -> str:
+        """How each volume's own intensities are measured, for `data.volumes.measure`."""
+        return measured_how(self.inputs)
+
+
+def open_run(workdir: str | Path, which: str = '') -> Run:
+    """The sound step that `which` means: 'best', 'last' or a number; '' takes `eval.checkpoint`.
+
+    Damaged steps are passed over with a warning, unless one was asked for by its number. Raises
+    CheckpointError where none is sound, ConfigError where the config has no network.
+    """
+    workdir = paths.local(workdir)
+    if not which:
+        _, meta, _ = checkpoint.first_sound(
+            workdir, 'last', functools.partial(checkpoint.metadata, workdir)
+        )
+        which = from_dict(meta['config']).eval.checkpoint
+
+    def read(step: int) -> tuple[dict[str, Any], ConfigDict, nn.Module, dict[str, Any]]:
+        meta = checkpoint.metadata(workdir, step)
+        config = from_dict(meta['config'])
+        model = models.create(**config.model)
+        seen = channels_seen(meta['inputs']['channels'], config.data.context)
+        shapes = abstract_variables(model, seen)
+        return meta, config, model, checkpoint.restore_variables(workdir, step, shapes)
+
+    step, (meta, config, model, variables), passed_over = checkpoint.first_sound(
+        workdir, which, read
+    )
+    for reason in passed_over.values():
+        logger.warning('%s: taking step %d', reason, step)
+    digest = hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest()[:16]
+    return Run(config, model, variables, meta['inputs'], step, passed_over, digest)
+
+
+def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:
+    """Shapes and types of all that a network has. Raises ConfigError where it can't be built."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    try:
+        return jax.eval_shape(init, jax.random.key(0), image)
+    except Exception as error:  # of each layer its own: the config may be untrusted
+        reason = first_line(error)
+        raise ConfigError(f'there is no network of such a model section: {reason}') from error

@@ -1,0 +1,1 @@
+"""Masks and pictures for files: which are predicted, how, and what is written."""

@@ -1,0 +1,90 @@
+"""Text and JSON that may be untrusted: limited in size and time, and each fault one DataError."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pspnet_jax.runtime.errors import DataError, one_line
+
+# A COCO file of some 100,000 outlines; parsed, text takes up to 30 times as much memory.
+MAX_BYTES = 2**26
+
+
+def read(path: str | Path, remedy: str = 'make it again') -> str:
+    """UTF-8, with or without a byte order mark. Raises DataError, also for what is no file."""
+    if not os.path.isfile(path):  # a FIFO or a device would never end
+        raise DataError(f'{path} is not a file: {remedy}')
+    try:
+        with open(path, 'rb') as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f'{path} can not be read ({error.strerror}): copy it again') from error
+    if len(data) > MAX_BYTES:
+        raise DataError(f'{path} is larger than {MAX_BYTES // 2**20} MiB: split it')
+    try:
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f'{path} is not UTF-8 text (byte {error.start}): save it as UTF-8 in an editor, or '
+            'convert it with iconv -f GBK -t UTF-8 (or UTF-16, SHIFT-JIS, CP1252: as it was saved)'
+        ) from error
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """Raise DataError where the block takes longer: an expression may try for ever to match.
+
+    By a timer, which only the main thread has; in others there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGALRM'):
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise DataError(f'{what} takes more than {seconds:g} seconds: write it in a simpler way')
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def parse_json(text: str, remedy: str = 'make it again') -> Any:
+    """Raises DataError for what is no JSON, NaN and infinity among it, is nested too deeply or
+    holds a key twice.
+    """
+
+    def unique(pairs):
+        if len(found := dict(pairs)) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f'the key {twice[:120]!r} is there twice')
+        return found
+
+    def refuse(constant):
+        raise ValueError(f'{constant} is not a number')
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise DataError(f'nested too deeply: {remedy}') from error
+    except ValueError as error:
+        reason = one_line(str(error).partition('\n')[0])
+        raise DataError(f'not readable as JSON ({reason}): {remedy}') from error
+
+
+def read_json(path: str | Path, remedy: str = 'make it again') -> Any:
+    """Raises DataError."""
+    content = read(path, remedy)
+    try:
+        return parse_json(content, remedy)
+    except DataError as error:
+        raise DataError(f'{path} is {error}') from error

@@ -1,0 +1,176 @@
+"""An exported network as a function of images."""
+
+import functools
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pspnet_jax import models
+from pspnet_jax.config import from_dict
+from pspnet_jax.data import volumes
+from pspnet_jax.inference import infer, settings
+from pspnet_jax.inference.runs import abstract_variables
+from pspnet_jax.models.weights import check_archive, fixed_intensity, measured_how
+from pspnet_jax.runtime import checkpoint, compilation
+from pspnet_jax.runtime.errors import CheckpointError, ExportError, PspnetError, first_line
+from pspnet_jax.serving import onnx_graph, stablehlo
+
+FILES = {
+    'stablehlo': 'model.stablehlo.zip',
+    'onnx': 'model.onnx',
+    'savedparams': 'model.safetensors',
+}
+PROGRAM, METADATA = 'model.stablehlo', 'metadata.json'  # in the archive
+KEY = 'pspnet_jax'  # of the metadata in the other formats
+MOST_TEXT = 2**22  # of the metadata
+CRF_KERNELS = ('none', 'exact', 'windowed')
+Predict = Callable[[np.ndarray], np.ndarray]  # B H W C uint8 -> B H W K probabilities
+
+
+def reference(
+    image_BHWC: np.ndarray,
+    *,
+    variables,
+    predict_fn,
+    intensity: np.ndarray | None,
+    measured: str,
+    context: int = 0,
+) -> np.ndarray:
+    """The same as `evaluate` and `predict` have it: measured, normalised and stacked by numpy."""
+    if intensity is None:
+        intensity = volumes.measure([image_BHWC], measured)
+    else:
+        volumes.check_kind(image_BHWC, intensity, 'the image')
+    rows_Bn = volumes.neighbours(None, len(image_BHWC), context)
+    image_BHWC = volumes.stack(volumes.normalize(image_BHWC, intensity), rows_Bn)
+    return predict_fn(variables, image_BHWC)
+
+
+def read_stablehlo(path: str | Path) -> tuple[Predict, dict[str, Any]]:
+    """(predict, metadata). Raises ExportError for another file."""
+    path = _file(path)
+    try:
+        check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            program, metadata = archive.read(PROGRAM), _metadata(archive.read(METADATA))
+        exported = jax.export.deserialize(bytearray(program))
+        stablehlo.check(bytes(exported.mlir_module_serialized))
+    except ExportError as error:
+        raise ExportError(f'{path}: {error}') from error
+    except PspnetError:
+        raise
+    except Exception as error:  # of zipfile, flatbuffers and MLIR each its own
+        raise ExportError(f'{path} is no exported StableHLO: export it again') from error
+    predict = compilation.jit(exported.call)
+    return (lambda image: np.asarray(predict(image))), metadata
+
+
+def _file(path: str | Path) -> Path:
+    """Raises ExportError for what is no file: a pipe would be waited for."""
+    if not Path(path).is_file():
+        raise ExportError(f'{path} is not a file')
+    return Path(path)
+
+
+def _metadata(text: str | bytes) -> dict[str, Any]:
+    found = json.loads(text[:MOST_TEXT])
+    if not isinstance(found, dict):
+        raise ValueError(f'metadata is {found!r:.80}')
+    return found
+
+
+def read_onnx(path: str | Path) -> tuple[Predict, dict[str, Any]]:
+    """(predict, metadata), on the CPU. Raises ExportError for another file."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(onnx_graph.NEED) from error
+    path = _file(path)
+    try:
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(),  # from bytes, other files are out of its reach
+            providers=['CPUExecutionProvider'],
+            disabled_optimizers=['ConstantFolding'],  # it would compute, of whatever size
+        )
+        metadata = _metadata(session.get_modelmeta().custom_metadata_map[KEY])
+    except Exception as error:  # onnxruntime's kinds share no base but this
+        reason = first_line(error)
+        raise ExportError(f'{path} is not read by onnxruntime: {reason}') from error
+    return (lambda image: session.run(None, {'image': image})[0]), metadata
+
+
+def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(variables, metadata) of a savedparams file, of numpy arrays: strict.
+
+    Raises CheckpointError where an array that the config's network has is missing, has
+    another shape, or is one too many.
+    """
+    from safetensors import safe_open
+
+    path = _file(path)
+    try:
+        with safe_open(path, 'numpy') as file:
+            metadata = _metadata(file.metadata()[KEY])
+            config = from_dict(metadata['config'])
+            checkpoint.check_inputs(metadata['inputs'], path)
+            if metadata['crf'] not in CRF_KERNELS:
+                raise ValueError('crf')
+            seen = volumes.channels_seen(metadata['inputs']['channels'], config.data.context)
+            shapes = _shapes(config, seen)
+            names = list(file.keys())
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            faults = [
+                f'{name} is {found.get(name, "missing")}, '
+                f'it should be {shapes.get(name, "left out")}'
+                for name in sorted(found.keys() | shapes.keys())
+                if found.get(name) != shapes.get(name)
+            ]
+            if faults:
+                raise CheckpointError(f'{path} does not fit its config:', faults)
+            arrays = {name: file.get_tensor(name) for name in shapes}
+            if any(array.dtype != np.float32 for array in arrays.values()):
+                raise ValueError('dtype')
+    except PspnetError:
+        raise
+    except Exception as error:  # of safetensors, JSON and a stranger's types each its own
+        raise CheckpointError(f'{path} is no exported savedparams: export it again') from error
+    return unflatten_dict(arrays, sep='/'), metadata
+
+
+def _shapes(config, channels: int) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of all that the config's network has."""
+    tree = abstract_variables(models.create(**config.model), channels)
+    return {name: leaf.shape for name, leaf in flatten_dict(tree, sep='/').items()}
+
+
+def read_savedparams(path: str | Path) -> tuple[Predict, dict[str, Any]]:
+    """(predict, metadata): the network of `read_params`, as `predict` runs it."""
+    variables, metadata = read_params(path)
+    config = from_dict(metadata['config'])
+    crf_options = settings.crf_options(config) | {'kernel': metadata['crf']}
+    predict = functools.partial(
+        reference,
+        variables=variables,
+        predict_fn=infer.compile_predict(models.create(**config.model), crf_options=crf_options),
+        intensity=fixed_intensity(metadata['inputs']),
+        measured=measured_how(metadata['inputs']),
+        context=config.data.context,
+    )
+    return predict, metadata
+
+
+READERS = {'stablehlo': read_stablehlo, 'onnx': read_onnx, 'savedparams': read_savedparams}
+
+
+def read(path: str | Path) -> tuple[Predict, dict[str, Any]]:
+    """(predict, metadata) of an exported file of any format, by the end of its name."""
+    for fmt, name in FILES.items():
+        if str(path).endswith(name.removeprefix('model')):
+            return READERS[fmt](path)
+    raise ExportError(f'{path} has none of the names {", ".join(FILES.values())}')

@@ -1,0 +1,1 @@
+"""From a config to checkpoints: the loop, the pure update, losses, optimisers."""

@@ -1,0 +1,295 @@
+"""One update of a network: the state, the loss, and the pure step from batch to batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from pspnet_jax import models
+from pspnet_jax.data import volumes
+from pspnet_jax.data.augment import augment
+from pspnet_jax.models.convolution import CONVOLVED
+from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
+from pspnet_jax.runtime import compilation
+from pspnet_jax.training import losses
+
+# (key, image H W C, mask H W) -> (image, mask), traced inside the compiled step.
+AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# (logits B h w K, labels B h w, of the global batch) -> scalar, traced there too.
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
+    evaluated with the live `batch_stats`, of which there is no average.
+
+    And the teacher's variables, which it gives back as they are: here they are arguments of
+    the program and not constants in it. Checkpoints leave them out.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema_params: Any
+    teacher: Any = None
+
+
+def create_state(model: nn.Module, tx, *, seed: int, channels: int, ema: bool) -> TrainState:
+    """Random parameters from `seed` for images of `channels` channels."""
+
+    def make(key: jax.Array) -> TrainState:  # one program: on a GPU each small one costs 0.1 s
+        image = jnp.zeros((1, 64, 64, channels), jnp.float32)  # no parameter depends on the size
+        variables = model.init(key, image, train=False)
+        params = variables['params']
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get('batch_stats', {}),
+            opt_state=tx.init(params),
+            ema_params=params if ema else None,
+        )
+
+    return compilation.jit(make)(jax.random.key(seed))
+
+
+def segmentation_loss(
+    out: dict[str, jax.Array],
+    labels_BHW: jax.Array,
+    *,
+    aux: float,
+    ignore_label: int,
+    axis_name: str | None,
+    extra: dict[str, float] | None = None,
+    loss_fn: LossFn | None = None,
+    **knobs: Any,
+) -> jax.Array:
+    """The sum of `losses.TERMS` and of `loss_fn`, and `aux` times the same for every other output.
+
+    `knobs` are the rest of the config's section `loss`: each term's weight, at 0 of which it is
+    not computed, and what the terms read; `extra` has the weights of terms without a knob.
+    `loss_fn` sees the logits and labels of the whole batch, whatever number of devices share it.
+    Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
+    puts them when it enlarges them: labels are never interpolated.
+    """
+
+    terms = {name: knobs[name] for name in losses.TERMS if name in knobs} | (extra or {})
+
+    def one_head(logits_BhwK):
+        labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
+        shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
+        total = 0.0
+        for name, weight in terms.items():
+            if weight:
+                loss, own = losses.TERMS[name]
+                options = {argument: knobs[knob] for argument, knob in own.items()}
+                total += weight * loss(logits_BhwK, labels_Bhw, **options, **shared)
+        if loss_fn is not None:
+            total += loss_fn(*(losses.gather(x, axis_name) for x in (logits_BhwK, labels_Bhw)))
+        return total
+
+    total = one_head(out['logits'])
+    if aux:
+        total += aux * sum(one_head(x) for name, x in out.items() if name != 'logits')
+    return total
+
+
+def labels_at(labels_BHW: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """B h w: the labels at the centres of h x w cells, as `volumes.resize_labels` has them."""
+    rows, columns = map(volumes.centres, size, labels_BHW.shape[1:])
+    return labels_BHW[:, rows][:, :, columns]
+
+
+def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: bool, **options):
+    """(outputs, batch statistics, features) of a network in training or inference.
+
+    `features` asks for its backbone's last map, B h w C; else they are None.
+    """
+
+    def is_backbone(module: nn.Module, method: str) -> bool:
+        return module.path == ('backbone',) and method == '__call__'
+
+    out, updates = model.apply(
+        variables,
+        image_BHWC,
+        mutable=['batch_stats', 'intermediates'],
+        capture_intermediates=is_backbone if features else False,
+        **options,
+    )
+    # The last of its calls: deeplab_v2 has one for each scale, the largest at the end.
+    last = updates['intermediates']['backbone']['__call__'][-1][32] if features else None
+    return out, updates.get('batch_stats', {}), last
+
+
+def teacher_losses(
+    logits_BhwK: jax.Array,
+    features: jax.Array | None,
+    teacher_logits: jax.Array,
+    teacher_features: jax.Array | None,
+    labels_BHW: jax.Array,
+    *,
+    loss: str,
+    weight: float,
+    temperature: float,
+    pairwise: float,
+    nodes: int,
+    ignore_label: int,
+    axis_name: str | None,
+) -> dict[str, jax.Array]:
+    """{'distillation', 'pairwise'}: what the teacher adds to the loss, each times its weight.
+
+    Its logits are resized to the student's. The affinities are between `nodes` x `nodes` cells,
+    averages of the maps; image-segmentation-keras has maxima of 4 x 4 features.
+    """
+    parts = {}
+    if weight:
+        size = logits_BhwK.shape[1:3]
+        parts['distillation'] = weight * losses.distillation(
+            logits_BhwK,
+            resize(teacher_logits, size, align_corners=False),
+            labels_at(labels_BHW, size),
+            loss=loss,
+            temperature=temperature,
+            ignore_label=ignore_label,
+            axis_name=axis_name,
+        )
+    if pairwise:
+        cells = [
+            adaptive_pools(x.astype(jnp.float32), (nodes,))[0] for x in (features, teacher_features)
+        ]
+        parts['pairwise'] = pairwise * losses.pairwise_affinity(*cells, axis_name=axis_name)
+    return parts
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss_options: dict[str, Any],
+    augment_options: dict[str, Any],
+    seed: int,
+    accumulate: int = 1,
+    remat: str = 'none',
+    ema_decay: float = 0.0,
+    nan_policy: str = 'stop',
+    augment_fn: AugmentFn | None = None,
+    loss_fn: LossFn | None = None,
+    teacher: nn.Module | None = None,
+    distill_options: dict[str, Any] | None = None,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from {'image': B H W C, 'mask': B H W}; metrics: loss, gradient_norm.
+
+    Randomness is a function of seed, step and the example's place in the global batch.
+    With `accumulate` = k the gradient is the mean over k micro-batches, every k-th
+    example each, in one compiled loop; BatchNorm then sees B/k images at a time.
+    With `remat` 'pointwise' the outputs of convolutions are kept for the gradient and all
+    that lies between them, BatchNorm and ReLU mostly, is computed again.
+    With `nan_policy` 'skip' a loss or gradient that is no number changes nothing but the step;
+    the metric 'skipped' is 1 there. `augment_fn` changes each example behind `augment`; `loss_fn`
+    is added to the config's losses.
+    `teacher` sees the same images in inference mode, with `state.teacher`; what it adds to the
+    loss is in the metrics.
+    """
+    if axis_name is not None:
+        model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
+    augment_key, dropout_key = jax.random.split(
+        jax.random.fold_in(jax.random.key(seed), state.step)
+    )
+    index_B = global_indices(batch['image'].shape[0], axis_name)
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(augment_key, i))(index_B)
+
+    def change(key, image_HWC, mask_HW):
+        image_HWC, mask_HW = augment(
+            key, image_HWC, mask_HW, ignore_label=loss_options['ignore_label'], **augment_options
+        )
+        if augment_fn is not None:
+            own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
+            image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)
+        return image_HWC, mask_HW
+
+    image, mask = jax.vmap(change)(keys_B, batch['image'], batch['mask'])
+    features = teacher is not None and distill_options['pairwise'] > 0
+
+    def total_loss(params, batch_stats, image, mask, taught, key):
+        out, batch_stats, last = forward(
+            model,
+            {'params': params, 'batch_stats': batch_stats},
+            image,
+            features=features,
+            train=True,
+            rngs={'dropout': key},
+        )
+        shared, parts = {'axis_name': axis_name, 'loss_fn': loss_fn}, {}
+        loss = segmentation_loss(out, mask, **shared, **loss_options)
+        if teacher is not None:
+            options = distill_options | {'ignore_label': loss_options['ignore_label']}
+            parts = teacher_losses(
+                out['logits'], last, *taught, mask, axis_name=axis_name, **options
+            )
+        return loss + sum(parts.values()), (batch_stats, parts)
+
+    if remat == 'pointwise':
+        keep = jax.checkpoint_policies.save_only_these_names(CONVOLVED)
+        total_loss = jax.checkpoint(total_loss, policy=keep)
+    elif remat != 'none':
+        raise ValueError(f"train.remat {remat!r} is not one of 'none', 'pointwise'")
+
+    def micro_step(carry, micro):
+        (batch_stats, i), taught = carry, None
+        if teacher is not None:  # outside of what is differentiated and computed again
+            out, _, last = forward(teacher, state.teacher, micro[0], features=features, train=False)
+            taught = (out['logits'], last)
+        (loss, (batch_stats, parts)), grads = jax.value_and_grad(total_loss, has_aux=True)(
+            state.params, batch_stats, *micro, taught, jax.random.fold_in(dropout_key, i)
+        )
+        return (batch_stats, i + 1), ({'loss': loss, **parts}, grads)
+
+    if accumulate == 1:
+        (batch_stats, _), (metrics, grads) = micro_step((state.batch_stats, 0), (image, mask))
+    else:
+        # B -> k B/k by stride, so that each device keeps its own examples.
+        micro = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (image, mask)
+        )
+        (batch_stats, _), stacked = jax.lax.scan(micro_step, (state.batch_stats, 0), micro)
+        metrics, grads = jax.tree.map(lambda x: x.mean(axis=0), stacked)
+    if axis_name is not None:
+        grads = jax.lax.pmean(grads, axis_name)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
+    metrics['gradient_norm'] = optax.tree.norm(grads)
+    changed = (params, batch_stats, opt_state, ema_params)
+    if nan_policy == 'skip':
+        sound = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
+        before = (state.params, state.batch_stats, state.opt_state, state.ema_params)
+        changed = jax.tree.map(lambda new, old: jnp.where(sound, new, old), changed, before)
+        metrics['skipped'] = 1.0 - sound
+    return TrainState(state.step + 1, *changed, teacher=state.teacher), metrics
+
+
+def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Callable:
+    """`train_step(state, batch)` with what the config decides, and further options of it."""
+    decided = {
+        'loss_options': config.loss.to_dict(),
+        'augment_options': config.augment.to_dict() | {'context': config.data.context},
+        'seed': config.seed,
+        'accumulate': config.train.accumulate,
+        'remat': config.train.remat,
+        'ema_decay': config.train.ema_decay,
+        'nan_policy': config.train.nan_policy,
+    }
+    return functools.partial(train_step, model=model, tx=tx, **decided | options)
