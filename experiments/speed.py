@@ -8,7 +8,7 @@ eager and compiled, channels last and not, and the fastest of the four is the pe
 two networks are shown to be the same: as many parameters, and with the peer's weights the
 peer's output. Then ours and the peer take turns; a line with both medians is added to
 experiments/results/speed.jsonl. In training both do forward, backward and SGD with
-momentum, ours by `train.train_step` as it is.
+momentum, ours by `training.update.train_step` as it is.
 """
 
 import functools

@@ -1,7 +1,9 @@
 """The calls for scripts: what the commands give, without the commands."""
 
 import dataclasses
+import inspect
 import json
+import pydoc
 import re
 import shutil
 import subprocess
@@ -69,6 +71,12 @@ def test_a_picture_gets_the_mask_that_the_command_writes(own, model, tmp_path):
     assert prob.shape == (40, 52, 2)
     np.testing.assert_allclose(prob.sum(-1), 1, atol=1e-5)
     np.testing.assert_array_equal(mask, prob.argmax(-1))
+
+
+def test_a_model_is_one_line(model):
+    line = repr(model)
+    assert '\n' not in line and len(line) < 200
+    assert line.startswith('<Model pspnet on resnet18, 2 classes: step 2 of ')
 
 
 def test_a_volume_is_its_slices_with_one_scale(model, rng):
@@ -146,12 +154,14 @@ def test_the_readmes_examples_run(own, tmp_path, monkeypatch, capsys, block):
     assert list(tmp_path.glob('runs/*/evaluation.json'))
 
 
-def test_the_module_train_is_also_the_call():
-    from pspnet_jax.training.update import train_step
-
-    assert callable(pspnet_jax.train)
-    assert pspnet_jax.train.train_step is train_step
-    assert pspnet_jax.load.__module__ == 'pspnet_jax.api'
+def test_the_package_shows_its_three_names():
+    assert {'Model', 'load', 'train'} <= set(dir(pspnet_jax))
+    text = pydoc.render_doc(pspnet_jax, renderer=pydoc.plaintext)
+    for line in ('load(workdir:', 'train(', 'class Model(', 'predict(self, image:'):
+        assert line in text
+    assert list(inspect.signature(pspnet_jax.train).parameters)[:4] == [
+        'config', 'images', 'masks', 'workdir',
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ A recipe says all knobs but the crop. Upside-down is for pictures without an upp
 `nnunet` has the ranges of nnU-Net (Isensee et al. 2021), its mirroring of both axes, and its
 probabilities of blur, low resolution and gamma. Zoom, rotation, gain and noise change every view
 here, where nnU-Net changes 10 to 20 %; noise is a third of its largest for that reason.
-Your own function is an argument of `train.train_and_evaluate`: README.
+Your own function is an argument of `training.loop.train_and_evaluate`: README.
 """
 
 NONE = {

@@ -457,7 +457,7 @@ def _parts(values_N: np.ndarray) -> Iterator[np.ndarray]:
 def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
     """... C uint8 -> float32: clipped to low..high, minus mean, over deviation.
 
-    Times the reciprocal, as XLA does it in `train.gather`: so both have the same bits.
+    Times the reciprocal, as XLA does it in `training.placement.gather`: so both have the same bits.
     """
     low, high, mean, std = intensity
     return (np.clip(image.astype(np.float32), low, high) - mean) * (1 / std)

@@ -107,7 +107,7 @@ def _lesion_pixels(mask_DHW: np.ndarray) -> np.ndarray:
 
 
 def write(workdir: str | Path, result: dict[str, Any], cases: Sequence[tuple[str, Case]]) -> Path:
-    """WORKDIR/report.html of what `evaluate.evaluate_checkpoint` found.
+    """WORKDIR/report.html of what `protocol.evaluate_checkpoint` found.
 
     `cases` are [(role, Case)], `extremes` with their pictures; the run's curves are read from
     WORKDIR/metrics.jsonl. At most PICTURE_BYTES of pictures: they are made coarser until they

@@ -22,7 +22,7 @@ OPTIONS = ('flip', 'threshold', 'largest_component', 'min_size')
 
 def words(facts: Mapping[str, Any], split: str = '') -> str:
     """'flip=True, chosen on 8 validation patients (their Dice ...)', of what `choose` found or
-    `evaluate.with_choice` takes; `split` is that of the figures above.
+    `settings.with_choice` takes; `split` is that of the figures above.
     """
     dice, without = (
         '-' if facts[key] is None else f'{facts[key]:.3f}' for key in ('dice', 'without')

@@ -31,7 +31,7 @@ class Predictor(NamedTuple):
 
     `intensity` normalises every image alike; None: each volume has its own. `temperature` is
     that which was fitted for the checkpoint, of probabilities alone: labels are those without.
-    `chosen` is what the config has of `evaluate.with_choice`. `runs` say which they are: workdir,
+    `chosen` is what the config has of `settings.with_choice`. `runs` say which they are: workdir,
     step, digest and what was passed over. `measured` is how a volume's own intensities are.
     """
 
@@ -68,7 +68,7 @@ def load(
     """The checkpoint of a run, or of several runs as one network: the mean of their probabilities.
 
     `changes` are to the config's `predict` section, which is the first run's with what was chosen
-    on validation (`evaluate.with_choice`) where there is one run. Raises
+    on validation (`settings.with_choice`) where there is one run. Raises
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)

@@ -3,7 +3,7 @@ arXiv 1706.05587) and v3+ (2018, arXiv 1802.02611).
 
 `DeepLabV1`, LargeFOV (v1 section 3.2): VGG16 with 3x3 pools, pool4 and pool5 at stride 1,
 block 5 dilated by 2; fc6 3x3 of 1024 features dilated by 12, fc7 1x1 of 1024. Its fully
-connected CRF is pspnet_jax/crf.py, at inference (`eval.crf`).
+connected CRF is pspnet_jax/inference/crf.py, at inference (`eval.crf`).
 Deviations: the loss compares full-resolution logits, theirs every eighth label; the average
 pooling that the released network has behind pool5, not in the paper, is left out.
 

@@ -13,7 +13,7 @@ the blog post, kept for comparison: VGG16 without dilation, output at a quarter 
 the input's size, no auxiliary head, 17,093,442 parameters and statistics for two
 classes and three channels. Its constants (BatchNorm 0.99 and 1e-3, half-pixel
 resizing) are Keras' own. Deviation: it learns the labels at the centres of its cells
-(`train.labels_at`), where prediction enlarges them; theirs are each fourth pixel's.
+(`training.update.labels_at`), where prediction enlarges them; theirs are each fourth pixel's.
 """
 
 import flax.linen as nn

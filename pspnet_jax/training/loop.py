@@ -180,7 +180,7 @@ def train_and_evaluate(
     `on_validation(step, dice, state)` every validated state once its checkpoint is under way: the
     next step reuses its arrays, so copy what is kept.
     Returns the evaluation of the test cases, else of the validation cases, as
-    `evaluate.evaluate_checkpoint` does; {} where there are neither. Raises
+    `evaluation.protocol.evaluate_checkpoint` does; {} where there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
     validate(config)
