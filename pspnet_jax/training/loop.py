@@ -224,7 +224,7 @@ def train_and_evaluate(
     for name, part in split.items():
         logger.info('%s: %s', name, volumes.describe(part))
 
-    with faults.alone(workdir) if hosts.is_first() else contextlib.nullcontext():
+    with faults.locked(workdir) if hosts.is_first() else contextlib.nullcontext():
         run_steps(
             config,
             workdir,
@@ -380,7 +380,7 @@ def run_steps(
             end.callback(draw_curves, workdir)
         if changed:
             log.scalars(first_step, {'config_changes': len(changed)})
-        end.callback(tell_unread, unread)
+        end.callback(warn_of_unread, unread)
         while step < total:
             if 0 < config.train.patience <= progress['stale']:
                 logger.info('no better Dice in %d validations: stopping', progress['stale'])
@@ -442,7 +442,7 @@ def run_steps(
                     f'{total}; the same command goes on from there',
                     stop,
                 )
-            compilation.give_back_memory()
+            compilation.trim_heap()
             waited, window, logged = 0.0, time.perf_counter(), step
 
 
@@ -466,7 +466,7 @@ def draw_curves(workdir: str) -> None:
         logger.warning('%s', error)
 
 
-def tell_unread(unread: dict[int, str]) -> None:
+def warn_of_unread(unread: dict[int, str]) -> None:
     """The slices that could not be read, at the end of the run."""
     if unread:
         logger.warning('%d slice(s) could not be read, others were used:', len(unread))
