@@ -428,7 +428,7 @@ def test_the_step_that_was_passed_over_stands_in_every_output(cut_off, tmp_path)
 def test_forty_loads_of_a_run_that_is_being_written(tmp_path):
     """By two other processes; after each load a step is saved, and others are deleted meanwhile."""
     config = tiny_config(**{'model.width': 4})
-    model, (tx, _) = models.create(**config.model), optim.create(steps=4, **config.optim)
+    model, (tx, _) = models.create(**config.model), optim.create(config.optim, steps=4)
     state = update.create_state(model, tx, seed=9, channels=3, ema=True)
 
     def save_next(writer, step):
