@@ -63,13 +63,15 @@ def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monke
         return load(config, *arguments)
 
     monkeypatch.setattr(sources, 'load', load)
-    loop.train_and_evaluate(config, run)
+    evaluation = loop.train_and_evaluate(config, run)
+    assert read_with == [()]  # to train, and handed on to evaluate
     assert config.model.class_names == ()  # the caller's own
     assert open_run(run).config.model.class_names == named
+    assert protocol.evaluate_checkpoint(run) == evaluation
     monkeypatch.setattr(loop, 'evaluate_checkpoint', lambda *_, **__: None)
     config.train.steps = 2
     loop.train_and_evaluate(config, run)
-    assert read_with == [(), named, named]  # to train, to evaluate, to go on
+    assert read_with == [(), named, named]  # then to evaluate, and to go on
 
     def see(predict_fn, data, **options):
         seen.extend(data)
@@ -314,10 +316,10 @@ def sgd(**changes):
 def one_step(accumulate, loss_options, batch):
     model = Pixelwise()
     tx, _ = sgd(learning_rate=0.1)
-    state = update.create_state(model, tx, seed=0, channels=3, ema=True)
-    options = update.StepOptions(0, loss_options, {}, accumulate=accumulate, ema_decay=0.5)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=False)
+    options = update.StepOptions(0, loss_options, {}, accumulate=accumulate)
     step = functools.partial(update.train_step, model=model, tx=tx, options=options)
-    return state, compilation.jit(step)(state, batch)
+    return compilation.jit(step)(state, batch)
 
 
 CE_ONLY = {**base.get_config().loss.to_dict(), 'dice': 0.0}
@@ -342,8 +344,8 @@ def batch_of(rng):
 @pytest.mark.parametrize('k', [2, 4])
 def test_k_micro_batches_equal_one_big_batch(rng, k):
     batch = batch_of(rng)
-    _, (big, big_metrics) = one_step(1, CE_ONLY, batch)
-    _, (small, small_metrics) = one_step(k, CE_ONLY, batch)
+    big, big_metrics = one_step(1, CE_ONLY, batch)
+    small, small_metrics = one_step(k, CE_ONLY, batch)
     assert float(big_metrics['loss']) == pytest.approx(float(small_metrics['loss']), rel=1e-5)
     for a, b in zip(jax.tree.leaves(big.params), jax.tree.leaves(small.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -365,11 +367,21 @@ def test_randomness_is_of_the_seed_and_the_step(rng):
     assert len({loss(3, 0), loss(4, 0), loss(3, 1)}) == 3
 
 
-def test_the_average_of_the_parameters_is_a_half_step_behind(rng):
-    start, (state, _) = one_step(1, CE_ONLY, batch_of(rng))
-    leaves = (jax.tree.leaves(t) for t in (start.params, state.params, state.ema_params))
-    for before, after, average in zip(*leaves, strict=True):
-        np.testing.assert_allclose(average, (before + after) / 2, atol=1e-6)
+def test_the_average_of_the_parameters_warms_up_with_the_number_of_updates(rng):
+    """As TensorFlow's ExponentialMovingAverage with num_updates, whatever run made the first."""
+    batch, model, (tx, _) = batch_of(rng), Pixelwise(), sgd(learning_rate=0.1)
+    options = update.StepOptions(0, CE_ONLY, {}, ema_decay=0.8)
+    step = functools.partial(update.train_step, model=model, tx=tx, options=options)
+    step, state = (
+        compilation.jit(step),
+        update.create_state(model, tx, seed=0, channels=3, ema=True),
+    )
+    for n, decay in ((0, 1 / 10), (1, 2 / 11), (2, 3 / 12), (34, 35 / 44), (35, 0.8), (900, 0.8)):
+        before = state.ema_params
+        state, _ = step(state.replace(step=jnp.int32(n)), batch)
+        leaves = map(jax.tree.leaves, (before, state.params, state.ema_params))
+        for average, new, averaged in zip(*leaves, strict=True):
+            np.testing.assert_allclose(averaged, decay * average + (1 - decay) * new, atol=1e-7)
 
 
 def test_the_loss_is_the_weighted_sum_and_the_auxiliary(rng):
