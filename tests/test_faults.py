@@ -16,7 +16,6 @@ import optax
 import pytest
 from PIL import Image
 
-from experiments import chaos
 from pspnet_jax import models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import pipeline, volumes
@@ -33,6 +32,7 @@ from pspnet_jax.runtime.errors import (
 )
 from pspnet_jax.training import loop, optim, update
 from tests.conftest import ROOT, tiny_config
+from tests.stress import chaos
 
 
 def state_of(workdir, step=4):

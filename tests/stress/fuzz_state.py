@@ -1,4 +1,4 @@
-"""Readers of state for experiments.fuzz: weights, checkpoints, configs, exports, a run's own files.
+"""Readers of state for fuzz.py: weights, checkpoints, configs, exports, a run's own files.
 
 Changes that keep their digests, lengths and checksums right are in mutate_state.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import mutate, mutate_state
 from pspnet_jax.inference import choice
 from pspnet_jax.serving import export, read
 from pspnet_jax.training import update
+from tests.stress import mutate, mutate_state
 
 CHANNELS = 3
 
