@@ -61,8 +61,8 @@ PHASES = {
 # Loads a run so many times from its first checkpoint on, and prints a line each.
 READER = """
 import json, sys, time
-from pspnet_jax import checkpoint
-from pspnet_jax.runs import open_run
+from pspnet_jax.inference.runs import open_run
+from pspnet_jax.runtime import checkpoint
 
 _, workdir, loads = sys.argv
 while not checkpoint.steps(workdir):

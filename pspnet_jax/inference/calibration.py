@@ -6,7 +6,6 @@ Guo et al. 2017 (arXiv:1706.04599, section 4.2). Which class is the most probabl
 changes, so neither do labels, Dice and distances.
 """
 
-import json
 import logging
 import math
 import os
@@ -19,7 +18,8 @@ import numpy as np
 from scipy import optimize, special
 
 from pspnet_jax.runtime.errors import DataError
-from pspnet_jax.runtime.storage import writing
+from pspnet_jax.runtime.storage import write_json
+from pspnet_jax.runtime.text import NOTE, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +74,17 @@ def fit(prob: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(found.x)
 
 
+def describe(facts: Mapping[str, Any], step: int) -> str:
+    """One line of what `evaluation.fitting.fit_temperature` found."""
+    return (
+        f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
+        f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
+    )
+
+
 def save(workdir: str | Path, facts: dict[str, Any]) -> None:
     """Write WORKDIR/temperature.json: 'step', 'views', 'temperature', and what tells where from."""
-    path = Path(workdir) / KEPT
-    with writing(path) as aside:
-        aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
+    write_json(Path(workdir) / KEPT, facts)
 
 
 def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxyType({})) -> float:
@@ -93,11 +99,9 @@ def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxy
     again = (
         f'python -m pspnet_jax.evaluate --workdir={workdir} --split=validation --fit_temperature'
     )
+    remedy = f'delete it, or fit it again by {again}'
+    kept = read_json(path, remedy, NOTE)
     try:
-        if not path.is_file():
-            raise ValueError('it is no file')
-        with path.open(encoding='utf-8') as file:
-            kept = json.loads(file.read(100_000))
         fitted, temperature, seen = kept['step'], kept['temperature'], kept.get('views', {})
         if type(fitted) is not int or type(temperature) not in (int, float):
             raise TypeError('they are no numbers')
@@ -105,10 +109,9 @@ def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxy
             raise ValueError(temperature)
         if not isinstance(seen, dict):
             raise TypeError('views')
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it '
-            f'again by {again}'
+            f'{path} holds no step and temperature ({str(error)[:200]}): {remedy}'
         ) from error
     return temperature if is_for(path, fitted, seen, step, views, 'fitted', again) else 1.0
 

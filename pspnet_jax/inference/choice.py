@@ -4,7 +4,6 @@ Mirror image, threshold, smallest and largest component are tried in every combi
 of one checkpoint and of the views that it was made with: scales, tiles, CRF.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +12,14 @@ from typing import Any
 from pspnet_jax.config import with_prediction
 from pspnet_jax.inference.calibration import is_for
 from pspnet_jax.runtime.errors import ConfigError, DataError
-from pspnet_jax.runtime.storage import writing
-from pspnet_jax.runtime.text import read_json
+from pspnet_jax.runtime.storage import write_json
+from pspnet_jax.runtime.text import NOTE, read_json
 
 KEPT = 'postprocessing.json'  # in a run's workdir
 OPTIONS = ('flip', 'threshold', 'largest_component', 'min_size')
 
 
-def words(facts: Mapping[str, Any], split: str = '') -> str:
+def describe(facts: Mapping[str, Any], split: str = '') -> str:
     """'flip=True, chosen on 8 validation patients (their Dice ...)', of what `choose` found or
     `settings.with_choice` takes; `split` is that of the figures above.
     """
@@ -39,8 +38,7 @@ def words(facts: Mapping[str, Any], split: str = '') -> str:
 
 def save(workdir: str | Path, facts: dict[str, Any]) -> None:
     """Write WORKDIR/postprocessing.json: 'step', 'views', 'split' and what `choose` found."""
-    with writing(Path(workdir) / KEPT) as aside:
-        aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
+    write_json(Path(workdir) / KEPT, facts)
 
 
 def load(
@@ -59,7 +57,7 @@ def load(
         '--choose_postprocessing'
     )
     remedy = f'delete it, or choose again by {again}'
-    kept = read_json(path, remedy)
+    kept = read_json(path, remedy, NOTE)
     try:
         chosen_for, seen, options = kept['step'], kept['views'], kept['options']
         if type(chosen_for) is not int or type(kept['patients']) is not int:

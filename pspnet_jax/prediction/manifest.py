@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pspnet_jax.runtime.errors import DataError, not_written
+from pspnet_jax.runtime.text import parse_json
 
 NAME = 'pspnet_predictions.jsonl'
 
@@ -57,11 +58,11 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
         raise DataError(f'{path} can not be read ({error.strerror}): is it yours?') from error
     for row in text.splitlines():
         try:
-            line = json.loads(row)
+            line = parse_json(row)
             keys = ('writer',) if 'writer' in line else ('result', 'input', 'mark', 'state')
             sound = all(isinstance(line[key], str) for key in ('how', *keys))
             sound &= all(isinstance(kind, str) for kind in line.get('kinds', ['']))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             continue
         if sound:
             yield line
