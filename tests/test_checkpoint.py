@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp

@@ -218,7 +218,7 @@ def test_prediction_and_its_manifest_have_what_was_chosen(chosen, tmp_path, rng)
     np.testing.assert_array_equal(labels, predictors.predict_array(same, image)[0])
 
     def digest(predictor):
-        return folders.open_manifest(predictor, tmp_path / 'out', None).how
+        return folders.open_manifest(predictor, tmp_path / 'out', None).digest
 
     assert digest(predictor) == digest(same)
     assert digest(predictor) != digest(predictors.load(workdir, changes=OWN))
