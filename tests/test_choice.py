@@ -148,7 +148,7 @@ def test_a_choice_is_of_one_checkpoint_and_its_views(tmp_path, caplog):
 def test_a_file_that_is_not_ours_is_an_error(tmp_path, changes):
     text = changes if isinstance(changes, str) else json.dumps(FACTS | changes)
     (tmp_path / choice.KEPT).write_text(text)
-    match = r'postprocessing\.json.*delete it, or choose again by python'
+    match = r'postprocessing\.json.*delete it, or make it anew by python'
     refused(choice.load, tmp_path, from_dict({}), 8, VIEWS, match=match, kind=DataError)
 
 
