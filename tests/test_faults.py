@@ -307,8 +307,8 @@ def test_damage_anywhere_in_the_step_to_take_leads_to_the_other(tmp_path, which,
     folder, passed = tmp_path / 'checkpoints' / str(step), 0
 
     def read(step):
-        checkpoint.metadata(tmp_path, step)
-        return bytes_of(checkpoint.restore_variables(tmp_path, step, variables), {})
+        meta = checkpoint.metadata(tmp_path, step)
+        return bytes_of(checkpoint.restore_variables(tmp_path, step, variables, meta), {})
 
     def taken():
         return checkpoint.first_sound(tmp_path, which, read)

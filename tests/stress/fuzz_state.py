@@ -224,7 +224,7 @@ def read_checkpoint(path: Path) -> None:
     meta = checkpoint.metadata(path, step)
     from_dict(meta['config'])
     fixed_intensity(meta['inputs'])
-    checkpoint.restore_variables(path, step, {'params': TREE})
+    checkpoint.restore_variables(path, step, {'params': TREE}, meta)
 
 
 def read_resume(path: Path) -> None:
@@ -313,7 +313,7 @@ def read_run(path: Path) -> None:
     with faults.alone(path):
         calibration.load(path, 7)
         if kept := choice.load(path, from_dict({}), 7, {'window': 0}):
-            choice.words(kept)
+            choice.describe(kept)
 
 
 def _built(folder: Path) -> list[Path]:
