@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import check
+from pspnet_jax.training import check
 from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import folder, sources, volumes
 from pspnet_jax.runtime.errors import DataError

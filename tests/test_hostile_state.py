@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import fuzz, fuzz_state, mutate
 from pspnet_jax import config
 from pspnet_jax.data import lgg
 from pspnet_jax.evaluation import charts
@@ -31,6 +30,7 @@ from pspnet_jax.runtime.errors import (
 )
 from pspnet_jax.serving import read, stablehlo
 from tests.conftest import refused
+from tests.stress import fuzz, fuzz_state, mutate
 
 often = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
@@ -314,7 +314,7 @@ def test_a_record_is_a_png_of_its_size(kind, size, mode):
 
 @pytest.mark.parametrize('name', fuzz_state.READERS)
 def test_mutated_files_are_read_or_refused(name, tmp_path):
-    """experiments.fuzz has thousands each, in a process of its own with limits."""
+    """tests.stress.fuzz has thousands each, in a process of its own with limits."""
     for module in {'onnx': ('onnx', 'onnxruntime'), 'pth': ('torch',), 'h5': ('h5py',)}.get(
         name, ()
     ):
