@@ -13,7 +13,8 @@ from PIL import Image
 
 from pspnet_jax import api, models
 from pspnet_jax.config import to_dict
-from pspnet_jax.data import phantom, pipeline, sources, video, volumes
+from pspnet_jax.data import phantom, pipeline, sources, volumes
+from pspnet_jax.data.formats import video
 from pspnet_jax.evaluation import fitting, protocol, scores
 from pspnet_jax.inference import infer, predictors
 from pspnet_jax.inference.runs import open_run
