@@ -5,8 +5,8 @@
   stablehlo     model.stablehlo.zip: for jax.export on CPU, CUDA and TPU, any batch, height and
                 width; metadata.json is beside it in the archive
   onnx          model.onnx: for onnxruntime and others, any batch, the height and width of --size
-  savedparams   model.safetensors: parameters and statistics by name, for `read` here and for
-                anyone with numpy
+  savedparams   model.safetensors: parameters and statistics by name, for anyone with numpy, and a
+                run in one file: a folder with it alone can be evaluated, predict and be exported
 
 The first two take uint8 RGB and give probabilities, the normalisation is inside: with a fixed
 one each image is alone, with each volume's own the batch is one volume. With data.context the
@@ -47,6 +47,7 @@ def main() -> None:
         which=options.checkpoint,
         size=(height, width),
         crf=options.crf,
+        dtype=options.dtype,
     )
     say(f'written to {path}')
 
@@ -60,4 +61,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
     flags.DEFINE_list('size', ['256', '256'], 'HEIGHT,WIDTH of ONNX, and of what is compared')
     flags.DEFINE_boolean('crf', True, "the config's CRF behind the network")
+    flags.DEFINE_enum('dtype', 'float32', ['float32', 'float16'], 'of what savedparams has')
     cli.run(main)

@@ -19,7 +19,7 @@ import pspnet_jax
 from pspnet_jax import models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import volumes
-from pspnet_jax.inference import infer
+from pspnet_jax.inference import infer, predictors, saved
 from pspnet_jax.inference.runs import open_run
 from pspnet_jax.models import layers
 from pspnet_jax.models.weights import IMAGENET
@@ -345,9 +345,40 @@ def test_metadata_is_plain_json_in_each_format(exported):
 
 
 def test_saved_parameters_are_the_checkpoints_to_the_bit(exported, trained):
-    variables, _ = read.read_params(exported('savedparams'))
+    variables, _ = saved.read_params(exported('savedparams'))
     expected = open_run(trained[0]).variables
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+@pytest.mark.parametrize(('dtype', 'error'), [('float32', 0.0), ('float16', 2e-3)])
+def test_a_folder_with_saved_parameters_alone_is_a_run(exported, trained, tmp_path, dtype, error):
+    export.export_checkpoint(
+        trained[0], 'savedparams', output=tmp_path / 'model.safetensors', size=(32, 32), dtype=dtype
+    )
+    there, here = open_run(trained[0]), open_run(tmp_path)
+    assert (here.step, here.inputs, here.passed_over) == (there.step, there.inputs, {})
+    assert to_dict(here.config) == to_dict(there.config)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=error, atol=error / 16),
+        here.variables, there.variables,
+    )  # fmt: skip
+    sizes = [p.stat().st_size for p in (exported('savedparams'), tmp_path / 'model.safetensors')]
+    assert sizes[1] < sizes[0] * (1.01 if dtype == 'float32' else 0.7)
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    masks = [
+        predictors.predict_array(predictors.load(run), image)[1] for run in (trained[0], tmp_path)
+    ]
+    np.testing.assert_allclose(*masks, atol=max(error * 10, 1e-6))
+    with pytest.raises(CheckpointError, match='leave out --checkpoint=77'):
+        open_run(tmp_path, '77')
+
+
+def test_float16_is_for_saved_parameters_that_it_can_hold(trained, tmp_path):
+    with pytest.raises(ConfigError, match='--dtype=float16 is for savedparams, onnx has float32'):
+        export.export_checkpoint(trained[0], 'onnx', output=tmp_path / 'x', dtype='float16')
+    with pytest.raises(ExportError, match='a/b has values that float16 can not hold'):
+        saved.write(tmp_path / 'x', {'a': {'b': np.float32([7e4])}}, {}, 'float16')
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -379,7 +410,7 @@ def test_saved_parameters_that_do_not_fit_are_refused(exported, tmp_path, damage
     if damage == 'another file':
         path.write_bytes(b'no file of ours')
     with pytest.raises(CheckpointError, match=re.escape(words)):
-        read.read_params(path)
+        saved.read_params(path)
 
 
 @pytest.mark.parametrize('name', [*export.FILES.values(), 'model.zip'])

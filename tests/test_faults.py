@@ -16,7 +16,6 @@ import optax
 import pytest
 from PIL import Image
 
-from experiments import chaos
 from pspnet_jax import models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import pipeline, volumes
@@ -33,6 +32,7 @@ from pspnet_jax.runtime.errors import (
 )
 from pspnet_jax.training import loop, optim, update
 from tests.conftest import ROOT, tiny_config
+from tests.stress import chaos
 
 
 def state_of(workdir, step=4):
@@ -316,8 +316,8 @@ def test_damage_anywhere_in_the_step_to_take_leads_to_the_other(tmp_path, which,
     folder, passed = tmp_path / 'checkpoints' / str(step), 0
 
     def read(step):
-        checkpoint.metadata(tmp_path, step)
-        return bytes_of(checkpoint.restore_variables(tmp_path, step, variables), {})
+        meta = checkpoint.metadata(tmp_path, step)
+        return bytes_of(checkpoint.restore_variables(tmp_path, step, variables, meta), {})
 
     def taken():
         return checkpoint.first_sound(tmp_path, which, read)

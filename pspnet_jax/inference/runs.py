@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
 from pspnet_jax.config import from_dict
 from pspnet_jax.data.volumes import channels_seen
+from pspnet_jax.inference import saved
+from pspnet_jax.inference.networks import abstract_variables
 from pspnet_jax.models.weights import fixed_intensity, measured_how
 from pspnet_jax.runtime import checkpoint, paths
-from pspnet_jax.runtime.errors import ConfigError, first_line
+from pspnet_jax.runtime.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,13 @@ class Run:
 def open_run(workdir: str | Path, which: str = '') -> Run:
     """The sound step that `which` means: 'best', 'last' or a number; '' takes `eval.checkpoint`.
 
+    Where there are no checkpoints but model.safetensors, an exported savedparams, the run is that.
     Damaged steps are passed over with a warning, unless one was asked for by its number. Raises
     CheckpointError where none is sound, ConfigError where the config has no network.
     """
     workdir = paths.local(workdir)
+    if (workdir / saved.NAME).is_file() and not checkpoint.steps(workdir):
+        return _open_saved(workdir / saved.NAME, which)
     if not which:
         _, meta, _ = checkpoint.first_sound(
             workdir, 'last', functools.partial(checkpoint.metadata, workdir)
@@ -80,7 +83,8 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
         model = models.create(**config.model)
         seen = channels_seen(meta['inputs']['channels'], config.data.context)
         shapes = abstract_variables(model, seen)
-        return meta, config, model, checkpoint.restore_variables(workdir, step, shapes)
+        variables = checkpoint.restore_variables(workdir, step, shapes, meta)
+        return meta, config, model, variables
 
     step, (meta, config, model, variables), passed_over = checkpoint.first_sound(
         workdir, which, read
@@ -91,12 +95,11 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
     return Run(config, model, variables, meta['inputs'], step, passed_over, digest)
 
 
-def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:
-    """Shapes and types of all that a network has. Raises ConfigError where it can't be built."""
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    try:
-        return jax.eval_shape(init, jax.random.key(0), image)
-    except Exception as error:  # of each layer its own: the config may be untrusted
-        reason = first_line(error)
-        raise ConfigError(f'there is no network of such a model section: {reason}') from error
+def _open_saved(path: Path, which: str) -> Run:
+    variables, metadata = saved.read_params(path)
+    config, step = from_dict(metadata['config']), metadata['step']
+    if which not in ('', 'best', 'last', str(step)):
+        raise CheckpointError(f'{path} holds step {step} alone: leave out --checkpoint={which}')
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    model = models.create(**config.model)
+    return Run(config, model, variables, metadata['inputs'], step, {}, digest)

@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from pspnet_jax import models
 from pspnet_jax.config import from_dict, to_dict
-from pspnet_jax.inference import infer, settings
+from pspnet_jax.inference import infer, saved, settings
 from pspnet_jax.inference.runs import open_run
 from pspnet_jax.inference.settings import with_choice
 from pspnet_jax.models.weights import fixed_intensity, measured_how
@@ -30,7 +29,11 @@ from pspnet_jax.serving.read import FILES, KEY, METADATA, PROGRAM, READERS, Pred
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 SMALLEST = 32  # pixels a side: the deepest features have at least a cell
-TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2}  # of a probability: other forms round otherwise
+TOLERANCE = {
+    'float32': 1e-4,
+    'float16': 3e-2,
+    'bfloat16': 3e-2,
+}  # of a probability: other forms round otherwise
 
 
 # ---- the exported function ----------------------------------------------------------------
@@ -217,12 +220,14 @@ def export_checkpoint(
     which: str = '',
     size: tuple[int, int] = (256, 256),
     crf: bool = True,
+    dtype: str = 'float32',
 ) -> Path:
     """Write the file, read it again, compare it with the model; only then it has its name.
 
     `output` is the file, WORKDIR/ and the name in FILES if empty; `size` that of ONNX and of the
-    images compared; without `crf` the config's CRF is left out. Raises ExportError where the file
-    computes something else, and leaves nothing.
+    images compared; without `crf` the config's CRF is left out. `dtype` is of the parameters that
+    savedparams has, 'float16' makes half the file. Raises ExportError where the file computes
+    something else, and leaves nothing.
     """
     if min(size) < SMALLEST:
         raise ConfigError(f'size {size[0]} x {size[1]} is too small: {SMALLEST} x {SMALLEST} is')
@@ -236,6 +241,8 @@ def export_checkpoint(
             f"data.normalize 'buda' has no form in {fmt}: give --format=savedparams, or train with "
             '--config.data.normalize=volume'
         )
+    if dtype != 'float32' and fmt != 'savedparams':
+        raise ConfigError(f'--dtype={dtype} is for savedparams, {fmt} has float32: leave it out')
     if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
     metadata = describe(fmt, config, inputs, run.step, size, crf_options['kernel'])
@@ -261,7 +268,7 @@ def export_checkpoint(
                 proto = to_onnx(function, inputs['channels'], size, metadata, input_type(inputs))
                 aside.write_bytes(proto.SerializeToString())
             else:
-                _write_params(aside, variables, metadata)
+                saved.write(aside, variables, metadata, dtype)
             predict, _ = READERS[fmt](aside)
             expect = functools.partial(
                 reference,
@@ -272,7 +279,7 @@ def export_checkpoint(
                 context=run.context,
             )
             other = (size[0] * 3 // 4 + SMALLEST // 2, size[1]) if fmt == 'stablehlo' else size
-            limit = TOLERANCE[jnp.dtype(model.dtype).name]
+            limit = max(TOLERANCE[dtype], TOLERANCE[jnp.dtype(model.dtype).name])
             batches = (2 + run.context, 1)
             print(compare(predict, expect, inputs, (size, other), limit, batches))
     except BaseException:
@@ -294,13 +301,6 @@ def check_crf(fmt: str, kernel: str) -> None:
             f'crf.kernel {kernel!r} has no form in {fmt} for every size: export the network '
             'without it by --nocrf'
         )
-
-
-def _write_params(path: Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(x) for name, x in flatten_dict(variables, sep='/').items()}
-    path.write_bytes(save(arrays, metadata={KEY: json.dumps(metadata)}))
 
 
 def sample_images(channels: int, size: tuple[int, int], batch: int) -> np.ndarray:

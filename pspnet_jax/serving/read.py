@@ -1,7 +1,6 @@
 """An exported network as a function of images."""
 
 import functools
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,27 +8,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pspnet_jax import models
 from pspnet_jax.config import from_dict
 from pspnet_jax.data import volumes
-from pspnet_jax.inference import infer, settings
-from pspnet_jax.inference.runs import abstract_variables
+from pspnet_jax.inference import infer, saved, settings
+from pspnet_jax.inference.saved import KEY, read_metadata, read_params
 from pspnet_jax.models.weights import check_archive, fixed_intensity, measured_how
-from pspnet_jax.runtime import checkpoint, compilation
-from pspnet_jax.runtime.errors import CheckpointError, ExportError, PspnetError, first_line
+from pspnet_jax.runtime import compilation
+from pspnet_jax.runtime.errors import ExportError, PspnetError, first_line
 from pspnet_jax.serving import onnx_graph, stablehlo
 
 FILES = {
     'stablehlo': 'model.stablehlo.zip',
     'onnx': 'model.onnx',
-    'savedparams': 'model.safetensors',
+    'savedparams': saved.NAME,
 }
 PROGRAM, METADATA = 'model.stablehlo', 'metadata.json'  # in the archive
-KEY = 'pspnet_jax'  # of the metadata in the other formats
-MOST_TEXT = 2**22  # of the metadata
-CRF_KERNELS = ('none', 'exact', 'windowed')
 Predict = Callable[[np.ndarray], np.ndarray]  # B H W C uint8 -> B H W K probabilities
 
 
@@ -58,7 +53,7 @@ def read_stablehlo(path: str | Path) -> tuple[Predict, dict[str, Any]]:
     try:
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            program, metadata = archive.read(PROGRAM), _metadata(archive.read(METADATA))
+            program, metadata = archive.read(PROGRAM), read_metadata(archive.read(METADATA))
         exported = jax.export.deserialize(bytearray(program))
         stablehlo.check(bytes(exported.mlir_module_serialized))
     except ExportError as error:
@@ -78,13 +73,6 @@ def _file(path: str | Path) -> Path:
     return Path(path)
 
 
-def _metadata(text: str | bytes) -> dict[str, Any]:
-    found = json.loads(text[:MOST_TEXT])
-    if not isinstance(found, dict):
-        raise ValueError(f'metadata is {found!r:.80}')
-    return found
-
-
 def read_onnx(path: str | Path) -> tuple[Predict, dict[str, Any]]:
     """(predict, metadata), on the CPU. Raises ExportError for another file."""
     try:
@@ -98,55 +86,11 @@ def read_onnx(path: str | Path) -> tuple[Predict, dict[str, Any]]:
             providers=['CPUExecutionProvider'],
             disabled_optimizers=['ConstantFolding'],  # it would compute, of whatever size
         )
-        metadata = _metadata(session.get_modelmeta().custom_metadata_map[KEY])
+        metadata = read_metadata(session.get_modelmeta().custom_metadata_map[KEY])
     except Exception as error:  # onnxruntime's kinds share no base but this
         reason = first_line(error)
         raise ExportError(f'{path} is not read by onnxruntime: {reason}') from error
     return (lambda image: session.run(None, {'image': image})[0]), metadata
-
-
-def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(variables, metadata) of a savedparams file, of numpy arrays: strict.
-
-    Raises CheckpointError where an array that the config's network has is missing, has
-    another shape, or is one too many.
-    """
-    from safetensors import safe_open
-
-    path = _file(path)
-    try:
-        with safe_open(path, 'numpy') as file:
-            metadata = _metadata(file.metadata()[KEY])
-            config = from_dict(metadata['config'])
-            checkpoint.check_inputs(metadata['inputs'], path)
-            if metadata['crf'] not in CRF_KERNELS:
-                raise ValueError('crf')
-            seen = volumes.channels_seen(metadata['inputs']['channels'], config.data.context)
-            shapes = _shapes(config, seen)
-            names = list(file.keys())
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            faults = [
-                f'{name} is {found.get(name, "missing")}, '
-                f'it should be {shapes.get(name, "left out")}'
-                for name in sorted(found.keys() | shapes.keys())
-                if found.get(name) != shapes.get(name)
-            ]
-            if faults:
-                raise CheckpointError(f'{path} does not fit its config:', faults)
-            arrays = {name: file.get_tensor(name) for name in shapes}
-            if any(array.dtype != np.float32 for array in arrays.values()):
-                raise ValueError('dtype')
-    except PspnetError:
-        raise
-    except Exception as error:  # of safetensors, JSON and a stranger's types each its own
-        raise CheckpointError(f'{path} is no exported savedparams: export it again') from error
-    return unflatten_dict(arrays, sep='/'), metadata
-
-
-def _shapes(config, channels: int) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of all that the config's network has."""
-    tree = abstract_variables(models.create(**config.model), channels)
-    return {name: leaf.shape for name, leaf in flatten_dict(tree, sep='/').items()}
 
 
 def read_savedparams(path: str | Path) -> tuple[Predict, dict[str, Any]]:

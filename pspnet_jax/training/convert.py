@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import models
 from pspnet_jax.config import to_dict, validate
-from pspnet_jax.inference.runs import abstract_variables
+from pspnet_jax.inference.networks import abstract_variables
 from pspnet_jax.models import weights
 from pspnet_jax.runtime import checkpoint
 from pspnet_jax.runtime.errors import ConfigError, say

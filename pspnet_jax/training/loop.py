@@ -97,8 +97,7 @@ def validate_volumes(
         functools.partial(predict, variables),
         volumes.iterate_volumes(volumes.select(slices, hosts.share(sorted(slices.intensity)))),
         order=sorted(slices.intensity),
-        intensity=intensity,
-        **evaluate_options(config),
+        **evaluate_options(config, intensity),
         each=lambda volume, pred: pictures.append(visualize.volume_picture(volume, pred)),
     )
     step, summary = int(state.step), result['summary']

@@ -1,4 +1,4 @@
-"""Readers of state for experiments.fuzz: weights, checkpoints, configs, exports, a run's own files.
+"""Readers of state for fuzz.py: weights, checkpoints, configs, exports, a run's own files.
 
 Changes that keep their digests, lengths and checksums right are in mutate_state.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import mutate, mutate_state
 from pspnet_jax.inference import choice
 from pspnet_jax.serving import export, read
 from pspnet_jax.training import update
+from tests.stress import mutate, mutate_state
 
 CHANNELS = 3
 
@@ -29,7 +29,7 @@ def _network():
     import jax
 
     from pspnet_jax import models
-    from pspnet_jax.inference.runs import abstract_variables
+    from pspnet_jax.inference.networks import abstract_variables
     from pspnet_jax.models import weights
 
     model = models.create('unet', num_classes=2, backbone='vgg16', width=4)
@@ -62,7 +62,7 @@ def _whole():
     import jax
 
     from pspnet_jax import models
-    from pspnet_jax.inference.runs import abstract_variables
+    from pspnet_jax.inference.networks import abstract_variables
     from pspnet_jax.models import weights
 
     model = models.create('unet', num_classes=2, backbone='resnet18', width=4)
@@ -170,14 +170,14 @@ def read_config(path: Path) -> None:
 @contextlib.contextmanager
 def _traced_once():
     """One network is traced once, not for every input."""
-    from pspnet_jax.inference import runs
+    from pspnet_jax.inference import runs, saved
 
     before = runs.abstract_variables
-    runs.abstract_variables = export.abstract_variables = _shapes(before)
+    runs.abstract_variables = saved.abstract_variables = _shapes(before)
     try:
         yield
     finally:
-        runs.abstract_variables = export.abstract_variables = before
+        runs.abstract_variables = saved.abstract_variables = before
 
 
 @functools.cache
@@ -224,7 +224,7 @@ def read_checkpoint(path: Path) -> None:
     meta = checkpoint.metadata(path, step)
     from_dict(meta['config'])
     fixed_intensity(meta['inputs'])
-    checkpoint.restore_variables(path, step, {'params': TREE})
+    checkpoint.restore_variables(path, step, {'params': TREE}, meta)
 
 
 def read_resume(path: Path) -> None:
@@ -264,7 +264,7 @@ def _savedparams(folder: Path) -> list[Path]:
 
     from pspnet_jax import models
     from pspnet_jax.config import from_dict
-    from pspnet_jax.inference.runs import abstract_variables
+    from pspnet_jax.inference.networks import abstract_variables
 
     config = _config()
     shapes = abstract_variables(models.create(**from_dict(config).model), CHANNELS)
@@ -313,7 +313,7 @@ def read_run(path: Path) -> None:
     with faults.locked(path):
         calibration.load(path, 7)
         if kept := choice.load(path, from_dict({}), 7, {'window': 0}):
-            choice.words(kept)
+            choice.describe(kept)
 
 
 def _built(folder: Path) -> list[Path]:

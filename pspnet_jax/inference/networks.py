@@ -1,0 +1,21 @@
+"""What a network consists of, without computing it."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pspnet_jax.runtime.errors import ConfigError, first_line
+
+
+def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:
+    """Shapes and types of all that a network has. Raises ConfigError where it can't be built."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    try:
+        return jax.eval_shape(init, jax.random.key(0), image)
+    except Exception as error:  # of each layer its own: the config may be untrusted
+        reason = first_line(error)
+        raise ConfigError(f'there is no network of such a model section: {reason}') from error
