@@ -182,6 +182,7 @@ def test_build_reports_every_fault_and_builds_nothing(tmp_path):
     assert not list(tmp_path.rglob('*.array_record*'))
 
 
+@pytest.mark.slow
 def test_build_then_evaluate_then_predict(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     for patient in ('TCGA_CS_4941_19960909', 'TCGA_DU_5849_19950405'):

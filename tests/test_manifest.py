@@ -123,6 +123,7 @@ def test_inputs_that_changed_are_done_again_and_two_of_a_name_are_told_apart(tra
     assert {(out / name).read_bytes() for name in kept} == {b'finished'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cut', ['begun', 'middle of a line', 'none of it'])
 def test_a_command_that_was_killed_is_gone_on_with(trained, tmp_path, cut):
     source, out = pictures(tmp_path / 'in'), tmp_path / 'out'
@@ -162,6 +163,7 @@ def test_lines_that_are_none_of_ours_are_passed_over(tmp_path, row):
     assert not found.writers
 
 
+@pytest.mark.slow
 def test_two_commands_into_one_folder_at_once(trained, tmp_path):
     """Of one input and of two: each result is whole, and nothing else is left."""
     one, other = pictures(tmp_path / 'one', 'abcd'), pictures(tmp_path / 'other', 'stuv')
@@ -183,6 +185,7 @@ def test_two_commands_into_one_folder_at_once(trained, tmp_path):
         assert ours == alone
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'a'), tmp_path / 'out'
     code = 'import os, sys; from pathlib import Path; from pspnet_jax.runtime import storage\n'

@@ -871,6 +871,7 @@ def blind(images):
     return np.stack([1 - share, share], axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [np.int16, np.float32, np.uint8])
 @pytest.mark.parametrize(
     ('changes', 'save', 'most'),
