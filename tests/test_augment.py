@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pspnet_jax.data.augment import augment, blurred, coarse, power
+from pspnet_jax.config import base
+from pspnet_jax.data.augment import OFF, augment, blurred, coarse, power
 from pspnet_jax.data.volumes import IGNORE_LABEL
 
 
@@ -21,21 +22,27 @@ def pair(rng, h=24, w=24):
 
 def test_without_knobs_nothing_changes(rng):
     image, mask = pair(rng)
-    out_image, out_mask = augment(jax.random.key(0), image, mask)
+    out_image, out_mask = augment(jax.random.key(0), image, mask, {})
     np.testing.assert_allclose(out_image, image, atol=1e-5)
     assert (out_mask == mask).all()
 
 
+def test_every_knob_of_the_config_has_its_off_and_no_other_is_taken(rng):
+    assert OFF.keys() == set(base.get_config().augment)
+    with pytest.raises(ValueError, match=r'augment has no flop, it has crop, '):
+        augment(jax.random.key(0), *pair(rng), {'flop': 1.0})
+
+
 def test_flip_mirrors_both(rng):
     image, mask = pair(rng, 24, 31)
-    out_image, out_mask = augment(jax.random.key(0), image, mask, flip=1.0)
+    out_image, out_mask = augment(jax.random.key(0), image, mask, {'flip': 1.0})
     np.testing.assert_allclose(out_image, image[:, ::-1], atol=1e-5)
     assert (out_mask == mask[:, ::-1]).all()
 
 
 def test_flip_vertical_turns_both_upside_down(rng):
     image, mask = pair(rng, 24, 31)
-    out_image, out_mask = augment(jax.random.key(0), image, mask, flip_vertical=1.0)
+    out_image, out_mask = augment(jax.random.key(0), image, mask, {'flip_vertical': 1.0})
     np.testing.assert_allclose(out_image, image[::-1], atol=1e-5)
     assert (out_mask == mask[::-1]).all()
 
@@ -43,7 +50,7 @@ def test_flip_vertical_turns_both_upside_down(rng):
 def test_the_two_flips_are_drawn_apart(rng):
     image, mask = pair(rng)
     flips = {'flip': 0.5, 'flip_vertical': 0.5}
-    pairs = [augment(jax.random.key(i), image, mask, **flips) for i in range(24)]
+    pairs = [augment(jax.random.key(i), image, mask, flips) for i in range(24)]
     found = {np.asarray(out_mask).tobytes() for _, out_mask in pairs}
     assert len(found) == 4
 
@@ -53,7 +60,7 @@ def test_the_mask_follows_the_image(rng):
     image, mask = pair(rng, 64, 64)
     geometry = {'flip': 0.5, 'scale': 0.3, 'rotate': 40.0, 'elastic': 2.0, 'crop': 48}
     for seed in range(8):
-        out_image, out_mask = augment(jax.random.key(seed), image, mask, **geometry)
+        out_image, out_mask = augment(jax.random.key(seed), image, mask, geometry)
         assert out_mask.shape == out_image.shape[:2] == (48, 48)
         inside = np.asarray(out_mask) != IGNORE_LABEL
         sure = inside & (np.abs(np.asarray(out_image[..., 0]) - 0.5) > 0.499)
@@ -64,7 +71,7 @@ def test_the_mask_follows_the_image(rng):
 
 def test_outside_is_the_minimum_and_ignored(rng):
     image, mask = pair(rng)
-    out_image, out_mask = augment(jax.random.key(3), image, mask, rotate=45.0)
+    out_image, out_mask = augment(jax.random.key(3), image, mask, {'rotate': 45.0})
     outside = np.asarray(out_mask) == IGNORE_LABEL
     assert outside[0, 0]
     assert not outside[8:16, 8:16].any()
@@ -85,15 +92,15 @@ def test_a_crop_is_a_window_of_the_original_at_any_place(rng):
 
     found = set()
     for seed in range(80):
-        out, labels = augment(jax.random.key(seed), image, mask, crop=22)
+        out, labels = augment(jax.random.key(seed), image, mask, {'crop': 22})
         i, j = place_of(out[..., 2])
         found.add((i, j))
         np.testing.assert_array_equal(labels, mask[i : i + 22, j : j + 22])
     assert found == set(places)
-    mirrored, _ = augment(jax.random.key(3), image, mask, crop=22, flip=1.0)
+    mirrored, _ = augment(jax.random.key(3), image, mask, {'crop': 22, 'flip': 1.0})
     place_of(mirrored[:, ::-1, 2])
     with pytest.raises(ValueError, match='crop 25 is larger than the image, 24x27'):
-        augment(jax.random.key(0), image, mask, crop=25)
+        augment(jax.random.key(0), image, mask, {'crop': 25})
 
 
 def test_the_elastic_field_has_the_deviation_that_is_asked_for_everywhere():
@@ -103,7 +110,7 @@ def test_the_elastic_field_has_the_deviation_that_is_asked_for_everywhere():
     mask = jnp.zeros((size, size), jnp.int32)
 
     def moved(key):
-        return augment(key, place, mask, elastic=deviation)[0] - place
+        return augment(key, place, mask, {'elastic': deviation})[0] - place
 
     field = jax.jit(jax.vmap(moved))(jax.random.split(jax.random.key(0), 2000))
     by_pixel = np.asarray(field)[:, 10:-10, 10:-10].std(axis=0)
@@ -113,8 +120,8 @@ def test_the_elastic_field_has_the_deviation_that_is_asked_for_everywhere():
 @pytest.mark.parametrize('ignore_label', [0, 2, 254, 255])
 def test_what_falls_outside_has_the_label_that_is_ignored(rng, ignore_label):
     image, mask = pair(rng)
-    _, plain = augment(jax.random.key(3), image, mask, rotate=45.0)
-    _, ours = augment(jax.random.key(3), image, mask, rotate=45.0, ignore_label=ignore_label)
+    _, plain = augment(jax.random.key(3), image, mask, {'rotate': 45.0})
+    _, ours = augment(jax.random.key(3), image, mask, {'rotate': 45.0}, ignore_label=ignore_label)
     outside = np.asarray(plain) == IGNORE_LABEL
     assert (np.asarray(ours)[outside] == ignore_label).all()
     assert (np.asarray(ours) == np.asarray(plain))[~outside].all()
@@ -122,11 +129,13 @@ def test_what_falls_outside_has_the_label_that_is_ignored(rng, ignore_label):
 
 def test_intensity_knobs_leave_the_mask(rng):
     image, mask = pair(rng)
-    out_image, out_mask = augment(jax.random.key(1), image, mask, gain=0.2, bias=0.3, noise=0.5)
+    out_image, out_mask = augment(
+        jax.random.key(1), image, mask, {'gain': 0.2, 'bias': 0.3, 'noise': 0.5}
+    )
     assert (out_mask == mask).all()
     assert float(jnp.abs(out_image - image).max()) > 0.1
     # Without noise each channel is a straight line of the original.
-    straight, _ = augment(jax.random.key(1), image, mask, gain=0.2, bias=0.3)
+    straight, _ = augment(jax.random.key(1), image, mask, {'gain': 0.2, 'bias': 0.3})
     for c in range(3):
         slope, shift = np.polyfit(np.ravel(image[..., c]), np.ravel(straight[..., c]), 1)
         assert abs(slope - 1) <= 0.2 + 1e-5
@@ -147,7 +156,7 @@ def test_what_is_off_is_not_in_the_program(rng, off):
     image, mask = pair(rng)
 
     def program(**options):
-        run = functools.partial(augment, image_HWC=image, mask_HW=mask, **OTHERS, **options)
+        run = functools.partial(augment, image_HWC=image, mask_HW=mask, options=OTHERS | options)
         return str(jax.make_jaxpr(run)(jax.random.key(0)))
 
     assert program(**{**ON, **off}) == program() != program(**ON)
@@ -158,12 +167,12 @@ def test_blur_low_resolution_and_gamma_change_no_draw_of_the_others(rng):
     image, mask = pair(rng)
     for seed in range(4):
         key = jax.random.key(seed)
-        plain, labels = augment(key, image, mask, **OTHERS)
+        plain, labels = augment(key, image, mask, OTHERS)
         never = {f'{knob}_probability': 1e-30 for knob in ON}
-        same, same_labels = augment(key, image, mask, **OTHERS, **ON, **never)
+        same, same_labels = augment(key, image, mask, OTHERS | ON | never)
         np.testing.assert_array_equal(same, plain)
         np.testing.assert_array_equal(same_labels, labels)
-        changed, changed_labels = augment(key, image, mask, **OTHERS, **ON)
+        changed, changed_labels = augment(key, image, mask, OTHERS | ON)
         assert float(jnp.abs(changed - plain).max()) > 0.01
         np.testing.assert_array_equal(changed_labels, labels)
 
@@ -171,11 +180,11 @@ def test_blur_low_resolution_and_gamma_change_no_draw_of_the_others(rng):
 @pytest.mark.parametrize('knob', ON)
 def test_a_change_is_made_as_often_as_its_probability(rng, knob):
     image, mask = pair(rng)
-    plain, _ = augment(jax.random.key(0), image, mask)
+    plain, _ = augment(jax.random.key(0), image, mask, {})
 
     def changed(key):
         options = {knob: ON[knob], f'{knob}_probability': 0.3}
-        return (augment(key, image, mask, **options)[0] != plain).any()
+        return (augment(key, image, mask, options)[0] != plain).any()
 
     keys = jax.random.split(jax.random.key(1), 400)
     assert jax.jit(jax.vmap(changed))(keys).mean() == pytest.approx(0.3, abs=0.07)
@@ -227,7 +236,7 @@ def test_strengths_are_drawn_over_the_ranges_that_are_promised():
 
     def seen(picture, **options):
         image = jnp.asarray(np.broadcast_to(picture, (n, n))[..., None], jnp.float32)
-        run = jax.vmap(lambda key: augment(key, image, mask, **options)[0][..., 0])
+        run = jax.vmap(lambda key: augment(key, image, mask, options)[0][..., 0])
         return np.asarray(jax.jit(run)(keys), np.float64)
 
     spread = seen((rows == 24.0)[:, None] * (rows == 24.0) * 1.0, blur=2.0).sum(2)

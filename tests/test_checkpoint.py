@@ -24,7 +24,7 @@ from tests.conftest import tiny_config
 
 def new_state(config):
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=4, **config.optim)
+    tx, _ = optim.create(config.optim, steps=4)
     return update.create_state(model, tx, seed=9, channels=3, ema=True)
 
 

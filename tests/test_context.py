@@ -212,7 +212,7 @@ def test_a_step_without_weight_on_the_neighbours_is_the_one_of_the_slice_alone(r
                 'optim.schedule': 'constant', 'train.ema_decay': 0.0,
             }
         )  # fmt: skip
-        tx, _ = optim.create(steps=4, **config.optim)
+        tx, _ = optim.create(config.optim, steps=4)
         state = update.TrainState(
             jnp.zeros((), jnp.int32), tree['params'], tree['batch_stats'],
             tx.init(tree['params']), None,

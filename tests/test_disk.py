@@ -250,6 +250,6 @@ def test_an_export_of_before_stays(trained, disk, state):
 
 def test_what_locks_a_full_disk_needs_no_space(disk):
     fill(disk)
-    with faults.alone(disk), pytest.raises(PspnetError, match='is in use'), faults.alone(disk):
+    with faults.locked(disk), pytest.raises(PspnetError, match='is in use'), faults.locked(disk):
         pass
     assert content(disk).keys() == {'ballast'}

@@ -63,17 +63,23 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit(
     assert records(tmp_path) == records(trained[0])
 
 
-def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize('code', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch, caplog, code):
     """As Lustre and some NFS are; that another run holds the lock is another error."""
     import fcntl
 
     def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(fcntl, 'flock', refuse)
-    with faults.alone(tmp_path):
-        pass
-    assert 'can not be locked (No locks available)' in caplog.text
+    workdir = tmp_path / 'run'
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, 'flock', refuse)
+        with faults.locked(workdir), faults.locked(workdir):
+            pass
+    assert caplog.text.count(f'can not be locked ({os.strerror(code)})') == 2
+    assert not workdir.exists()
+    with faults.locked(workdir), pytest.raises(ConfigError, match='is in use by process'):
+        faults.locked(workdir).__enter__()
 
 
 @pytest.mark.slow
@@ -123,14 +129,12 @@ def test_damaged_lines_of_the_log_are_counted_and_named(trained, tmp_path, caplo
 
 @pytest.mark.slow
 def test_two_runs_on_one_folder(tmp_path):
-    code = (
-        f'from pspnet_jax.runtime import faults\nwith faults.alone({str(tmp_path)!r}): print("in")'
-    )
-    other = [sys.executable, '-c', code]
-    with faults.alone(tmp_path):
+    code = f'with faults.locked({str(tmp_path)!r}): print("in")'
+    other = [sys.executable, '-c', f'from pspnet_jax.runtime import faults\n{code}']
+    with faults.locked(tmp_path):
         done = subprocess.run(other, capture_output=True, text=True, cwd=ROOT, timeout=100)
         assert f'is in use by process {os.getpid()} on' in done.stderr
-        with pytest.raises(ConfigError, match='is in use'), faults.alone(tmp_path):
+        with pytest.raises(ConfigError, match='is in use'), faults.locked(tmp_path):
             pass
     assert not (tmp_path / faults.LOCK).exists()
     done = subprocess.run(other, capture_output=True, text=True, cwd=ROOT, timeout=100)
@@ -138,13 +142,16 @@ def test_two_runs_on_one_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path):
-    held = f'with faults.alone({str(tmp_path)!r}): os._exit(9)'
+def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path, caplog):
+    held = f'with faults.locked({str(tmp_path)!r}): os._exit(9)'
     killed = f'import os\nfrom pspnet_jax.runtime import faults\n{held}'
     subprocess.run([sys.executable, '-c', killed], cwd=ROOT, timeout=100, check=False)
-    assert json.loads((tmp_path / faults.LOCK).read_text())['process'] > 0
-    with faults.alone(tmp_path):
-        pass
+    owner = json.loads((tmp_path / faults.LOCK).read_text())
+    caplog.set_level('INFO')
+    with faults.locked(tmp_path):
+        assert json.loads((tmp_path / faults.LOCK).read_text())['process'] == os.getpid()
+    assert f'begun by process {owner["process"]} on {owner["host"]} for ' in caplog.text
+    assert not (tmp_path / faults.LOCK).exists()
 
 
 @pytest.mark.slow
@@ -434,7 +441,7 @@ def test_the_step_that_was_passed_over_stands_in_every_output(cut_off, tmp_path)
 def test_forty_loads_of_a_run_that_is_being_written(tmp_path):
     """By two other processes; after each load a step is saved, and others are deleted meanwhile."""
     config = tiny_config(**{'model.width': 4})
-    model, (tx, _) = models.create(**config.model), optim.create(steps=4, **config.optim)
+    model, (tx, _) = models.create(**config.model), optim.create(config.optim, steps=4)
     state = update.create_state(model, tx, seed=9, channels=3, ema=True)
 
     def save_next(writer, step):

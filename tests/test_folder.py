@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax.training import check
 from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import folder, sources, volumes
 from pspnet_jax.runtime.errors import DataError
+from pspnet_jax.training import check
 from tests.conftest import tiny_config
 
 LABELS = np.zeros((40, 48), np.uint8)

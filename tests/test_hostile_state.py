@@ -186,7 +186,7 @@ def test_a_strangers_config_is_held_to_its_ranges():
 def test_a_temperature_is_a_number_of_its_range(tmp_path, text):
     path = tmp_path / calibration.KEPT
     path.write_bytes(text.encode('utf-8', 'surrogatepass'))
-    refused(calibration.load, tmp_path, 7, kind=DataError, match='delete it')
+    refused(calibration.load, tmp_path, 7, kind=DataError, match='delete it|is not UTF-8')
     path.unlink()
     os.mkfifo(path)
     refused(
@@ -235,14 +235,14 @@ def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path):
     target = tmp_path / 'target'
     target.write_text('mine')
     (tmp_path / faults.LOCK).symlink_to(target)
-    with pytest.raises(ConfigError, match='a link or device'), faults.alone(tmp_path):
+    with pytest.raises(ConfigError, match='a link or device'), faults.locked(tmp_path):
         pass
     assert target.read_text() == 'mine'
     (tmp_path / faults.LOCK).unlink()
     for text in ('[' * 9000, '{"process": 1e999}', '{"process": 1, "host": "\\n", "since": 1}'):
         (tmp_path / faults.LOCK).write_text(text)
         assert faults._owner(tmp_path / faults.LOCK) == ''
-        with faults.alone(tmp_path):
+        with faults.locked(tmp_path):
             pass
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from pspnet_jax.config import RULES
+from pspnet_jax.config import RULES, base
 from pspnet_jax.training import optim
 
 
@@ -43,6 +43,13 @@ def test_the_warm_up_is_a_tenth_of_the_run_and_at_most_50_steps(steps, length):
     assert optim.warmup_length(steps, warmup=0.1, warmup_steps=50) == length
 
 
+def create(**changes):
+    """An optimiser that does nothing but its own: one rate for all, no decay, no clipping."""
+    plain = {'schedule': 'constant', 'warmup': 0.0, 'new_layer_factor': 1.0, 'clip_norm': 0.0,
+             'weight_decay': 0.0, 'decay_exclude': ()}  # fmt: skip
+    return optim.create({**base.get_config().optim, **plain, **changes}, steps=10)[0]
+
+
 PEERS = {
     'sgd': ('SGD', {'momentum': 0.9}),
     'adamw': ('AdamW', {'betas': (0.9, 0.999)}),
@@ -66,7 +73,7 @@ def test_optimiser_follows_pytorchs(rng, name):
     theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
     kind, options = PEERS[name]
     peer = getattr(torch.optim, kind)([theirs], lr=0.1, weight_decay=0.01, **options)
-    tx, _ = optim.create(name, steps=10, learning_rate=0.1, schedule='constant', weight_decay=0.01)
+    tx = create(name=name, learning_rate=0.1, weight_decay=0.01)
     params = {'backbone': {'kernel': jnp.asarray(start)}}
     state = tx.init(params)
     for _ in range(6):
@@ -79,7 +86,7 @@ def test_optimiser_follows_pytorchs(rng, name):
 
 
 def step(options, params, grads):
-    tx, _ = optim.create('sgd', steps=10, learning_rate=1.0, schedule='constant', **options)
+    tx = create(name='sgd', learning_rate=1.0, **options)
     updates, _ = tx.update(grads, tx.init(params), params)
     return jax.tree.map(float, updates)
 
@@ -114,6 +121,5 @@ def test_clipping_keeps_the_direction_and_caps_the_length():
 
 @pytest.mark.parametrize('change', [{'name': 'lion'}, {'schedule': 'linear'}])
 def test_unknown_names_are_refused(change):
-    options = {'name': 'sgd', 'schedule': 'poly', **change}
     with pytest.raises(ValueError, match='is not one of'):
-        optim.create(**options, steps=1, learning_rate=0.1)
+        create(**change)

@@ -16,9 +16,9 @@ import functools, os, re
 flags = os.environ['XLA_FLAGS']
 import jax, jax.numpy as jnp, numpy as np
 from pspnet_jax import models
+from pspnet_jax.models.convolution import Window, conv3x3, depthwise
 from pspnet_jax.runtime import compilation
 from pspnet_jax.training import losses, optim, placement, update
-from pspnet_jax.models.convolution import Window, conv3x3, depthwise
 from tests.conftest import PSPNET, tiny_config
 
 os.environ['XLA_FLAGS'] = flags  # without the older emitters, which tests.conftest asks for
@@ -37,11 +37,9 @@ def run(place):
     teacher = models.create(**{**config.model, 'backbone': 'resnet34'})
     taught = teacher.init(jax.random.key(1), batch['image'][:1])
     distill = {'loss': 'kl', 'weight': 1.0, 'temperature': 2.0, 'pairwise': 1.0, 'nodes': 3}
-    tx, _ = optim.create(steps=10, **{**config.optim, 'name': 'sgd', 'learning_rate': 0.01})
-    step = functools.partial(
-        update.train_step, model=model, tx=tx, seed=0, loss_options=config.loss.to_dict(),
-        augment_options=config.augment.to_dict(), ema_decay=0.9,
-        teacher=teacher, distill_options=distill, loss_fn=losses.soft_dice,
+    tx, _ = optim.create({**config.optim, 'name': 'sgd', 'learning_rate': 0.01}, steps=10)
+    step = update.bind_step(
+        config, model, tx, teacher=teacher, loss_fn=losses.soft_dice, distill=distill, remat='none'
     )
     state = update.create_state(model, tx, seed=0, channels=3, ema=True).replace(teacher=taught)
     placed = place(step)
@@ -129,8 +127,8 @@ def test_a_checkpoint_is_evaluated_and_gone_on_with_on_any_device_count(trained,
         shutil.copytree(workdir, tmp_path / f'on{n}')
     script = f"""
 import jax, json
-from pspnet_jax.training import loop
 from pspnet_jax.evaluation.protocol import evaluate_checkpoint
+from pspnet_jax.training.loop import train_and_evaluate
 from tests.conftest import tiny_config
 print(json.dumps(evaluate_checkpoint({str(tmp_path / 'on8')!r})['patients']))
 make_mesh = jax.make_mesh
@@ -139,7 +137,7 @@ for n in (1, 2, 4, 8):
         (n,), names, **{{**options, 'devices': jax.devices()[:n]}}
     )
     config = tiny_config(**{{'train.steps': 5, 'train.batch_size': 8}})
-    loop.train_and_evaluate(config, f'{tmp_path}/on{{n}}')
+    train_and_evaluate(config, f'{tmp_path}/on{{n}}')
 """
     told = on_eight_devices(script, flags=os.environ['XLA_FLAGS'])
     patients = json.loads(next(line for line in told.splitlines() if line.startswith('[')))

@@ -106,7 +106,7 @@ def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
         }
     )
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=4, **config.optim)
+    tx, _ = optim.create(config.optim, steps=4)
     state, _, inputs, _ = start.start_or_resume(config, model, tx, 3, str(tmp_path))
     expected = arrays['features.0.weight'].transpose(2, 3, 1, 0)
     for tree in (state.params, state.ema_params):
@@ -476,7 +476,7 @@ def test_training_starts_from_the_file_that_imagenet_stands_for(
     save_file(arrays, cache / 'b.safetensors')
     config = lgg.get_config('vgg_pspnet')
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=4, **config.optim)
+    tx, _ = optim.create(config.optim, steps=4)
     state, _, inputs, _ = start.start_or_resume(config, model, tx, 3, str(tmp_path))
     kernel = state.params['backbone']['conv3_2']['kernel']
     expected = arrays['features.12.weight'].transpose(2, 3, 1, 0)

@@ -173,11 +173,12 @@ def test_no_window_of_max_pooling_loses_its_gradient(monkeypatch):
     for max_pool in (convolution.max_pool, convolution._max_pool):
         monkeypatch.setattr(unet, 'max_pool', max_pool)
         model = models.create(**config.model)
-        tx, _ = optim.create(steps=4, **config.optim)
+        tx, _ = optim.create(config.optim, steps=4)
         state = update.create_state(model, tx, seed=0, channels=3, ema=False)
         step = functools.partial(
-            update.train_step, model=model, tx=tx, seed=0, augment_options={},
-            loss_options=config.loss.to_dict(), remat='pointwise',
+            update.train_step, model=model, tx=tx, options=update.StepOptions(
+                seed=0, loss=config.loss.to_dict(), augment={}, remat='pointwise'
+            ),
         )  # fmt: skip
         compiled, _ = placement.over_mesh(step).compile(state, batch)
         for _ in range(3):
@@ -312,20 +313,19 @@ class Pixelwise(nn.Module):
         return {'logits': nn.Dense(3)(nn.relu(nn.Conv(8, (3, 3))(x)))}
 
 
+def sgd(**changes):
+    """Plain but for momentum, and of one rate."""
+    plain = {'name': 'sgd', 'schedule': 'constant', 'warmup': 0.0, 'weight_decay': 0.0}
+    others = {'new_layer_factor': 1.0, 'clip_norm': 0.0}
+    return optim.create({**base.get_config().optim, **plain, **others, **changes}, steps=9)
+
+
 def one_step(accumulate, loss_options, batch):
     model = Pixelwise()
-    tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
+    tx, _ = sgd(learning_rate=0.1)
     state = update.create_state(model, tx, seed=0, channels=3, ema=True)
-    step = functools.partial(
-        update.train_step,
-        model=model,
-        tx=tx,
-        loss_options=loss_options,
-        augment_options={},
-        seed=0,
-        accumulate=accumulate,
-        ema_decay=0.5,
-    )
+    options = update.StepOptions(0, loss_options, {}, accumulate=accumulate, ema_decay=0.5)
+    step = functools.partial(update.train_step, model=model, tx=tx, options=options)
     return state, compilation.jit(step)(state, batch)
 
 
@@ -334,12 +334,10 @@ CE_ONLY = {**base.get_config().loss.to_dict(), 'dice': 0.0}
 
 def sgd_step(model, **options):
     """A state of `model`, and its step with cross-entropy, without dropout's noise."""
-    tx, _ = optim.create('sgd', steps=9, learning_rate=0.01, schedule='constant')
+    tx, _ = sgd(learning_rate=0.01)
     state = update.create_state(model, tx, seed=0, channels=3, ema=False)
-    step = functools.partial(
-        update.train_step, model=model, tx=tx, loss_options=CE_ONLY, augment_options={'flip': 0.5},
-        seed=0, **options,
-    )  # fmt: skip
+    options = update.StepOptions(0, CE_ONLY, {'flip': 0.5}, **options)
+    step = functools.partial(update.train_step, model=model, tx=tx, options=options)
     return state, step
 
 
@@ -366,10 +364,10 @@ def test_randomness_is_of_the_seed_and_the_step(rng):
 
     def loss(step, seed):
         model = Pixelwise()
-        tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
+        tx, _ = sgd(learning_rate=0.1)
         state = update.create_state(model, tx, seed=0, channels=3, ema=False)
-        options = {'model': model, 'tx': tx, 'loss_options': CE_ONLY, 'seed': seed}
-        run = functools.partial(update.train_step, augment_options={'noise': 0.5}, **options)
+        options = update.StepOptions(seed, CE_ONLY, {'noise': 0.5})
+        run = functools.partial(update.train_step, model=model, tx=tx, options=options)
         return float(compilation.jit(run)(state.replace(step=jnp.int32(step)), batch)[1]['loss'])
 
     assert loss(3, 0) == loss(3, 0)
@@ -446,12 +444,10 @@ def test_what_augmentation_fills_in_counts_in_no_loss(rng, ignore_label):
     """Whichever label is ignored: 255 is no class, and its cross-entropy no number."""
     batch = batch_of(rng)
     options = {**CE_ONLY, 'dice': 1.0, 'ignore_label': ignore_label}
-    model, (tx, _) = Pixelwise(), optim.create('sgd', steps=2, learning_rate=0.1)
+    model, (tx, _) = Pixelwise(), sgd(learning_rate=0.1)
     state = update.create_state(model, tx, seed=0, channels=3, ema=False)
-    step = functools.partial(
-        update.train_step, model=model, tx=tx, loss_options=options,
-        augment_options={'rotate': 45.0, 'scale': 0.5}, seed=0,
-    )  # fmt: skip
+    options = update.StepOptions(0, options, {'rotate': 45.0, 'scale': 0.5})
+    step = functools.partial(update.train_step, model=model, tx=tx, options=options)
     _, metrics = compilation.jit(step)(state, batch)
     assert np.isfinite(float(metrics['loss']))
     assert np.isfinite(float(metrics['gradient_norm']))

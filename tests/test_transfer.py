@@ -18,12 +18,12 @@ from pspnet_jax.runtime.compilation import jit
 from pspnet_jax.runtime.errors import CheckpointError, ConfigError
 from pspnet_jax.training import loop, optim, start, transfer, update
 from tests.conftest import PSPNET, tiny_config
-from tests.test_train import CE_ONLY, Pixelwise, batch_of
+from tests.test_train import CE_ONLY, Pixelwise, batch_of, sgd
 
 
 def new_state(config, channels=3, seed=7):
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=4, **config.optim)
+    tx, _ = optim.create(config.optim, steps=4)
     return update.create_state(model, tx, seed=seed, channels=channels, ema=False)
 
 
@@ -45,7 +45,7 @@ def started(workdir, channels=3, **changes):
     """What `start.start_or_resume` makes of a config: (state, inputs)."""
     config = tiny_config(**changes)
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=4, **config.optim)
+    tx, _ = optim.create(config.optim, steps=4)
     state, _, inputs, _ = start.start_or_resume(config, model, tx, channels, str(workdir))
     return state, inputs
 
@@ -186,7 +186,7 @@ def test_normalisation_comes_along_and_a_contradiction_is_said(
 def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog):
     config = tiny_config(**{'data.normalize': 'weights'})
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=4, **config.optim)
+    tx, _ = optim.create(config.optim, steps=4)
     scale = np.float32([[-1000] * 3, [1200] * 3])
     with caplog.at_level('INFO'):
         state, _, inputs, _ = start.start_or_resume(
@@ -245,17 +245,12 @@ NO_TRUTH = {**CE_ONLY, 'cross_entropy': 0.0}
 def teach(batch, *, teacher_seed, teacher=None, **options):
     """One step of SGD of `Pixelwise` under a teacher of the same kind."""
     model = Pixelwise()
-    tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
+    tx, _ = sgd(learning_rate=0.1)
     state = update.create_state(model, tx, seed=0, channels=3, ema=False)
     taught = model.init(jax.random.key(teacher_seed), batch['image'])
+    options = update.StepOptions(0, augment={}, **{'loss': NO_TRUTH, 'distill': DISTILL, **options})
     step = functools.partial(
-        update.train_step,
-        model=model,
-        tx=tx,
-        augment_options={},
-        seed=0,
-        teacher=teacher or Pixelwise(),
-        **{'loss_options': NO_TRUTH, 'distill_options': DISTILL, **options},
+        update.train_step, model=model, tx=tx, options=options, teacher=teacher or Pixelwise()
     )
     state = state.replace(teacher=taught)
     return state, *jit(step)(state, batch)
@@ -278,8 +273,8 @@ def test_a_student_that_is_its_teacher_in_inference_has_nothing_to_learn(rng):
 def test_the_teacher_is_an_argument_that_comes_back_as_it_is(rng):
     """One program for two teachers; the loss is the truth's and the teacher's."""
     batch = batch_of(rng)
-    _, _, truth = teach(batch, teacher_seed=0, loss_options=CE_ONLY)
-    before, after, metrics = teach(batch, teacher_seed=1, loss_options=CE_ONLY)
+    _, _, truth = teach(batch, teacher_seed=0, loss=CE_ONLY)
+    before, after, metrics = teach(batch, teacher_seed=1, loss=CE_ONLY)
     for a, b in zip(*map(jax.tree.leaves, (before.teacher, after.teacher)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert float(metrics['distillation']) > 0.01
@@ -293,8 +288,8 @@ def test_the_teacher_is_an_argument_that_comes_back_as_it_is(rng):
 def test_the_same_step_in_micro_batches_and_computed_again(rng, change):
     batch = batch_of(rng)
     batch['mask'] = jnp.asarray(rng.integers(0, 3, batch['mask'].shape), jnp.int32)
-    _, one, metrics = teach(batch, teacher_seed=1, loss_options=CE_ONLY)
-    _, other, others = teach(batch, teacher_seed=1, loss_options=CE_ONLY, **change)
+    _, one, metrics = teach(batch, teacher_seed=1, loss=CE_ONLY)
+    _, other, others = teach(batch, teacher_seed=1, loss=CE_ONLY, **change)
     for a, b in zip(*map(jax.tree.leaves, ((one, metrics), (other, others))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -305,8 +300,9 @@ def test_coarse_students_meet_a_teacher_of_full_size(rng):
     labels[:, 8:] = 1
     fine = jnp.asarray(rng.standard_normal((1, 16, 16, 2)), jnp.float32)
     coarse = jnp.asarray(rng.standard_normal((1, 4, 4, 2)), jnp.float32)
-    options = {**DISTILL, 'loss': 'l2', 'ignore_label': 255, 'axis_name': None}
-    loss = update.teacher_losses(coarse, None, fine, None, jnp.asarray(labels), **options)
+    seen, shared = ((coarse, None), (fine, None)), {'ignore_label': 255, 'axis_name': None}
+    options = {**DISTILL, 'loss': 'l2'}
+    loss = update.teacher_losses(*seen, jnp.asarray(labels), options, **shared)
     # The four pixels in the middle of 4 x 4.
     middle = fine.reshape(1, 4, 4, 4, 4, 2)[:, :, 1:3, :, 1:3].mean((2, 4))
     goal = jax.nn.softmax(middle)
@@ -425,11 +421,11 @@ def test_a_function_of_ones_own_comes_behind_the_crop_with_a_key_an_example(rng)
 
     def loss(augment_fn, seed=0):
         model = Pixelwise()
-        tx, _ = optim.create('sgd', steps=2, learning_rate=0.1, schedule='constant')
+        tx, _ = sgd(learning_rate=0.1)
         state = update.create_state(model, tx, seed=0, channels=3, ema=False)
-        options = {'model': model, 'tx': tx, 'loss_options': CE_ONLY, 'seed': seed}
+        options = update.StepOptions(seed, CE_ONLY, {'crop': 4})
         step = functools.partial(
-            update.train_step, augment_options={'crop': 4}, augment_fn=augment_fn, **options
+            update.train_step, model=model, tx=tx, options=options, augment_fn=augment_fn
         )
         return float(jit(step)(state, batch)[1]['loss'])
 

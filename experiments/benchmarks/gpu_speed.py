@@ -202,8 +202,8 @@ def our_program(case: dict[str, Any]):
     state = update.TrainState(np.zeros((), np.int32), params, stats, momentum, None)
     config = base.get_config()
     options = {
-        'loss_options': {**config.loss.to_dict(), 'dice': 0.0},
-        'augment_options': {},
+        'loss': {**config.loss.to_dict(), 'dice': 0.0},
+        'augment': {},
         'remat': 'none' if 'remat none' in case['variant'] else config.train.remat,
     }
     step = update.bind_step(config, model, tx, **options)
@@ -356,7 +356,7 @@ def one_step(name: str, dtype: str, device, compiler_options: dict[str, Any]):
     params, stats = variables['params'], variables.get('batch_stats', {})
     tx, config = optax.sgd(1e-3, momentum=0.9), base.get_config()
     state = update.TrainState(np.zeros((), np.int32), params, stats, tx.init(params), None)
-    step = update.bind_step(config, model, tx, augment_options={}, remat='none')
+    step = update.bind_step(config, model, tx, augment={}, remat='none')
 
     def both(state, batch):
         values = {'params': state.params, 'batch_stats': state.batch_stats}

@@ -66,7 +66,7 @@ def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, An
     rate(20)
     loader_rate, batch = rate(20)
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=10, **config.optim)
+    tx, _ = optim.create(config.optim, steps=10)
     state = update.create_state(model, tx, seed=0, channels=slices.channels, ema=False)
     placed = placement.over_mesh(update.bind_step(config, model, tx))
     state = placed.put_state(state)

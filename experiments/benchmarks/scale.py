@@ -50,7 +50,7 @@ def measure(name: str) -> dict[str, Any]:
 
     config = lgg.get_config(name)
     model = models.create(**config.model)
-    tx, _ = optim.create(steps=10, **config.optim)
+    tx, _ = optim.create(config.optim, steps=10)
     ema = config.train.ema_decay > 0
     state = update.create_state(model, tx, seed=0, channels=3, ema=ema)
     rng = np.random.default_rng(0)  # zeros, as Adam's means are, would be compressed

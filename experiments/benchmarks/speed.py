@@ -141,7 +141,7 @@ def ours(case: dict[str, Any]) -> None:
             None,
         )
         config = base.get_config()
-        plain = {'loss_options': {**config.loss.to_dict(), 'dice': 0.0}, 'augment_options': {}}
+        plain = {'loss': {**config.loss.to_dict(), 'dice': 0.0}, 'augment': {}}
         step_fn = update.bind_step(config, model, tx, **plain)
         small = case['size'] // 4 if case['peer'] == 'keras' else case['size']  # of its labels
         rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ image's own minimum and, in the mask, the ignored label. Blur, lower resolution 
 intensities come after it, and are the image's alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,64 +18,82 @@ from pspnet_jax.data.volumes import IGNORE_LABEL
 ELASTIC_GRID = 4  # control points along each side of the deformation field
 
 
+# The config's section `augment` where it changes nothing; what is not given to `augment` is this.
+OFF = {
+    'crop': 0,  # side of the square output, placed at random; 0 keeps the size
+    'flip': 0.0,  # probability of a left-right mirror
+    'flip_vertical': 0.0,  # of an upside-down one
+    'scale': 0.0,  # 0.1 zooms by 1/1.1 .. 1.1
+    'rotate': 0.0,  # degrees
+    'elastic': 0.0,  # standard deviation of the field in pixels, the same everywhere
+    'blur': 0.0,  # largest deviation of the Gaussian, in pixels
+    'blur_probability': 1.0,
+    'low_resolution': 0.0,  # largest share of the pixels along each axis that is lost
+    'low_resolution_probability': 1.0,
+    'gamma': 0.0,  # 0.5 takes powers of 1/1.5 .. 1.5 (`power`)
+    'gamma_probability': 1.0,
+    'gain': 0.0,  # channel-wise factor 1 +- gain
+    'bias': 0.0,  # channel-wise shift, in units of the normalised image
+    'noise': 0.0,  # largest standard deviation of a pixel's, in that unit
+}
+
+
 def augment(
     key: jax.Array,
     image_HWC: jax.Array,
     mask_HW: jax.Array,
+    options: Mapping[str, float],
     *,
-    crop: int = 0,
-    flip: float = 0.0,
-    flip_vertical: float = 0.0,
-    scale: float = 0.0,
-    rotate: float = 0.0,
-    elastic: float = 0.0,
-    blur: float = 0.0,
-    blur_probability: float = 1.0,
-    low_resolution: float = 0.0,
-    low_resolution_probability: float = 1.0,
-    gamma: float = 0.0,
-    gamma_probability: float = 1.0,
-    gain: float = 0.0,
-    bias: float = 0.0,
-    noise: float = 0.0,
     ignore_label: int = IGNORE_LABEL,
     context: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
 
-    crop: side of the square output, placed at random, at whole pixels where neither scale, rotate
-    nor elastic moves them; 0 keeps the size. flip:
-    probability of a left-right mirror, flip_vertical: of an upside-down one. scale: 0.1
-    zooms by 1/1.1 .. 1.1. rotate: degrees. elastic: standard deviation of the field in
-    pixels, the same everywhere. blur: largest deviation of the Gaussian, in pixels.
-    low_resolution: largest share of the pixels along each axis that is lost. gamma: 0.5 takes
-    powers of 1/1.5 .. 1.5 (`power`). These three are done with a probability of their own. gain:
-    channel-wise factor 1 +- gain. bias: channel-wise shift, and noise: pixel noise's largest
-    standard deviation, in units of the normalised image. ignore_label: of what falls outside.
-    context: how many neighbours on either side the image has the channels of
-    (`volumes.channels_seen`); what is drawn for a channel is for theirs too.
+    `options` is the config's section, or those of its knobs that are not `OFF`. `ignore_label` is
+    of what falls outside. `context` is how many neighbours on either side the image has the
+    channels of (`volumes.channels_seen`); what is drawn for a channel is for theirs too.
 
-    Raises ValueError for a crop larger than the image.
+    Raises ValueError for a crop larger than the image, and for a knob that there is not.
     """
-    h, w = mask_HW.shape
+    if unknown := sorted(options.keys() - OFF.keys()):
+        raise ValueError(f'augment has no {", ".join(unknown)}, it has {", ".join(OFF)}')
+    options = OFF | dict(options)
+    keys = jax.random.split(key, 8)
+    rows, columns = sampling_grid(keys, mask_HW.shape, options)
+
+    def sample(picture, order, outside):
+        return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)
+
+    lowest_11C = image_HWC.min(axis=(0, 1), keepdims=True)
+    above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_11C)
+    image_HWC = above + lowest_11C
+    mask_HW = sample(mask_HW, 0, ignore_label)
+    return with_other_intensities(key, keys, image_HWC, options, context), mask_HW
+
+
+def sampling_grid(
+    keys: jax.Array, size: tuple[int, int], options: Mapping[str, float]
+) -> tuple[jax.Array, jax.Array]:
+    """Rows and columns of the picture, each H W, that the output's pixels come from.
+
+    A crop is at whole pixels where neither scale, rotate nor elastic moves them.
+    """
+    (h, w), crop = size, options['crop']
     out_h, out_w = (crop, crop) if crop else (h, w)
     if out_h > h or out_w > w:
         raise ValueError(f'augment.crop {crop} is larger than the image, {h}x{w}: lower it')
-    keys = jax.random.split(key, 8)
-
-    def uniform(key, limit, shape=()):
-        return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+    scale, rotate, elastic = (options[name] for name in ('scale', 'rotate', 'elastic'))
 
     # Output pixels, centred, mirrored, rotated and zoomed, then moved to the crop's place.
     rows = jnp.arange(out_h, dtype=jnp.float32)[:, None] - (out_h - 1) / 2
     columns = jnp.arange(out_w, dtype=jnp.float32)[None, :] - (out_w - 1) / 2
-    columns = jnp.where(jax.random.bernoulli(keys[0], flip), -columns, columns)
-    if flip_vertical > 0.0:
-        over = jax.random.bernoulli(jax.random.fold_in(keys[0], 1), flip_vertical)
+    columns = jnp.where(jax.random.bernoulli(keys[0], options['flip']), -columns, columns)
+    if options['flip_vertical'] > 0.0:
+        over = jax.random.bernoulli(jax.random.fold_in(keys[0], 1), options['flip_vertical'])
         rows = jnp.where(over, -rows, rows)
-    angle = jnp.deg2rad(uniform(keys[1], rotate))
-    zoom = jnp.exp(-uniform(keys[2], jnp.log1p(scale)))
-    room, place = jnp.array([h - out_h, w - out_w]), uniform(keys[3], 0.5, (2,))
+    angle = jnp.deg2rad(_uniform(keys[1], rotate))
+    zoom = jnp.exp(-_uniform(keys[2], jnp.log1p(scale)))
+    room, place = jnp.array([h - out_h, w - out_w]), _uniform(keys[3], 0.5, (2,))
     shift = place * room
     if not (scale or rotate or elastic):  # between pixels it would blur, and take noise away
         shift = jnp.minimum(jnp.floor((place + 0.5) * (room + 1)), room) - room / 2
@@ -94,38 +112,44 @@ def augment(
         down, across = (jnp.linalg.norm(share, axis=1) for share in shares)
         field = field / jnp.outer(down, across)[None]
         rows, columns = rows + field[0], columns + field[1]
+    return rows, columns
 
-    def sample(picture, order, outside):
-        return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)
 
-    lowest_11C = image_HWC.min(axis=(0, 1), keepdims=True)
-    above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_11C)
-    image_HWC = above + lowest_11C
-    mask_HW = sample(mask_HW, 0, ignore_label)
+def with_other_intensities(
+    key: jax.Array,
+    keys: jax.Array,
+    image_HWC: jax.Array,
+    options: Mapping[str, float],
+    context: int,
+) -> jax.Array:
+    """The image blurred, coarser, of another gamma, gain and bias, and noisy."""
 
     def by_channel(key, limit):
         seen = 2 * context + 1
-        return jnp.tile(uniform(key, limit, (1, 1, image_HWC.shape[-1] // seen)), seen)
+        return jnp.tile(_uniform(key, limit, (1, 1, image_HWC.shape[-1] // seen)), seen)
 
     changes = (  # numbers beyond those of `keys`: no draw depends on which others there are
-        (8, blur, blur_probability, blurred, lambda key: blur * jax.random.uniform(key)),
-        (9, low_resolution, low_resolution_probability, coarse,
-         lambda key: 1.0 - low_resolution * jax.random.uniform(key)),
-        (10, gamma, gamma_probability, power,
-         lambda key: jnp.exp(by_channel(key, jnp.log1p(gamma)))),
-    )  # fmt: skip
-    for number, strength, probability, change, draw in changes:
+        (8, 'blur', blurred, lambda key, most: most * jax.random.uniform(key)),
+        (9, 'low_resolution', coarse, lambda key, most: 1.0 - most * jax.random.uniform(key)),
+        (10, 'gamma', power, lambda key, most: jnp.exp(by_channel(key, jnp.log1p(most)))),
+    )
+    for number, name, change, draw in changes:
+        strength, probability = options[name], options[f'{name}_probability']
         if strength > 0.0 and probability > 0.0:
             chance, amount = jax.random.split(jax.random.fold_in(key, number))
             done = jax.random.bernoulli(chance, probability)
-            image_HWC = jnp.where(done, change(image_HWC, draw(amount)), image_HWC)
-    image_HWC = image_HWC * (1.0 + by_channel(keys[5], gain))
-    image_HWC = image_HWC + by_channel(keys[6], bias)
-    if noise > 0.0:
+            image_HWC = jnp.where(done, change(image_HWC, draw(amount, strength)), image_HWC)
+    image_HWC = image_HWC * (1.0 + by_channel(keys[5], options['gain']))
+    image_HWC = image_HWC + by_channel(keys[6], options['bias'])
+    if options['noise'] > 0.0:
         amount, pixels = jax.random.split(keys[7])
-        sigma = jax.random.uniform(amount, maxval=noise)
+        sigma = jax.random.uniform(amount, maxval=options['noise'])
         image_HWC = image_HWC + sigma * jax.random.normal(pixels, image_HWC.shape)
-    return image_HWC, mask_HW
+    return image_HWC
+
+
+def _uniform(key: jax.Array, limit, shape: tuple[int, ...] = ()) -> jax.Array:
+    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
 
 
 def along_both(image_HWC: jax.Array, matrix: Callable[[int], jax.Array]) -> jax.Array:

@@ -89,11 +89,11 @@ def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
         'temporary_mb': memory.temp_size_in_bytes / 2**20 if memory else float('nan'),
         'needed_mb': _needed(memory) / 2**20 if memory else float('nan'),
     }
-    give_back_memory()
+    trim_heap()
     return compiled, facts
 
 
-def give_back_memory() -> None:
+def trim_heap() -> None:
     """What was freed goes back to the system: glibc keeps it, hundreds of MB here."""
     if hasattr(ctypes.CDLL(None), 'malloc_trim'):
         ctypes.CDLL(None).malloc_trim(0)

@@ -4,6 +4,7 @@ Each is a context manager around the loop, so that the loop reads as if nothing 
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock, Timeout
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from pspnet_jax.runtime.errors import ConfigError, OutOfMemoryError, not_written
@@ -26,59 +28,54 @@ from pspnet_jax.runtime.text import NOTE, read_json
 logger = logging.getLogger(__name__)
 
 LOCK = 'lock'  # in the workdir
+# What flock says on file systems without locks, as Lustre and some NFS are.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def alone(workdir: str | Path) -> Iterator[None]:
+def locked(workdir: str | Path) -> Iterator[None]:
     """Hold WORKDIR/lock, so that no two runs write there.
 
-    The system lets go of it when the process ends, however it ends: a stale one is no hindrance.
+    The system releases it when the process ends, however it ends: a stale one is no hindrance.
     Raises ConfigError that names the other run and its age.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     path = Path(workdir) / LOCK
-    while True:
-        # Never what a link leads to, nor a pipe: it is emptied and written to.
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-            raise ConfigError(f'{path} is no file but a link or device: remove it')
+    # Never what a link leads to, nor a pipe: it is emptied and written to.
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise ConfigError(f'{path} is no file but a link or device: remove it')
+
+    def sign(file: int) -> None:
+        if before := _owner(path):
+            logger.info('the run before, begun%s, was cut off', before)
+        owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
+        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+            os.ftruncate(file, 0)
+            os.write(file, json.dumps(owner).encode())
+
+    lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=sign)
+    with contextlib.ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open('a+')
+            held.enter_context(lock)
+        except Timeout as error:
+            raise ConfigError(
+                f'{workdir} is in use{_owner(path)}: wait, stop it, or give another --workdir'
+            ) from error
         except OSError as error:
-            raise ConfigError(not_written(path, error)) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f'{workdir} is in use{_owner(path)}: wait, stop it, or give another --workdir'
-                ) from error
-            except OSError as error:  # Lustre or NFS without locks
-                logger.warning(
-                    '%s can not be locked (%s): take care that no other run uses this workdir',
-                    path,
-                    error.strerror,
-                )
-            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                continue  # its owner has just removed it
-            if before := _owner(path):
-                logger.info('the run before, begun%s, was cut off', before)
-            owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
-            with contextlib.suppress(OSError):  # a full disk: it is locked all the same
-                os.truncate(path, 0)
-                os.write(file.fileno(), json.dumps(owner).encode())
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # read-only by now; or something came of it
-                    path.unlink(missing_ok=True)
-                    path.parent.rmdir()
-            return
+            if error.errno not in NO_LOCKS:
+                raise ConfigError(not_written(path, error)) from error
+            logger.warning(
+                '%s can not be locked (%s): take care that no other run uses this workdir',
+                path,
+                error.strerror,
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # read-only by now; or something came of it
+                path.unlink(missing_ok=True)
+                path.parent.rmdir()
 
 
 def _owner(path: Path) -> str:

@@ -79,7 +79,7 @@ def contact_sheet(
         for n in range(2):
             key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
             changed, labels = augment(
-                key, normal, mask.astype(np.int32), ignore_label=ignore_label, **augment_options
+                key, normal, mask.astype(np.int32), augment_options, ignore_label=ignore_label
             )
             changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
             picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])

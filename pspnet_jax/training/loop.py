@@ -1,6 +1,7 @@
 """The loop around the update: data, checkpoints, validation, logs; then the evaluation."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -16,7 +17,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pspnet_jax import models
 from pspnet_jax.config import to_dict, validate, with_absolute_paths
 from pspnet_jax.data import pipeline, sources, splits, volumes
 from pspnet_jax.evaluation import charts, visualize
@@ -27,15 +27,13 @@ from pspnet_jax.models import weights
 from pspnet_jax.runtime import checkpoint, compilation, faults, hosts, paths
 from pspnet_jax.runtime.errors import ConfigError, DataError, NonFiniteLossError, StoppedError
 from pspnet_jax.runtime.log import MetricLog, Silent
-from pspnet_jax.training import losses, optim, transfer
+from pspnet_jax.training import losses
 from pspnet_jax.training.placement import over_mesh, over_mesh_cached, under_pmap
 from pspnet_jax.training.start import (
-    keep_config,
+    begin,
     name_classes,
     pretrained_file,
-    start_or_resume,
     stored_class_names,
-    tell_changes,
 )
 from pspnet_jax.training.update import AugmentFn, LossFn, TrainState, bind_step
 
@@ -47,20 +45,20 @@ COMPILED = (
 
 def read_metrics(
     pending: list[tuple[int, dict[str, jax.Array]]],
-    log: MetricLog,
-    rate,
-    every: int,
-    *,
+    loss: float,
     skipped: int,
-    max_skipped: int,
+    *,
+    log: MetricLog | Silent,
+    rate: Callable,
+    train: ConfigDict,
 ) -> tuple[float, int]:
-    """(last loss, 0 of no updates; updates skipped so far): wait for these, log each `every`-th.
+    """(last loss, updates skipped so far), `loss` and `skipped` before these updates: wait for
+    them, log each `train.log_every`-th.
 
     `pending` has the number of the first update of a call, and a vector of each metric. A
     skipped update is logged with their count so far, and None for what is no number. Raises
-    NonFiniteLossError where one is not skipped, and where more than `max_skipped` were.
+    NonFiniteLossError where one is not skipped, and where more than `train.max_skipped` were.
     """
-    loss = 0.0
     for first, metrics in pending:
         vectors = {name: np.asarray(vector).tolist() for name, vector in metrics.items()}
         was_skipped = vectors.pop('skipped', [0.0] * len(vectors['loss']))
@@ -70,7 +68,7 @@ def read_metrics(
             made = step - 1 - skipped  # updates before it, which the optimiser counts
             skipped += int(skip)
             sound = all(map(math.isfinite, values.values()))
-            if (not sound and not skip) or skipped > max_skipped:
+            if (not sound and not skip) or skipped > train.max_skipped:
                 why = f': update {skipped} of the run that is' if skip else ''
                 raise NonFiniteLossError(
                     f'step {step}{why}: {values}. Nothing after the last checkpoint was kept. '
@@ -83,7 +81,7 @@ def read_metrics(
             if skip:
                 logger.warning('step %d: no number, no update (%d so far)', step, skipped)
                 values['skipped'] = skipped
-            if skip or step % every == 0:
+            if skip or step % train.log_every == 0:
                 log.scalars(step, {**values, 'learning_rate': float(rate(made))})
     return loss, skipped
 
@@ -155,8 +153,18 @@ def loader(
     return placed, lambda count: next(batches)
 
 
-def nothing(*_) -> None:
+def do_nothing(*_) -> None:
     """What a hook does where none was given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a caller adds to a run: see `train_and_evaluate`."""
+
+    augment_fn: AugmentFn | None = None
+    loss_fn: LossFn | None = None
+    on_log: Callable[[int, dict[str, float | None]], object] = do_nothing
+    on_validation: Callable[[int, float, TrainState], object] = do_nothing
 
 
 def train_and_evaluate(
@@ -165,8 +173,8 @@ def train_and_evaluate(
     *,
     augment_fn: AugmentFn | None = None,
     loss_fn: LossFn | None = None,
-    on_log: Callable[[int, dict[str, float | None]], object] = nothing,
-    on_validation: Callable[[int, float, TrainState], object] = nothing,
+    on_log: Callable[[int, dict[str, float | None]], object] = do_nothing,
+    on_validation: Callable[[int, float, TrainState], object] = do_nothing,
 ) -> dict[str, Any]:
     """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
 
@@ -223,16 +231,13 @@ def train_and_evaluate(
     for name, part in split.items():
         logger.info('%s: %s', name, volumes.describe(part))
 
-    with faults.alone(workdir) if hosts.is_first() else contextlib.nullcontext():
+    with faults.locked(workdir) if hosts.is_first() else contextlib.nullcontext():
         run_steps(
             config,
             workdir,
             split,
+            Hooks(augment_fn, loss_fn, on_log, on_validation),
             keep_split=lambda: splits.keep(Path(workdir) / splits.KEPT, parts, slices),
-            augment_fn=augment_fn,
-            loss_fn=loss_fn,
-            on_log=on_log,
-            on_validation=on_validation,
         )
         if not parts['test'] and not parts['validation']:
             logger.info('there is no test or validation case: nothing is evaluated')
@@ -270,12 +275,14 @@ def check_crop(crop: int, slices: volumes.Slices) -> None:
         )
 
 
-def count_steps(config: ConfigDict, slices: int, chunk: int = 1) -> int:
-    """Updates of the run: `train.steps`, or the `train.epochs` over `slices`, in whole chunks.
+def schedule(config: ConfigDict, slices: int) -> tuple[int, int, int, int]:
+    """(updates of the run, of a call, between validations, between checkpoints).
 
-    Raises ConfigError where that is none.
+    The run's are `train.steps`, or the `train.epochs` over `slices` in whole calls. Raises
+    ConfigError where that is none.
     """
     train = config.train
+    chunk = train.steps_per_call if config.data.cache == 'device' else 1
     passes = round(train.epochs * slices / train.batch_size)
     total = train.steps or -(-passes // chunk) * chunk
     if not total:
@@ -283,85 +290,52 @@ def count_steps(config: ConfigDict, slices: int, chunk: int = 1) -> int:
             f'train.epochs={train.epochs:g} over {slices} slices in batches of {train.batch_size} '
             'are 0 steps: raise it, or lower train.batch_size'
         )
-    return total
+    validate_every = train.validate_every or max(total // 10 // chunk, 1) * chunk
+    return total, chunk, validate_every, train.checkpoint_every or validate_every
+
+
+@dataclasses.dataclass
+class Window:
+    """Updates since speed was last told; compiling, validating and saving begin a new one."""
+
+    step: int  # before the first of them
+    waited: float = 0.0  # seconds, for data
+    start: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def speed(self, step: int, batch_size: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        return {
+            'slices_per_second': (step - self.step) * batch_size / seconds,
+            'data_wait': self.waited / seconds,
+        }
 
 
 def run_steps(
     config: ConfigDict,
     workdir: str,
     split: dict[str, volumes.Slices],
+    hooks: Hooks,
     *,
     keep_split: Callable[[], object],
-    augment_fn: AugmentFn | None,
-    loss_fn: LossFn | None,
-    on_log: Callable,
-    on_validation: Callable,
 ) -> None:
     """The loop: from the newest checkpoint, or from the first weights, to the last step.
 
-    `keep_split` is called once nothing that was asked for can fail any more. Raises StoppedError
-    behind a checkpoint where a signal asked to stop, and what `train_and_evaluate` raises.
+    Raises what `train_and_evaluate` does, and StoppedError where a signal asked to stop.
     """
-    batch_size, log_every = config.train.batch_size, config.train.log_every
-    chunk = config.train.steps_per_call if config.data.cache == 'device' else 1  # updates a call
-    total = count_steps(config, len(split['train']), chunk)
-    validate_every = config.train.validate_every or max(total // 10 // chunk, 1) * chunk
-    checkpoint_every = config.train.checkpoint_every or validate_every
-
-    # Model, optimiser, state: restored, or new with pretrained weights.
-    model, channels = models.create(**config.model), split['train'].channels
-    tx, rate = optim.create(steps=total, **config.optim)
-    state, progress, inputs, before = start_or_resume(
-        config,
-        model,
-        tx,
-        channels,
-        workdir,
-        lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
-    )
-    hosts.check_same({'the first step': int(state.step), **to_dict(config)})
+    train = config.train
+    total, chunk, validate_every, checkpoint_every = schedule(config, len(split['train']))
+    begun, state, progress = begin(config, workdir, split, total, keep_split)
+    inputs, step = begun.inputs, int(state.step)
     intensity, how = weights.fixed_intensity(inputs), weights.measured_how(inputs)
     split = split | {name: volumes.measured(split[name], how) for name in ('train', 'validation')}
-    teacher, distill = None, config.distill.to_dict()
-    if where := distill.pop('teacher'):
-        features = config.distill.pairwise > 0
-        teacher, taught = transfer.load_teacher(
-            where,
-            model,
-            inputs,
-            features=features,
-            class_names=config.model.class_names,
-            context=config.data.context,
-        )
-        state = state.replace(teacher=taught)
-    damaged = checkpoint.find_damaged(workdir, state.replace(teacher=None))
-    changed = checkpoint.config_changes(before, to_dict(config)) if before else {}
-    tell_changes(changed, int(state.step))
-    if hosts.is_first():  # nothing that was asked for fails now
-        checkpoint.set_aside(workdir, damaged)
-        keep_split()
-        keep_config(workdir, to_dict(config), int(state.step), before if changed else None)
-    hosts.wait_for_all()
-    first_step = int(state.step)
 
-    # The step on all devices, the batches it eats, and what is written beside it.
-    given = {'augment_fn': augment_fn, 'loss_fn': loss_fn}
-    step_fn = bind_step(config, model, tx, **given, teacher=teacher, distill_options=distill)
-    unread: dict[int, str] = {}
-    placed, next_batch = loader(config, split['train'], step_fn, intensity, first_step, unread)
-    predict = infer.compile_predict(model, size=config.data.size)
-    interval = 1 if sys.stderr.isatty() else 60
-    state = placed.put_state(state)
-    pending, loss, waited, window = [], math.nan, 0.0, time.perf_counter()
-    programs, step, logged, needed = {}, first_step, first_step, math.nan
-    skipped = progress.get('skipped', 0)
-
-    def read_pending() -> None:
-        nonlocal loss, skipped
-        last, skipped = read_metrics(
-            pending, log, rate, log_every, skipped=skipped, max_skipped=config.train.max_skipped
-        )
-        loss = last or loss
+    # The step on all devices, the batches it eats, and what the loop carries.
+    given = {'augment_fn': hooks.augment_fn, 'loss_fn': hooks.loss_fn, 'teacher': begun.teacher}
+    step_fn, unread = bind_step(config, begun.model, begun.tx, **given), {}
+    placed, next_batch = loader(config, split['train'], step_fn, intensity, step, unread)
+    predict = infer.compile_predict(begun.model, size=config.data.size)
+    state, programs, needed = placed.put_state(state), {}, math.nan
+    pending, loss, skipped = [], math.nan, progress.get('skipped', 0)
 
     # Whatever ends the loop: closing waits for a checkpoint that is still being written, and
     # the curves are drawn behind it all, also of a run that diverged.
@@ -369,80 +343,96 @@ def run_steps(
         contextlib.ExitStack() as end,
         faults.memory_explained(lambda: what_takes_memory(config, needed)),
         contextlib.closing(checkpoint.Writer(workdir)) as writer,
-        contextlib.closing(
-            MetricLog(workdir, first_step, on_log) if hosts.is_first() else Silent()
-        ) as log,
+        contextlib.closing(open_log(workdir, step, hooks.on_log)) as log,
         faults.signals() as asked_to_stop,
-        tqdm(total=total, initial=first_step, unit='step', mininterval=interval) as bar,
+        progress_bar(step, total) as bar,
     ):
-        if hosts.is_first():
-            end.callback(draw_curves, workdir)
-        if changed:
-            log.scalars(first_step, {'config_changes': len(changed)})
-        end.callback(tell_unread, unread)
-        while step < total:
-            if 0 < config.train.patience <= progress['stale']:
-                logger.info('no better Dice in %d validations: stopping', progress['stale'])
-                break
-
+        read = functools.partial(read_metrics, log=log, rate=begun.rate, train=train)
+        save = functools.partial(checkpoint.save, writer, config=to_dict(config), inputs=inputs)
+        end.callback(draw_curves, workdir)
+        if begun.changed:
+            log.scalars(step, {'config_changes': len(begun.changed)})
+        end.callback(warn_of_unread, unread)
+        window = Window(step)
+        while step < total and not out_of_patience(config, progress):
             # Start these updates, then read those before: the device never waits for the host.
             stops = (total, *((step // n + 1) * n for n in (validate_every, checkpoint_every)))
-            count, first = min(chunk, min(stops) - step), step + 1
-            start = time.perf_counter()
+            count, first, start = min(chunk, min(stops) - step), step + 1, time.perf_counter()
             batch = placed.put_batch(next_batch(count))
-            waited += time.perf_counter() - start
+            window.waited += time.perf_counter() - start
             if count not in programs:
                 programs[count], facts = placed.compile(state, batch)
                 logger.info(COMPILED, count, *facts.values())
-                needed, waited, window, logged = facts['needed_mb'], 0.0, time.perf_counter(), step
+                needed, window = facts['needed_mb'], Window(step)
             state, metrics = programs[count](state, batch)
-            read_pending()
+            loss, skipped = read(pending, loss, skipped)
             pending, step = [(first, metrics)], step + count
             bar.update(count)
-            if step // log_every > (step - count) // log_every:
-                seconds = time.perf_counter() - window
-                speed = {
-                    'slices_per_second': (step - logged) * batch_size / seconds,
-                    'data_wait': waited / seconds,
-                }
-                log.timings(step, speed)
-                known = {} if math.isnan(loss) else {'loss': loss}
-                bar.set_postfix(**known, data_wait=f'{speed["data_wait"]:.0%}')
-                waited, window, logged = 0.0, time.perf_counter(), step
+            if step // train.log_every > (step - count) // train.log_every:
+                tell_speed(window.speed(step, train.batch_size), step, loss, log, bar)
+                window = Window(step)
 
             # Validate on whole volumes, and keep the state with the Dice that ranks it.
-            stop = asked_to_stop()
-            if step % validate_every and step % checkpoint_every and step < total and not stop:
+            stop, validates = asked_to_stop(), step % validate_every == 0 or step == total
+            if not (validates or step % checkpoint_every == 0 or stop):
                 continue
-            read_pending()
+            loss, skipped = read(pending, loss, skipped)
             pending, dice, whole = [], None, placed.get_state(state)
-            if len(split['validation']) and (step % validate_every == 0 or step == total):
+            if validates and len(split['validation']):
                 dice = validate_volumes(predict, whole, split['validation'], intensity, config, log)
-                best = max(dice, progress['best_dice'] or -1.0)
-                stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
-                progress = {'best_dice': best, 'stale': stale}
-                logger.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
+                progress = ranked(progress, dice, step)
             progress = {**progress, 'skipped': skipped}
             log.flush()
-            checkpoint.save(
-                writer,
-                step,
-                whole,
-                config=to_dict(config),
-                progress=progress,
-                inputs=inputs,
-                dice=dice,
-            )
+            save(step, whole, progress=progress, dice=dice)
             if dice is not None:
-                on_validation(step, dice, whole)
+                hooks.on_validation(step, dice, whole)
             if stop:
-                raise StoppedError(
-                    f'{signal.Signals(stop).name}: stopped behind the checkpoint of step {step} of '
-                    f'{total}; the same command goes on from there',
-                    stop,
-                )
-            compilation.give_back_memory()
-            waited, window, logged = 0.0, time.perf_counter(), step
+                raise stopped(stop, step, total)
+            compilation.trim_heap()
+            window = Window(step)
+
+
+def open_log(workdir: str, first_step: int, on_log: Callable) -> MetricLog | Silent:
+    return MetricLog(workdir, first_step, on_log) if hosts.is_first() else Silent()
+
+
+def progress_bar(first_step: int, total: int) -> tqdm:
+    interval = 1 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(total=total, initial=first_step, unit='step', mininterval=interval)
+
+
+def tell_speed(
+    speed: dict[str, float], step: int, loss: float, log: MetricLog | Silent, bar: tqdm
+) -> None:
+    """To TensorBoard, and beside the bar with the last loss."""
+    log.timings(step, speed)
+    known = {} if math.isnan(loss) else {'loss': loss}
+    bar.set_postfix(**known, data_wait=f'{speed["data_wait"]:.0%}')
+
+
+def ranked(progress: dict[str, Any], dice: float, step: int) -> dict[str, Any]:
+    """The best Dice of the run's validations, and how many were no better since."""
+    best = max(dice, progress['best_dice'] or -1.0)
+    stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
+    logger.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
+    return {'best_dice': best, 'stale': stale}
+
+
+def out_of_patience(config: ConfigDict, progress: dict[str, Any]) -> bool:
+    """Whether `train.patience` validations were no better, which the log says."""
+    if not 0 < config.train.patience <= progress['stale']:
+        return False
+    logger.info('no better Dice in %d validations: stopping', progress['stale'])
+    return True
+
+
+def stopped(number: int, step: int, total: int) -> StoppedError:
+    """What a run raises that a signal asked to stop."""
+    return StoppedError(
+        f'{signal.Signals(number).name}: stopped behind the checkpoint of step {step} of '
+        f'{total}; the same command goes on from there',
+        number,
+    )
 
 
 def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
@@ -460,12 +450,13 @@ def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
 def draw_curves(workdir: str) -> None:
     """The run's curves; a fault in writing them must not hide the one that ended it."""
     try:
-        charts.write_curves(workdir)
+        if hosts.is_first():
+            charts.write_curves(workdir)
     except DataError as error:
         logger.warning('%s', error)
 
 
-def tell_unread(unread: dict[int, str]) -> None:
+def warn_of_unread(unread: dict[int, str]) -> None:
     """The slices that could not be read, at the end of the run."""
     if unread:
         logger.warning('%d slice(s) could not be read, others were used:', len(unread))

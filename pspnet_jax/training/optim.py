@@ -1,6 +1,7 @@
 """Optimiser and learning-rate schedule from the config's plain values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,23 +40,10 @@ def learning_rate_schedule(
 
 
 def create(
-    name: str,
-    *,
-    steps: int,
-    learning_rate: float,
-    schedule: str = 'poly',
-    warmup: float = 0.0,
-    warmup_steps: int = 0,
-    power: float = 0.9,
-    momentum: float = 0.9,
-    beta2: float = 0.999,
-    rho: float = 0.9,
-    weight_decay: float = 0.0,
-    decay_exclude: Sequence[str] = (),
-    new_layer_factor: float = 1.0,
-    clip_norm: float = 0.0,
+    options: Mapping[str, Any], *, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser `name` with PyTorch's formula, and its learning rate by step.
+    """The optimiser of the config's section `optim` with PyTorch's formula, and its learning rate
+    by step.
 
     Weight decay spares parameters whose last name is in `decay_exclude` ('bias',
     'scale'). AdamW decouples it, all others add it to the gradient (PyTorch's, so that
@@ -64,16 +52,20 @@ def create(
     `clip_norm` are scaled to it; 0 leaves them.
     Raises ValueError for an unknown optimiser or schedule.
     """
+    name, momentum, beta2, rho = (options[key] for key in ('name', 'momentum', 'beta2', 'rho'))
     rate = learning_rate_schedule(
-        schedule,
-        learning_rate=learning_rate,
+        options['schedule'],
+        learning_rate=options['learning_rate'],
         steps=steps,
-        warmup_steps=warmup_length(steps, warmup=warmup, warmup_steps=warmup_steps),
-        power=power,
+        warmup_steps=warmup_length(
+            steps, warmup=options['warmup'], warmup_steps=options['warmup_steps']
+        ),
+        power=options['power'],
     )
+    spared, clip_norm = options['decay_exclude'], options['clip_norm']
     decay = optax.add_decayed_weights(
-        weight_decay,
-        mask=lambda params: _map_path(params, lambda path: path[-1] not in decay_exclude),
+        options['weight_decay'],
+        mask=lambda params: _map_path(params, lambda path: path[-1] not in spared),
     )
     bodies = {
         'sgd': (decay, optax.trace(decay=momentum)),
@@ -88,7 +80,7 @@ def create(
         raise ValueError(f'optim.name {name!r} is not one of {", ".join(bodies)}')
     clip = (optax.clip_by_global_norm(clip_norm),) if clip_norm > 0 else ()
     faster = optax.masked(
-        optax.scale(new_layer_factor),
+        optax.scale(options['new_layer_factor']),
         lambda params: _map_path(params, lambda path: path[0] != 'backbone'),
     )
     return optax.chain(*clip, *bodies[name], faster, optax.scale_by_learning_rate(rate)), rate

@@ -2,26 +2,29 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
 from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import volumes
 from pspnet_jax.models import weights
-from pspnet_jax.runtime import checkpoint
+from pspnet_jax.runtime import checkpoint, hosts
 from pspnet_jax.runtime.errors import CheckpointError, ConfigError
 from pspnet_jax.runtime.storage import writing
-from pspnet_jax.training import transfer
-from pspnet_jax.training.update import create_state
+from pspnet_jax.training import optim, transfer
+from pspnet_jax.training.update import TrainState, create_state
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +170,64 @@ def start_or_resume(
         inputs['range'] = scale.tolist()
     logger.info('images are normalised %s', transfer.words(inputs))
     return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run is made of: what no update changes."""
+
+    model: nn.Module
+    tx: optax.GradientTransformation
+    rate: optax.Schedule
+    teacher: nn.Module | None
+    inputs: dict[str, Any]  # `checkpoint.save`'s
+    changed: dict[str, tuple[Any, Any]]  # of the config, since the checkpoint
+
+
+def begin(
+    config: ConfigDict,
+    workdir: str,
+    split: dict[str, volumes.Slices],
+    steps: int,
+    keep_split: Callable[[], object],
+) -> tuple[Start, TrainState, dict[str, Any]]:
+    """Model, optimiser, state and progress: restored, or new with pretrained weights.
+
+    What a run keeps beside its checkpoints is written once nothing that was asked for can fail any
+    more; `keep_split` is called then.
+    """
+    model, channels = models.create(**config.model), split['train'].channels
+    tx, rate = optim.create(config.optim, steps=steps)
+    state, progress, inputs, before = start_or_resume(
+        config,
+        model,
+        tx,
+        channels,
+        workdir,
+        lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
+    )
+    step, now = int(state.step), to_dict(config)
+    hosts.check_same({'the first step': step, **now})
+    teacher = taught = None
+    if config.distill.teacher:
+        teacher, taught = transfer.load_teacher(
+            config.distill.teacher,
+            model,
+            inputs,
+            features=config.distill.pairwise > 0,
+            class_names=config.model.class_names,
+            context=config.data.context,
+        )
+    damaged = checkpoint.find_damaged(workdir, state)
+    changed = checkpoint.config_changes(before, now) if before else {}
+    tell_changes(changed, step)
+    if hosts.is_first():  # nothing that was asked for fails now
+        checkpoint.set_aside(workdir, damaged)
+        keep_split()
+        keep_config(workdir, now, step, before if changed else None)
+    hosts.wait_for_all()
+    start = Start(model, tx, rate, teacher, inputs, changed)
+    return start, state.replace(teacher=taught), progress
 
 
 def name_classes(config: ConfigDict, names: Sequence[str]) -> ConfigDict:

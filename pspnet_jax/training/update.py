@@ -1,7 +1,8 @@
 """One update of a network: the state, the loss, and the pure step from batch to batch."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -23,6 +24,29 @@ from pspnet_jax.training import losses
 AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 # (logits B h w K, labels B h w, of the global batch) -> scalar, traced there too.
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+# What a network made of a batch: logits B h w K, and its backbone's last map where it is asked for.
+Seen = tuple[jax.Array, jax.Array | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What the config decides of an update; `loss`, `augment` and `distill` are its sections."""
+
+    seed: int
+    loss: Mapping[str, Any]
+    augment: Mapping[str, Any]
+    distill: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a teacher
+    context: int = 0  # neighbours on either side, whose channels the images have
+    # The gradient is the mean over so many micro-batches, each of every so-many-th example, in
+    # one compiled loop; BatchNorm then sees that much fewer images at a time.
+    accumulate: int = 1
+    # 'pointwise': the outputs of convolutions are kept for the gradient and all that lies between
+    # them, BatchNorm and ReLU mostly, is computed again.
+    remat: str = 'none'
+    ema_decay: float = 0.0
+    # 'skip': a loss or gradient that is no number changes nothing but the step; the metric
+    # 'skipped' is 1 there.
+    nan_policy: str = 'stop'
 
 
 @flax.struct.dataclass
@@ -129,43 +153,61 @@ def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: boo
 
 
 def teacher_losses(
-    logits_BhwK: jax.Array,
-    features: jax.Array | None,
-    teacher_logits: jax.Array,
-    teacher_features: jax.Array | None,
+    seen: Seen,
+    taught: Seen,
     labels_BHW: jax.Array,
+    options: Mapping[str, Any],
     *,
-    loss: str,
-    weight: float,
-    temperature: float,
-    pairwise: float,
-    nodes: int,
     ignore_label: int,
     axis_name: str | None,
 ) -> dict[str, jax.Array]:
     """{'distillation', 'pairwise'}: what the teacher adds to the loss, each times its weight.
 
-    Its logits are resized to the student's. The affinities are between `nodes` x `nodes` cells,
-    averages of the maps; image-segmentation-keras has maxima of 4 x 4 features.
+    `options` is the config's section `distill`. The teacher's logits are resized to the student's.
+    The affinities are between `nodes` x `nodes` cells, averages of the maps;
+    image-segmentation-keras has maxima of 4 x 4 features.
     """
-    parts = {}
-    if weight:
+    parts, (logits_BhwK, features), (teacher_logits, teacher_features) = {}, seen, taught
+    if weight := options['weight']:
         size = logits_BhwK.shape[1:3]
         parts['distillation'] = weight * losses.distillation(
             logits_BhwK,
             resize(teacher_logits, size, align_corners=False),
             labels_at(labels_BHW, size),
-            loss=loss,
-            temperature=temperature,
+            loss=options['loss'],
+            temperature=options['temperature'],
             ignore_label=ignore_label,
             axis_name=axis_name,
         )
-    if pairwise:
+    if pairwise := options['pairwise']:
+        nodes = (options['nodes'],)
         cells = [
-            adaptive_pools(x.astype(jnp.float32), (nodes,))[0] for x in (features, teacher_features)
+            adaptive_pools(x.astype(jnp.float32), nodes)[0] for x in (features, teacher_features)
         ]
         parts['pairwise'] = pairwise * losses.pairwise_affinity(*cells, axis_name=axis_name)
     return parts
+
+
+def augmented(
+    key: jax.Array,
+    batch: dict[str, jax.Array],
+    options: StepOptions,
+    augment_fn: AugmentFn | None,
+    axis_name: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(images, masks) of the batch, each example changed by `augment` and then `augment_fn`."""
+    index_B = global_indices(batch['image'].shape[0], axis_name)
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(index_B)
+    filled = {'ignore_label': options.loss['ignore_label'], 'context': options.context}
+
+    def change(key, image_HWC, mask_HW):
+        image_HWC, mask_HW = augment(key, image_HWC, mask_HW, options.augment, **filled)
+        if augment_fn is not None:
+            own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
+            image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)
+        return image_HWC, mask_HW
+
+    return jax.vmap(change)(keys_B, batch['image'], batch['mask'])
 
 
 def train_step(
@@ -174,75 +216,42 @@ def train_step(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    loss_options: dict[str, Any],
-    augment_options: dict[str, Any],
-    seed: int,
-    accumulate: int = 1,
-    remat: str = 'none',
-    ema_decay: float = 0.0,
-    nan_policy: str = 'stop',
+    options: StepOptions,
     augment_fn: AugmentFn | None = None,
     loss_fn: LossFn | None = None,
     teacher: nn.Module | None = None,
-    distill_options: dict[str, Any] | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from {'image': B H W C, 'mask': B H W}; metrics: loss, gradient_norm.
 
     Randomness is a function of seed, step and the example's place in the global batch.
-    With `accumulate` = k the gradient is the mean over k micro-batches, every k-th
-    example each, in one compiled loop; BatchNorm then sees B/k images at a time.
-    With `remat` 'pointwise' the outputs of convolutions are kept for the gradient and all
-    that lies between them, BatchNorm and ReLU mostly, is computed again.
-    With `nan_policy` 'skip' a loss or gradient that is no number changes nothing but the step;
-    the metric 'skipped' is 1 there. `augment_fn` changes each example behind `augment`; `loss_fn`
-    is added to the config's losses.
+    `augment_fn` changes each example behind `augment`; `loss_fn` is added to the config's losses.
     `teacher` sees the same images in inference mode, with `state.teacher`; what it adds to the
     loss is in the metrics.
     """
     if axis_name is not None:
         model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
     augment_key, dropout_key = jax.random.split(
-        jax.random.fold_in(jax.random.key(seed), state.step)
+        jax.random.fold_in(jax.random.key(options.seed), state.step)
     )
-    index_B = global_indices(batch['image'].shape[0], axis_name)
-    keys_B = jax.vmap(lambda i: jax.random.fold_in(augment_key, i))(index_B)
-
-    def change(key, image_HWC, mask_HW):
-        image_HWC, mask_HW = augment(
-            key, image_HWC, mask_HW, ignore_label=loss_options['ignore_label'], **augment_options
-        )
-        if augment_fn is not None:
-            own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
-            image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)
-        return image_HWC, mask_HW
-
-    image, mask = jax.vmap(change)(keys_B, batch['image'], batch['mask'])
-    features = teacher is not None and distill_options['pairwise'] > 0
+    image, mask = augmented(augment_key, batch, options, augment_fn, axis_name)
+    features = teacher is not None and options.distill['pairwise'] > 0
 
     def total_loss(params, batch_stats, image, mask, taught, key):
-        out, batch_stats, last = forward(
-            model,
-            {'params': params, 'batch_stats': batch_stats},
-            image,
-            features=features,
-            train=True,
-            rngs={'dropout': key},
-        )
-        shared, parts = {'axis_name': axis_name, 'loss_fn': loss_fn}, {}
-        loss = segmentation_loss(out, mask, **shared, **loss_options)
+        variables, parts = {'params': params, 'batch_stats': batch_stats}, {}
+        drawn = {'train': True, 'rngs': {'dropout': key}}
+        out, batch_stats, last = forward(model, variables, image, features=features, **drawn)
+        loss = segmentation_loss(out, mask, axis_name=axis_name, loss_fn=loss_fn, **options.loss)
         if teacher is not None:
-            options = distill_options | {'ignore_label': loss_options['ignore_label']}
-            parts = teacher_losses(
-                out['logits'], last, *taught, mask, axis_name=axis_name, **options
-            )
+            shared = {'ignore_label': options.loss['ignore_label'], 'axis_name': axis_name}
+            parts = teacher_losses((out['logits'], last), taught, mask, options.distill, **shared)
         return loss + sum(parts.values()), (batch_stats, parts)
 
-    if remat == 'pointwise':
+    if options.remat == 'pointwise':
         keep = jax.checkpoint_policies.save_only_these_names(CONVOLVED)
         total_loss = jax.checkpoint(total_loss, policy=keep)
-    elif remat != 'none':
-        raise ValueError(f"train.remat {remat!r} is not one of 'none', 'pointwise'")
+    elif options.remat != 'none':
+        raise ValueError(f"train.remat {options.remat!r} is not one of 'none', 'pointwise'")
 
     def micro_step(carry, micro):
         (batch_stats, i), taught = carry, None
@@ -254,26 +263,37 @@ def train_step(
         )
         return (batch_stats, i + 1), ({'loss': loss, **parts}, grads)
 
-    if accumulate == 1:
+    if (k := options.accumulate) == 1:
         (batch_stats, _), (metrics, grads) = micro_step((state.batch_stats, 0), (image, mask))
     else:
         # B -> k B/k by stride, so that each device keeps its own examples.
         micro = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (image, mask)
+            lambda x: jnp.moveaxis(x.reshape(-1, k, *x.shape[1:]), 1, 0), (image, mask)
         )
         (batch_stats, _), stacked = jax.lax.scan(micro_step, (state.batch_stats, 0), micro)
         metrics, grads = jax.tree.map(lambda x: x.mean(axis=0), stacked)
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
+    return apply_gradients(state, batch_stats, grads, metrics, tx, options)
 
+
+def apply_gradients(
+    state: TrainState,
+    batch_stats: Any,
+    grads: Any,
+    metrics: dict[str, jax.Array],
+    tx: optax.GradientTransformation,
+    options: StepOptions,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after an update by these gradients, and the metrics with the gradient's norm."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
-        ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
-    metrics['gradient_norm'] = optax.tree.norm(grads)
+        ema_params = optax.incremental_update(params, ema_params, 1.0 - options.ema_decay)
+    metrics = {**metrics, 'gradient_norm': optax.tree.norm(grads)}
     changed = (params, batch_stats, opt_state, ema_params)
-    if nan_policy == 'skip':
+    if options.nan_policy == 'skip':
         sound = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
         before = (state.params, state.batch_stats, state.opt_state, state.ema_params)
         changed = jax.tree.map(lambda new, old: jnp.where(sound, new, old), changed, before)
@@ -281,15 +301,35 @@ def train_step(
     return TrainState(state.step + 1, *changed, teacher=state.teacher), metrics
 
 
-def bind_step(config: ConfigDict, model: nn.Module, tx, **options: Any) -> Callable:
-    """`train_step(state, batch)` with what the config decides, and further options of it."""
-    decided = {
-        'loss_options': config.loss.to_dict(),
-        'augment_options': config.augment.to_dict() | {'context': config.data.context},
-        'seed': config.seed,
-        'accumulate': config.train.accumulate,
-        'remat': config.train.remat,
-        'ema_decay': config.train.ema_decay,
-        'nan_policy': config.train.nan_policy,
-    }
-    return functools.partial(train_step, model=model, tx=tx, **decided | options)
+def bind_step(
+    config: ConfigDict,
+    model: nn.Module,
+    tx,
+    *,
+    augment_fn: AugmentFn | None = None,
+    loss_fn: LossFn | None = None,
+    teacher: nn.Module | None = None,
+    **changes: Any,
+) -> Callable:
+    """`train_step(state, batch)` with what the config decides, or `changes` of that."""
+    sections, train = config.to_dict(), config.train
+    decided = StepOptions(
+        seed=config.seed,
+        loss=sections['loss'],
+        augment=sections['augment'],
+        distill=sections['distill'],
+        context=config.data.context,
+        accumulate=train.accumulate,
+        remat=train.remat,
+        ema_decay=train.ema_decay,
+        nan_policy=train.nan_policy,
+    )
+    return functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        options=dataclasses.replace(decided, **changes),
+        augment_fn=augment_fn,
+        loss_fn=loss_fn,
+        teacher=teacher,
+    )

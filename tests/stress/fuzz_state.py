@@ -310,7 +310,7 @@ def read_run(path: Path) -> None:
 
     for each in charts.run_charts(log.read(path)):
         charts.svg(each)
-    with faults.alone(path):
+    with faults.locked(path):
         calibration.load(path, 7)
         if kept := choice.load(path, from_dict({}), 7, {'window': 0}):
             choice.describe(kept)
