@@ -469,6 +469,7 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(trained[0], workdir)

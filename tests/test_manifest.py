@@ -84,6 +84,7 @@ def test_the_manifest_says_run_step_and_options_of_every_result(trained, tmp_pat
     assert {row['how'] for row in rest} == {writer['how']}
 
 
+@pytest.mark.slow
 def test_another_run_or_other_options_do_not_pass_for_this_one(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'ab'), tmp_path / 'out'
     folders.predict_files(trained[0], source, out, save=['mask'])
@@ -102,6 +103,7 @@ def test_another_run_or_other_options_do_not_pass_for_this_one(trained, tmp_path
     assert 'x_mask.png' in written(out)
 
 
+@pytest.mark.slow
 def test_inputs_that_changed_are_done_again_and_two_of_a_name_are_told_apart(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'ab'), tmp_path / 'out'
     folders.predict_files(trained[0], source, out, save=['overlay'])
@@ -199,6 +201,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(trained, t
     assert list((out / 'sub').iterdir()) == [living]
 
 
+@pytest.mark.slow
 def test_a_name_too_long_for_results_is_one_files_fault(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', ['a', 'z', 'x' * 247]), tmp_path / 'out'
     for _ in range(2):

@@ -152,6 +152,7 @@ def test_a_checkpoint_is_named_by_folder_and_step(where, parts):
 CAFFE = tables.CAFFE._asdict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('there', 'asked', 'here', 'warned'),
     [
