@@ -26,6 +26,7 @@ def run(module, *arguments):
 
 
 PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=2'
+FEW = ['--config.phantom.volumes=6', '--config.phantom.slices=4']  # made in no time
 
 
 @pytest.mark.parametrize(
@@ -57,11 +58,15 @@ PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=
         ('main', [PHANTOM, '--config.train.steps=None'], '--config.train.steps can not be None'),
         (
             'main',
-            [PHANTOM, '--config.augment.crop=500'],
+            [PHANTOM, '--config.augment.crop=500', *FEW],
             'is larger than the slices, which are 128',
         ),
         ('main', ['--config', 'nowhere.py'], '--config=nowhere.py is not a file'),
-        ('main', [PHANTOM, '--config.train.steps=0', '--config.train.epochs=0.001'], 'are 0 steps'),
+        (
+            'main',
+            [PHANTOM, '--config.train.steps=0', '--config.train.epochs=0.001', *FEW],
+            'are 0 steps',
+        ),
         (
             'main',
             [PHANTOM, '--config.parallel=pmap', '--config.train.accumulate=8', TWO_SLICES],
