@@ -25,6 +25,7 @@ from tests.conftest import PSPNET, tiny_config
 from tests.test_folder import BOXES, annotate, squares
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
     workdir, evaluation = trained
@@ -42,6 +43,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
     assert resumed['patients'] == evaluation['patients']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tool', ['COCO', 'labelme'])
 def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monkeypatch, tool):
     """A file in which one of them does not occur has the same numbers: when the run goes on, and
@@ -97,6 +99,7 @@ def test_names_that_a_run_has_stay(tmp_path):
     assert start.stored_class_names(str(tmp_path)) == ()
 
 
+@pytest.mark.slow
 def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):
     """Two updates in one program, stopped after the first two and gone on with: the same run.
 
@@ -130,6 +133,7 @@ def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):
             assert mine == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_three_updates_in_one_program_equal_three_programs(rng):
     """And a slice gathered on the device is, to the bit, the one that the host normalises."""
@@ -158,6 +162,7 @@ def test_three_updates_in_one_program_equal_three_programs(rng):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_window_of_max_pooling_loses_its_gradient(monkeypatch):
     """Updates are those with XLA's own, where XLA rounds the pooled features otherwise when it
     computes them again for the gradient, as its older emitters do here.
@@ -185,6 +190,7 @@ def test_no_window_of_max_pooling_loses_its_gradient(monkeypatch):
     assert len(set(norms[:3])) == 3
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same(rng):
     """And the temporaries are fewer."""
     model = models.create('pspnet', num_classes=2, backbone='resnet18', width=8)
@@ -253,6 +259,7 @@ def test_another_models_workdir_is_refused(trained):
     assert 'model.width is 16 there, 8 here' in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     config = tiny_config(**{'optim.learning_rate': 1e30, 'optim.clip_norm': 0.0})
     with pytest.raises(NonFiniteLossError, match=r'step \d: .*optim\.learning_rate'):
@@ -268,6 +275,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
         loop.train_and_evaluate(tiny_config(), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
     """Two validations without a better Dice: the best is kept, and the run stays stopped."""
     dice = iter([0.5, 0.6, 0.6, 0.4, 0.9])
@@ -284,6 +292,7 @@ def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
         assert checkpoint.candidates(tmp_path, 'best')[0] in (2, 3)  # of equal Dice
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_pmap_trains_and_checkpoints_like_jit(trained, tmp_path):
     """On one device: the same run to rounding (tests/test_parallel.py has eight)."""
