@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import coming_from_keras
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'experiments/results'
 
@@ -330,7 +328,6 @@ def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
 
 TABLES = {
     'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
-    'docs/coming-from-keras.md': {'keras': coming_from_keras.table},
     'docs/reliability.md': {
         'faults': faults,
         'fuzz': fuzz,
