@@ -113,3 +113,32 @@ def test_the_page_of_names_has_every_name_of_the_keras_tool():
         name, backbone = (*ours.split(':'), None)[:2]
         alias = models.ALIASES[theirs]
         assert (alias.get('name', theirs), alias.get('backbone')) == (name, backbone)
+
+
+CONTRIBUTING = (ROOT / 'CONTRIBUTING.md').read_text()
+PLACES = sorted(set(re.findall(r'`([\w/]+\.py):(\w+)`', CONTRIBUTING)))
+
+
+@pytest.mark.parametrize(('file', 'name'), PLACES)
+def test_the_walks_through_the_code_name_what_is_there(file, name):
+    text = (ROOT / 'pspnet_jax' / file).read_text()
+    assert re.search(rf'^(def {name}\(|class {name}[(:]|{name}(: .*)? = )', text, re.M)
+
+
+def test_the_picture_of_the_folders_has_all_folders_and_commands_and_no_other_file():
+    picture = CONTRIBUTING.split('\n```\nconfigs/')[1].split('\n```\n')[0]
+    package = ROOT / 'pspnet_jax'
+    files = {path.name for path in package.rglob('*.py')}
+    assert set(re.findall(r'\w+\.py', picture)) <= files
+    folders = {path.parent.name for path in package.glob('*/*.py')}
+    assert folders <= set(re.findall(r'(\w+)/', picture))
+    for module, _ in cli.COMMANDS.values():
+        assert re.search(rf'\b{module}\b', picture), module
+
+
+def test_the_walk_of_the_workdir_has_every_file_of_a_run(trained):
+    table = CONTRIBUTING.split('| file | written by |\n')[1].split('\n\n')[0]
+    named = {name for line in table.splitlines() for name in re.findall('`([^`]+)`', line)}
+    for path in trained[0].iterdir():
+        found = f'{path.name}/' if path.is_dir() else path.name
+        assert found in named or (found == 'checkpoints/' and 'checkpoints/STEP/' in named)
