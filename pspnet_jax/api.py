@@ -153,7 +153,10 @@ def train(
     from pspnet_jax.training.loop import train_and_evaluate
 
     named = isinstance(config, str)
-    config = own_pictures.get_config(config) if named else config.copy_and_resolve_references()
+    if isinstance(config, str):
+        config = own_pictures.get_config(config)
+    else:
+        config = config.copy_and_resolve_references()
     if images or masks:
         folders = [images] if isinstance(images, str | Path) else list(images)
         config.data.name = 'folder'

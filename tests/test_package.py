@@ -1,6 +1,7 @@
 """What is installed: the version has one place, requirements.txt is what pyproject.toml says."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -73,6 +74,15 @@ def test_the_light_install_has_what_files_import_at_their_top(path):
             name = DISTRIBUTIONS.get(module, module.lower().replace('_', '-'))
             late = node in inner or path.name == 'lgg.py'
             assert name in core | {'pspnet-jax'} or (name in extra and late), module
+
+
+def test_the_change_log_sends_to_modules_and_names_that_are_there():
+    rows = re.findall(r'^  \| `.*? \| (`.*) \|$', (ROOT / 'CHANGELOG.md').read_text(), re.M)
+    assert len(rows) == 10
+    for now in rows:
+        for module, named in re.findall(r'`(pspnet_jax[\w.]+)`(?: \(((?:`\w+`(?:, )?)+)\))?', now):
+            found = pkgutil.resolve_name(module)
+            assert all(hasattr(found, name) for name in re.findall(r'\w+', named)), module
 
 
 def test_lgg_without_its_extra_says_what_to_install():

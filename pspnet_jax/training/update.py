@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
@@ -25,7 +25,7 @@ AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Arr
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
     evaluated with the live `batch_stats`, of which there is no average.
