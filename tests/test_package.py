@@ -91,3 +91,11 @@ def test_lgg_without_its_extra_says_what_to_install():
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith('pspnet_jax.runtime.errors.DataError: ')
     assert 'needs tensorflow_datasets: pip install "pspnet_jax[lgg]"' in last
+
+
+def test_pyright_looks_at_the_public_interface():
+    ignored = PROJECT['tool']['pyright']['ignore']
+    assert all((ROOT / path).is_file() for path in ignored), 'a file that is gone: take it out'
+    assert not any(
+        path.count('/') == 1 or path.startswith('pspnet_jax/config/') for path in ignored
+    )

@@ -357,12 +357,12 @@ def _calibration_bins(counts: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _slice_dice(counts: Sequence[np.ndarray] | np.ndarray, structures: Sequence[int]) -> float:
+def _slice_dice(counts: Sequence[np.ndarray], structures: Sequence[int]) -> float:
     """Mean over slices, where an empty slice that is predicted empty counts 1, and one whose
     every pixel is ignored does not count.
     """
-    stacked = np.stack(counts)
-    dice = metrics.ratios(stacked[stacked.any((1, 2))])['dice'][:, structures]
+    counts = np.stack(counts)
+    dice = metrics.ratios(counts[counts.any((1, 2))])['dice'][:, structures]
     return float(np.nan_to_num(dice, nan=1.0).mean())
 
 

@@ -85,7 +85,7 @@ def segmentation_loss(
     def one_head(logits_BhwK):
         labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
         shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
-        total = 0.0
+        total: Any = 0.0
         for name, weight in terms.items():
             if weight:
                 loss, own = losses.TERMS[name]
