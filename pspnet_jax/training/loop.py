@@ -101,7 +101,9 @@ def validate_volumes(
         order=sorted(slices.intensity),
         intensity=intensity,
         **evaluate_options(config),
-        each=lambda volume, pred: pictures.append(visualize.volume_picture(volume, pred)),
+        each=lambda volume, pred: pictures.append(
+            visualize.volume_picture(volume, pred, config.model.class_names)
+        ),
     )
     step, summary = int(state.step), result['summary']
     dice = summary['dice']['mean']
