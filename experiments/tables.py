@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import coming_from_keras
+from tests.stress.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'experiments/results'
@@ -129,7 +130,7 @@ def speed() -> str:
         'the process has imports and compilation too; ready in: compilation, for the peer its '
         'first step.'
     )
-    made_by = _made_by('python -m experiments.speed', list(newest.values()))
+    made_by = _made_by('python -m experiments.benchmarks.speed', list(newest.values()))
     return '\n'.join([*rows, '', f'{made_by} {note}'])
 
 
@@ -142,7 +143,7 @@ def forms() -> str:
             f'| {line["variant"]} | {line["seconds"]:.2f} | {line["compile_seconds"]:.1f} | '
             f'{line["gflop"]:.0f} | {line["temporary_mb"]:.0f} |'
         )
-    return '\n'.join([*rows, '', _made_by('python -m experiments.forms', lines)])
+    return '\n'.join([*rows, '', _made_by('python -m experiments.benchmarks.forms', lines)])
 
 
 def input_rates() -> str:
@@ -166,7 +167,9 @@ def input_rates() -> str:
             f'| {line["case"]} | {line["cache"]} | {line["slices_per_second"]:.0f} | {step} | '
             f'{wait} | {volumes} | {memory} |'
         )
-    return '\n'.join([*rows, '', _made_by('python -m experiments.input --source=FOLDER', lines)])
+    return '\n'.join(
+        [*rows, '', _made_by('python -m experiments.benchmarks.input --source=FOLDER', lines)]
+    )
 
 
 def profile() -> str:
@@ -184,7 +187,7 @@ def profile() -> str:
             f'{roof["gigabytes_per_second"]:.0f} a second {roof["seconds_of_bytes"]:.1f} s; XLA '
             'counts what each operation reads and writes, cache or not.',
         ]
-    return '\n'.join([*rows, '', _made_by('python -m experiments.profile', lines)])
+    return '\n'.join([*rows, '', _made_by('python -m experiments.benchmarks.profile', lines)])
 
 
 LINKS = {'NVLink, 450': 450, '400 Gbit/s, 50': 50, '25 Gbit/s, 3.1': 3.1}  # GB/s each way
@@ -208,25 +211,27 @@ def scale() -> str:
             + f' | {line["checkpoint_mb"]:.0f} | {line["save_returns_s"]:.1f} | '
             f'{line["save_written_s"]:.1f} | {line["restore_s"]:.1f} |'
         )
-    return '\n'.join([*rows, '', _made_by('python -m experiments.scale', lines)])
+    return '\n'.join([*rows, '', _made_by('python -m experiments.benchmarks.scale', lines)])
 
 
 def faults() -> str:
     """Each fault: how often it was tried, what was lost, the command that tries it again."""
     rows = ['| fault | tried | lost | seconds | again by |', '|---|---:|---|---:|---|']
+    today = {fault.fault: fault.command() for fault in FAULTS}  # a line keeps that of its day
     for line in (chaos := read_lines('chaos')):
+        command = line['command'].replace('experiments.chaos', 'tests.stress.chaos')
         phases = ', '.join(f'{name} {count}' for name, count in sorted(line['by_phase'].items()))
         read = f'; {line["loads"]} loads of a run that trains' if 'loads' in line else ''
         rows.append(
             f'| SIGKILL at a random moment ({phases}){read} | {line["kills"]} | {line["lost"]} | '
-            f'{line["seconds"]:.0f} | `{line["command"]}` |'
+            f'{line["seconds"]:.0f} | `{command}` |'
         )
     for line in (tried := read_lines('reliability')):
         rows.append(
             f'| {line["fault"]} | {line["tries"]} | {line["lost"]} | {line["seconds"]:.0f} | '
-            f'`{line["command"]}` |'
+            f'`{today.get(line["fault"], line["command"])}` |'
         )
-    return '\n'.join([*rows, '', _made_by('python -m experiments.faults', chaos + tried)])
+    return '\n'.join([*rows, '', _made_by('python -m tests.stress.faults', chaos + tried)])
 
 
 def fuzz() -> str:
@@ -249,7 +254,7 @@ def _fuzz(lines: list[dict[str, Any]], *, guided: bool = False) -> str:
     for reader, line in newest.items():
         rows.append(f'| {reader} | {" | ".join(f"{line[key]:,}" for key in columns.values())} |')
     seeds = ', '.join(sorted({str(line['seed']) for line in newest.values()}))
-    command = f'python -m experiments.fuzz{" --guided" * guided} --inputs=10000 --seed={seeds}'
+    command = f'python -m tests.stress.fuzz{" --guided" * guided} --inputs=10000 --seed={seeds}'
     return '\n'.join([*rows, '', _made_by(command, list(newest.values()))])
 
 
@@ -279,7 +284,7 @@ def soak() -> str:
             f'checkpoint; the bar: {line["criterion"]}. '
             f'Left behind in /dev/shm, the temporary folder or as processes: {line["left"]}.',
         ]
-    return '\n'.join([*rows, '', _made_by('python -m experiments.soak', lines)])
+    return '\n'.join([*rows, '', _made_by('python -m tests.stress.soak', lines)])
 
 
 def gpu() -> str:
@@ -317,7 +322,7 @@ def gpu() -> str:
             f'{sum(line["bfloat16_finite"] for line in checks)} are finite in bfloat16. PyTorch '
             'is `torch.compile`, channels_last.',
         ]
-    return '\n'.join([*rows, '', _made_by('bash experiments/gpu_speed.sh', lines)])
+    return '\n'.join([*rows, '', _made_by('bash experiments/benchmarks/gpu_speed.sh', lines)])
 
 
 def _made_by(command: str, lines: list[dict[str, Any]]) -> str:

@@ -96,9 +96,8 @@ class Model:
         result = evaluate_volumes(
             self.predictor.predict_fn,
             (volumes.with_channels(volume, self.predictor.channels) for volume in found),
-            intensity=self.predictor.intensity,
             temperature=self.predictor.temperature,
-            **evaluate_options(config),
+            **evaluate_options(config, self.predictor.intensity),
             label_options=label_options(config),
             each=lambda volume, _: digests.update(
                 {volume.patient: [*map(volumes.picture_digest, volume.image)]}

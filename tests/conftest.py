@@ -1,13 +1,13 @@
 """Paths and small things that several tests share."""
 
 import atexit
+import fcntl
 import functools
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
-
-from pspnet_jax.training import loop
 
 # Most of a test's time is compilation, so it is asked to optimise less. Read when JAX first
 # meets a device, and inherited by the commands that tests start.
@@ -23,11 +23,15 @@ os.environ['XLA_FLAGS'] = ' '.join(
 # There is a test process for each core: threads of PyTorch would wait for one another.
 os.environ['OMP_NUM_THREADS'] = '1'
 
-# Many tests, and the commands that they start, compile the same tiny programs: once a session
-# is enough, and never in the user's own cache.
-os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='pspnet_jax_tests_')
+# Many tests, and the commands that they start, compile the same tiny programs: once for all
+# processes of xdist is enough, and never in the user's own cache. JAX reads this when it is
+# imported.
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='pspnet_jax_tests_')  # which data is known
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ.get(
+    'JAX_COMPILATION_CACHE_DIR' if 'PYTEST_XDIST_WORKER' in os.environ else 'PSPNET_TESTS_CACHE',
+    os.environ['XDG_CACHE_HOME'],
+)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
-os.environ['XDG_CACHE_HOME'] = os.environ['JAX_COMPILATION_CACHE_DIR']  # which data is known
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +41,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from pspnet_jax.runtime.errors import PspnetError
+from pspnet_jax.training import loop
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('PSPNET_SHARED', ROOT.parent / 'shared'))
@@ -166,8 +171,17 @@ def power_cut(monkeypatch):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """(workdir, evaluation) of one tiny run; tests must not change it."""
-    from pspnet_jax.training.loop import train_and_evaluate
+    """(workdir, evaluation) of one tiny run; tests must not change it.
 
-    workdir = tmp_path_factory.mktemp('run')
-    return workdir, train_and_evaluate(tiny_config(), str(workdir))
+    It is trained once: the processes of xdist have copies.
+    """
+    base, workdir = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp('run')
+    shared = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'trained'
+    with open(f'{shared}.pickle', 'a+b') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        if not file.tell():
+            pickle.dump(loop.train_and_evaluate(tiny_config(), str(shared)), file)
+        file.seek(0)
+        evaluation = pickle.load(file)
+    shutil.copytree(shared, workdir, dirs_exist_ok=True)
+    return workdir, evaluation

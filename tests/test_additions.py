@@ -29,7 +29,8 @@ import jax
 import numpy as np
 from pspnet_jax.config import base
 
-from pspnet_jax import losses, models
+from pspnet_jax import models
+from pspnet_jax.training import losses
 from pspnet_jax.data import sources
 from pspnet_jax.data.volumes import Volume, from_volumes, measure_intensity
 from pspnet_jax.models.backbones import BACKBONES

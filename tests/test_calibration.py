@@ -97,5 +97,7 @@ def test_a_temperature_is_of_the_views_that_it_was_fitted_for(tmp_path, caplog):
 )  # fmt: skip
 def test_a_file_that_is_not_ours_is_an_error(tmp_path, text):
     (tmp_path / 'temperature.json').write_text(text)
-    with pytest.raises(DataError, match=r'temperature\.json holds no step and temperature'):
+    with pytest.raises(
+        DataError, match=r'temperature\.json is not (what --fit_temperature keeps|readable as JSON)'
+    ):
         calibration.load(tmp_path, 8)

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from experiments import chaos, faults, soak
 from pspnet_jax.runtime import checkpoint
 from tests.conftest import ROOT, TINY
+from tests.stress import chaos, faults, soak
 
 
 def test_three_kills_change_nothing(trained, tmp_path):
@@ -66,7 +66,7 @@ CACHED = """
 import sys, warnings
 from pathlib import Path
 import jax, jax.numpy as jnp
-from pspnet_jax import compilation
+from pspnet_jax.runtime import compilation
 
 warnings.simplefilter('always')
 compilation.use_cache()

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def test_inference_takes_the_averaged_parameters(trained):
     shapes = jax.eval_shape(
         functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
     )
-    variables = checkpoint.restore_variables(workdir, 4, shapes)
+    variables = checkpoint.restore_variables(workdir, 4, shapes, checkpoint.metadata(workdir, 4))
     for a, b in zip(
         jax.tree.leaves(variables['params']), jax.tree.leaves(state.ema_params), strict=True
     ):
@@ -179,7 +180,9 @@ def test_metadata_of_another_run_does_not_vouch_for_these_arrays(copy):
         others[name] = copy / name / 'checkpoints' / '4' / '_CHECKPOINT_METADATA'
     shutil.copy(others['same'], folder / '4')
     with pytest.raises(CheckpointError, match='sha256 differs'):
-        checkpoint.restore_variables(copy, 4, {'params': state.params})
+        checkpoint.restore_variables(
+            copy, 4, {'params': state.params}, checkpoint.metadata(copy, 4)
+        )
     shutil.copy(others['wide'], folder / '4')
     with pytest.raises(
         CheckpointError, match=r'can not resume \(model.width is 32 there, 16 here\)'
@@ -317,14 +320,23 @@ def test_a_step_that_is_replaced_while_it_is_read_is_no_damage(copy, monkeypatch
     folder, _ = with_steps(copy, a=0.5)
     restore, moves = checkpoint.restore_variables, iter([(1, 2), (2, 3)])
 
-    def replaced_meanwhile(workdir, step, shapes):
+    def replaced_meanwhile(*given):
         for old, new in itertools.islice(moves, 1):
             (folder / str(old)).rename(folder / str(new))
-        return restore(workdir, step, shapes)
+        return restore(*given)
 
     monkeypatch.setattr(checkpoint, 'restore_variables', replaced_meanwhile)
     run = open_run(copy)
     assert (run.step, run.passed_over) == (3, {})
+
+
+def test_the_metadata_of_the_step_that_is_taken_is_read_once(copy, monkeypatch):
+    read, seen = checkpoint.metadata, []
+    monkeypatch.setattr(
+        checkpoint, 'metadata', lambda *given: seen.append(given[1]) or read(*given)
+    )
+    open_run(copy, '4')
+    assert seen == [4]
 
 
 def test_a_step_that_is_half_deleted_while_it_is_read_is_no_damage(copy, monkeypatch):
@@ -333,16 +345,17 @@ def test_a_step_that_is_half_deleted_while_it_is_read_is_no_damage(copy, monkeyp
     (folder / '3').rename(copy / 'next')
     restore, reads = checkpoint.restore_variables, []
 
-    def deleted_meanwhile(workdir, step, shapes):
+    def deleted_meanwhile(workdir, step, *given):
         reads.append(step)
         if len(reads) == 1:
-            lose_the_metadata(folder / '2')
+            for part in filter(Path.is_dir, (folder / '2').iterdir()):
+                shutil.rmtree(part)
         if len(reads) == 3:
             shutil.rmtree(folder / '2')
             (copy / 'next').rename(folder / '3')
-        return restore(workdir, step, shapes)
+        return restore(workdir, step, *given)
 
     monkeypatch.setattr(checkpoint, 'restore_variables', deleted_meanwhile)
     run = open_run(copy)
     assert (run.step, run.passed_over) == (3, {})
-    assert reads == [2, 1, 1, 3]
+    assert reads == [2, 1, 2, 1, 3]

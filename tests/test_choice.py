@@ -19,12 +19,9 @@ from pspnet_jax.prediction import folders, manifest
 from pspnet_jax.runtime.errors import ConfigError, DataError
 from pspnet_jax.serving import export, read
 from tests.conftest import refused, tiny_config
+from tests.test_evaluate import BATCHING, OPTIONS, options_with
 
 OWN = {'flip': False, 'threshold': None, 'largest_component': False, 'min_size': 0}
-FIGURES = {
-    'spacing': (1.0, 1.0, 1.0), 'surface_tolerance': 1.0, 'calibration_bins': 10, 'bootstrap': 10,
-    'lesion_options': {'dilation': 1, 'smallest': 2.0},
-}  # fmt: skip
 
 
 def patients(rng, num_classes, ignore_label=255):
@@ -59,20 +56,17 @@ def test_each_dice_tried_is_that_of_evaluation_with_these_options(
 ):
     data = list(patients(rng, num_classes, ignore_label))
     tried = fitting.grid(OWN, num_classes, given=())
-    how = {
-        'batch_size': 2, 'intensity': None, 'context': 0, 'num_classes': num_classes,
-        'ignore_label': ignore_label,
-    }  # fmt: skip
+    given = options_with(num_classes=num_classes, ignore_label=ignore_label, bootstrap=10)
     kept = []
-    monkeypatch.setattr(choice, 'choose', lambda *found: kept.append(fitting.combinations(*found)))
-    fitting.choose_postprocessing(network, data, tried=tried, **how)
+    monkeypatch.setattr(fitting, 'choose', lambda *found: kept.append(fitting.combinations(*found)))
+    fitting.choose_postprocessing(network, data, tried=tried, **given)
     (rows,) = kept
     assert len(rows) == 2 * (18 if num_classes == 2 else 1) * 2 * 6
     assert len({row['dice'] for row in rows}) > 10
     for row in rng.permutation(rows)[:40]:
         options = {key: row[key] for key in choice.OPTIONS}
         found = scores.evaluate_volumes(
-            network(options.pop('flip')), data, label_options=options, **FIGURES, **how
+            network(options.pop('flip')), data, label_options=options, **given
         )
         dice = found['summary']['dice']
         assert (dice['mean'], dice['n']) == (pytest.approx(row['dice'], abs=1e-12), row['n'])
@@ -154,7 +148,7 @@ def test_a_choice_is_of_one_checkpoint_and_its_views(tmp_path, caplog):
 def test_a_file_that_is_not_ours_is_an_error(tmp_path, changes):
     text = changes if isinstance(changes, str) else json.dumps(FACTS | changes)
     (tmp_path / choice.KEPT).write_text(text)
-    match = r'postprocessing\.json.*delete it, or choose again by python'
+    match = r'postprocessing\.json.*delete it, or make it anew by python'
     refused(choice.load, tmp_path, from_dict({}), 8, VIEWS, match=match, kind=DataError)
 
 
@@ -224,7 +218,7 @@ def test_prediction_and_its_manifest_have_what_was_chosen(chosen, tmp_path, rng)
     np.testing.assert_array_equal(labels, predictors.predict_array(same, image)[0])
 
     def digest(predictor):
-        return folders.open_manifest(predictor, tmp_path / 'out', None).how
+        return folders.open_manifest(predictor, tmp_path / 'out', None).digest
 
     assert digest(predictor) == digest(same)
     assert digest(predictor) != digest(predictors.load(workdir, changes=OWN))
@@ -297,9 +291,11 @@ def test_the_network_sees_each_slice_once_a_flip(rng):
         return lambda image: seen.append((flip, len(image))) or network(flip)(image)
 
     fitting.choose_postprocessing(
-        program, data, tried=fitting.grid(OWN, 2, given=()), batch_size=5, intensity=None,
-        context=0, num_classes=2, ignore_label=255,
-    )  # fmt: skip
+        program,
+        data,
+        tried=fitting.grid(OWN, 2, given=()),
+        **OPTIONS | {'batching': BATCHING._replace(batch_size=5)},
+    )
     assert seen == [(False, 5), (True, 5)] * len(data)
 
 

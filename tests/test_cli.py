@@ -236,7 +236,10 @@ def test_help_shows_the_commands_own_flags_and_ends_well(name, tmp_path):
         env=os.environ | {'PYTHONPATH': str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    flag = {'train': 'workdir', 'check': 'out', 'convert': 'source'}.get(name, 'checkpoint')
+    flag = {
+        'train': 'workdir', 'check': 'out', 'convert': 'source', 'build': 'source',
+        'rasterize': 'annotations',
+    }.get(name, 'checkpoint')  # fmt: skip
     assert f'\n  --{flag}' in done.stdout
     assert 'python -m pspnet_jax.' in done.stdout
     assert not any(theirs in done.stdout for theirs in ('--alsologtostderr', 'grain', 'pdb'))
@@ -252,4 +255,4 @@ def test_the_console_script_lists_its_commands_and_refuses_others(capsys, monkey
     monkeypatch.setattr('sys.argv', ['pspnet', 'trian'])
     with pytest.raises(SystemExit, match='1'):
         cli.pspnet()
-    assert 'pspnet trian is not a command: give one of train, check' in capsys.readouterr().err
+    assert 'pspnet trian is not a command: give one of train, build' in capsys.readouterr().err

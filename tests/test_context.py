@@ -378,18 +378,17 @@ def test_evaluation_and_the_temperature_see_the_stacks(rng, context, intensity):
         seen.extend(batch)
         return np.full((*batch.shape[:3], 2), 0.5, np.float32)
 
-    how = OPTIONS | {'context': context, 'intensity': intensity, 'batch_size': 11}
+    options = OPTIONS | {'batching': scores.Batching(11, intensity, context)}
     expected = []
     for volume, parts in data:
         scale = volume.intensity if intensity is None else intensity
         found = by_hand([volumes.normalize(part, scale) for part in parts], context)
         expected += [*found, *np.zeros((11 - len(found), *found.shape[1:]))]  # fills the batch
     whole = [volume for volume, _ in data]
-    scores.evaluate_volumes(record, whole, **how)
+    scores.evaluate_volumes(record, whole, **options)
     np.testing.assert_array_equal(seen, expected)
     seen.clear()
-    fitted = ('batch_size', 'intensity', 'context', 'num_classes', 'ignore_label')
-    fitting.fit_temperature(record, whole, **{key: how[key] for key in fitted})
+    fitting.fit_temperature(record, whole, **options)
     np.testing.assert_array_equal(seen, expected)
     small = list(pipeline.eval_batches(whole[0], 3, intensity, context))
     np.testing.assert_array_equal(np.concatenate(small)[:8], expected[:8])

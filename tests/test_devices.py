@@ -93,7 +93,8 @@ def test_nothing_is_said_where_nothing_is_wrong(monkeypatch, on_cpu, gpu, tmp_pa
 
 COMMAND = """
 import functools, logging, sys
-from pspnet_jax import cli, devices
+from pspnet_jax import cli
+from pspnet_jax.runtime import devices
 
 devices.idle_gpu = functools.partial(devices.idle_gpu, [sys.argv.pop()])
 

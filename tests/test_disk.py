@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import chaos
 from pspnet_jax.data.formats import video
 from pspnet_jax.evaluation.protocol import evaluate_checkpoint
 from pspnet_jax.prediction import folders, manifest
@@ -21,6 +20,7 @@ from pspnet_jax.runtime.errors import ConfigError, DataError, LogError, PspnetEr
 from pspnet_jax.serving import export
 from pspnet_jax.training import loop
 from tests.conftest import ROOT, TINY, tiny_config
+from tests.stress import chaos
 
 FULL, READ_ONLY = 'No space left on device', 'Read-only file system'
 STATES = {'full': FULL, 'read-only': READ_ONLY}

@@ -17,18 +17,21 @@ from pspnet_jax.runtime.errors import CheckpointError, ConfigError, DataError
 from pspnet_jax.training import loop
 from tests.conftest import tiny_config, write_case
 
-OPTIONS = {
-    'batch_size': 2,
-    'intensity': None,
-    'context': 0,
-    'num_classes': 2,
-    'ignore_label': 255,
-    'spacing': (1.0, 1.0, 1.0),
-    'surface_tolerance': 1.0,
-    'lesion_options': {'dilation': 1, 'smallest': 2.0},
-    'calibration_bins': 10,
-    'bootstrap': 100,
-}
+BATCHING = scores.Batching(batch_size=2, intensity=None, context=0)
+SCORING = scores.Scoring(
+    num_classes=2,
+    ignore_label=255,
+    spacing=(1.0, 1.0, 1.0),
+    surface_tolerance=1.0,
+    lesion_options={'dilation': 1, 'smallest': 2.0},
+    calibration_bins=10,
+    bootstrap=100,
+)
+OPTIONS = {'batching': BATCHING, 'scoring': SCORING}
+
+
+def options_with(**scoring):
+    return OPTIONS | {'scoring': SCORING._replace(**scoring)}
 
 
 def volume(name, mask):
@@ -142,7 +145,7 @@ def test_structures_that_are_missed_or_invented_are_counted():
     one.image[mask == 2] = 0
     one.image[2, 9:11, 1:3] = 3
     perfect = volume('b', np.where(mask == 2, 0, mask))
-    options = OPTIONS | {'num_classes': 4}
+    options = options_with(num_classes=4)
     result = scores.evaluate_volumes(labelled, [one, perfect], **options)
     first, second = result['patients']
     assert first['hd95'] == second['hd95'] == 0
@@ -175,7 +178,7 @@ def test_a_perfect_prediction_is_perfect_whichever_label_is_ignored(ignore_label
     mask[2, 5, 5] = ignore_label
     one = volume('a', mask)
     one.image[mask == ignore_label] = 1  # whatever is said there
-    options = OPTIONS | {'num_classes': 4, 'ignore_label': ignore_label}
+    options = options_with(num_classes=4, ignore_label=ignore_label)
     seen = []
     result = scores.evaluate_volumes(
         labelled, [one], **options, each=lambda volume, _: seen.append(volume.mask)
@@ -294,7 +297,7 @@ def test_lesions_are_counted_one_by_one_and_by_class():
     seen.image[0, 0:2, 0] = seen.image[0, 0:2, 9:11] = 0
     seen.image[0, 9:11, 9:11] = 1
     data = [seen, volume('b', 0 * mask)]
-    result = scores.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
+    result = scores.evaluate_volumes(hesitant, data, **options_with(num_classes=3))
     row, empty = result['patients']
     assert row['lesion_dice'] == pytest.approx(np.mean([0.5 / 3, 1]))
     assert row['lesion_f1'] == pytest.approx(np.mean([2 / (2 + 1 + 1), 1]))
@@ -302,10 +305,10 @@ def test_lesions_are_counted_one_by_one_and_by_class():
     assert (empty['lesion_dice'], empty['lesion_f1']) == (None, None)
     assert result['summary']['lesions'] == {'found': 2, 'missed': 1, 'false': 1}
     assert result['summary']['lesion_f1']['n'] == 1
-    assert result['data']['lesion_options'] == OPTIONS['lesion_options']
+    assert result['data']['lesion_options'] == SCORING.lesion_options
     words = 'Dice 0.583, detection F1 0.750 over 1; lesions: 2 found, 1 missed, 1 false'
     assert words in scores.table(result)
-    grown = OPTIONS | {'num_classes': 3, 'lesion_options': {'dilation': 4, 'smallest': 2.0}}
+    grown = options_with(num_classes=3, lesion_options={'dilation': 4, 'smallest': 2.0})
     (row, _) = scores.evaluate_volumes(hesitant, data, **grown)['patients']
     assert (row['lesions_found'], row['lesions_missed'], row['lesions_false']) == (2, 0, 1)
 
@@ -331,10 +334,11 @@ def test_ignored_voxels_are_of_no_lesion():
 
 def test_a_lesions_size_is_in_the_unit_of_the_spacing():
     tall = volume('a', MASK)  # of 9 voxels
-    options = OPTIONS | {'lesion_options': {'dilation': 1, 'smallest': 10.0}}
+    lesions = {'dilation': 1, 'smallest': 10.0}
 
     def found(volume, spacing=(1.0, 1.0, 1.0)):
-        figures = scores.evaluate_volumes(oracle, [volume], **options | {'spacing': spacing})
+        options = options_with(lesion_options=lesions, spacing=spacing)
+        figures = scores.evaluate_volumes(oracle, [volume], **options)
         return figures['summary']['lesions']['found']
 
     assert found(tall) == 0
@@ -347,7 +351,7 @@ def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
     data = [volume('a', first), volume('b', second)]
     data[0].image[0, 0, :3] = 0
     data[1].image[:] = 0  # says background everywhere
-    found = scores.evaluate_volumes(hesitant, data, **OPTIONS | {'num_classes': 3})
+    found = scores.evaluate_volumes(hesitant, data, **options_with(num_classes=3))
     bins = found['calibration']['bins']
     assert sum(b['voxels'] for b in bins) == 2 * 108 - 3
     # Where 0.7 is said of background, foreground has 0.3; of class 1 or 2, 1 - 0.3 / 2.
@@ -368,9 +372,8 @@ def test_calibration_is_of_foreground_over_all_counted_voxels_of_all_volumes():
 
 def test_a_temperature_changes_probabilities_and_no_label():
     data = volume('a', MASK)
-    how = {'batch_size': 2, 'intensity': None, 'context': 0}
-    labels, plain = scores.predict_foreground(hesitant, data, **how)
-    again, tempered = scores.predict_foreground(hesitant, data, **how, temperature=4.0)
+    labels, plain = scores.predict_foreground(hesitant, data, BATCHING)
+    again, tempered = scores.predict_foreground(hesitant, data, BATCHING, temperature=4.0)
     assert (labels == again).all()
     batch = normalize(data.image, data.intensity)
     assert (labels == hesitant(batch).argmax(-1)).all()
@@ -389,8 +392,8 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
     found = fitting.fit_temperature(
         sure,
         [wrong._replace(mask=ignored.astype(np.uint8)), wrong],
-        batch_size=2, intensity=None, context=0, num_classes=2, ignore_label=255,
-    )  # fmt: skip
+        **OPTIONS,
+    )
     assert found['voxels'] == 107 + 108
     assert found['patients'] == 2
     # The likeliest probability of being right is how often it is: 213 of 215 times.

@@ -16,7 +16,6 @@ import optax
 import pytest
 from PIL import Image
 
-from experiments import chaos
 from pspnet_jax import models
 from pspnet_jax.config import to_dict
 from pspnet_jax.data import pipeline, volumes
@@ -33,6 +32,7 @@ from pspnet_jax.runtime.errors import (
 )
 from pspnet_jax.training import loop, optim, update
 from tests.conftest import ROOT, tiny_config
+from tests.stress import chaos
 
 
 def state_of(workdir, step=4):
@@ -119,7 +119,9 @@ def test_damaged_lines_of_the_log_are_counted_and_named(trained, tmp_path, caplo
 
 
 def test_two_runs_on_one_folder(tmp_path):
-    code = f'from pspnet_jax import faults\nwith faults.alone({str(tmp_path)!r}): print("in")'
+    code = (
+        f'from pspnet_jax.runtime import faults\nwith faults.alone({str(tmp_path)!r}): print("in")'
+    )
     other = [sys.executable, '-c', code]
     with faults.alone(tmp_path):
         done = subprocess.run(other, capture_output=True, text=True, cwd=ROOT, timeout=100)
@@ -133,7 +135,7 @@ def test_two_runs_on_one_folder(tmp_path):
 
 def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path):
     held = f'with faults.alone({str(tmp_path)!r}): os._exit(9)'
-    killed = f'import os\nfrom pspnet_jax import faults\n{held}'
+    killed = f'import os\nfrom pspnet_jax.runtime import faults\n{held}'
     subprocess.run([sys.executable, '-c', killed], cwd=ROOT, timeout=100, check=False)
     assert json.loads((tmp_path / faults.LOCK).read_text())['process'] > 0
     with faults.alone(tmp_path):
@@ -307,8 +309,8 @@ def test_damage_anywhere_in_the_step_to_take_leads_to_the_other(tmp_path, which,
     folder, passed = tmp_path / 'checkpoints' / str(step), 0
 
     def read(step):
-        checkpoint.metadata(tmp_path, step)
-        return bytes_of(checkpoint.restore_variables(tmp_path, step, variables), {})
+        meta = checkpoint.metadata(tmp_path, step)
+        return bytes_of(checkpoint.restore_variables(tmp_path, step, variables, meta), {})
 
     def taken():
         return checkpoint.first_sound(tmp_path, which, read)

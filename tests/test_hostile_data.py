@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import fuzz, fuzz_data, mutate
 from pspnet_jax.data import formats, lgg
 from pspnet_jax.data.formats import flat, limits
 from pspnet_jax.runtime.errors import DataError, PspnetError
 from tests.conftest import ROOT
+from tests.stress import fuzz, fuzz_data, mutate
 from tests.test_dicom import save_dicom
 from tests.test_flat import GREY, has
 from tests.test_nifti import nifti_bytes
@@ -100,8 +100,8 @@ def test_the_fuzzer_sees_what_goes_wrong(tmp_path):
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from experiments import fuzz
-from pspnet_jax.errors import DataError
+from tests.stress import fuzz
+from pspnet_jax.runtime.errors import DataError
 
 def seeds(folder):
     for n in range(7):
@@ -124,7 +124,7 @@ def change(valid, rng):
 
 asked, fuzz.mutate.change, fuzz.READERS['bad'] = False, change, (seeds, read)
 if __name__ == '__main__':
-    options = dict(seed=52, inputs=7, first=0, limit=2, memory=100, keep=Path('kept'))
+    options = dict(seed=52, inputs=7, first=0, limit=5, memory=100, keep=Path('kept'))
     print(fuzz.run('bad', **options))
 """)
     done = subprocess.run(
@@ -146,7 +146,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import atheris
-from experiments import fuzz
+from tests.stress import fuzz
 
 def seeds(folder):
     (folder / 'a').write_bytes(bytes(8))

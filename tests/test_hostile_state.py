@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import fuzz, fuzz_state, mutate
 from pspnet_jax import config
 from pspnet_jax.data import lgg
 from pspnet_jax.evaluation import charts
@@ -31,6 +30,7 @@ from pspnet_jax.runtime.errors import (
 )
 from pspnet_jax.serving import read, stablehlo
 from tests.conftest import refused
+from tests.stress import fuzz, fuzz_state, mutate
 
 often = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
@@ -140,12 +140,13 @@ def test_an_array_of_absurd_pieces_or_shape_is_refused_before_it_is_made(strange
     def shape(tree):
         tree['shape'] = [10**5, 10**5, 3, 4]
 
+    meta = checkpoint.metadata(stranger, 7)
     here = {'params': {'conv': {'kernel': jax.ShapeDtypeStruct((10**5, 10**5, 3, 4), np.float32)}}}
-    refused(checkpoint.restore_variables, stranger, 7, here, match='are believed of its files')
+    refused(checkpoint.restore_variables, stranger, 7, here, meta, match='are believed of its')
     shapes = {'params': fuzz_state.TREE}
     for change, words in ((shape, 'does not load'), (pieces, 'in pieces that none of ours has')):
         change_array(stranger / 'checkpoints' / '7' / 'params', change)
-        refused(checkpoint.restore_variables, stranger, 7, shapes, match=words)
+        refused(checkpoint.restore_variables, stranger, 7, shapes, meta, match=words)
 
 
 def test_a_strangers_config_is_held_to_its_ranges():
@@ -188,7 +189,13 @@ def test_a_temperature_is_a_number_of_its_range(tmp_path, text):
     refused(calibration.load, tmp_path, 7, kind=DataError, match='delete it')
     path.unlink()
     os.mkfifo(path)
-    refused(calibration.load, tmp_path, 7, kind=DataError, match='it is no file')
+    refused(
+        calibration.load,
+        tmp_path,
+        7,
+        kind=DataError,
+        match='is not a file: delete it, or make it anew by',
+    )
 
 
 LINES = [b'{"step": 3, "lo', b'\xff\xfe\x00', b'[' * 50_000, b'[]', b'3', b'{"loss": 1.0}', b'',
@@ -307,7 +314,7 @@ def test_a_record_is_a_png_of_its_size(kind, size, mode):
 
 @pytest.mark.parametrize('name', fuzz_state.READERS)
 def test_mutated_files_are_read_or_refused(name, tmp_path):
-    """experiments.fuzz has thousands each, in a process of its own with limits."""
+    """tests.stress.fuzz has thousands each, in a process of its own with limits."""
     for module in {'onnx': ('onnx', 'onnxruntime'), 'pth': ('torch',), 'h5': ('h5py',)}.get(
         name, ()
     ):

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import fuzz, fuzz_data
 from pspnet_jax.data import folder, formats, lgg, phantom, splits
 from pspnet_jax.data.formats import annotations, files, flat, outlines, via, video
 from pspnet_jax.data.formats.outlines import Shape
@@ -19,6 +18,7 @@ from pspnet_jax.prediction import inputs, videos
 from pspnet_jax.runtime import text
 from pspnet_jax.runtime.errors import LONGEST, DataError, PspnetError
 from tests.conftest import write_case
+from tests.stress import fuzz, fuzz_data
 from tests.test_flat import GREY, has
 from tests.test_hostile_data import refusal, within
 from tests.test_via import read_annotations

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import fuzz_state
 from pspnet_jax.models import weights
 from pspnet_jax.models.weights import readers
 from pspnet_jax.runtime.errors import PretrainedError
 from tests.conftest import ROOT, refused
+from tests.stress import fuzz_state
 
 
 class Harm:

@@ -32,16 +32,18 @@ CHANGES = {
 }
 GO_ON = f"""
 import contextlib, sys
-from pspnet_jax import errors, evaluate, hosts, predict
-from pspnet_jax.train import train_and_evaluate
+from pspnet_jax.evaluation.protocol import evaluate_checkpoint
+from pspnet_jax.prediction.folders import predict_files
+from pspnet_jax.runtime import errors, hosts
+from pspnet_jax.training.loop import train_and_evaluate
 from tests.conftest import tiny_config
 
 hosts.start(f'localhost:{{sys.argv[1]}}', 2, int(sys.argv[2]), 60)
 run, folder = sys.argv[3:]
 changes = {CHANGES}
 train_and_evaluate(tiny_config(**changes), run)
-evaluate.evaluate_checkpoint(run, split='train')
-predict.predict_files(run, f'{{folder}}/in', f'{{folder}}/two', save=('mask',))
+evaluate_checkpoint(run, split='train')
+predict_files(run, f'{{folder}}/in', f'{{folder}}/two', save=('mask',))
 changes |= {{'train.steps': 4, 'train.validate_every': 4, 'train.steps_per_call': 2}}
 for name, more in (('pmap', {{'parallel': 'pmap'}}), ('device', {{'data.cache': 'device'}})):
     config = tiny_config(**changes, **more)
@@ -158,7 +160,7 @@ def test_the_reason_is_the_last_line_where_the_runtime_aborts_meanwhile(aborts):
     """As Python and JAX list the stacks then, from another thread; and it is said once if not."""
     code = f"""
 import os, sys, threading, time
-from pspnet_jax import hosts
+from pspnet_jax.runtime import hosts
 
 class Told:
     def write(self, text):
@@ -264,7 +266,7 @@ def test_one_process_needs_no_other():
 
 def test_processes_that_do_not_come_are_not_waited_for():
     code = (
-        'from pspnet_jax import hosts\nhosts.START_SECONDS = 1\n'
+        'from pspnet_jax.runtime import hosts\nhosts.START_SECONDS = 1\n'
         "hosts.start('localhost:9', 2, 1, 10)"
     )
     done = subprocess.run(

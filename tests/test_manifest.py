@@ -165,7 +165,7 @@ def test_lines_that_are_none_of_ours_are_passed_over(tmp_path, row):
 def test_two_commands_into_one_folder_at_once(trained, tmp_path):
     """Of one input and of two: each result is whole, and nothing else is left."""
     one, other = pictures(tmp_path / 'one', 'abcd'), pictures(tmp_path / 'other', 'stuv')
-    code = 'import sys; from pspnet_jax import predict\n'
+    code = 'import sys; from pspnet_jax.prediction import folders\n'
     code += 'assert not folders.predict_files(*sys.argv[1:], save=["mask"])'
     out = tmp_path / 'out'
     started = [
@@ -185,7 +185,7 @@ def test_two_commands_into_one_folder_at_once(trained, tmp_path):
 
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'a'), tmp_path / 'out'
-    code = 'import os, sys; from pathlib import Path; from pspnet_jax import storage\n'
+    code = 'import os, sys; from pathlib import Path; from pspnet_jax.runtime import storage\n'
     code += 'with storage.writing(Path(sys.argv[1])) as aside: aside.touch(); os._exit(9)'
     subprocess.run([sys.executable, '-c', code, out / 'sub' / 'x.png'], cwd=ROOT, check=False)
     (left,) = (out / 'sub').iterdir()

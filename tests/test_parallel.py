@@ -15,7 +15,9 @@ SCRIPT = """
 import functools, os, re
 flags = os.environ['XLA_FLAGS']
 import jax, jax.numpy as jnp, numpy as np
-from pspnet_jax import compilation, losses, models, optim, train
+from pspnet_jax import models
+from pspnet_jax.runtime import compilation
+from pspnet_jax.training import losses, optim, placement, update
 from pspnet_jax.models.convolution import Window, conv3x3, depthwise
 from tests.conftest import PSPNET, tiny_config
 
@@ -37,11 +39,11 @@ def run(place):
     distill = {'loss': 'kl', 'weight': 1.0, 'temperature': 2.0, 'pairwise': 1.0, 'nodes': 3}
     tx, _ = optim.create(steps=10, **{**config.optim, 'name': 'sgd', 'learning_rate': 0.01})
     step = functools.partial(
-        train.train_step, model=model, tx=tx, seed=0, loss_options=config.loss.to_dict(),
+        update.train_step, model=model, tx=tx, seed=0, loss_options=config.loss.to_dict(),
         augment_options=config.augment.to_dict(), ema_decay=0.9,
         teacher=teacher, distill_options=distill, loss_fn=losses.soft_dice,
     )
-    state = train.create_state(model, tx, seed=0, channels=3, ema=True).replace(teacher=taught)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=True).replace(teacher=taught)
     placed = place(step)
     state = placed.put_state(state)
     step, _ = placed.compile(state, placed.put_batch(batch))
@@ -51,7 +53,7 @@ def run(place):
 
 def one_device(step):
     jitted = compilation.jit(step)
-    return train.Placed(lambda s, b: (jitted, {}), lambda s: s, lambda b: b, lambda s: s)
+    return placement.Placed(lambda s, b: (jitted, {}), lambda s: s, lambda b: b, lambda s: s)
 
 def compare(name, a, b):
     for (path, x), y in zip(
@@ -86,8 +88,8 @@ for strides, dilation in (((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 1), (2, 2))):
     assert found == {'all-reduce'}, (window, found)
 
 alone = run(one_device)
-compare('mesh', alone, run(train.over_mesh))
-compare('pmap', alone, run(train.under_pmap))
+compare('mesh', alone, run(placement.over_mesh))
+compare('pmap', alone, run(placement.under_pmap))
 """
 
 
@@ -125,8 +127,8 @@ def test_a_checkpoint_is_evaluated_and_gone_on_with_on_any_device_count(trained,
         shutil.copytree(workdir, tmp_path / f'on{n}')
     script = f"""
 import jax, json
-from pspnet_jax import train
-from pspnet_jax.evaluate import evaluate_checkpoint
+from pspnet_jax.training import loop
+from pspnet_jax.evaluation.protocol import evaluate_checkpoint
 from tests.conftest import tiny_config
 print(json.dumps(evaluate_checkpoint({str(tmp_path / 'on8')!r})['patients']))
 make_mesh = jax.make_mesh
@@ -135,7 +137,7 @@ for n in (1, 2, 4, 8):
         (n,), names, **{{**options, 'devices': jax.devices()[:n]}}
     )
     config = tiny_config(**{{'train.steps': 5, 'train.batch_size': 8}})
-    train.train_and_evaluate(config, f'{tmp_path}/on{{n}}')
+    loop.train_and_evaluate(config, f'{tmp_path}/on{{n}}')
 """
     told = on_eight_devices(script, flags=os.environ['XLA_FLAGS'])
     patients = json.loads(next(line for line in told.splitlines() if line.startswith('[')))

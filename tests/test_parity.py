@@ -21,7 +21,7 @@ from pspnet_jax.models.weights import tables, translate
 from pspnet_jax.runtime.compilation import jit
 
 torch = pytest.importorskip('torch', reason='PyTorch is the reference')
-peers = pytest.importorskip('experiments.peers', reason='PyTorch is the reference')
+peers = pytest.importorskip('experiments.benchmarks.peers', reason='PyTorch is the reference')
 
 SIZES = (65, 97, 128)
 

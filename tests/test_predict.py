@@ -807,7 +807,7 @@ def test_pictures_of_one_patient_that_do_not_fit_the_memory_are_refused(
 
 def test_threads_keep_the_order_and_pass_errors_on():
     assert list(threads.in_threads(lambda x: x * x, range(20), 3)) == [x * x for x in range(20)]
-    assert list(threads.ahead(iter('abc'))) == ['a', 'b', 'c']
+    assert list(threads.prefetched(iter('abc'))) == ['a', 'b', 'c']
     inverses = threads.in_threads(lambda x: 1 / (3 - x), range(10), 1)
     assert [next(inverses) for _ in range(3)] == [1 / 3, 1 / 2, 1]
     with pytest.raises(ZeroDivisionError):

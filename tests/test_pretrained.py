@@ -330,7 +330,7 @@ def test_every_backbone_has_one_public_file():
 
 
 def test_the_commits_are_segmentation_models_own():
-    from experiments import peers
+    from experiments.benchmarks import peers
 
     peers.import_torchvision()
     smp = pytest.importorskip('segmentation_models_pytorch', reason='it has the same table')

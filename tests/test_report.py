@@ -35,7 +35,7 @@ def make_volume(name, rng, depth=5, size=24, lesion=True):
     return Volume(name, image, mask, np.arange(3, 3 + depth), intensity)
 
 
-HOW = {'batch_size': 2, 'intensity': None, 'context': 0}
+BATCHING = scores.Batching(batch_size=2, intensity=None, context=0)
 
 
 def bright(image):
@@ -51,14 +51,14 @@ def evaluated(rng):
     data = [make_volume(n, rng, depth=5 + i, lesion=n != 'none') for i, n in enumerate(names)]
     for hit, each in zip((0.2, 0.6, 0.95, 0), data, strict=True):
         each.image[..., 0] = np.where(each.mask & (rng.random(each.mask.shape) < hit), 200, 20)
-    options = scores.evaluate_options(tiny_config()) | {'intensity': None}
+    options = scores.evaluate_options(tiny_config(), intensity=None)
     result = scores.evaluate_volumes(bright, data, **options)
     result['data'] |= {'source': HOSTILE, 'split': 'test'}
     result['checkpoint'] = {'step': 7, 'config': {'model': {'name': 'pspnet'}}}
     cases = []
     for role, row in report.extremes(result['patients']):
         volume = data[names.index(row['patient'])]
-        found = scores.predict_foreground(bright, volume, **HOW)
+        found = scores.predict_foreground(bright, volume, BATCHING)
         cases.append((role, report.make_case(volume, *found)))
     return result, cases
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax import rasterize
 from pspnet_jax.data import formats
 from pspnet_jax.data.formats import annotations, flat, outlines, via
 from pspnet_jax.runtime import text
@@ -1051,6 +1052,6 @@ def test_the_command_writes_masks_or_one_line(tmp_path, images):
 
 @pytest.mark.parametrize('text', ['tumor', '=1', 'a=1,a=2', 'a=x', 'a=1=', 'a=1000'])
 def test_classes_of_the_command_line(text):
-    assert via.parse_classes('a=1,b c=2,') == {'a': 1, 'b c': 2}
+    assert rasterize.parse_classes('a=1,b c=2,') == {'a': 1, 'b c': 2}
     with pytest.raises(ConfigError, match='--classes'):
-        via.parse_classes(text)
+        rasterize.parse_classes(text)

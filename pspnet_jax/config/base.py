@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
+# Long, as it is the list of all knobs, which is read from top to bottom.
 def get_config(arg: str = '') -> ConfigDict:
     del arg
     config = ConfigDict()

@@ -50,6 +50,16 @@ class Case(NamedTuple):
     slice: int | None
 
 
+class Meaning(NamedTuple):
+    """What the config says of the masks' values: the arguments of `masks.understand`."""
+
+    mask_format: str = 'auto'
+    mask_colors: Sequence[str] = ()
+    label_map: Mapping[int | str, int] | None = None
+    num_classes: int = 2
+    ignore_label: int = IGNORE_LABEL
+
+
 class Patient(NamedTuple):
     """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, spacing
     where all have the same, (4, C) intensity scale, (2, C) range where one is not of 8 bits, and
@@ -309,20 +319,18 @@ def load(
     group: str = '',
     classes: Mapping[str, int] | None = None,
     attribute: str = '',
-    mask_format: str = 'auto',
-    mask_colors: Sequence[str] = (),
     mask_name: str = pairing.STEM,
-    label_map: Mapping[int | str, int] | None = None,
-    num_classes: int = 2,
-    ignore_label: int = IGNORE_LABEL,
     mixed_sizes: bool = False,
     threads: int = 4,
+    **meaning: Any,
 ) -> Slices:
     """Every slice below the folders, `images` and `masks` named within `source` or whole paths.
 
-    Every file is read once here. Raises one DataError that lists every fault, several sizes
-    among them unless `mixed_sizes`.
+    `meaning` are the fields of `Meaning`, the other options those of `scan`. Every file is read
+    once here. Raises one DataError that lists every fault, several sizes among them unless
+    `mixed_sizes`.
     """
+    given = Meaning(**meaning)
     root = Path(source).expanduser()
     places = _find_folders(root, images, masks)
     cases, faults, notes, names = scan(
@@ -340,20 +348,19 @@ def load(
         )  # fmt: skip
 
     drawn = {shape.label for case in cases for shape in case.shapes}
-    if names and max(drawn, default=0) >= num_classes:
-        faults.append(_too_many(names, drawn, num_classes))
+    if names and max(drawn, default=0) >= given.num_classes:
+        faults.append(_too_many(names, drawn, given.num_classes))
     with ThreadPoolExecutor(threads) as pool:
-        meaning = (mask_format, mask_colors, label_map, num_classes, ignore_label)
-        cases, code = _look_at_masks(cases, meaning, pool.map, faults)
+        cases, code = _look_at_masks(cases, given, pool.map, faults)
         patients = {}
         for name in sorted({case.patient for case in cases}):
             own = [case for case in cases if case.patient == name]
-            patients[name] = _survey(own, code, pool.map, num_classes, ignore_label, faults)
+            patients[name] = _survey(own, code, pool.map, given, faults)
     faults += _disagreements(patients.values(), mixed_sizes)
     if faults:
         raise all_faults(source, faults, MOST_LISTED)
 
-    return _as_slices(patients, code, bool(group), _in_turn(names, num_classes))
+    return _as_slices(patients, code, bool(group), _in_turn(names, given.num_classes))
 
 
 def _find_folders(root: Path, images: Sequence[str], masks: str) -> list[Path]:
@@ -462,12 +469,11 @@ def _survey(
     cases: Sequence[Case],
     code: Code | None,
     map_: Callable,
-    num_classes: int,
-    ignore_label: int,
+    given: Meaning,
     faults: list[str],
 ) -> Patient:
     """What is to be known of a patient's cases."""
-    known = [*range(num_classes), ignore_label]
+    known = [*range(given.num_classes), given.ignore_label]
 
     def measure(case: Case) -> tuple[formats.Picture, list[int]]:
         found, labels = _read_case(case, code)
@@ -475,9 +481,9 @@ def _survey(
         if wrong.size and case.masks:
             raise DataError(
                 f'the mask of {case.images[0]} has labels {wrong.tolist()[:8]}, the model has '
-                f'classes 0 to {num_classes - 1}: set model.num_classes={wrong.max() + 1}'
+                f'classes 0 to {given.num_classes - 1}: set model.num_classes={wrong.max() + 1}'
             )
-        return found, [volumes.lesion_pixels(mask, ignore_label) for mask in labels]
+        return found, [volumes.lesion_pixels(mask, given.ignore_label) for mask in labels]
 
     good = _sound(map_(functools.partial(_attempt, measure), cases), faults)
     shapes = {found.image.shape[1:]: found.source for found, _ in good}
@@ -537,10 +543,10 @@ def _sound(attempts: Iterable[tuple[Any, str]], faults: list[str]) -> list[Any]:
 
 
 def _look_at_masks(
-    cases: Sequence[Case], meaning: Sequence, map_: Callable, faults: list[str]
+    cases: Sequence[Case], given: Meaning, map_: Callable, faults: list[str]
 ) -> tuple[list[Case], Code | None]:
     """(cases, those whose masks can't be read without them; what the masks mean, None where that is
-    not known). `meaning` are `understand`'s further arguments.
+    not known).
     """
 
     def look_at(case: Case) -> dict[Path, Found]:
@@ -552,7 +558,7 @@ def _look_at_masks(
         for case, (_, fault) in zip(cases, looks, strict=True)
     ]
     found = {path: one for several in _sound(looks, faults) for path, one in several.items()}
-    code, doubt = _attempt(understand, found, *meaning)
+    code, doubt = _attempt(understand, found, *given)
     if doubt:
         faults.append(doubt)
     elif found:

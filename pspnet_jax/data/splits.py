@@ -8,7 +8,6 @@ A split is written to a file as {'train', 'validation', 'test': patients, 'finge
 """
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import numpy as np
 from pspnet_jax.data.volumes import Slices, picture_digest
 from pspnet_jax.runtime import text
 from pspnet_jax.runtime.errors import DataError
-from pspnet_jax.runtime.storage import writing
+from pspnet_jax.runtime.storage import write_json
 
 KEPT = 'splits.json'  # in a run's workdir
 
@@ -139,9 +138,8 @@ def fingerprint(slices: Slices) -> str:
 
 def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
     """`parts` of `slices` as JSON, written aside and renamed."""
-    with writing(Path(path)) as aside:
-        found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels(slices)}
-        aside.write_text(json.dumps(found, indent=1) + '\n')
+    found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels(slices)}
+    write_json(Path(path), found)
 
 
 def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:

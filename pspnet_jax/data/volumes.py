@@ -100,11 +100,11 @@ def describe(slices: Slices) -> str:
     )
 
 
-def iterate_volumes(slices: Slices, how: str = 'volume') -> Iterator[Volume]:
+def iterate_volumes(slices: Slices, method: str = 'volume') -> Iterator[Volume]:
     """Whole volumes, one in memory at a time, in the order of their names.
 
     A patient whose slices have several sizes is a volume a size, 'NAME HEIGHTxWIDTH'. Intensities
-    are those of `slices`, which is `how` 'volume' measures them, else measured anew.
+    are those of `slices`, which is `method` 'volume' measures them, else measured anew.
     """
     for patient in sorted(set(slices.patient.tolist())):
         by_size = collections.defaultdict(list)
@@ -117,8 +117,8 @@ def iterate_volumes(slices: Slices, how: str = 'volume') -> Iterator[Volume]:
             for rows, *arrays in [zip(*found, strict=True)]
         }
         intensity = slices.intensity[patient]
-        if how != 'volume':
-            intensity = measure([image for _, image, _ in sizes.values()], how)
+        if method != 'volume':
+            intensity = measure([image for _, image, _ in sizes.values()], method)
         for (height, width), (rows, image, mask) in sizes.items():
             yield Volume(
                 patient if len(by_size) == 1 else f'{patient} {height}x{width}',
@@ -131,16 +131,16 @@ def iterate_volumes(slices: Slices, how: str = 'volume') -> Iterator[Volume]:
             )
 
 
-def measured(slices: Slices, how: str) -> Slices:
-    """The same slices with their patients' intensities as `how` measures them, at their own size.
+def measured(slices: Slices, method: str) -> Slices:
+    """The same slices with their patients' intensities as `method` has them, at their own size.
 
     Reads all of them once, unless that is 'volume', which every source does by itself.
     """
-    if how == 'volume':
+    if method == 'volume':
         return slices
     own = dataclasses.replace(slices, read=slices.read_own or slices.read)
     intensity = {
-        patient: next(iterate_volumes(select(own, [patient]), how)).intensity
+        patient: next(iterate_volumes(select(own, [patient]), method)).intensity
         for patient in slices.intensity
     }
     return dataclasses.replace(slices, intensity=intensity)
@@ -230,11 +230,11 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
     )
 
 
-def with_intensity(volume: Volume, how: str) -> Volume:
-    """The volume, which is all of its patient, with intensities as `how` measures them."""
-    if how == 'volume':
+def with_intensity(volume: Volume, method: str) -> Volume:
+    """The volume, which is all of its patient, with intensities as `method` measures them."""
+    if method == 'volume':
         return volume
-    return volume._replace(intensity=measure([volume.image], how))
+    return volume._replace(intensity=measure([volume.image], method))
 
 
 def with_channels(volume: Volume, channels: int) -> Volume:
@@ -328,9 +328,9 @@ def lesion_pixels(mask: np.ndarray, ignore_label: int = IGNORE_LABEL) -> int:
     return int(np.count_nonzero((mask != 0) & (mask != ignore_label)))
 
 
-def measure(images: Sequence[np.ndarray], how: str) -> np.ndarray:
+def measure(images: Sequence[np.ndarray], method: str) -> np.ndarray:
     """`measure_intensity` or `measure_head` of a patient's images, each D H W C of its own size."""
-    if how == 'buda':
+    if method == 'buda':
         return measure_head(images)
     if len(images) > 1:
         images = [np.concatenate([image.reshape(-1, image.shape[-1]) for image in images])]

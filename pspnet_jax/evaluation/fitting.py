@@ -10,11 +10,12 @@ from pspnet_jax.data import volumes
 from pspnet_jax.data.volumes import Volume
 from pspnet_jax.evaluation import metrics
 from pspnet_jax.evaluation.scores import (
+    Batching,
     PredictFn,
+    Scoring,
     check_labels,
     in_order,
     predict_slices,
-    structures_of,
 )
 from pspnet_jax.inference import calibration, postprocess
 from pspnet_jax.inference.choice import OPTIONS
@@ -28,25 +29,23 @@ def fit_temperature(
     predict_fn: PredictFn,
     data: Iterable[Volume],
     *,
-    batch_size: int,
-    intensity: np.ndarray | None,
-    context: int,
-    num_classes: int,
-    ignore_label: int,
+    batching: Batching,
+    scoring: Scoring,
 ) -> dict[str, Any]:
     """'temperature', the negative log likelihood without and with it, and over how much.
 
     On at most FIT_VOXELS voxels a volume, drawn evenly, so small volumes weigh what large
     ones do. Raises DataError when there is nothing to fit on.
     """
-    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
     probs, labels = [], []
     for index, volume in enumerate(data):
-        check_labels(volume, num_classes, ignore_label)
+        check_labels(volume, scoring)
         start, depth = 0, len(volume.mask)
-        for part in predict_slices(predict_fn, volume, **how):
+        for part in predict_slices(predict_fn, volume, batching):
             mask, count = volume.mask[start : start + len(part)], FIT_VOXELS * len(part) // depth
-            prob, label = calibration.sample(part, mask, ignore_label, count, [index, start])
+            prob, label = calibration.sample(
+                part, mask, scoring.ignore_label, count, [index, start]
+            )
             probs.append(prob)
             labels.append(label)
             start += len(part)
@@ -68,11 +67,8 @@ def choose_postprocessing(
     data: Iterable[Volume],
     *,
     tried: Mapping[str, Sequence[Any]],
-    batch_size: int,
-    intensity: np.ndarray | None,
-    context: int,
-    num_classes: int,
-    ignore_label: int,
+    batching: Batching,
+    scoring: Scoring,
     order: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`choose` of the Dice that `evaluate_volumes` has of each volume for each combination
@@ -80,13 +76,12 @@ def choose_postprocessing(
 
     On several hosts `data` are this one's volumes and `order` the patients of all.
     """
-    structures, rows = structures_of(num_classes, ignore_label), []
-    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
+    structures, rows = scoring.structures, []
     for volume in data:
-        check_labels(volume, num_classes, ignore_label)
+        check_labels(volume, scoring)
         dice = []
         for flip in tried['flip']:
-            parts = predict_slices(program(flip), volume, **how)
+            parts = predict_slices(program(flip), volume, batching)
             labels = zip(
                 *([postprocess.to_labels(part, t) for t in tried['threshold']] for part in parts),
                 strict=True,
@@ -97,7 +92,7 @@ def choose_postprocessing(
                     volume.mask,
                     scans=volumes.scans(volume.scan, len(volume.mask)),
                     structures=structures,
-                    ignore_label=ignore_label,
+                    ignore_label=scoring.ignore_label,
                     largest=tried['largest_component'],
                     min_sizes=tried['min_size'],
                 )

@@ -1,7 +1,6 @@
 """Which patients of which run are evaluated, and with what was fitted for it."""
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from pspnet_jax.evaluation.scores import (
     with_ignored,
 )
 from pspnet_jax.inference import calibration, choice, infer
-from pspnet_jax.inference.runs import open_run
+from pspnet_jax.inference.runs import Run, open_run
 from pspnet_jax.inference.settings import (
     choice_views,
     label_options,
@@ -36,7 +35,7 @@ from pspnet_jax.inference.settings import (
 )
 from pspnet_jax.runtime import hosts, paths
 from pspnet_jax.runtime.errors import ConfigError, DataError, say
-from pspnet_jax.runtime.storage import writing
+from pspnet_jax.runtime.storage import write_json, writing
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +62,12 @@ def evaluate_checkpoint(
     `changes` are to the config's `predict` section; evaluation.json has the config as used. With
     `choose`, post-processing is chosen on the validation patients first and kept in
     WORKDIR/postprocessing.json; `with_choice` says what this and later calls make of it. With `fit`
-    the temperature is then fitted on these patients and kept in
-    WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
-    probabilities of that checkpoint. Returns what evaluation.json holds.
+    the temperature is then fitted on these patients and kept in WORKDIR/temperature.json; this and
+    every later call of the same `views` applies it to the probabilities of that checkpoint. Returns
+    what evaluation.json holds.
     """
-    if (fit or choose) and (data or split != 'validation'):
-        asked = '--choose_postprocessing' if choose else '--fit_temperature'
-        raise ConfigError(
-            f'{asked} is for the patients of --split=validation: what is fitted on '
-            'others would be tested on them'
-        )
+    if fit or choose:
+        _check_validation(split, data, '--choose_postprocessing' if choose else '--fit_temperature')
     workdir, data = paths.local(workdir), data and str(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
@@ -85,14 +80,54 @@ def evaluate_checkpoint(
     names, open_volumes = _volume_source(
         config, workdir, split, data, run.channels, run.measured, group
     )
-    folder, digests = Path(workdir) / 'pictures', []
+    digests, program = [], _programs(run, config)
+    options = evaluate_options(config, run.intensity)
+    if choose:
+        tried = fitting.grid(config.predict, config.model.num_classes, given=changes)
+        part = open_volumes(hosts.share(names))
+        facts = choose_postprocessing(program, part, tried=tried, order=names, **options)
+        _keep(choice.save, workdir, step, choice_views(config), split, facts)
+        print(f'post-processing for step {step}: {choice.describe(facts)}')
+    config, chosen = with_choice(run.config, workdir, step, changes)
+    predict_fn = program(config.predict.flip)
+    if fit:
+        facts = fit_temperature(predict_fn, open_volumes(), **options)
+        _keep(calibration.save, workdir, step, views(config), split, facts)
+        print(calibration.describe(facts, step))
+    temperature, labels = calibration.load(workdir, step, views(config)), label_options(config)
+    result = evaluate_volumes(
+        predict_fn,
+        open_volumes(hosts.share(names)),
+        **options,
+        temperature=temperature,
+        label_options=labels,
+        each=functools.partial(_save_picture, workdir, digests),
+        order=names,
+    )
+    result['data'] |= {'source': data or config.data.name, 'split': split}
+    if data:
+        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
+    result['postprocessing'] = chosen
+    passed_over = {str(n): reason for n, reason in run.passed_over.items()}
+    result['checkpoint'] = {'step': step, 'passed_over': passed_over, 'config': to_dict(config)}
+    if hosts.is_first():
+        given = {'batching': options['batching'], 'temperature': temperature, **labels}
+        predict = functools.partial(predict_foreground, predict_fn, **given)
+        _write(workdir, result, predict, open_volumes, config.loss.ignore_label)
+    return result
 
-    def save_picture(volume: Volume, pred: np.ndarray) -> None:
-        digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
-        picture = visualize.volume_picture(volume, pred)
-        with writing(folder / f'{volume.patient}.png') as aside:
-            Image.fromarray(picture).save(aside, 'png')
 
+def _check_validation(split: str, data: str, asked: str) -> None:
+    """Raise ConfigError where what is `asked` for would be fitted on other patients."""
+    if data or split != 'validation':
+        raise ConfigError(
+            f'{asked} is for the patients of --split=validation: what is fitted on '
+            'others would be tested on them'
+        )
+
+
+def _programs(run: Run, config) -> Callable[[bool], PredictFn]:
+    """The network's compiled program, with the mirror image (True) or without."""
     variables, options = jax.device_put(run.variables), program_options(config)
 
     @functools.cache
@@ -100,68 +135,53 @@ def evaluate_checkpoint(
         compiled = infer.compile_predict(run.model, **options | {'flip': flip})
         return functools.partial(compiled, variables)
 
-    how = {
-        'batch_size': config.eval.batch_size,
-        'intensity': run.intensity,
-        'context': run.context,
-    }
-    classes = {'num_classes': config.model.num_classes, 'ignore_label': config.loss.ignore_label}
-    if choose:
-        tried = fitting.grid(config.predict, config.model.num_classes, given=changes)
-        part = open_volumes(hosts.share(names))
-        facts = choose_postprocessing(program, part, tried=tried, order=names, **classes, **how)
-        if hosts.is_first():
-            seen = {'step': step, 'views': choice_views(config), 'split': split}
-            choice.save(workdir, {**seen, **facts})
-        hosts.wait_for_all()
-        print(f'post-processing for step {step}: {choice.words(facts)}')
-    config, chosen = with_choice(run.config, workdir, step, changes)
-    predict_fn = program(config.predict.flip)
-    if fit:
-        facts = fit_temperature(predict_fn, open_volumes(), **classes, **how)
-        if hosts.is_first():
-            seen = {'step': step, 'views': views(config), 'split': split}
-            calibration.save(workdir, {**seen, **facts})
-        hosts.wait_for_all()
-        print(
-            f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
-            f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
-        )
-    how['temperature'] = calibration.load(workdir, step, views(config))
-    result = evaluate_volumes(
-        predict_fn,
-        open_volumes(hosts.share(names)),
-        **evaluate_options(config) | how,
-        label_options=label_options(config),
-        each=save_picture,
-        order=names,
-    )
-    result['data'] |= {'source': data or config.data.name, 'split': split}
-    if data:
-        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
-    result['postprocessing'] = chosen
-    result['checkpoint'] = {
-        'step': step,
-        'passed_over': {str(n): reason for n, reason in run.passed_over.items()},
-        'config': to_dict(config),
-    }
-    if not hosts.is_first():
-        return result
+    return program
+
+
+def _keep(
+    save: Callable,
+    workdir: str | Path,
+    step: int,
+    seen: Mapping[str, Any],
+    split: str,
+    facts: Mapping[str, Any],
+) -> None:
+    """`save` on the first host, before any reads it, what was fitted for a step and its views."""
+    if hosts.is_first():
+        save(workdir, {'step': step, 'views': seen, 'split': split, **facts})
+    hosts.wait_for_all()
+
+
+def _save_picture(
+    workdir: str | Path, digests: list[list[Any]], volume: Volume, pred: np.ndarray
+) -> None:
+    """Write WORKDIR/pictures/PATIENT.png, and append the patient and its slices' digests."""
+    digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
+    picture = visualize.volume_picture(volume, pred)
+    with writing(Path(workdir) / 'pictures' / f'{volume.patient}.png') as aside:
+        Image.fromarray(picture).save(aside, 'png')
+
+
+def _write(
+    workdir: str | Path,
+    result: dict[str, Any],
+    predict: Callable[[Volume], tuple[np.ndarray, np.ndarray]],
+    open_volumes: Callable[[Sequence[str]], Iterator[Volume]],
+    ignore_label: int,
+) -> None:
+    """Write WORKDIR/evaluation.json and report.html, and print the table."""
     path = Path(workdir) / 'evaluation.json'
-    with writing(path) as aside:
-        aside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n')
+    write_json(path, result)
 
     # Which patient is the median is known only now: the few shown are predicted again.
     roles = {row['patient']: role for role, row in report.extremes(result['patients'])}
     cases = {}
     for volume in open_volumes(list(roles)):
-        pred, foreground = predict_foreground(predict_fn, volume, **how, **label_options(config))
-        shown = with_ignored(volume, config.loss.ignore_label)
-        cases[volume.patient] = report.make_case(shown, pred, foreground)
+        shown = with_ignored(volume, ignore_label)
+        cases[volume.patient] = report.make_case(shown, *predict(volume))
     page = report.write(workdir, result, [(role, cases[name]) for name, role in roles.items()])
     print(table(result))
-    say(f'written to {path} and {page}; pictures in {folder}')
-    return result
+    say(f'written to {path} and {page}; pictures in {Path(workdir) / "pictures"}')
 
 
 def tell_overlap(
@@ -189,10 +209,10 @@ def tell_overlap(
         'validation': 'have pictures of its validation set, by which its checkpoint was chosen',
         'same_name': 'have the name of one of these and other pictures',
     }
-    for key, words in said.items():
+    for key, finding in said.items():
         if (names := together[key]) and hosts.is_first():
             some = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if names[5:] else '')
-            logger.warning('%d of %d patients %s: %s', len(names), len(digests), words, some)
+            logger.warning('%d of %d patients %s: %s', len(names), len(digests), finding, some)
     return {'overlap': together}
 
 
@@ -214,10 +234,10 @@ def _check_known(config, split: str) -> None:
 
 
 def _volume_source(
-    config, workdir, split: str, data: str, channels: int, how: str, group: str | None
+    config, workdir, split: str, data: str, channels: int, measured: str, group: str | None
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these, with the network's channels and intensities as `how` measures them.
+    time, or those of these, with the network's channels and intensities as `measured` says.
     """
     kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
@@ -237,7 +257,7 @@ def _volume_source(
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
             cases = (lgg.read_case(case, size=None) for case in chosen)
-            found_volumes = (volumes.with_intensity(volume, how) for volume in cases)
+            found_volumes = (volumes.with_intensity(volume, measured) for volume in cases)
             return (volumes.with_channels(volume, channels) for volume in found_volumes)
 
         return [case.patient for case in found], open_folder
@@ -255,7 +275,7 @@ def _volume_source(
                 name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients
             }
             chosen = [name for name in chosen if name in found]
-        for volume in volumes.iterate_volumes(volumes.select(slices, chosen), how):
+        for volume in volumes.iterate_volumes(volumes.select(slices, chosen), measured):
             own = volume.patient
             if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
                 yield volumes.with_channels(volume, channels)

@@ -141,7 +141,7 @@ def render(
         style=(TEMPLATES / 'report.css').read_text(),
         script=script,
         few=metrics.FEW,
-        chosen=chosen and choice.words(chosen, result['data']['split']),
+        chosen=chosen and choice.describe(chosen, result['data']['split']),
         seen=len((result['data'].get('overlap') or {'train': ()})['train']),
         figures=FIGURES,
         structure_figures={name: of for name, of in FIGURES.items() if name in structures[0]},

@@ -7,7 +7,7 @@ calls everything background. docs/metrics.md defines each figure.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,17 +27,44 @@ COUNTS = (
 )  # fmt: skip
 
 
+class Batching(NamedTuple):
+    """How a volume's slices become the network's batches: the arguments of `pipeline.eval_batches`.
+
+    `intensity` normalises every volume alike; None: each has its own.
+    """
+
+    batch_size: int
+    intensity: np.ndarray | None
+    context: int
+
+
+class Scoring(NamedTuple):
+    """Which classes are scored, and the options of the figures.
+
+    `spacing` is of volumes that have none of their own; `lesion_options` are those of
+    `metrics.lesions`.
+    """
+
+    num_classes: int
+    ignore_label: int
+    spacing: tuple[float, float, float]
+    surface_tolerance: float
+    lesion_options: Mapping[str, Any]
+    calibration_bins: int
+    bootstrap: int
+
+    @property
+    def structures(self) -> list[int]:
+        """The classes that are scored one by one."""
+        return [label for label in range(1, self.num_classes) if label != self.ignore_label]
+
+
 def predict_slices(
-    predict_fn: PredictFn,
-    volume: Volume,
-    *,
-    batch_size: int,
-    intensity: np.ndarray | None,
-    context: int,
+    predict_fn: PredictFn, volume: Volume, batching: Batching
 ) -> Iterator[np.ndarray]:
     """n H W K probabilities, batch by batch: of all D slices in order, and of no padding."""
     left = len(volume.image)
-    for batch in pipeline.eval_batches(volume, batch_size, intensity, context):
+    for batch in pipeline.eval_batches(volume, *batching):
         yield np.asarray(predict_fn(batch))[:left]
         left -= len(batch)
 
@@ -45,10 +72,8 @@ def predict_slices(
 def predict_foreground(
     predict_fn: PredictFn,
     volume: Volume,
+    batching: Batching,
     *,
-    batch_size: int,
-    intensity: np.ndarray | None,
-    context: int,
     temperature: float = 1.0,
     threshold: float | None = None,
     **clean_options: Any,
@@ -59,8 +84,7 @@ def predict_foreground(
     temperature is the probability's alone: labels are those without.
     """
     labels, foreground = [], []
-    how = {'batch_size': batch_size, 'intensity': intensity, 'context': context}
-    for prob in predict_slices(predict_fn, volume, **how):
+    for prob in predict_slices(predict_fn, volume, batching):
         labels.append(postprocess.to_labels(prob, threshold))
         foreground.append(calibration.temper(prob, temperature)[..., 1:].sum(-1))
     labels = np.concatenate(labels)
@@ -69,21 +93,21 @@ def predict_foreground(
     return labels, np.concatenate(foreground)
 
 
-def evaluate_options(config) -> dict[str, Any]:
+def evaluate_options(config, intensity: np.ndarray | None) -> dict[str, Any]:
     """The keyword arguments of `evaluate_volumes` that a config decides."""
+    options = config.eval
+    lesions = {'dilation': options.lesion_dilation, 'smallest': options.lesion_smallest}
     return {
-        'batch_size': config.eval.batch_size,
-        'context': config.data.context,
-        'num_classes': config.model.num_classes,
-        'ignore_label': config.loss.ignore_label,
-        'spacing': config.eval.spacing,
-        'surface_tolerance': config.eval.surface_tolerance,
-        'lesion_options': {
-            'dilation': config.eval.lesion_dilation,
-            'smallest': config.eval.lesion_smallest,
-        },
-        'calibration_bins': config.eval.calibration_bins,
-        'bootstrap': config.eval.bootstrap,
+        'batching': Batching(options.batch_size, intensity, config.data.context),
+        'scoring': Scoring(
+            config.model.num_classes,
+            config.loss.ignore_label,
+            options.spacing,
+            options.surface_tolerance,
+            lesions,
+            options.calibration_bins,
+            options.bootstrap,
+        ),
     }
 
 
@@ -91,16 +115,8 @@ def evaluate_volumes(
     predict_fn: PredictFn,
     data: Iterable[Volume],
     *,
-    batch_size: int,
-    intensity: np.ndarray | None,
-    context: int,
-    num_classes: int,
-    ignore_label: int,
-    spacing: tuple[float, float, float],
-    surface_tolerance: float,
-    lesion_options: Mapping[str, Any],
-    calibration_bins: int,
-    bootstrap: int,
+    batching: Batching,
+    scoring: Scoring,
     temperature: float = 1.0,
     label_options: Mapping[str, Any] = MappingProxyType({}),
     each: Callable[[Volume, np.ndarray], None] = lambda volume, pred: None,
@@ -111,110 +127,123 @@ def evaluate_volumes(
     With more than two classes a patient's figure is the mean over the structures 1..K-1 without
     `ignore_label`. Distances and components are of each scan, so of each picture where a patient
     has several, and a distance is the mean over these; they are in mm where a volume has its
-    spacing, else in `spacing`'s unit. Undefined figures are None, and `n` says over how many
-    patients a mean is; `structures` says how many are missed or invented, which no distance
+    spacing, else in `scoring.spacing`'s unit. Undefined figures are None, and `n` says over how
+    many patients a mean is; `structures` says how many are missed or invented, which no distance
     shows. Calibration is of the probability of any class but 0, over all counted voxels.
-    `label_options` are further ones of `predict_foreground`, `lesion_options` those of
-    `metrics.lesions`.
+    `label_options` are further ones of `predict_foreground`.
     `each(volume, labels_DHW)` is called with every prediction, the volume's ignored voxels as
     IGNORE_LABEL. On several hosts `data` are this one's volumes and `order` the patients of all,
     and the figures are of all. Raises DataError for labels outside 0..K-1, and when there is no
     volume.
     """
-    rows = []
+    rows, options = [], {'temperature': temperature, **label_options}
     for volume in data:
-        check_labels(volume, num_classes, ignore_label)
-        pred, foreground = predict_foreground(
-            predict_fn,
-            volume,
-            batch_size=batch_size,
-            intensity=intensity,
-            context=context,
-            temperature=temperature,
-            **label_options,
-        )
-        each(with_ignored(volume, ignore_label), pred)
-        counted = volume.mask != ignore_label
-        calibrated = metrics.calibration_counts(
-            foreground[counted], volume.mask[counted] > 0, calibration_bins
-        )
-        per_slice, empty = (
-            [
-                metrics.counts(labels, truth, num_classes, ignore_label).tolist()
-                for labels, truth in zip(predicted, volume.mask, strict=True)
-            ]
-            for predicted in (pred, np.zeros_like(pred))
-        )
-        figures = _patient_row(
-            pred,
-            volume,
-            num_classes,
-            ignore_label,
-            volume.spacing or spacing,
-            surface_tolerance,
-            lesion_options,
-        )
-        rows.append([figures, per_slice, empty, np.asarray(calibrated).tolist()])
+        check_labels(volume, scoring)
+        pred, foreground = predict_foreground(predict_fn, volume, batching, **options)
+        each(with_ignored(volume, scoring.ignore_label), pred)
+        rows.append(_measure(volume, pred, foreground, scoring))
     rows = in_order(hosts.gather(rows), order)
     if not rows:
         raise DataError('there is no volume to evaluate: the split is empty')
-    patients, per_slice, per_slice_empty, calibrated = zip(*rows, strict=True)
-    patients, calibrated = list(patients), np.sum(calibrated, axis=0)
-    structures = structures_of(num_classes, ignore_label)
-    ignored = [ignore_label] if ignore_label < num_classes else []
-    nothing = [_mean_dice(np.sum(counts, axis=0), structures) for counts in per_slice_empty]
-    per_slice, per_slice_empty = (
-        np.array([counts for counts_of_one in part for counts in counts_of_one])
-        for part in (per_slice, per_slice_empty)
-    )
+    patients, per_slice, empty, calibrated = map(list, zip(*rows, strict=True))
+    calibrated = np.sum(calibrated, axis=0)
     if not calibrated.any():
-        raise DataError(f'every voxel is labelled {ignore_label}, to be ignored: nothing to score')
-    pooled, empty = np.sum(per_slice, axis=0), np.sum(per_slice_empty, axis=0)
-    in_mm = [row['in_mm'] for row in patients]
-    steps = f'steps of (slice, row, column) = {tuple(spacing)}'
-    if any(in_mm):
-        steps = f'mm where the file says its spacing, else {steps}'
+        raise DataError(
+            f'every voxel is labelled {scoring.ignore_label}, to be ignored: nothing to score'
+        )
+    slices = np.concatenate(per_slice)
     return {
-        'summary': {name: _over_patients(patients, name, bootstrap) for name in FIGURES}
-        | {
-            'structures': _over_structures(patients, structures),
-            'lesions': {
-                what: sum(p[f'lesions_{what}'] for p in patients)
-                for what in ('found', 'missed', 'false')
-            },
-            'per_slice_dice_empty_is_1': _slice_dice(per_slice, structures),
-            'pooled': {
-                name: _mean(values[structures]) for name, values in metrics.ratios(pooled).items()
-            },
-            'pooled_pixel_accuracy': _accuracy(pooled),
-            **metrics.pooled_iou(pooled, ignore_label),
-        },
+        'summary': _summary(patients, slices, scoring),
         'patients': patients,
-        'baseline': {
-            'prediction': 'all background',
-            'dice': _mean(nothing),
-            'per_slice_dice_empty_is_1': _slice_dice(per_slice_empty, structures),
-            'pooled_pixel_accuracy': _accuracy(empty),
-            'pooled_mean_iou': _mean(np.delete(metrics.ratios(empty)['iou'], ignored)),
-            **metrics.pooled_iou(empty, ignore_label),
-        },
+        'baseline': _baseline(empty, scoring),
         'calibration': {
             'of': 'the probability of any class but 0, over all counted voxels',
             'temperature': temperature,
             'expected_calibration_error': metrics.expected_calibration_error(calibrated),
             'bins': _calibration_bins(calibrated),
         },
-        'data': {
-            'patients': len(patients),
-            'scans': sum(row['scans'] for row in patients),
-            'slices': len(per_slice),
-            'lesion_slices': sum(bool(c[1:, [0, 2]].sum()) for c in per_slice),
-            'ignored_slices': int((~per_slice.any((1, 2))).sum()),
-            'hd95_unit': 'mm' if all(in_mm) else steps,
-            'spacing': list(spacing),
-            'surface_tolerance': surface_tolerance,
-            'lesion_options': dict(lesion_options),
+        'data': _about(patients, slices, scoring),
+    }
+
+
+def _measure(
+    volume: Volume, pred: np.ndarray, foreground: np.ndarray, scoring: Scoring
+) -> list[Any]:
+    """[the patient's figures, `metrics.counts` of each slice, the same of all background, those of
+    calibration], as hosts can send it.
+    """
+    num_classes, ignore_label = scoring.num_classes, scoring.ignore_label
+    counted = volume.mask != ignore_label
+    calibrated = metrics.calibration_counts(
+        foreground[counted], volume.mask[counted] > 0, scoring.calibration_bins
+    )
+    per_slice, empty = (
+        [
+            metrics.counts(labels, truth, num_classes, ignore_label).tolist()
+            for labels, truth in zip(predicted, volume.mask, strict=True)
+        ]
+        for predicted in (pred, np.zeros_like(pred))
+    )
+    figures = _patient_row(pred, volume, scoring)
+    return [figures, per_slice, empty, np.asarray(calibrated).tolist()]
+
+
+def _summary(
+    patients: Sequence[dict[str, Any]], slices: np.ndarray, scoring: Scoring
+) -> dict[str, Any]:
+    """The figures over patients, over their slices and over all pixels; `slices` are counts."""
+    structures = scoring.structures
+    pooled = np.sum(slices, axis=0)
+    return {
+        **{name: _over_patients(patients, name, scoring.bootstrap) for name in FIGURES},
+        'structures': _over_structures(patients, structures),
+        'lesions': {
+            what: sum(p[f'lesions_{what}'] for p in patients)
+            for what in ('found', 'missed', 'false')
         },
+        'per_slice_dice_empty_is_1': _slice_dice(slices, structures),
+        'pooled': {
+            name: _mean(values[structures]) for name, values in metrics.ratios(pooled).items()
+        },
+        'pooled_pixel_accuracy': _accuracy(pooled),
+        **metrics.pooled_iou(pooled, scoring.ignore_label),
+    }
+
+
+def _baseline(counts: Sequence[Sequence], scoring: Scoring) -> dict[str, Any]:
+    """The figures of all background, of each patient's counts of each slice."""
+    structures = scoring.structures
+    ignored = [scoring.ignore_label] if scoring.ignore_label < scoring.num_classes else []
+    slices = np.concatenate(counts)
+    pooled = np.sum(slices, axis=0)
+    return {
+        'prediction': 'all background',
+        'dice': _mean([_mean_dice(np.sum(of_one, axis=0), structures) for of_one in counts]),
+        'per_slice_dice_empty_is_1': _slice_dice(slices, structures),
+        'pooled_pixel_accuracy': _accuracy(pooled),
+        'pooled_mean_iou': _mean(np.delete(metrics.ratios(pooled)['iou'], ignored)),
+        **metrics.pooled_iou(pooled, scoring.ignore_label),
+    }
+
+
+def _about(
+    patients: Sequence[dict[str, Any]], slices: np.ndarray, scoring: Scoring
+) -> dict[str, Any]:
+    """Over how much the figures are, and in which units."""
+    in_mm = [row['in_mm'] for row in patients]
+    steps = f'steps of (slice, row, column) = {tuple(scoring.spacing)}'
+    if any(in_mm):
+        steps = f'mm where the file says its spacing, else {steps}'
+    return {
+        'patients': len(patients),
+        'scans': sum(row['scans'] for row in patients),
+        'slices': len(slices),
+        'lesion_slices': sum(bool(c[1:, [0, 2]].sum()) for c in slices),
+        'ignored_slices': int((~slices.any((1, 2))).sum()),
+        'hd95_unit': 'mm' if all(in_mm) else steps,
+        'spacing': list(scoring.spacing),
+        'surface_tolerance': scoring.surface_tolerance,
+        'lesion_options': dict(scoring.lesion_options),
     }
 
 
@@ -229,12 +258,12 @@ def in_order(rows: Sequence[Any], order: Sequence[str]) -> list[Any]:
     return sorted(rows, key=key) if order else list(rows)
 
 
-def check_labels(volume: Volume, num_classes: int, ignore_label: int) -> None:
-    wrong = np.setdiff1d(volume.mask, [*range(num_classes), ignore_label])
+def check_labels(volume: Volume, scoring: Scoring) -> None:
+    wrong = np.setdiff1d(volume.mask, [*range(scoring.num_classes), scoring.ignore_label])
     if wrong.size:
         raise DataError(
             f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
-            f'{num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
+            f'{scoring.num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
         )
 
 
@@ -243,17 +272,12 @@ def with_ignored(volume: Volume, ignore_label: int) -> Volume:
     return volume._replace(mask=np.where(volume.mask == ignore_label, IGNORE_LABEL, volume.mask))
 
 
-def structures_of(num_classes: int, ignore_label: int) -> list[int]:
-    """The classes that are scored one by one."""
-    return [label for label in range(1, num_classes) if label != ignore_label]
-
-
-def _patient_row(
-    pred, volume, num_classes, ignore_label, spacing, surface_tolerance, lesion_options
-) -> dict[str, Any]:
+def _patient_row(pred: np.ndarray, volume: Volume, scoring: Scoring) -> dict[str, Any]:
     """One patient's figures, means over the structures; `structures` has those of each."""
+    num_classes, ignore_label = scoring.num_classes, scoring.ignore_label
+    spacing = volume.spacing or scoring.spacing
     scans = volumes.scans(volume.scan, len(pred))
-    structures = structures_of(num_classes, ignore_label)
+    structures = scoring.structures
     largest, counted = np.zeros_like(pred), volume.mask != ignore_label
     rows = []
     for label in structures:
@@ -263,12 +287,13 @@ def _patient_row(
             largest[scan] = np.where(component, label, largest[scan])
         found = [
             metrics.surface_ratios(
-                metrics.surface_distances(ours[scan], theirs[scan], spacing), surface_tolerance
+                metrics.surface_distances(ours[scan], theirs[scan], spacing),
+                scoring.surface_tolerance,
             )
             for scan in scans
         ]
         dice, hits, false = zip(
-            *(metrics.lesions(ours[scan], theirs[scan], spacing, **lesion_options)
+            *(metrics.lesions(ours[scan], theirs[scan], spacing, **scoring.lesion_options)
               for scan in scans), strict=True,
         )  # fmt: skip
         dice, hits, false = np.concatenate(dice), np.concatenate(hits), sum(false)
@@ -444,7 +469,7 @@ def table(result: dict[str, Any]) -> str:
         f'temperature {cell(calibrated["temperature"])}',
     ]
     if chosen := result.get('postprocessing'):
-        lines.append(f'post-processing: {choice.words(chosen, result["data"]["split"])}')
+        lines.append(f'post-processing: {choice.describe(chosen, result["data"]["split"])}')
     return '\n'.join(lines)
 
 

@@ -6,11 +6,10 @@ Guo et al. 2017 (arXiv:1706.04599, section 4.2). Which class is the most probabl
 changes, so neither do labels, Dice and distances.
 """
 
-import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +18,8 @@ import numpy as np
 from scipy import optimize, special
 
 from pspnet_jax.runtime.errors import DataError
-from pspnet_jax.runtime.storage import writing
+from pspnet_jax.runtime.storage import write_json
+from pspnet_jax.runtime.text import NOTE, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,55 +74,63 @@ def fit(prob: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(found.x)
 
 
+def describe(facts: Mapping[str, Any], step: int) -> str:
+    """One line of what `evaluation.fitting.fit_temperature` found."""
+    return (
+        f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
+        f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
+    )
+
+
 def save(workdir: str | Path, facts: dict[str, Any]) -> None:
     """Write WORKDIR/temperature.json: 'step', 'views', 'temperature', and what tells where from."""
-    path = Path(workdir) / KEPT
-    with writing(path) as aside:
-        aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
+    write_json(Path(workdir) / KEPT, facts)
 
 
 def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxyType({})) -> float:
     """The temperature that was fitted for the checkpoint of `step`, seen as `views` says; 1 where
-    none was, which the log says if there is another.
-
-    Raises DataError for a file that is not ours.
+    none was, which the log says if there is another. Raises DataError for a file that is not ours.
     """
-    path = Path(workdir) / KEPT
+
+    def check(kept: dict[str, Any]) -> None:
+        if type(kept['temperature']) not in (int, float):
+            raise TypeError('the temperature is no number')
+        if not BOUNDS[0] * 0.99 <= kept['temperature'] <= BOUNDS[1] * 1.01:
+            raise ValueError(f'the temperature is {kept["temperature"]}')
+
+    kept = read_kept(Path(workdir) / KEPT, 'fitted', '--fit_temperature', check, step, views)
+    return kept['temperature'] if kept else 1.0
+
+
+def read_kept(
+    path: Path,
+    done: str,
+    option: str,
+    check: Callable[[dict[str, Any]], None],
+    step: int,
+    views: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """What an `option` of `evaluate` has `done` ('fitted') and kept at `path`, if it is of this
+    step and these views; None where it is of others, which the log says, or not there.
+
+    `check` raises ValueError, TypeError or KeyError for what is not ours, and then this DataError.
+    """
     if not os.path.lexists(path):
-        return 1.0
-    again = (
-        f'python -m pspnet_jax.evaluate --workdir={workdir} --split=validation --fit_temperature'
-    )
+        return None
+    again = f'python -m pspnet_jax.evaluate --workdir={path.parent} --split=validation {option}'
+    remedy = f'delete it, or make it anew by {again}'
+    kept = read_json(path, remedy, NOTE)
     try:
-        if not path.is_file():
-            raise ValueError('it is no file')
-        with path.open(encoding='utf-8') as file:
-            kept = json.loads(file.read(100_000))
-        fitted, temperature, seen = kept['step'], kept['temperature'], kept.get('views', {})
-        if type(fitted) is not int or type(temperature) not in (int, float):
-            raise TypeError('they are no numbers')
-        if not BOUNDS[0] * 0.99 <= temperature <= BOUNDS[1] * 1.01:
-            raise ValueError(temperature)
-        if not isinstance(seen, dict):
-            raise TypeError('views')
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f'{path} holds no step and temperature ({str(error)[:200]}): delete it, or fit it '
-            f'again by {again}'
-        ) from error
-    return temperature if is_for(path, fitted, seen, step, views, 'fitted', again) else 1.0
-
-
-def is_for(
-    path: Path, its_step: int, its_views: Mapping[str, Any], step: int, views: Mapping[str, Any],
-    done: str, again: str,
-) -> bool:  # fmt: skip
-    """Whether what a run keeps at `path`, `done` ('fitted') for a step and views, is for these; the
-    log says where it is not, and which command does it `again`.
-    """
+        its_step, its_views = kept['step'], kept.get('views', {})
+        if type(its_step) is not int or not isinstance(its_views, dict):
+            raise TypeError('step is a whole number, views are an object')
+        check(kept)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error)[:300]
+        raise DataError(f'{path} is not what {option} keeps ({reason}): {remedy}') from error
     if its_step != step:
         logger.warning('%s is of step %.20s, this is step %d: not applied', path, its_step, step)
-        return False
+        return None
     differ = sorted(key for key in its_views.keys() | views if its_views.get(key) != views.get(key))
     if differ:
         what = 'names no views'
@@ -131,5 +139,5 @@ def is_for(
         logger.warning(
             '%s %s: not applied; %s with the same flags makes it anew', path, what, again
         )
-        return False
-    return True
+        return None
+    return kept

@@ -4,23 +4,19 @@ Mirror image, threshold, smallest and largest component are tried in every combi
 of one checkpoint and of the views that it was made with: scales, tiles, CRF.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pspnet_jax.config import with_prediction
-from pspnet_jax.inference.calibration import is_for
-from pspnet_jax.runtime.errors import ConfigError, DataError
-from pspnet_jax.runtime.storage import writing
-from pspnet_jax.runtime.text import read_json
+from pspnet_jax.inference.calibration import read_kept
+from pspnet_jax.runtime.storage import write_json
 
 KEPT = 'postprocessing.json'  # in a run's workdir
 OPTIONS = ('flip', 'threshold', 'largest_component', 'min_size')
 
 
-def words(facts: Mapping[str, Any], split: str = '') -> str:
+def describe(facts: Mapping[str, Any], split: str = '') -> str:
     """'flip=True, chosen on 8 validation patients (their Dice ...)', of what `choose` found or
     `settings.with_choice` takes; `split` is that of the figures above.
     """
@@ -39,8 +35,7 @@ def words(facts: Mapping[str, Any], split: str = '') -> str:
 
 def save(workdir: str | Path, facts: dict[str, Any]) -> None:
     """Write WORKDIR/postprocessing.json: 'step', 'views', 'split' and what `choose` found."""
-    with writing(Path(workdir) / KEPT) as aside:
-        aside.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
+    write_json(Path(workdir) / KEPT, facts)
 
 
 def load(
@@ -51,27 +46,14 @@ def load(
 
     Raises DataError for a file that is not ours, or of options that the config can't have.
     """
-    path = Path(workdir) / KEPT
-    if not os.path.lexists(path):
-        return None
-    again = (
-        f'python -m pspnet_jax.evaluate --workdir={workdir} --split=validation '
-        '--choose_postprocessing'
-    )
-    remedy = f'delete it, or choose again by {again}'
-    kept = read_json(path, remedy)
-    try:
-        chosen_for, seen, options = kept['step'], kept['views'], kept['options']
-        if type(chosen_for) is not int or type(kept['patients']) is not int:
-            raise TypeError('step and patients are whole numbers')
-        if not isinstance(seen, dict) or options.keys() != set(OPTIONS):
-            raise TypeError(f'its options are {", ".join(OPTIONS)}')
+
+    def check(kept: dict[str, Any]) -> None:
+        if type(kept['patients']) is not int or kept['options'].keys() != set(OPTIONS):
+            raise TypeError(f'it has the number of patients and the options {", ".join(OPTIONS)}')
         for dice in (kept['dice'], kept['without']):
             if dice is not None and not (type(dice) in (int, float) and 0 <= dice <= 1):
                 raise ValueError('dice is a number from 0 to 1')
-        with_prediction(config, options)
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f'{path} holds no choice of post-processing ({str(error)[:300]}): {remedy}'
-        ) from error
-    return kept if is_for(path, chosen_for, seen, step, views, 'chosen', again) else None
+        with_prediction(config, kept['options'])
+
+    option = '--choose_postprocessing'
+    return read_kept(Path(workdir) / KEPT, 'chosen', option, check, step, views)

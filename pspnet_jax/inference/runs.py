@@ -83,7 +83,8 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
         model = models.create(**config.model)
         seen = channels_seen(meta['inputs']['channels'], config.data.context)
         shapes = abstract_variables(model, seen)
-        return meta, config, model, checkpoint.restore_variables(workdir, step, shapes)
+        variables = checkpoint.restore_variables(workdir, step, shapes, meta)
+        return meta, config, model, variables
 
     step, (meta, config, model, variables), passed_over = checkpoint.first_sound(
         workdir, which, read

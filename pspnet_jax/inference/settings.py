@@ -74,7 +74,7 @@ def with_choice(
         'given': [key for key in kept['options'] if key in changes],
         **{key: kept[key] for key in ('dice', 'without', 'patients')},
     }
-    logger.info('%s: %s', Path(workdir) / choice.KEPT, choice.words(chosen))
+    logger.info('%s: %s', Path(workdir) / choice.KEPT, choice.describe(chosen))
     return with_prediction(config, {**options, **changes}), chosen
 
 

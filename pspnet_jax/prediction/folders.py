@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -218,10 +218,9 @@ def predict_files(
 ) -> list[str]:
     """Write results below `output`; returns the faults of what was left out.
 
-    `group` says whose files belong together, in place of the run's `data.group`. What became of
-    every file is said at the end. Files are read ahead and results written behind while the
-    network runs. Raises DataError, CheckpointError or ConfigError before anything is written, and
-    DataError, which stops it all, where results can not be written.
+    `group` says whose files belong together, in place of the run's `data.group`. A summary of what
+    became of every file is printed at the end. Raises DataError, CheckpointError or ConfigError
+    before anything is written, and DataError, which stops it all, where results can not be written.
     """
     output = paths.local(output)
     root, there, passed = take_stock(source, output)
@@ -252,9 +251,7 @@ def predict_files(
     pictures = [path for path in stems if not is_video(path)]
     beside = {}
     if not Path(source).expanduser().is_dir():
-        read_already = {part for parts in channels.values() for part in parts}
-        others = [path for path in files_beside(pictures) if path not in read_already]
-        beside = stack_channels(others, predictor.config.data.images)
+        beside = _channels_beside(predictor, pictures, channels)
     groups = group_inputs(predictor.config, pictures, list(beside), group)
     channels |= beside
     groups = [some for some in groups if not done.issuperset(some.paths)]
@@ -264,41 +261,15 @@ def predict_files(
     groups = hosts.share(groups)
     videos = hosts.share([path for path in stems if is_video(path) and path not in done])
     faults = faults if hosts.is_first() else []  # each has found the same so far
-    # Volumes are large, and long at work on: one is read while another is.
-    flat = all(
-        len(some.paths) == 1 and some.paths[0].name.lower().endswith(files.PICTURES)
-        for some in groups
-    )
-    threads = predictor.config.data.threads if flat else 1
-    later = []
+    sweep(output)
+    begin_manifest(predictor, book, group)
     read = functools.partial(
         read_cases, predictor=predictor, stems=targets, channels=channels, save=save
     )
-    sweep(output)
-    begin_manifest(predictor, book, group)
     write = functools.partial(write_results, predictor=predictor, save=save, note_of=note_of)
-    probabilities = 'probability' in save
-    pipelined = functools.partial(read, later=later)
-    predicted = _predict_chunks(
-        predictor, in_threads(pipelined, groups, threads), probabilities=probabilities
-    )
-    with tqdm(total=sum(len(g.paths) for g in groups), unit='file', disable=None) as bar:
-        for count, found_faults in in_threads(write, predicted, threads):
-            faults += found_faults
-            bar.update(count)
-        for some in later:  # by itself, when nothing else takes memory
-            for item in _predict_chunks(predictor, [read(some)], probabilities=probabilities):
-                count, found_faults = write(item)
-                faults += found_faults
-                bar.update(count)
+    faults += _predict_groups(predictor, groups, read, write, probabilities='probability' in save)
     for path in videos:
-        note = note_of[targets[path]]
-        try:
-            note('begun')
-            say(str(predict_video(predictor, path, targets[path], save=save)))
-            note('done')
-        except DataError as error:
-            faults.append(str(error))
+        faults += _predict_video(predictor, path, targets[path], save, note_of[targets[path]])
     faults = hosts.gather(faults)
     if hosts.is_first():
         faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
@@ -306,6 +277,56 @@ def predict_files(
         further = set(there) - set(found)
         print(summary(source, found, done, len(faults), passed, further))
     return faults
+
+
+def _channels_beside(
+    predictor: Predictor, pictures: Sequence[Path], channels: Mapping[Path, Sequence[Path]]
+) -> dict[Path, tuple[Path, ...]]:
+    """`stack_channels` of the files beside single pictures that are no further channel of these."""
+    read_already = {part for parts in channels.values() for part in parts}
+    others = [path for path in files_beside(pictures) if path not in read_already]
+    return stack_channels(others, predictor.config.data.images)
+
+
+def _predict_groups(
+    predictor: Predictor, groups: Sequence[Group], read: Callable, write: Callable,
+    *, probabilities: bool,
+) -> list[str]:  # fmt: skip
+    """`write` what the network makes of what `read` gives of each group; returns the faults.
+
+    Files are read before and results written after the network runs on others.
+    """
+    # Volumes are large, and long at work on: one is read while another is.
+    flat = all(
+        len(some.paths) == 1 and some.paths[0].name.lower().endswith(files.PICTURES)
+        for some in groups
+    )
+    threads = predictor.config.data.threads if flat else 1
+    faults, later = [], []
+    predict = functools.partial(_predict_chunks, predictor, probabilities=probabilities)
+    predicted = predict(in_threads(functools.partial(read, later=later), groups, threads))
+    with tqdm(total=sum(len(g.paths) for g in groups), unit='file', disable=None) as bar:
+        for count, found_faults in in_threads(write, predicted, threads):
+            faults += found_faults
+            bar.update(count)
+        for some in later:  # by itself, when nothing else takes memory
+            for count, found_faults in map(write, predict([read(some)])):
+                faults += found_faults
+                bar.update(count)
+    return faults
+
+
+def _predict_video(
+    predictor: Predictor, path: Path, stem: Path, save: Sequence[str], note: Callable
+) -> list[str]:
+    """`predict_video`, and `note` its state; returns the faults."""
+    try:
+        note('begun')
+        say(str(predict_video(predictor, path, stem, save=save)))
+        note('done')
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def summary(

@@ -190,14 +190,14 @@ class Group(NamedTuple):
 
 
 def group_files(
-    paths: Sequence[Path], how: str = '', beside: Sequence[Path] = (), rule: str = pairing.STEM
+    paths: Sequence[Path], grouping: str = '', beside: Sequence[Path] = (), rule: str = pairing.STEM
 ) -> tuple[list[Group], str]:
     """The groups of `paths`, and in words which way it was.
 
-    `how` is `data.group`, as `sources.grouping` has it: '' makes each file one of its own, but for
-    slices in Kaggle's layout of LGG, which are a volume by that. `beside` are other files of the
-    same folders. Files are called as in training: by what `rule` leaves of their names, and by
-    their paths below where all are, where names alone would be the same.
+    `grouping` is `sources.grouping`'s: '' makes each file one of its own, but for slices in
+    Kaggle's layout of LGG, which are a volume by that. `beside` are other files of the same
+    folders. Files are called as in training: by what `rule` leaves of their names, and by their
+    paths below where all are, where names alone would be the same.
     """
     where = {path: stem_of(path) for path in (*paths, *beside)}
     where = {p: next(iter(pairing.named({stem: p}, rule)), stem) for p, stem in where.items()}
@@ -205,9 +205,9 @@ def group_files(
         top = os.path.commonpath([path.parent for path in where])
         where = {p: (p.parent.relative_to(top) / stem).as_posix() for p, stem in where.items()}
     where = {path: unicodedata.normalize('NFC', stem) for path, stem in where.items()}
-    if how:
-        table, _ = folder.group_stems(sorted(set(where.values())), how)
-        told, _ = folder.slice_numbers(table, how)
+    if grouping:
+        table, _ = folder.group_stems(sorted(set(where.values())), grouping)
+        told, _ = folder.slice_numbers(table, grouping)
         named = {path: table[stem] for path, stem in where.items() if stem in table}
         numbers = {path: told[where[path]] for path in named if where[path] in told}
     else:
@@ -224,22 +224,22 @@ def group_files(
         if own:
             others = [path for path in some if path not in asked]
             groups.append(Group(own, others, {p: numbers[p] for p in some if p in numbers}))
-    return groups, _say_groups(groups, how, named)
+    return groups, _say_groups(groups, grouping, named)
 
 
 def group_inputs(
     config: ConfigDict, paths: Sequence[Path], beside: Sequence[Path], group: str | None
 ) -> list[Group]:
     """The groups of what a run is to predict; the log says which way it was."""
-    how = sources.grouping(config, group)
-    if group is None and how.endswith('.csv') and not os.path.isfile(how):
+    grouping = sources.grouping(config, group)
+    if group is None and grouping.endswith('.csv') and not os.path.isfile(grouping):
         logger.warning(
             '%s, by which the pictures of the run were grouped, is not here, so each file is by '
-            'itself: give --group=TABLE.csv for those of these files', how,
+            'itself: give --group=TABLE.csv for those of these files', grouping,
         )  # fmt: skip
-        how = ''
+        grouping = ''
     rule = pairing.split(Path(config.data.images[0]))[1]
-    groups, told = group_files(paths, how, beside, rule)
+    groups, told = group_files(paths, grouping, beside, rule)
     if told:
         logger.info('%s', told)
     return groups
@@ -252,21 +252,21 @@ def _is_kaggle(path: Path) -> bool:
     return bool(match) and match['patient'] == path.parent.name and os.path.isfile(mask)
 
 
-def _say_groups(groups: Sequence[Group], how: str, named: Iterable[Path]) -> str:
+def _say_groups(groups: Sequence[Group], grouping: str, named: Iterable[Path]) -> str:
     """Which files belong together and by what; '' where there is one that does not."""
     named = set(named)
     together = [group for group in groups if not named.isdisjoint(group.paths)]
     alone = [group.paths[0] for group in groups if named.isdisjoint(group.paths)]
     volumes = sum(bool(group.numbers) for group in together)
     count = sum(len(group.paths) for group in together)
-    by = f'the group {how!r}' if how else "Kaggle's layout"
+    by = f'the group {grouping!r}' if grouping else "Kaggle's layout"
     said = []
-    if together or how:
+    if together or grouping:
         said.append(
             f'{count} files belong to {len(together)} patients by {by}: those of one share what is '
             f'measured of intensities, and {volumes} are volumes of numbered slices'
         )
-    if how:
+    if grouping:
         said += [f'in {len(alone)} files it finds no patient: each is by itself'] if alone else []
         said.append('--group= takes each file by itself')
     elif len(alone) > 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pspnet_jax.runtime.errors import DataError, not_written
+from pspnet_jax.runtime.text import parse_json
 
 NAME = 'pspnet_predictions.jsonl'
 
@@ -22,12 +23,12 @@ NAME = 'pspnet_predictions.jsonl'
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """A folder's lines: `last` of each result, by what the names of its files start with, `kinds`
-    that were ever begun for it, and in `writers` {digest: what wrote}. `how` is the digest of what
-    writes now.
+    that were ever begun for it, and in `writers` {digest: what wrote}. `digest` is that of
+    what writes now.
     """
 
     path: Path
-    how: str
+    digest: str
     last: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     kinds: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     writers: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -37,8 +38,8 @@ def read(folder: Path, options: Mapping[str, Any], process: int = 0) -> Manifest
     """The manifest of a folder, which need not exist yet, for what writes with these options: all
     that the results depend on. Each process of several appends to a file of its own.
     """
-    how = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
-    found = Manifest(folder / (NAME.replace('.', f'.{process}.') if process else NAME), how)
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+    found = Manifest(folder / (NAME.replace('.', f'.{process}.') if process else NAME), digest)
     for path in sorted(folder.glob(NAME.replace('.', '*.'))):
         for line in _lines(path):
             if 'writer' in line:
@@ -57,11 +58,11 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
         raise DataError(f'{path} can not be read ({error.strerror}): is it yours?') from error
     for row in text.splitlines():
         try:
-            line = json.loads(row)
+            line = parse_json(row)
             keys = ('writer',) if 'writer' in line else ('result', 'input', 'mark', 'state')
             sound = all(isinstance(line[key], str) for key in ('how', *keys))
             sound &= all(isinstance(kind, str) for kind in line.get('kinds', ['']))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             continue
         if sound:
             yield line
@@ -69,7 +70,8 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
 
 def begin(manifest: Manifest, writer: str, about: Mapping[str, Any]) -> None:
     """Say who writes from here on: in words, and in full. Raises DataError."""
-    known, line = manifest.how in manifest.writers, {'how': manifest.how, 'writer': writer, **about}
+    known = manifest.digest in manifest.writers
+    line = {'how': manifest.digest, 'writer': writer, **about}
     try:
         manifest.path.parent.mkdir(parents=True, exist_ok=True)
         with open(manifest.path, 'ab+') as file:
@@ -91,7 +93,7 @@ def add(
 ) -> None:
     """Append that a result is 'begun' or 'done'. Raises DataError."""
     line = {'result': result, 'state': state, 'input': str(source), 'mark': mark}
-    line |= {'kinds': list(kinds), 'how': manifest.how}
+    line |= {'kinds': list(kinds), 'how': manifest.digest}
     try:  # unbuffered, so that a line of another process stands before or after it
         with open(manifest.path, 'ab', buffering=0) as file:
             data = json.dumps(line).encode() + b'\n'
@@ -124,7 +126,7 @@ def sort_out(
         return False, f'{here}_{min(foreign)}... was not written by this command'
     if not there:
         return False, ''
-    if last['how'] != manifest.how:
+    if last['how'] != manifest.digest:
         writer = manifest.writers.get(last['how'], 'another run')
         return False, f'{here}_{min(there)}... was written by {writer}'
     if last['mark'] == mark:

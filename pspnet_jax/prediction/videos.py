@@ -8,20 +8,22 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pspnet_jax.data.formats import video
 from pspnet_jax.inference.predictors import Case, Predictor, as_taken, case_of, segment
 from pspnet_jax.prediction.results import USUAL, draw, result_names
 from pspnet_jax.runtime.errors import DataError, one_line
-from pspnet_jax.runtime.threads import ahead, in_threads
+from pspnet_jax.runtime.threads import in_threads, prefetched
 
 logger = logging.getLogger(__name__)
 MOST_FRAMES = 64  # of a video that its intensity scale is measured on
 FRAME_PIXELS = 2**14  # of each of them
+EXACT = ('mask', 'probability')  # results of which each value counts
 
 
 class Speed(NamedTuple):
@@ -56,9 +58,10 @@ class Spread:
         if len(self.frames) > MOST_FRAMES:
             self.frames, self._every = self.frames[::2], 2 * self._every
 
-    def fitted(self, predictor: Predictor, name: str) -> np.ndarray:
-        """D h w C, as the network takes them."""
-        return as_taken(predictor, np.stack(self.frames), name)
+    def intensity(self, predictor: Predictor, name: str) -> np.ndarray:
+        """The scale of these frames, as the network takes them."""
+        taken = as_taken(predictor, np.stack(self.frames), name)
+        return case_of(predictor, taken).intensity
 
 
 def predict_video(
@@ -78,58 +81,25 @@ def predict_video(
     between those before and after it. Raises DataError.
     """
     name = f'camera {source}' if isinstance(source, int) else str(source)
-    batch_size, classes = predictor.config.eval.batch_size, predictor.config.model.num_classes
-    context = predictor.config.data.context  # of frames, as many before and after
+    config, frames, first, start = predictor.config, 0, 0, math.nan
+    classes, context = config.model.num_classes, config.data.context
     results = [(kind, *item) for kind in save for item in result_names(kind, classes).items()]
-    exact = ('mask', 'probability')
-    intensity, seen, frames, first, start = predictor.intensity, Spread(), 0, 0, math.nan
+    intensity = predictor.intensity
     if intensity is None and not isinstance(source, int):
-        with video.reading(source) as (_, _, pictures):
-            for frame in pictures:
-                seen.add(frame)
-        if seen.frames:
-            intensity = case_of(predictor, seen.fitted(predictor, name)).intensity
-            logger.info(
-                '%s: one intensity scale, measured over %d of its %d frames',
-                name, len(seen.frames), seen.count,
-            )  # fmt: skip
-    running = intensity is None and isinstance(source, int)
-    if running:
-        logger.info(
-            '%s: its intensity scale is that of the frames so far, so the first masks have a '
-            'scale that changes', name,
-        )  # fmt: skip
+        intensity = _measure_file(predictor, source, name)
 
-    def predicted(batches: Iterable[list[np.ndarray]]) -> Iterator[list]:
-        nonlocal intensity, first, start
-        for windows in batches:
-            batch = [window[context] for window in windows]
-            taken = [
-                [as_taken(predictor, frame[None], name)[0] for frame in window]
-                for window in windows
-            ]
-            if running:
-                for frame in batch:
-                    seen.add(frame)
-                intensity = case_of(predictor, seen.fitted(predictor, name)).intensity
-            cases = [Case(around[context][None], intensity, around=[around]) for around in taken]
-            labelled = segment(predictor, cases, probabilities='probability' in save)
+    def timed(batches: Iterable[list]) -> Iterator[list]:
+        nonlocal first, start
+        for batch in batches:
             if not first:
                 first, start = len(batch), time.perf_counter()
-            yield list(zip(batch, labelled, strict=True))
+            yield batch
 
     def encode(batch: list) -> int:
         nonlocal frames
-        for frame_HWC, (labels_1HW, prob_1HWK) in batch:
+        for frame_HWC, labelled in batch:
             for kind, label, result in results:
-                if kind == 'mask':
-                    pixels = labels_1HW[0] * np.uint8(255 if classes == 2 else 1)
-                elif kind == 'probability':
-                    pixels = np.rint(255 * prob_1HWK[0, ..., label]).astype(np.uint8)
-                else:
-                    names = predictor.config.model.class_names
-                    pixels = draw(kind, frame_HWC, labels_1HW[0], names)
-                writers[result](pixels)
+                writers[result](_pixels(kind, label, frame_HWC, *labelled, config.model))
             frames += 1
         return len(batch)
 
@@ -137,21 +107,17 @@ def predict_video(
         rate, count, pictures = stack.enter_context(video.reading(source))
         pictures = itertools.islice(pictures, limit or None)
         writers = {
-            result: stack.enter_context(
-                video.writing(
-                    stem.with_name(f'{stem.name}_{result}{".mkv" if kind in exact else ".mp4"}'),
-                    rate,
-                    exact=kind in exact,
-                )
-            )
+            result: stack.enter_context(_writing(stem, result, rate, exact=kind in EXACT))
             for kind, _, result in results
         }
         bar = stack.enter_context(tqdm(total=limit or count or None, unit='frame', disable=None))
         # Closed before the file that it reads from is.
-        windows = _windows(pictures, context)
-        batches = stack.enter_context(contextlib.closing(ahead(_batched(windows, batch_size))))
+        batches = _batched(_windows(pictures, context), config.eval.batch_size)
+        batches = stack.enter_context(contextlib.closing(prefetched(batches)))
+        probabilities = 'probability' in save
+        predicted = _predict_batches(predictor, batches, intensity, name, probabilities)
         try:
-            for done in in_threads(encode, predicted(batches), 1):
+            for done in in_threads(encode, timed(predicted), 1):
                 bar.update(done)
         except KeyboardInterrupt:
             if not isinstance(source, int) or not frames:
@@ -162,6 +128,67 @@ def predict_video(
         seconds = time.perf_counter() - start
     reached = (frames - first) / seconds if frames > first else math.nan
     return Speed(name, frames, float(rate), reached)
+
+
+def _measure_file(predictor: Predictor, source: Path, name: str) -> np.ndarray | None:
+    """The intensity scale of a file, over frames from its start to its end; None without one."""
+    seen = Spread()
+    with video.reading(source) as (_, _, pictures):
+        for frame in pictures:
+            seen.add(frame)
+    if not seen.frames:
+        return None
+    logger.info(
+        '%s: one intensity scale, measured over %d of its %d frames',
+        name, len(seen.frames), seen.count,
+    )  # fmt: skip
+    return seen.intensity(predictor, name)
+
+
+def _predict_batches(
+    predictor: Predictor, batches: Iterable[list[list[np.ndarray]]],
+    intensity: np.ndarray | None, name: str, probabilities: bool,
+) -> Iterator[list]:  # fmt: skip
+    """[(frame H W C, `segment`'s labels and probabilities)] of each batch of `_windows`.
+
+    Without an intensity scale it is that of the frames so far.
+    """
+    running, seen, context = intensity is None, Spread(), predictor.config.data.context
+    for windows in batches:
+        frames = [window[context] for window in windows]
+        if running and not seen.count:
+            logger.info(
+                '%s: its intensity scale is that of the frames so far, so the first masks have a '
+                'scale that changes', name,
+            )  # fmt: skip
+        if running:
+            for frame in frames:
+                seen.add(frame)
+            intensity = seen.intensity(predictor, name)
+        cases = []
+        for window in windows:
+            around = [as_taken(predictor, frame[None], name)[0] for frame in window]
+            cases.append(Case(around[context][None], intensity, around=[around]))
+        labelled = segment(predictor, cases, probabilities=probabilities)
+        yield list(zip(frames, labelled, strict=True))
+
+
+def _pixels(
+    kind: str, label: int, frame_HWC: np.ndarray, labels_1HW: np.ndarray,
+    prob_1HWK: np.ndarray | None, model: ConfigDict,
+) -> np.ndarray:  # fmt: skip
+    """The frame of a kind of result; `model` is the config's section."""
+    if kind == 'mask':
+        return labels_1HW[0] * np.uint8(255 if model.num_classes == 2 else 1)
+    if kind == 'probability':
+        return np.rint(255 * prob_1HWK[0, ..., label]).astype(np.uint8)
+    return draw(kind, frame_HWC, labels_1HW[0], model.class_names)
+
+
+def _writing(stem: Path, result: str, rate: Any, exact: bool):
+    """`video.writing` of STEM_RESULT.mp4, or .mkv where each value counts."""
+    path = stem.with_name(f'{stem.name}_{result}{".mkv" if exact else ".mp4"}')
+    return video.writing(path, rate, exact=exact)
 
 
 def _windows(frames: Iterable[np.ndarray], context: int) -> Iterator[list[np.ndarray]]:

@@ -29,8 +29,9 @@ import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from pspnet_jax.runtime import hosts
-from pspnet_jax.runtime.errors import CheckpointError, first_line, not_written
+from pspnet_jax.runtime.errors import CheckpointError, DataError, first_line, not_written
 from pspnet_jax.runtime.paths import local
+from pspnet_jax.runtime.text import read_json, too_much
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ STEP = re.compile(r'0|[1-9][0-9]{0,9}')
 LARGEST = 2**31 - 1  # step
 MOST_CHANNELS = 4096
 MOST_BYTES = 2**36  # of a state
-MOST_TIMES = 100  # the size of its folder: parameters are noise, their averages begin as zeros
 MOST_TEXT = 2**22  # bytes of a file that is no array's; 1,000 arrays need 150 kB
 CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax writes with
 DISK = (
@@ -135,10 +135,9 @@ def _replace_metrics(folder: Path, dice: Mapping[int, float | None]) -> None:
         path = folder / str(step) / 'metrics' / 'metrics'
         if not os.path.lexists(path):
             continue
-        try:
-            same = json.loads(path.read_bytes()) == {'dice': value}
-        except (ValueError, RecursionError):
-            same = False
+        same = False
+        with contextlib.suppress(DataError):
+            same = read_json(path) == {'dice': value}
         if not same:
             logger.warning('%s is damaged, it is written anew', path)
             path.unlink()
@@ -323,12 +322,8 @@ def _check_arrays(path: Path, abstract: dict[str, Any]) -> None:
     array is cut into pieces larger than itself, which are made whole before they are read.
     """
     claimed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    most = min(MOST_BYTES, 2**26 + MOST_TIMES * _check_files(path))
-    if claimed > most:
-        raise CheckpointError(
-            f'{path} is of a network of {claimed / 2**20:,.0f} MiB, at most {most / 2**20:,.0f} '
-            'are believed of its files: they are damaged, or made to exhaust the memory'
-        )
+    if fault := too_much(path, claimed, _check_files(path), MOST_BYTES):
+        raise CheckpointError(fault)
     for part in abstract:
         where = path / part
         kind = json.loads((where / '_METADATA').read_bytes())
@@ -410,12 +405,13 @@ def set_aside(workdir: str | Path, damaged: Sequence[int]) -> None:
         logger.warning('%s is damaged, it is now in %s', source, target)
 
 
-def restore_variables(workdir: str | Path, step: int, variables: dict[str, Any]) -> dict[str, Any]:
+def restore_variables(
+    workdir: str | Path, step: int, variables: dict[str, Any], meta: dict[str, Any]
+) -> dict[str, Any]:
     """{'params', 'batch_stats'} for inference; the averaged parameters where kept.
 
-    `variables` gives shapes and dtypes; the arrays are numpy's.
+    `variables` gives shapes and dtypes, `meta` is the step's `metadata`; the arrays are numpy's.
     """
-    meta = metadata(workdir, step)
     averaged = 'ema_params' in meta['sha256']
     abstract = {'ema_params' if averaged else 'params': variables['params']}
     if jax.tree.leaves(variables.get('batch_stats', {})):

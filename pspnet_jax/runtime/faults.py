@@ -21,6 +21,7 @@ import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from pspnet_jax.runtime.errors import ConfigError, OutOfMemoryError, not_written
+from pspnet_jax.runtime.text import NOTE, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +84,13 @@ def alone(workdir: str | Path) -> Iterator[None]:
 def _owner(path: Path) -> str:
     """' by process 7 on HOST for 3.2 minutes', or '' where the file does not say."""
     try:
-        with path.open(encoding='utf-8') as file:
-            owner = json.loads(file.read(10_000))
+        owner = read_json(path, most=NOTE)
         minutes = (time.time() - float(owner['since'])) / 60
         process, host = int(owner['process']), str(owner['host'])[:64]
         if not host.isprintable() or abs(process) > 2**62:
             return ''
         return f' by process {process} on {host} for {minutes:.1f} minutes'
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return ''
 
 

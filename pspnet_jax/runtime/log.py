@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pspnet_jax.runtime.errors import LogError, not_written
+from pspnet_jax.runtime.errors import DataError, LogError, not_written
+from pspnet_jax.runtime.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +137,9 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, float | None]]]:
     damaged = []
     with path.open(encoding='utf-8', errors='replace') as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST), ''), start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
+            record = None
+            with contextlib.suppress(DataError):
+                record = parse_json(line)
             if _is_record(record):
                 yield line.strip(), record
             else:

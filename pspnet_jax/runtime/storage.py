@@ -1,12 +1,14 @@
 """Files that are whole or not there: each is written aside and takes its name at the end."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pspnet_jax.runtime.errors import DataError, not_written
 
@@ -31,6 +33,12 @@ def writing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise DataError(not_written(path, error)) from error
         raise
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """By `writing`. Raises ValueError for NaN, which JSON has not."""
+    with writing(path) as aside:
+        aside.write_text(json.dumps(tree, indent=1, allow_nan=False) + '\n')
 
 
 def sweep(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Text and JSON that may be untrusted: limited in size and time, and each fault one DataError."""
+"""What untrusted files may cost: text and JSON are limited in size, depth and time, each fault one
+DataError; and arrays are limited by the size of their file.
+"""
 
 import contextlib
 import json
@@ -14,17 +16,24 @@ from pspnet_jax.runtime.errors import DataError, one_line
 
 # A COCO file of some 100,000 outlines; parsed, text takes up to 30 times as much memory.
 MAX_BYTES = 2**26
+NOTE = 100_000  # bytes of a file that a run keeps about itself
+MOST_TIMES = 100  # the size of a file of weights: they are noise, averages begin as zeros
 
 
-def read(path: str | Path, remedy: str = 'make it again') -> str:
-    """UTF-8, with or without a byte order mark. Raises DataError, also for what is no file."""
+def read(path: str | Path, remedy: str = 'make it again', most: int | None = None) -> str:
+    """UTF-8, with or without a byte order mark, of at most so many bytes (None: MAX_BYTES).
+
+    Raises DataError, also for what is no file.
+    """
     if not os.path.isfile(path):  # a FIFO or a device would never end
         raise DataError(f'{path} is not a file: {remedy}')
     try:
         with open(path, 'rb') as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read((most or MAX_BYTES) + 1)
     except OSError as error:
         raise DataError(f'{path} can not be read ({error.strerror}): copy it again') from error
+    if most and len(data) > most:
+        raise DataError(f'{path} is larger than {most:,} bytes: {remedy}')
     if len(data) > MAX_BYTES:
         raise DataError(f'{path} is larger than {MAX_BYTES // 2**20} MiB: split it')
     try:
@@ -81,10 +90,23 @@ def parse_json(text: str, remedy: str = 'make it again') -> Any:
         raise DataError(f'not readable as JSON ({reason}): {remedy}') from error
 
 
-def read_json(path: str | Path, remedy: str = 'make it again') -> Any:
-    """Raises DataError."""
-    content = read(path, remedy)
+def read_json(path: str | Path, remedy: str = 'make it again', most: int | None = None) -> Any:
+    """`parse_json` of `read`. Raises DataError."""
+    content = read(path, remedy, most)
     try:
         return parse_json(content, remedy)
     except DataError as error:
         raise DataError(f'{path} is {error}') from error
+
+
+def too_much(path: str | Path, claimed: int, stored: int, most: int) -> str:
+    """Why a file of `stored` bytes is not believed to hold weights of `claimed` bytes; '' where it
+    is. More than `most` are never believed. For before anything of that size is made.
+    """
+    most = min(most, 2**26 + MOST_TIMES * stored)
+    if claimed <= most:
+        return ''
+    return (
+        f'{path} claims to hold {claimed / 2**20:,.0f} MiB, at most {most / 2**20:,.0f} are '
+        'believed of its size: it is damaged, or made to exhaust the memory'
+    )

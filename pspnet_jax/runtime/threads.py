@@ -23,7 +23,7 @@ def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def ahead(items: Iterable) -> Iterator:
+def prefetched(items: Iterable) -> Iterator:
     """The same items, made in a thread of their own before they are asked for."""
     items, end = iter(items), object()
     made = in_threads(lambda _: next(items, end), itertools.repeat(None), 1)

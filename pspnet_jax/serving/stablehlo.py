@@ -17,7 +17,7 @@ OUTSIDE = {f'stablehlo.{name}' for name in ('infeed', 'outfeed', 'send', 'recv')
 START_SECONDS = 300  # of the other process, on a busy machine
 SECONDS_A_MEGABYTE, SECONDS = 0.25, 10.0  # of one program
 MEMORY = 2**34  # bytes of address space for data
-ANSWER = 'from pspnet_jax import stablehlo; stablehlo.answer()'
+ANSWER = 'from pspnet_jax.serving import stablehlo; stablehlo.answer()'
 
 _reader: subprocess.Popen | None = None  # lives as long as this process: its start takes a second
 

@@ -99,8 +99,7 @@ def validate_volumes(
         functools.partial(predict, variables),
         volumes.iterate_volumes(volumes.select(slices, hosts.share(sorted(slices.intensity)))),
         order=sorted(slices.intensity),
-        intensity=intensity,
-        **evaluate_options(config),
+        **evaluate_options(config, intensity),
         each=lambda volume, pred: pictures.append(
             visualize.volume_picture(volume, pred, config.model.class_names)
         ),

@@ -25,11 +25,11 @@ import numpy as np
 
 from pspnet_jax.models.weights.sources import existing
 from pspnet_jax.runtime.errors import PretrainedError, first_line
+from pspnet_jax.runtime.text import too_much
 
 Arrays = dict[str, np.ndarray]
 
 MOST_BYTES = 2**32  # of all arrays, as float32: the largest network here has an eighth of it
-MOST_TIMES = 100  # the size of its file: weights are noise, which nothing packs so tightly
 MOST_ARRAYS = 10_000  # in a file; ResNet-152 has 932
 WRAPPERS = ('module.', 'model.', '_orig_mod.')  # in front of every name, 'module.' of DataParallel
 
@@ -62,12 +62,8 @@ def read_arrays(path: str | Path) -> Arrays:
 
 def check_size(path: Path, claimed: int) -> None:
     """Raise PretrainedError where a file of this size can't hold arrays of `claimed` bytes."""
-    most = min(MOST_BYTES, 2**26 + MOST_TIMES * path.stat().st_size)
-    if claimed > most:
-        raise PretrainedError(
-            f'{path} claims to hold {claimed / 2**20:,.0f} MiB, at most {most / 2**20:,.0f} of a '
-            'file of its size are believed: it is damaged, or made to exhaust the memory'
-        )
+    if fault := too_much(path, claimed, path.stat().st_size, MOST_BYTES):
+        raise PretrainedError(fault)
 
 
 def check_archive(path: Path) -> None:

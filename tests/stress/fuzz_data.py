@@ -1,4 +1,4 @@
-"""Readers of data for experiments.fuzz, with small valid files of every kind that they take."""
+"""Readers of data for fuzz.py, with small valid files of every kind that they take."""
 
 import base64
 import functools

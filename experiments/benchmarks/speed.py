@@ -1,7 +1,8 @@
 """Ours against the peers, in one run and in turn.
 
-  python -m experiments.speed [--cases=PART_OF_A_NAME,...] [--modes=eager,...] [--repeats=3]
-  python -m experiments.speed --cases=blog --keras_python=ENVIRONMENT/bin/python
+  python -m experiments.benchmarks.speed [--cases=PART_OF_A_NAME,...] [--modes=eager,...]
+      [--repeats=3]
+  python -m experiments.benchmarks.speed --cases=blog --keras_python=ENVIRONMENT/bin/python
 
 Each contender is a process of its own that does one step when it is told to. PyTorch is tried
 eager and compiled, channels last and not, and the fastest of the four is the peer. First the
@@ -124,7 +125,7 @@ def ours(case: dict[str, Any]) -> None:
     import jax.numpy as jnp
     import optax
 
-    from experiments.serve import serve
+    from experiments.benchmarks.serve import serve
     from pspnet_jax.config import base
     from pspnet_jax.runtime import compilation
 
@@ -214,8 +215,8 @@ class Contender:
 
 def peer_command(case: dict[str, Any]) -> list[str]:
     if case['peer'] == 'keras':
-        return [FLAGS.keras_python, '-m', 'experiments.keras_peer']
-    return [sys.executable, '-m', 'experiments.peers']
+        return [FLAGS.keras_python, '-m', 'experiments.benchmarks.keras_peer']
+    return [sys.executable, '-m', 'experiments.benchmarks.peers']
 
 
 def fastest_mode(case: dict[str, Any]) -> str:
@@ -239,7 +240,7 @@ def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
         case = {**case, 'exchange': f'{folder}/peer'}
         mode = fastest_mode(case)
         peer = Contender(peer_command(case), {**case, 'mode': mode})
-        us = [sys.executable, '-m', 'experiments.speed']
+        us = [sys.executable, '-m', 'experiments.benchmarks.speed']
         difference = Contender([*us, '--check'], case).info
         ours_ = Contender([*us, '--worker'], case)
         if ours_.info['parameters'] != peer.info['parameters']:

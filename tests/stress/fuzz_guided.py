@@ -1,4 +1,4 @@
-"""Inputs for experiments.fuzz that libFuzzer chooses: what reached new code is changed further.
+"""Inputs for fuzz.py that libFuzzer chooses: what reached new code is changed further.
 
 atheris counts what is reached in the Python of TRACED; readers in C are seen only by what our
 code makes of their answers.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import atheris
 
-from experiments import mutate
+from tests.stress import mutate
 
 TRACED = ['pspnet_jax', 'configs', 'PIL', 'nibabel', 'pydicom', 'tensorflow_datasets']
 LONGEST = 2**23  # bytes of an input

@@ -1,6 +1,7 @@
-"""Ours against PyTorch on one GPU, in minutes; experiments/gpu_speed.sh runs it.
+"""Ours against PyTorch on one GPU, in minutes; gpu_speed.sh runs it.
 
-  python -m experiments.gpu_speed --results=FILE [--seconds=440] [--case=PATTERN ...] [--tiny]
+  python -m experiments.benchmarks.gpu_speed --results=FILE [--seconds=440] [--case=PATTERN ...]
+      [--tiny]
 
 First every network's forward pass and one training step are compared with the CPU, in float32
 with TF32 off, and checked to be finite in bfloat16; batches from the device cache are compared
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import speed
+from experiments.benchmarks import speed
 from pspnet_jax.training import placement, update
 
 RESULTS = flags.DEFINE_string('results', 'experiments/results/gpu.jsonl', 'gets the lines')
@@ -304,7 +305,7 @@ def time_torch(case: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from experiments import peers
+    from experiments.benchmarks import peers
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.backends.cudnn.benchmark = True
@@ -461,7 +462,7 @@ def start(case: dict[str, Any], log) -> subprocess.Popen:
         'JAX_COMPILATION_CACHE_DIR': case['cache'],  # XLA keeps what it measured there too
     }
     return subprocess.Popen(
-        [sys.executable, '-m', 'experiments.gpu_speed', '--work', json.dumps(case)],
+        [sys.executable, '-m', 'experiments.benchmarks.gpu_speed', '--work', json.dumps(case)],
         stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
     )  # fmt: skip
 

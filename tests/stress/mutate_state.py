@@ -6,7 +6,7 @@ import random
 import struct
 import zipfile
 
-from experiments import mutate
+from tests.stress import mutate
 
 
 def change_safetensors(data: bytes, rng: random.Random) -> bytes:

@@ -1,6 +1,6 @@
 """Where a training step spends its time: PSPNet-50 at 256x256, batch 4, float32, on a CPU.
 
-  python -m experiments.profile
+  python -m experiments.benchmarks.profile
 
 One step under JAX's profiler; each operation's time goes to the stage of the network whose
 module it came from. Operations that run side by side both count. Beside it the roofline: what the
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
-from experiments import forms
+from experiments.benchmarks import forms
 from experiments.provenance import commit, device
 from pspnet_jax.runtime import compilation
 

@@ -1,8 +1,8 @@
 """Do readers refuse files that are broken or hostile, with one line and without harm?
 
-  python -m experiments.fuzz [--reader=NAME,...] --inputs=10000 --seed=0
-  python -m experiments.fuzz --reader=NAME --first=NUMBER --inputs=1 --seed=0    one input again
-  python -m experiments.fuzz --guided    atheris looks where code was reached that was not before
+  python -m tests.stress.fuzz [--reader=NAME,...] --inputs=10000 --seed=0
+  python -m tests.stress.fuzz --reader=NAME --first=NUMBER --inputs=1 --seed=0    one input again
+  python -m tests.stress.fuzz --guided    atheris looks where code was reached that was not before
 
 Each input is a valid file (or folder, one of whose files) changed at random. A reader may return
 or raise PspnetError with printable lines; all else is a failure: other errors, MemoryError, a
@@ -33,8 +33,8 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import fuzz_data, fuzz_state, mutate
 from pspnet_jax.runtime.errors import PspnetError
+from tests.stress import fuzz_data, fuzz_state, mutate
 
 READERS = {**fuzz_data.READERS, **fuzz_state.READERS}
 
@@ -100,7 +100,7 @@ def work(
     quiet = os.open(os.devnull, os.O_RDWR)
     case = root / 'deep' / 'case'
     if corpus:
-        from experiments import fuzz_guided
+        from tests.stress import fuzz_guided
     with fuzz_guided.traced() if corpus else contextlib.nullcontext():
         valid = mutate.load(seeds(root / 'seeds'))
         for one in valid:
@@ -237,7 +237,7 @@ def main(_) -> None:
 def made_by() -> dict[str, Any]:
     from experiments.provenance import commit, device
 
-    command = ' '.join(['python -m experiments.fuzz', *sys.argv[1:]])
+    command = ' '.join(['python -m tests.stress.fuzz', *sys.argv[1:]])
     return {'commit': commit(), 'command': command, 'device': device()}
 
 

@@ -1,6 +1,6 @@
 """What each form that is there for speed gives: the training step with it, and without.
 
-  python -m experiments.forms ['--names=all of them,no Winograd'] [--rounds=3]
+  python -m experiments.benchmarks.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
 Each variant is a step of PSPNet-50 (`unet:`, `vgg:` and `mobilenet_unet:` are U-Net's, PSPNet's
 on VGG16 and U-Net's on MobileNetV2) at 256x256, batch 4, float32, in a process of its own; they
@@ -199,7 +199,7 @@ def main(_) -> None:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(ROUNDS.value):
         for name in names:
-            command = [sys.executable, '-m', 'experiments.forms', '--measure', name]
+            command = [sys.executable, '-m', 'experiments.benchmarks.forms', '--measure', name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f'{name:32} {rounds[name][-1]}', flush=True)

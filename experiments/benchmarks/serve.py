@@ -1,4 +1,4 @@
-"""A program that `experiments.speed` times: it does a step when told to, and says how long.
+"""A program that speed.py times: it does a step when told to, and says how long.
 
 Standard library only, so that every peer's own environment can run it.
 """

@@ -1,6 +1,6 @@
 """Does the loader keep up with the step, and does it stay as fast and small as data grow?
 
-  python -m experiments.input --source=FOLDER [--root=BUILT]   FOLDER holds kaggle_3m
+  python -m experiments.benchmarks.input --source=FOLDER [--root=BUILT]   FOLDER holds kaggle_3m
 
 Loader: batches of a config a second, against its step's on this machine. Growth: the rate of
 the loader, of evaluation's volumes, and the memory of the process, at 100 to 10,000 slices of
@@ -153,7 +153,7 @@ def main(_) -> None:
     jobs += [('growth', count, cache) for cache in ('none', 'memory') for count in SIZES]
     for job in jobs:
         done = subprocess.run(
-            [sys.executable, '-m', 'experiments.input', '--measure', json.dumps(job)],
+            [sys.executable, '-m', 'experiments.benchmarks.input', '--measure', json.dumps(job)],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         found = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""image-segmentation-keras' vgg_pspnet as `experiments.speed` times it.
+"""image-segmentation-keras' vgg_pspnet as speed.py times it.
 
 Run by the Python of an environment of its own, where `tensorflow-cpu==2.13.*` and
 `keras-segmentation==0.3.0` are installed.
@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras_segmentation.models.pspnet import _pspnet
 from keras_segmentation.models.vgg16 import get_vgg_encoder
 
-from experiments.serve import serve
+from experiments.benchmarks.serve import serve
 
 
 def main() -> None:

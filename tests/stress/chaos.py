@@ -1,6 +1,6 @@
 """Kill a training run at random moments, start it again, and compare with one never stopped.
 
-  python -m experiments.chaos [--kills=24] [--seed=0]
+  python -m tests.stress.chaos [--kills=24] [--seed=0]
 
 `python -m pspnet_jax.main` on tiny phantoms, ended by SIGKILL while it starts, compiles, steps,
 saves, validates and evaluates: which of these is seen from outside, by what the run has written.
@@ -61,8 +61,8 @@ PHASES = {
 # Loads a run so many times from its first checkpoint on, and prints a line each.
 READER = """
 import json, sys, time
-from pspnet_jax import checkpoint
-from pspnet_jax.runs import open_run
+from pspnet_jax.inference.runs import open_run
+from pspnet_jax.runtime import checkpoint
 
 _, workdir, loads = sys.argv
 while not checkpoint.steps(workdir):
@@ -320,7 +320,7 @@ def main(_: Sequence[str]) -> None:
         'loads': len(told),
         'steps_loaded': len({line['step'] for line in told}),
         'seed': options.seed,
-        'command': f'python -m experiments.chaos --kills={options.kills} --seed={options.seed}',
+        'command': f'python -m tests.stress.chaos --kills={options.kills} --seed={options.seed}',
         'config': CONFIG,
         'device': device(),
         'versions': {'jax': jax.__version__},

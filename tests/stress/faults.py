@@ -1,9 +1,9 @@
 """Each fault that a run must survive: the tests that make it, run, and a line a fault.
 
-  python -m experiments.faults [--match=EXPRESSION]
+  python -m tests.stress.faults [--match=EXPRESSION]
 
 A line of experiments/results/reliability.jsonl says how often the fault was tried, what was lost,
-and the command that repeats it. Kills have a script of their own, experiments/chaos.py.
+and the command that repeats it. Kills have a script of their own, tests/stress/chaos.py.
 """
 
 import json
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from absl import app, flags
 
 from experiments.provenance import commit, device
@@ -34,6 +33,9 @@ class Fault(NamedTuple):
         """Of the tests, as pytest has them."""
         pairs = (test.split('::') for test in self.tests)
         return [f'tests/test_{file}.py::test_{name}' for file, name in pairs]
+
+    def command(self) -> str:
+        return f'python -m pytest {" ".join(self.names())}'
 
 
 DAMAGE = 'checkpoint::damage_is_passed_over_and_nothing_is_deleted'
@@ -90,7 +92,7 @@ FAULTS = (
           ['disk::an_export_of_before_stays'], 2),
     Fault('a file larger than the limit (EFBIG)',
           ['predict::a_full_disk_stops_it_with_one_line_and_leaves_nothing_half_written',
-           'files::a_full_disk_is_one_error_and_leaves_nothing'], 7),
+           'picture::a_full_disk_is_one_error_and_leaves_nothing'], 7),
     Fault('masks by hand in the folder of inputs or results',
           ['manifest::results_do_not_go_among_the_inputs',
            'manifest::masks_by_hand_are_neither_replaced_nor_taken_for_results'], 8),
@@ -186,7 +188,7 @@ def lines(
                 'fault': fault.fault,
                 'tries': fault.tries,
                 'lost': ', '.join(failed) or 'nothing',
-                'command': f'python -m pytest -n 0 {" ".join(fault.names())}',
+                'command': fault.command(),
                 'seconds': round(sum(seconds for _, seconds in results.values()), 1),
             }
         )
@@ -194,12 +196,14 @@ def lines(
 
 
 def main(_: Sequence[str]) -> None:
+    import jax
+
     made_by, start = commit(), time.time()
     chosen = [fault for fault in FAULTS if re.search(flags.FLAGS.match, fault.fault)]
     tests = sorted({test for fault in chosen for test in fault.names()})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
-        command = [sys.executable, '-m', 'pytest', '-q', '-n', '0', f'--junitxml={report}', *tests]
+        command = [sys.executable, '-m', 'pytest', '-q', f'--junitxml={report}', *tests]
         subprocess.run(command, check=False)
         made = lines(chosen, outcomes(report))
     about = {'commit': made_by, 'seed': 0, 'device': device(), 'versions': {'jax': jax.__version__}}

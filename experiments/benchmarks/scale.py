@@ -1,11 +1,11 @@
 """What grows with hosts: bytes that a step all-reduces, and what a checkpoint takes.
 
-  python -m experiments.scale
+  python -m experiments.benchmarks.scale
 
 For each network of `CASES` on LGG's slices: the bytes of every all-reduce in the program that XLA
 makes of the training step for two devices, the state's size, and the seconds until a save gives
 the loop back, until it is written, and until it is read and checked. A line each is added to
-experiments/results/scale.jsonl; the input's rate is experiments.input's.
+experiments/results/scale.jsonl; the input's rate is in input.jsonl.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def main() -> None:
     for name in CASES:
         environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
         done = subprocess.run(
-            [sys.executable, '-m', 'experiments.scale', name],
+            [sys.executable, '-m', 'experiments.benchmarks.scale', name],
             check=True, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         line = {

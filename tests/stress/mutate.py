@@ -1,4 +1,4 @@
-"""Valid files made broken or hostile, at random and repeatably; see experiments.fuzz."""
+"""Valid files made broken or hostile, at random and repeatably; see fuzz.py."""
 
 import csv
 import io

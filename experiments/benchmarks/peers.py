@@ -1,4 +1,4 @@
-"""The same networks in PyTorch: what tests compare with, and `experiments.speed` times."""
+"""The same networks in PyTorch: what tests compare with, and speed.py times."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.serve import serve
+from experiments.benchmarks.serve import serve
 
 
 def import_torchvision():
@@ -158,7 +158,7 @@ class PSPNet(nn.Module):
 
 
 def create(name: str, classes: int) -> nn.Module:
-    """The network of a case of `experiments.speed`; {'out', 'aux'} or one tensor comes out."""
+    """The network of a case of speed.py; {'out', 'aux'} or one tensor comes out."""
     if name.startswith('pspnet_'):
         return PSPNet(name.removeprefix('pspnet_'), classes)
     if name == 'deeplabv3_resnet50':

@@ -1,6 +1,6 @@
 """A long run of small steps: memory stays, and nothing is left open.
 
-  python -m experiments.soak [--steps=6000]
+  python -m tests.stress.soak [--steps=6000]
 
 One process trains a tiny PSPNet on picture files that are read again for every batch, and
 validates and saves often. Its memory, threads, files and children are read from outside twice a
@@ -179,7 +179,7 @@ def watch(folder: Path) -> tuple[list[Sample], dict[str, list[str]]]:
     before = set(os.listdir('/dev/shm'))
     with (folder / 'told.log').open('w') as file:
         run = subprocess.Popen(
-            [sys.executable, '-m', 'experiments.soak', f'--inside={folder}',
+            [sys.executable, '-m', 'tests.stress.soak', f'--inside={folder}',
              f'--steps={flags.FLAGS.steps}'],
             stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {'TMPDIR': str(temporary)},
@@ -247,7 +247,7 @@ def main(_: Sequence[str]) -> None:
         'left': leaked or 'nothing',
         'samples': len(samples),
         'commit': made_by,
-        'command': f'python -m experiments.soak --steps={flags.FLAGS.steps}',
+        'command': f'python -m tests.stress.soak --steps={flags.FLAGS.steps}',
         'device': device(),
         'versions': {'jax': jax.__version__},
     }

@@ -1,4 +1,4 @@
-"""Readers of state for experiments.fuzz: weights, checkpoints, configs, exports, a run's own files.
+"""Readers of state for fuzz.py: weights, checkpoints, configs, exports, a run's own files.
 
 Changes that keep their digests, lengths and checksums right are in mutate_state.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import mutate, mutate_state
 from pspnet_jax.inference import choice
 from pspnet_jax.serving import export, read
 from pspnet_jax.training import update
+from tests.stress import mutate, mutate_state
 
 CHANNELS = 3
 
@@ -224,7 +224,7 @@ def read_checkpoint(path: Path) -> None:
     meta = checkpoint.metadata(path, step)
     from_dict(meta['config'])
     fixed_intensity(meta['inputs'])
-    checkpoint.restore_variables(path, step, {'params': TREE})
+    checkpoint.restore_variables(path, step, {'params': TREE}, meta)
 
 
 def read_resume(path: Path) -> None:
@@ -313,7 +313,7 @@ def read_run(path: Path) -> None:
     with faults.alone(path):
         calibration.load(path, 7)
         if kept := choice.load(path, from_dict({}), 7, {'window': 0}):
-            choice.words(kept)
+            choice.describe(kept)
 
 
 def _built(folder: Path) -> list[Path]:

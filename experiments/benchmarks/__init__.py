@@ -1,0 +1,1 @@
+"""What measures speed: ours by itself, and against the peers."""

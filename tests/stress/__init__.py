@@ -1,0 +1,1 @@
+"""What attacks: files changed at random, kills, faults, a long run."""
