@@ -729,7 +729,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
 
 def test_the_contact_sheet_shows_each_part_under_its_name(tmp_path):
     """Every picture is of one colour, by which the sheet tells where it stands."""
-    shades = {f'p{n}': 20 + 10 * n for n in range(20)}
+    shades = {f'p{n}': 21 + 10 * n for n in range(20)}
     for name, shade in shades.items():
         write(tmp_path, name, np.full((40, 48), shade, np.uint8))
     slices, parts = sources.load(config_of(tmp_path))
