@@ -175,7 +175,7 @@ def render(
         volume_chart=lesions and charts.svg(charts.lesion_volume(lesions, volume, w)),
         bins=bins,
         calibration_chart=bins and charts.svg(charts.calibration(bins)),
-        curves=[charts.svg(each) for each in charts.run_charts(records, distance)],
+        curves={each.title: charts.svg(each) for each in charts.run_charts(records, distance)},
         legend=_legend([case for _, case in cases], _names(result)),
         heat=f'linear-gradient(to right, {", ".join(map(_css, visualize.HEAT[::51]))})',
         layers=LAYERS,
