@@ -133,9 +133,10 @@ def calibration(bins: Sequence[dict[str, Any]]) -> Chart:
         f'{b["probability"]:.3f}, frequency {b["frequency"]:.3f}'
         for b in bins
     ]
-    inside = [i for i, value in enumerate(x) if 0.2 <= value <= 0.8] or range(len(x))
-    far = max(inside, key=lambda i: abs(y[i] - x[i]))
-    above = y[far] >= x[far]
+    inside = [i for i, value in enumerate(x) if 0.2 <= value <= 0.8]
+    far = max(inside, key=lambda i: abs(y[i] - x[i]), default=None)
+    at = (0.5, float(np.interp(0.5, x, y))) if far is None else (x[far], y[far])
+    above = at[1] >= at[0]
     return Chart(
         'Calibration of the probability of foreground',
         Axis('predicted probability', (0, 1)),
@@ -144,7 +145,7 @@ def calibration(bins: Sequence[dict[str, Any]]) -> Chart:
             Line(
                 'perfectly calibrated', (0, 1), (0, 1), GRAY, '--', at=(0.5, 0.5), above=not above
             ),
-            Line('this run', x, y, form='o-', titles=titles, at=(x[far], y[far]), above=above),
+            Line('this run', x, y, form='o-', titles=titles, at=at, above=above),
         ],
     )
 
