@@ -4,8 +4,9 @@
 
 Unreadable files, missing masks, sizes and labels that do not fit are listed at once, with the
 remedy of each. Then: patients, sizes, share of each class, and pictures that are nearly the same in
-two parts of the split, which makes figures too good. CHECK/contact_sheet.png shows slices with
-their outlines, and below each how augmentation changes it.
+two parts of the split, which makes figures too good. CHECK/contact_sheet.png shows slices of
+training, validation and test with outlines, names and a legend, and how augmentation changes those
+of training.
 """
 
 from absl import flags

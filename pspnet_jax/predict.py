@@ -5,11 +5,12 @@
 
 For each picture NAME what --save lists, at the picture's own size:
 
-  mask         NAME_mask.png: 0 and 255, or class numbers with more than two classes
+  mask         NAME_mask.png: 0 and 255; with more than two classes their numbers, and a palette
+               that shows them in colour
   probability  NAME_probability.png: of class 1, 65535 is 1; with more classes one for each
   overlay      NAME_overlay.png: classes in colour, with their names
-  outline      NAME_outline.png
-  panels       NAME_panels.png: original, mask, outline on the original
+  outline      NAME_outline.png: each class in its colour, with a black line beside it
+  panels       NAME_panels.png: original, mask and outline, with captions and a legend
 
 A volume (NIfTI, DICOM, pages of a TIFF, array) gives a mask and probabilities in its own format,
 size, spacing and orientation, and pictures of the slice with most in it. A video, or a camera by

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import folder, sources, volumes
+from pspnet_jax.evaluation import visualize
 from pspnet_jax.runtime.errors import DataError
 from pspnet_jax.training import check
 from tests.conftest import tiny_config
@@ -716,7 +717,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
     assert 'no fault found' in printed
     assert '40x48x3 uint8: 8' in printed
     sheet = np.array(Image.open(tmp_path / 'out' / 'contact_sheet.png'))
-    assert sheet.shape[0] == 3 * check.CELL
+    assert sheet.shape[0] > 3 * (check.CELL + check.NAME)
     split = sources.load(config_of(tmp_path))[1]
     (a, *_), (b, *_) = split['train'], split['test']
     image = np.array(Image.open(tmp_path / 'images' / f'{a}.png')).astype(int)
@@ -724,6 +725,36 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
     Image.fromarray(noisy).save(tmp_path / 'images' / f'{b}.png')
     with pytest.raises(DataError, match=f'{a} and {b} are in two parts'):
         check.check(config_of(tmp_path), tmp_path / 'out')
+
+
+def test_the_contact_sheet_shows_each_part_under_its_name(tmp_path):
+    """Every picture is of one colour, by which the sheet tells where it stands."""
+    shades = {f'p{n}': 21 + 10 * n for n in range(20)}
+    for name, shade in shades.items():
+        write(tmp_path, name, np.full((40, 48), shade, np.uint8))
+    slices, parts = sources.load(config_of(tmp_path))
+    still = {
+        'crop': 0, 'flip': 0.0, 'flip_vertical': 0.0, 'scale': 0.0, 'rotate': 0.0, 'elastic': 0.0,
+        'gamma': 0.0, 'gain': 0.0, 'bias': 0.0, 'noise': 0.0, 'blur': 0.0, 'low_resolution': 0.0,
+    }  # fmt: skip
+    still = config_of(tmp_path).augment.to_dict() | still
+    sheet = check.contact_sheet(slices, parts, still, 0, names=('background', 'core'))
+    columns = {'train': 8, 'validation': 1, 'test': 2}  # three pictures each but for train
+    step = check.CELL + visualize.GAP
+    assert sheet.shape[1] == sum(columns.values()) * step - visualize.GAP
+    shown = {part: set() for part in parts}
+    place = iter(range(0, sheet.shape[1], step))
+    for part, many in columns.items():
+        for left in (next(place) for _ in range(many)):
+            column = sheet[:, left : left + check.CELL].reshape(-1, 3)
+            shown[part] |= {n for n, v in shades.items() if (column == v).all(-1).sum() > 500}
+    assert shown['validation'] == set(parts['validation'])
+    assert shown['test'] == set(parts['test'])
+    assert len(shown['train']) == 8
+    assert shown['train'] <= set(parts['train'])
+    legend = {tuple(color) for color in sheet[-18:].reshape(-1, 3).tolist()}
+    assert tuple(visualize.class_color(1).tolist()) in legend
+    assert tuple(visualize.class_color(2).tolist()) not in legend  # no picture has it
 
 
 def test_mixed_sizes_need_one_to_train_at(tmp_path):

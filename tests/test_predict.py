@@ -67,7 +67,8 @@ def test_a_folder_becomes_masks_overlays_and_panels(trained, tmp_path):
     mask = np.array(Image.open(tmp_path / 'out' / 'photo_mask.png'))
     assert mask.shape == (37, 50)
     assert set(np.unique(mask)) <= {0, 255}
-    assert Image.open(tmp_path / 'out' / 'photo_panels.png').size == (3 * 50 + 8, 37)
+    panels = Image.open(tmp_path / 'out' / 'photo_panels.png')
+    assert panels.width == 3 * 4 * 50 + 8  # enlarged, so that there is room for captions
 
 
 def test_one_slice_alone_is_predicted_as_within_its_volume(trained, tmp_path):
@@ -390,15 +391,16 @@ def test_pictures_show_the_mask_and_keep_the_rest():
     image = np.full((8, 8, 3), 100, np.uint8)
     mask = np.zeros((8, 8), np.uint8)
     mask[2:6, 2:6] = 1
-    for draw in (visualize.overlay, visualize.outline):
-        picture = draw(image, mask)
-        assert (picture[mask == 0] == 100).all()
+    for draw, reach in ((visualize.overlay, 0), (visualize.outline, 1)):
+        picture, far = draw(image, mask), np.ones((8, 8), bool)
+        far[2 - reach : 6 + reach, 2 - reach : 6 + reach] = False
+        assert (picture[far] == 100).all()
         assert (picture[2, 2] != 100).any()
     assert (visualize.outline(image, mask)[3:5, 3:5] == 100).all()  # a line, not a filling
     assert (image == 100).all()  # the input is left alone
     panels = visualize.three_panels(image, mask)
     assert (panels[:, :8] == image).all()
-    assert ((panels[:, 12:20] == 255).all(-1) == (mask == 1)).all()
+    assert ((panels[:, 12:20] == visualize.class_color(1)).all(-1) == (mask == 1)).all()
 
 
 def test_what_is_finished_is_skipped_and_what_is_not_is_done(trained, tmp_path):
@@ -644,7 +646,10 @@ def test_deep_pictures_are_predicted_as_they_are_and_shown_in_8_bits(trained, pr
     assert pixels.max() > 3000
     labels, _ = predictors.predict_array(predictor, pixels)
     np.testing.assert_array_equal(Image.open(tmp_path / 'out' / 'deep_mask.png'), 255 * labels)
-    shown = np.array(Image.open(tmp_path / 'out' / 'deep_panels.png'))[:, :32, 0]
+    shown = np.array(Image.open(tmp_path / 'out' / 'deep_panels.png'))
+    assert shown.shape[1] == 3 * 160 + 8
+    top = int(1.6 * 12)  # the captions; the legend is below
+    shown = shown[top : top + 5 * 40 : 5, : 5 * 32 : 5, 0]
     low, high = np.percentile(pixels, (10, 99))
     np.testing.assert_allclose(shown, np.clip((pixels[..., 0] - low) / (high - low), 0, 1) * 255,
                                atol=1)  # fmt: skip

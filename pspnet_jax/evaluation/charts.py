@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from pspnet_jax.evaluation.words import PATIENTS, Words
 from pspnet_jax.runtime import log
 from pspnet_jax.runtime.storage import writing
 
@@ -108,18 +109,18 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[list,
     return [float(np.mean(x[run])) for run in runs], [float(np.mean(y[run])) for run in runs]
 
 
-def lesion_volume(patients: Sequence[dict[str, Any]], unit: str) -> Chart:
+def lesion_volume(patients: Sequence[dict[str, Any]], unit: str, words: Words = PATIENTS) -> Chart:
     """Dice against lesion volume, a dot a patient with a lesion."""
     volume = [math.prod(p['spacing']) * p['lesion_voxels'] for p in patients]
     dice = [p['dice'] for p in patients]
     titles = [
-        f'{p["patient"]}: Dice {p["dice"]:.3f}, lesion {v:,.0f}'
+        f'{p["patient"]}: Dice {p["dice"]:.3f}, {words.lesion} {v:,.0f}'
         for p, v in zip(patients, volume, strict=True)
     ]
     return Chart(
-        'Dice against lesion volume',
-        fit(f'lesion volume in {unit}', volume, log=True),
-        fit('Dice of a patient', dice, 0.05, (0, 1)),
+        f'Dice against {words.size}',
+        fit(f'{words.size} in {unit}', volume, log=True),
+        fit(f'Dice of a {words.case}', dice, 0.05, (0, 1)),
         [Line('', volume, dice, form='o', titles=titles)],
     )
 
@@ -132,9 +133,10 @@ def calibration(bins: Sequence[dict[str, Any]]) -> Chart:
         f'{b["probability"]:.3f}, frequency {b["frequency"]:.3f}'
         for b in bins
     ]
-    inside = [i for i, value in enumerate(x) if 0.2 <= value <= 0.8] or range(len(x))
-    far = max(inside, key=lambda i: abs(y[i] - x[i]))
-    above = y[far] >= x[far]
+    inside = [i for i, value in enumerate(x) if 0.2 <= value <= 0.8]
+    far = max(inside, key=lambda i: abs(y[i] - x[i]), default=None)
+    at = (0.5, float(np.interp(0.5, x, y))) if far is None else (x[far], y[far])
+    above = at[1] >= at[0]
     return Chart(
         'Calibration of the probability of foreground',
         Axis('predicted probability', (0, 1)),
@@ -143,7 +145,7 @@ def calibration(bins: Sequence[dict[str, Any]]) -> Chart:
             Line(
                 'perfectly calibrated', (0, 1), (0, 1), GRAY, '--', at=(0.5, 0.5), above=not above
             ),
-            Line('this run', x, y, form='o-', titles=titles, at=(x[far], y[far]), above=above),
+            Line('this run', x, y, form='o-', titles=titles, at=at, above=above),
         ],
     )
 

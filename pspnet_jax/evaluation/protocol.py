@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -105,7 +106,7 @@ def evaluate_checkpoint(
         **options,
         temperature=temperature,
         label_options=labels,
-        each=functools.partial(_save_picture, workdir, digests),
+        each=functools.partial(_save_picture, workdir, digests, config.model.class_names),
         order=names,
     )
     result['data'] |= {'source': data or config.data.name, 'split': split}
@@ -117,7 +118,9 @@ def evaluate_checkpoint(
     if hosts.is_first():
         given = {'batching': options['batching'], 'temperature': temperature, **labels}
         predict = functools.partial(predict_foreground, predict_fn, **given)
-        _write(workdir, result, predict, open_volumes, config.loss.ignore_label)
+        given = {'split': split or None, 'data': data or None, 'checkpoint': which or None}
+        command = _command(workdir, given | {'group': group} | changes)
+        _write(workdir, result, predict, open_volumes, config.loss.ignore_label, command)
     return result
 
 
@@ -157,11 +160,15 @@ def _keep(
 
 
 def _save_picture(
-    workdir: str | Path, digests: list[list[Any]], volume: Volume, pred: np.ndarray
+    workdir: str | Path,
+    digests: list[list[Any]],
+    names: Sequence[str],
+    volume: Volume,
+    pred: np.ndarray,
 ) -> None:
     """Write WORKDIR/pictures/PATIENT.png, and append the patient and its slices' digests."""
     digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
-    picture = visualize.volume_picture(volume, pred)
+    picture = visualize.volume_picture(volume, pred, names)
     with writing(Path(workdir) / 'pictures' / f'{volume.patient}.png') as aside:
         Image.fromarray(picture).save(aside, 'png')
 
@@ -172,6 +179,7 @@ def _write(
     predict: Callable[[Volume], tuple[np.ndarray, np.ndarray]],
     open_volumes: Callable[[Sequence[str]], Iterator[Volume]],
     ignore_label: int,
+    command: str,
 ) -> None:
     """Write WORKDIR/evaluation.json and report.html, and print the table."""
     path = Path(workdir) / 'evaluation.json'
@@ -183,9 +191,22 @@ def _write(
     for volume in open_volumes(list(roles)):
         shown = with_ignored(volume, ignore_label)
         cases[volume.patient] = report.make_case(shown, *predict(volume))
-    page = report.write(workdir, result, [(role, cases[name]) for name, role in roles.items()])
+    shown = [(role, cases[name]) for name, role in roles.items()]
+    page = report.write(workdir, result, shown, command)
     print(table(result))
     say(f'written to {path} and {page}; pictures in {Path(workdir) / "pictures"}')
+
+
+def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
+    """What makes the same page again, to be pasted into a shell."""
+    flags = {'workdir': workdir} | {
+        key: value for key, value in options.items() if value is not None
+    }
+    words = [
+        f'--{key}={",".join(map(str, value)) if isinstance(value, tuple | list) else value}'
+        for key, value in flags.items()
+    ]
+    return shlex.join(['python', '-m', 'pspnet_jax.evaluate', *words])
 
 
 def tell_overlap(

@@ -5,6 +5,7 @@ security policy lets no script run but ours, whose digest it states.
 """
 
 import base64
+import datetime
 import hashlib
 import io
 import math
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
+from pspnet_jax.data.volumes import Volume, lesion_pixels
 from pspnet_jax.evaluation import charts, metrics, visualize
+from pspnet_jax.evaluation.words import Words, words_for
 from pspnet_jax.inference import choice
 from pspnet_jax.runtime import log
 from pspnet_jax.runtime.storage import writing
@@ -106,22 +108,37 @@ def _lesion_pixels(mask_DHW: np.ndarray) -> np.ndarray:
     return np.array([lesion_pixels(mask_HW) for mask_HW in mask_DHW])
 
 
-def write(workdir: str | Path, result: dict[str, Any], cases: Sequence[tuple[str, Case]]) -> Path:
+def write(
+    workdir: str | Path,
+    result: dict[str, Any],
+    cases: Sequence[tuple[str, Case]],
+    command: str = '',
+) -> Path:
     """WORKDIR/report.html of what `protocol.evaluate_checkpoint` found.
 
     `cases` are [(role, Case)], `extremes` with their pictures; the run's curves are read from
-    WORKDIR/metrics.jsonl. At most PICTURE_BYTES of pictures: they are made coarser until they
-    fit.
+    WORKDIR/metrics.jsonl. `command` is what makes the same page again. At most PICTURE_BYTES of
+    pictures: they are made coarser until they fit.
     """
     path = Path(workdir) / 'report.html'
-    page = render(result, log.read(workdir), cases)
+    made = {
+        'run': path.absolute().parent.name,
+        'command': command,
+        'date': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
+    }
+    page = render(result, log.read(workdir), cases, **made)
     with writing(path) as aside:
         aside.write_text(page, encoding='utf-8', errors='replace')  # names need not be UTF-8
     return path
 
 
 def render(
-    result: dict[str, Any], records: Sequence[dict[str, Any]], cases: Sequence[tuple[str, Case]]
+    result: dict[str, Any],
+    records: Sequence[dict[str, Any]],
+    cases: Sequence[tuple[str, Case]],
+    run: str = '',
+    command: str = '',
+    date: str = '',
 ) -> str:
     """The page: the template, filled with the figures, charts and pictures."""
     script = (TEMPLATES / 'report.js').read_text()
@@ -129,13 +146,18 @@ def render(
     bins = [each for each in result['calibration']['bins'] if each['voxels']]
     rows = {row['patient']: row for row in result['patients']}
     chosen = result.get('postprocessing')
-    checkpoint, structures = result['checkpoint'], result['summary']['structures']
+    structures = result['summary']['structures']
     distance = _unit(result['patients'], result['data']['spacing'])
+    w = words_for(result)
     lesions = [p for p in result['patients'] if p['dice'] is not None and p['lesion_voxels']]
     volume = _unit(lesions, result['data']['spacing'], 'cubic ')
     return _template().render(
         result,
-        title=f'{checkpoint["config"]["model"]["name"]}: evaluation of step {checkpoint["step"]}',
+        title=_title(result, run),
+        command=command,
+        date=date,
+        w=w,
+        class_names=visualize.class_words(_names(result), len(structures) + 2),
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
         f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         style=(TEMPLATES / 'report.css').read_text(),
@@ -143,16 +165,18 @@ def render(
         few=metrics.FEW,
         chosen=chosen and choice.describe(chosen, result['data']['split']),
         seen=len((result['data'].get('overlap') or {'train': ()})['train']),
-        figures=FIGURES,
-        structure_figures={name: of for name, of in FIGURES.items() if name in structures[0]},
+        figures=_fitting(FIGURES, w),
+        structure_figures={
+            name: of for name, of in _fitting(FIGURES, w).items() if name in structures[0]
+        },
         counts=COUNTS,
-        columns=FIGURES | COUNTS | SIZES,
-        pooled=POOLED,
-        volume_chart=lesions and charts.svg(charts.lesion_volume(lesions, volume)),
+        columns=_fitting(FIGURES | COUNTS | SIZES, w),
+        pooled={name: of.replace('slice', w.slice) for name, of in POOLED.items()},
+        volume_chart=lesions and charts.svg(charts.lesion_volume(lesions, volume, w)),
         bins=bins,
         calibration_chart=bins and charts.svg(charts.calibration(bins)),
-        curves=[charts.svg(each) for each in charts.run_charts(records, distance)],
-        legend=_legend([case for _, case in cases]),
+        curves={each.title: charts.svg(each) for each in charts.run_charts(records, distance)},
+        legend=_legend([case for _, case in cases], _names(result)),
         heat=f'linear-gradient(to right, {", ".join(map(_css, visualize.HEAT[::51]))})',
         layers=LAYERS,
         cases=[
@@ -197,26 +221,48 @@ def _interval(figures: dict[str, Any], digits: int) -> str:
 def _unit(patients: Sequence[dict[str, Any]], spacing: Sequence[float], cubic: str = '') -> str:
     """That of distances, or of volumes, in words; `spacing` is of those whose files have none."""
     known, mm = [row['in_mm'] for row in patients], f'{cubic}millimetres'
-    steps = 'voxels' if set(spacing) == {1.0} else f'{cubic}units of eval.spacing'
+    flat = all(row['slices'] == row['scans'] for row in patients)
+    steps = f'{cubic}units of eval.spacing'
+    if set(spacing) == {1.0}:
+        steps = 'pixels' if flat else 'voxels'
     return mm if all(known) else f'{mm} where known, else {steps}' if any(known) else steps
 
 
-def _legend(cases: Sequence[Case]) -> dict[str, list[tuple[str, str]]]:
+def _title(result: dict[str, Any], run: str) -> str:
+    """'holdout_0: unet on lgg, test': the run, its network and what it is evaluated on."""
+    data, model = result['data'], result['checkpoint']['config']['model']['name']
+    source = Path(data['source']).name or data['source']
+    split = f', {data["split"]}' if data['split'] else ''
+    return f'{run}: {model} on {source}{split}' if run else f'{model} on {source}{split}'
+
+
+def _names(result: dict[str, Any]) -> Sequence[str]:
+    """Of all classes, background first; () where they have none."""
+    return result['checkpoint']['config']['model'].get('class_names') or ()
+
+
+def _fitting(columns: dict[str, tuple[str, int]], w: Words) -> dict[str, tuple[str, int]]:
+    """Headings in the words that fit."""
+    pairs = ('Lesion', w.lesion.capitalize()), ('voxel', w.voxel), ('Slice', w.slice.capitalize())
+    found = {}
+    for key, (heading, digits) in columns.items():
+        for old, new in pairs:
+            heading = heading.replace(old, new)
+        found[key] = (heading, digits)
+    return found
+
+
+def _legend(cases: Sequence[Case], names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """{panels: [(colour, words)]} of what is to be seen in them."""
-    classes = {label for case in cases for x in (case.truth, case.pred) for label in np.unique(x)}
-    kinds = {n for case in cases for n in np.unique(visualize.difference(case.pred, case.truth))}
-    palette = visualize.label_palette()
-    return {
-        'Truth, prediction': [
-            (_css(palette[label]), 'ignored' if label == IGNORE_LABEL else f'class {label}')
-            for label in sorted(classes - {0})
-        ],
-        'Difference': [
-            (_css(color), words)
-            for kind, (words, color) in visualize.DIFFERENCE.items()
-            if kind in kinds
-        ],
+    labels, apart = [np.zeros(1, np.uint8)], [np.zeros(1, np.uint8)]
+    for case in cases:
+        labels += [np.unique(case.truth), np.unique(case.pred)]
+        apart.append(np.unique(visualize.difference(case.pred, case.truth)))
+    keys = {
+        'Truth, prediction': visualize.class_keys(np.concatenate(labels), names),
+        'Difference': visualize.difference_keys(np.concatenate(apart), names),
     }
+    return {panel: [(_css(color), words) for color, words in key] for panel, key in keys.items()}
 
 
 def _css(color: Sequence[int]) -> str:

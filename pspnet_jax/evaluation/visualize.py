@@ -1,5 +1,10 @@
-"""Pictures: uint8 arrays in, uint8 RGB arrays out."""
+"""Pictures: uint8 arrays in, uint8 RGB arrays out.
 
+A class has one colour in all of them: overlays, outlines, differences, masks and the report.
+"""
+
+import colorsys
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,19 +13,24 @@ from scipy import ndimage
 
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
 
-# Okabe and Ito's colours, told apart by colour-blind eyes: class 1, 2, ...
+# Class 1, 2, ...: told apart by colour-blind eyes, and light enough that each of them, or the black
+# line beside it, has a contrast of 3:1 with any grey (WCAG 2). The first two are Okabe and Ito's.
 COLORS = np.array(
-    [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
-     [0, 114, 178], [213, 94, 0], [204, 121, 167]], np.uint8
+    [[230, 159, 0], [86, 180, 233], [0, 255, 180], [240, 165, 195],
+     [240, 228, 66], [165, 255, 135], [150, 195, 120]], np.uint8
 )  # fmt: skip
-
-
+# Of a difference: {its value: (words, colour)}, colours that no class has. A voxel whose class is
+# right has that class's colour.
+MISSED, FALSE, OTHER = 1, 2, 3
 DIFFERENCE = {
-    1: ('in both', (150, 205, 190)),
-    2: ('predicted only', (213, 94, 0)),
-    3: ('missed', (60, 150, 230)),
-    4: ('another class', (204, 121, 167)),
+    MISSED: ('missed', (0, 105, 165)),
+    FALSE: ('false', (165, 60, 0)),
+    OTHER: ('taken for another class', (165, 0, 255)),
 }
+IGNORED = (128, 128, 128)
+GAP = 4  # pixels between pictures side by side
+LEAST = 160  # pixels across, of a picture with a caption
+Key = tuple[Sequence[int], str]  # of a legend: a colour and what it stands for
 # Black, purple, orange, yellow, white at 0, 1/4, 1/2, 3/4, 1: lightness rises all along.
 HEAT = np.stack(
     [np.interp(np.arange(256), (0, 64, 128, 192, 255), c)
@@ -29,8 +39,41 @@ HEAT = np.stack(
 
 
 def class_color(label: int) -> np.ndarray:
-    """RGB uint8 of class `label` >= 1; they repeat after seven."""
-    return COLORS[(label - 1) % len(COLORS)]
+    """RGB uint8 of class `label`, 1 to 254: no two classes have the same."""
+    if label <= len(COLORS):
+        return COLORS[label - 1]
+    turn = label * 0.618034  # hues that follow one another are far apart
+    rgb = np.array(colorsys.hsv_to_rgb(turn % 1, 0.3 + 0.15 * (label % 3), 1 - label / 2000))
+    while luminance(rgb) < 0.41:
+        rgb += 0.1 * (1 - rgb)
+    return np.rint(255 * rgb).astype(np.uint8)
+
+
+def luminance(rgb_3: np.ndarray) -> float:
+    """WCAG's relative luminance of a colour, 0 to 1 a channel."""
+    linear = np.where(rgb_3 <= 0.04045, rgb_3 / 12.92, ((rgb_3 + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def class_words(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """What the classes are called, background first: `names`, or where there are none 'class 1'."""
+    return tuple(names) or ('background', *(f'class {n}' for n in range(1, num_classes)))
+
+
+def class_keys(labels: np.ndarray, names: Sequence[str]) -> list[Key]:
+    """The legend's entries of the classes in an array of labels; `names` as in `class_words`."""
+    names = class_words(names, 256)
+    return [
+        (IGNORED, 'ignored') if label == IGNORE_LABEL else (class_color(label), names[label])
+        for label in np.unique(labels[labels > 0]).tolist()
+    ]
+
+
+def difference_keys(difference_HW: np.ndarray, names: Sequence[str]) -> list[Key]:
+    """The legend's entries of an array that `difference` made."""
+    right = class_keys(np.maximum(difference_HW, OTHER) - OTHER, names)
+    errors = [(color, words) for n, (words, color) in DIFFERENCE.items() if n in difference_HW]
+    return [(color, f'{words}, right') for color, words in right] + errors
 
 
 def to_uint8(image_HWC: np.ndarray, low_C: np.ndarray, high_C: np.ndarray) -> np.ndarray:
@@ -52,11 +95,108 @@ def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
 
 def overlay(image_HWC: np.ndarray, mask_HW: np.ndarray, alpha: float = 0.45) -> np.ndarray:
     """The picture with each class tinted in its colour."""
-    picture = to_rgb(image_HWC).astype(np.float32)
+    return _tinted(image_HWC, mask_HW, label_palette(), alpha)
+
+
+def _tinted(
+    image_HWC: np.ndarray, index_HW: np.ndarray, palette: np.ndarray, alpha: float
+) -> np.ndarray:
+    picture, inside = to_rgb(image_HWC), index_HW > 0
+    mixed = (1 - alpha) * picture[inside] + alpha * palette[index_HW[inside]]
+    picture[inside] = mixed.astype(np.uint8)
+    return picture
+
+
+def outline(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """The picture with a line along the inner edge of each class in its colour, and a black one
+    beside it, so that one of the two is seen on any background.
+
+    The black line lies outside, and within where another class or the border leaves no room. Each
+    is a pixel wide, in large pictures a 512th of the longer side.
+    """
+    picture, width = to_rgb(image_HWC), max(1, round(max(mask_HW.shape) / 512))
+    line = np.zeros(mask_HW.shape, bool)
     for label in np.unique(mask_HW[mask_HW > 0]):
         inside = mask_HW == label
-        picture[inside] = (1 - alpha) * picture[inside] + alpha * class_color(label)
-    return picture.astype(np.uint8)
+        line |= inside & ~ndimage.binary_erosion(inside, iterations=width)
+
+    def around(pixels_HW: np.ndarray) -> np.ndarray:
+        return ndimage.binary_dilation(pixels_HW, iterations=width)
+
+    black = around(line) & (mask_HW == 0)
+    black |= around(line & ~around(black)) & ~line
+    picture[black] = 0
+    picture[line] = label_palette()[mask_HW[line]]
+    return picture
+
+
+def mask_picture(mask_HW: np.ndarray) -> np.ndarray:
+    """Each class in its colour, on black."""
+    return label_palette()[mask_HW]
+
+
+@functools.cache
+def label_palette() -> np.ndarray:
+    """(256, 3) uint8: the colour of each label; background black, ignored grey."""
+    palette = np.stack([(0, 0, 0), *map(class_color, range(1, 255)), IGNORED])
+    return palette.astype(np.uint8)
+
+
+def difference_palette() -> np.ndarray:
+    """(256, 3) uint8: the colours of `difference`; where there is none, black."""
+    errors = [color for _, color in DIFFERENCE.values()]
+    return np.concatenate([[(0, 0, 0)], errors, label_palette()[1:253]]).astype(np.uint8)
+
+
+def difference(pred_HW: np.ndarray, true_HW: np.ndarray) -> np.ndarray:
+    """H W uint8: a key of DIFFERENCE; of a class that is right OTHER + its label (at most 252); 0
+    where both are background or the truth is ignored.
+    """
+    found = OTHER + np.minimum(true_HW, 252).astype(np.uint8)
+    found = np.where(pred_HW == true_HW, found, OTHER)
+    found = np.where(true_HW == 0, FALSE, np.where(pred_HW == 0, MISSED, found))
+    counted = ((pred_HW > 0) | (true_HW > 0)) & (true_HW != IGNORE_LABEL)
+    return np.where(counted, found, 0).astype(np.uint8)
+
+
+def difference_picture(
+    image_HWC: np.ndarray, pred_HW: np.ndarray, true_HW: np.ndarray, alpha: float = 0.85
+) -> np.ndarray:
+    """The picture tinted by what is right, missed, false and taken for another class."""
+    return _tinted(image_HWC, difference(pred_HW, true_HW), difference_palette(), alpha)
+
+
+def three_panels(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """H 3W+gaps 3: original, predicted mask, outline on the original (the blog's figure)."""
+    gap = np.full((image_HWC.shape[0], GAP, 3), 255, np.uint8)
+    panels = (to_rgb(image_HWC), gap, mask_picture(mask_HW), gap, outline(image_HWC, mask_HW))
+    return np.concatenate(panels, axis=1)
+
+
+def volume_picture(volume: Volume, pred_DHW: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
+    """The slice with most in its truth: image, truth, prediction and difference, with captions.
+
+    `names` are of all classes, background first, or none.
+    """
+    pixels = [lesion_pixels(mask_HW) for mask_HW in volume.mask]
+    d = int(np.argmax(pixels)) if any(pixels) else len(pixels) // 2
+    image, truth, pred = volume.image[d], volume.mask[d], pred_DHW[d]
+    title = volume.patient
+    if len(pixels) > 1:
+        which = 'the one with most in the truth' if any(pixels) else 'nothing in the truth'
+        title += f', slice {volume.slices[d]} ({which})'
+    apart = difference(pred, truth)
+    return framed(
+        [('image', to_rgb(image)), ('truth', outline(image, truth)),
+         ('prediction', outline(image, pred)),
+         ('difference', difference_picture(image, pred, truth))],
+        [*class_keys(np.stack([truth, pred]), names),
+         *((color, words) for n, (words, color) in DIFFERENCE.items() if n in apart)],
+        title,
+    )  # fmt: skip
+
+
+# Words in and around pictures.
 
 
 def legend(picture_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -> np.ndarray:
@@ -65,77 +205,74 @@ def legend(picture_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -
     `names` are of all classes, background first; without, they are 'class 1' ... A picture that
     the box would take more than half of stays as it is.
     """
-    labels = np.unique(mask_HW[mask_HW > 0]).tolist()
+    keys = class_keys(mask_HW, names)
     size = min(max(len(picture_HWC) // 24, 10), 40)
     font, row = ImageFont.load_default(size), round(1.4 * size)
-    words = [names[label] if names else f'class {label}' for label in labels]
-    width = round(2.4 * size + max((font.getlength(word) for word in words), default=0))
-    height = row * len(labels) + size // 2
-    if not labels or 2 * width > picture_HWC.shape[1] or 2 * height > len(picture_HWC):
+    width = round(2.4 * size + max((font.getlength(words) for _, words in keys), default=0))
+    height = row * len(keys) + size // 2
+    if not keys or 2 * width > picture_HWC.shape[1] or 2 * height > len(picture_HWC):
         return picture_HWC
     canvas = Image.fromarray(picture_HWC)
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((0, 0, width, height), fill=(0, 0, 0))
-    for i, (label, word) in enumerate(zip(labels, words, strict=True)):
-        left, top = size // 2, size // 3 + row * i
-        draw.rectangle(
-            (left, top, left + size, top + size), fill=tuple(class_color(label).tolist())
-        )
-        draw.text((left + 1.4 * size, top + size / 2), word, (255, 255, 255), font, anchor='lm')
+    for i, (color, words) in enumerate(keys):
+        _entry(draw, (size // 2, size // 3 + row * i), size, font, color, words, 'white')
     return np.array(canvas)
 
 
-def outline(
-    image_HWC: np.ndarray, mask_HW: np.ndarray, color: np.ndarray | None = None
+def framed(
+    panels: Sequence[tuple[str, np.ndarray]], keys: Sequence[Key] = (), title: str = ''
 ) -> np.ndarray:
-    """The picture with a one-pixel line along the inner edge of each class."""
-    picture = to_rgb(image_HWC)
-    for label in np.unique(mask_HW[mask_HW > 0]):
-        inside = mask_HW == label
-        edge = inside & ~ndimage.binary_erosion(inside)
-        picture[edge] = class_color(label) if color is None else color
-    return picture
+    """RGB pictures of one size side by side on white: the title above all, the caption above each,
+    the legend below.
+
+    Small pictures are enlarged by a whole number, to at least LEAST pixels across, so that there is
+    room for words; a pixel stays a square of one colour.
+    """
+    height, width = panels[0][1].shape[:2]
+    zoom = -(-LEAST // width)
+    height, width = zoom * height, zoom * width
+    size = min(max(width // 24, 12), 40)
+    font, row = ImageFont.load_default(size), round(1.6 * size)
+    total = len(panels) * width + (len(panels) - 1) * GAP
+    lines, left = [[]], 0.0
+    for color, words in keys:
+        words = fitted(words, font, total - 2 * size)
+        wide = 2.6 * size + font.getlength(words)
+        if lines[-1] and left + wide > total:
+            lines, left = [*lines, []], 0.0
+        lines[-1].append((left, color, words))
+        left += wide
+    top = row * (1 + bool(title))
+    canvas = Image.new('RGB', (total, top + height + row * (len(lines) if keys else 0)), 'white')
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        text = fitted(title, font, total - size)
+        draw.text((size // 3, row / 2), text, 'black', font, anchor='lm')
+    for i, (caption, picture) in enumerate(panels):
+        left = i * (width + GAP)
+        text = fitted(caption, font, width - size // 3)
+        draw.text((left + size // 3, top - row / 2), text, 'black', font, anchor='lm')
+        canvas.paste(Image.fromarray(picture.repeat(zoom, 0).repeat(zoom, 1)), (left, top))
+    for n, line in enumerate(lines):
+        for left, color, words in line:
+            place = round(left + size / 3), round(top + height + row * n + 0.3 * size)
+            _entry(draw, place, size, font, color, words, 'black')
+    return np.array(canvas)
 
 
-def mask_picture(mask_HW: np.ndarray) -> np.ndarray:
-    """Class 1 white, further classes in their colours, on black."""
-    picture = np.zeros((*mask_HW.shape, 3), np.uint8)
-    picture[mask_HW == 1] = 255
-    for label in np.unique(mask_HW[mask_HW > 1]):
-        picture[mask_HW == label] = class_color(label)
-    return picture
+def fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, or its start and end where it is wider than that many pixels."""
+    text = ''.join(c if c.isprintable() else '?' for c in text)[:500]
+    kept = text
+    while len(kept) > 4 and font.getlength(kept) > width:
+        half = (len(kept) - 4) / 2
+        kept = f'{text[: int(half + 0.5)]}...{text[len(text) - int(half) :]}'
+    return kept
 
 
-def label_palette() -> np.ndarray:
-    """(256, 3) uint8: the colour of each label; background black, ignored grey."""
-    palette = np.stack([class_color(label) for label in range(1, 257)])
-    return np.concatenate([[[0, 0, 0]], palette[:254], [[128, 128, 128]]]).astype(np.uint8)
-
-
-def difference_palette() -> np.ndarray:
-    """(5, 3) uint8: the colours of `difference`; where there is none, black."""
-    return np.array([(0, 0, 0), *(color for _, color in DIFFERENCE.values())], np.uint8)
-
-
-def difference(pred_HW: np.ndarray, true_HW: np.ndarray) -> np.ndarray:
-    """H W uint8: a key of DIFFERENCE; 0 where both are background or the truth is ignored."""
-    pred, true = pred_HW > 0, true_HW > 0
-    found = np.where(pred_HW == true_HW, 1, 4)
-    found = np.where(pred & ~true, 2, np.where(true & ~pred, 3, found))
-    return np.where((pred | true) & (true_HW != IGNORE_LABEL), found, 0).astype(np.uint8)
-
-
-def three_panels(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """H 3W+gaps 3: original, predicted mask, outline on the original (the blog's figure)."""
-    gap = np.full((image_HWC.shape[0], 4, 3), 255, np.uint8)
-    panels = (to_rgb(image_HWC), gap, mask_picture(mask_HW), gap, outline(image_HWC, mask_HW))
-    return np.concatenate(panels, axis=1)
-
-
-def volume_picture(volume: Volume, pred_DHW: np.ndarray) -> np.ndarray:
-    """H 3W 3: the slice with most lesion, with its true and its predicted outline."""
-    pixels = [lesion_pixels(mask_HW) for mask_HW in volume.mask]
-    d = int(np.argmax(pixels)) if any(pixels) else len(pixels) // 2
-    image, gap = volume.image[d], np.full((volume.image.shape[1], 4, 3), 255, np.uint8)
-    panels = (to_rgb(image), gap, outline(image, volume.mask[d]), gap, outline(image, pred_DHW[d]))
-    return np.concatenate(panels, axis=1)
+def _entry(draw, place: tuple[int, int], size: int, font, color, words: str, ink: str) -> None:
+    """A swatch with its words."""
+    left, top = place
+    draw.rectangle((left, top, left + size, top + size), fill=tuple(map(int, color)))
+    draw.text((left + 1.4 * size, top + size / 2), words, ink, font, anchor='lm')

@@ -1,6 +1,7 @@
 """The files that a prediction writes, and their names."""
 
 import errno
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -96,19 +97,30 @@ def _write(
             if kind == 'mask':
                 shades = num_classes == 2 and ending in ('.png', '.tif')
                 values = labels_DHW * np.uint8(255) if shades else labels_DHW
-                formats.write_labels(f'{path}{ending}', values, picture)
+                palette = visualize.label_palette() if num_classes > 2 else None
+                formats.write_labels(f'{path}{ending}', values, picture, palette)
             elif kind == 'probability':
                 formats.write_probabilities(f'{path}{ending}', prob_DHWK[..., label], picture)
             else:
-                pixels = draw(kind, shown, labels_DHW[d], config.model.class_names)
+                drawn = captioned if kind == 'panels' else functools.partial(draw, kind)
+                pixels = drawn(shown, labels_DHW[d], config.model.class_names)
                 with writing(Path(f'{path}.png')) as aside:
                     Image.fromarray(pixels).save(aside, 'png')
 
 
 def draw(kind: str, image_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The RGB picture that a kind of result is."""
+    """The RGB picture that a kind of result is, of a size that depends on the image's alone."""
     if kind == 'panels':
         return visualize.three_panels(image_HWC, mask_HW)
-    if kind == 'outline':
-        return visualize.outline(image_HWC, mask_HW)
-    return visualize.legend(visualize.overlay(image_HWC, mask_HW), mask_HW, names)
+    drawn = visualize.outline if kind == 'outline' else visualize.overlay
+    return visualize.legend(drawn(image_HWC, mask_HW), mask_HW, names)
+
+
+def captioned(image_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """The panels with captions above and a legend below."""
+    panels = [
+        ('image', visualize.to_rgb(image_HWC)),
+        ('mask', visualize.mask_picture(mask_HW)),
+        ('outline', visualize.outline(image_HWC, mask_HW)),
+    ]
+    return visualize.framed(panels, visualize.class_keys(mask_HW, names))

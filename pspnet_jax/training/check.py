@@ -1,11 +1,11 @@
 """What is in a data set, and what is wrong with it."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from pspnet_jax.config import validate
 from pspnet_jax.data import sources, volumes
@@ -18,8 +18,9 @@ from pspnet_jax.training.start import normalize_by_weights
 
 THUMB = 16  # pixels a side of what is compared
 ALIKE = 0.999  # correlation of two thumbnails from which they are the same picture
-SHEET = 12  # columns of the contact sheet
+SHEET = {'train': 8, 'validation': 2, 'test': 2}  # columns of the contact sheet, at most
 CELL = 160  # pixels a side of its pictures
+NAME = 18  # pixels below each, for its name
 
 
 def statistics(slices: Slices) -> tuple[dict[str, int], dict[int, int], np.ndarray]:
@@ -57,15 +58,57 @@ def leaks(
 
 
 def contact_sheet(
-    slices: Slices, augment_options: dict, seed: int, ignore_label: int = IGNORE_LABEL
+    slices: Slices,
+    parts: Mapping[str, Sequence[str]],
+    augment_options: dict,
+    seed: int,
+    ignore_label: int = IGNORE_LABEL,
+    names: Sequence[str] = (),
 ) -> np.ndarray:
-    """RGB uint8: SHEET slices with most lesion, one a patient where there are enough, with their
-    outlines; below each two of its augmentations, as the network gets them.
+    """RGB uint8: slices with most lesion of each part, one a patient where there are enough, with
+    their outlines and names, and a legend.
+
+    A column of 'train' is a slice and two of its augmentations, as the network gets them; a column
+    of another part is three slices, which are never augmented. `names` are of all classes.
     """
     import jax
 
-    rows, seen = [], set()
+    columns, seen = [], np.zeros(256, bool)
+    for part, most in SHEET.items():
+        chosen = volumes.select(slices, parts.get(part, ()))
+        rows = _with_most(chosen)[: most if part == 'train' else 3 * most]
+        cells = []
+        for row in rows:
+            image, mask = chosen.read(int(chosen.key[row]))
+            intensity = chosen.intensity[chosen.patient[row]]
+            shown = np.where(mask == ignore_label, IGNORE_LABEL, mask).astype(np.uint8)
+            seen[np.unique(shown)] = True
+            picture = visualize.outline(visualize.to_uint8(image, *intensity[:2]), shown)
+            cells.append(_cell(picture, _name(chosen, row)))
+            normal = volumes.normalize(image, intensity)
+            for n in range(2 if part == 'train' else 0):
+                key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
+                changed, labels = augment(
+                    key, normal, mask.astype(np.int32), ignore_label=ignore_label, **augment_options
+                )
+                changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
+                picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
+                labels = np.asarray(labels)
+                labels = np.where(labels == ignore_label, 0, labels).astype(np.uint8)
+                cells.append(_cell(visualize.outline(picture, labels), f'augmented {n + 1}'))
+        empty = np.full_like(cells[0], 255) if cells else None
+        for first in range(0, len(cells), 3):
+            column = [*cells[first : first + 3], empty, empty][:3]
+            columns.append((part, np.concatenate(column)))
+    keys = visualize.class_keys(np.flatnonzero(seen), names)
+    return visualize.framed(columns, keys)
+
+
+def _with_most(slices: Slices) -> list[int]:
+    """All rows, by area of lesion: first one of each patient, then the others."""
+    first, rest, seen = [], [], set()
     for row in np.argsort(-slices.lesion_pixels, kind='stable').tolist():
+<<<<<<< HEAD
         if slices.patient[row] not in seen:
             seen.add(slices.patient[row])
             rows.append(row)
@@ -88,14 +131,30 @@ def contact_sheet(
             cells.append(_cell(visualize.outline(picture, labels)))
         columns.append(np.concatenate(cells))
     return np.concatenate(columns, axis=1)
+=======
+        (rest if slices.patient[row] in seen else first).append(row)
+        seen.add(slices.patient[row])
+    return first + rest
+>>>>>>> pics22
 
 
-def _cell(picture: np.ndarray) -> np.ndarray:
-    """The picture inside CELL x CELL, on grey."""
+def _name(slices: Slices, row: int) -> str:
+    """The patient's, and where there are several slices of it the slice's number."""
+    patient = str(slices.patient[row])
+    several = np.count_nonzero(slices.patient == patient) > 1
+    return f'{patient}, {slices.slice[row]}' if several else patient
+
+
+def _cell(picture: np.ndarray, name: str) -> np.ndarray:
+    """The picture inside CELL x CELL, on grey, and its name below."""
     image = Image.fromarray(picture)
     image.thumbnail((CELL - 4, CELL - 4))
-    cell = Image.new('RGB', (CELL, CELL), (60, 60, 60))
+    cell = Image.new('RGB', (CELL, CELL + NAME), 'white')
+    cell.paste((60, 60, 60), (0, 0, CELL, CELL))
     cell.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
+    font = ImageFont.load_default(11)
+    words = visualize.fitted(name, font, CELL - 6)
+    ImageDraw.Draw(cell).text((3, CELL + NAME / 2), words, 'black', font, anchor='lm')
     return np.asarray(cell)
 
 
@@ -131,13 +190,18 @@ def check(config, out: str | Path) -> None:
     total = sum(pixels.values())
     shares = (f'{label}: {100 * n / total:.2f} %' for label, n in pixels.items())
     print('classes    ' + ', '.join(shares))
-    train = volumes.select(slices, parts['train'])
-    if config.data.size:
-        train = volumes.resized(train, config.data.size)
+    shown = volumes.resized(slices, config.data.size) if config.data.size else slices
     if config.data.normalize == 'buda':
-        train = volumes.measured(train, 'buda')
+        shown = volumes.measured(shown, 'buda')
     path = Path(out) / 'contact_sheet.png'
-    sheet = contact_sheet(train, config.augment.to_dict(), config.seed, config.loss.ignore_label)
+    sheet = contact_sheet(
+        shown,
+        parts,
+        config.augment.to_dict(),
+        config.seed,
+        config.loss.ignore_label,
+        config.model.class_names or slices.class_names,
+    )
     with writing(path) as aside:
         Image.fromarray(sheet).save(aside, 'png')
     say(f'written to {path}')

@@ -98,7 +98,9 @@ def validate_volumes(
         volumes.iterate_volumes(volumes.select(slices, hosts.share(sorted(slices.intensity)))),
         order=sorted(slices.intensity),
         **evaluate_options(config, intensity),
-        each=lambda volume, pred: pictures.append(visualize.volume_picture(volume, pred)),
+        each=lambda volume, pred: pictures.append(
+            visualize.volume_picture(volume, pred, config.model.class_names)
+        ),
     )
     step, summary = int(state.step), result['summary']
     dice = summary['dice']['mean']

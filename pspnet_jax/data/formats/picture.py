@@ -133,16 +133,20 @@ def output_suffix(like: Picture) -> str:
     return '.tif' if len(like.image) > 1 else '.png'
 
 
-def write_labels(path: str | Path, labels_DHW: np.ndarray, like: Picture) -> None:
+def write_labels(
+    path: str | Path, labels_DHW: np.ndarray, like: Picture, palette: np.ndarray | None = None
+) -> None:
     """Write whole numbers on the grid of `like`'s file; `path` ends as `output_suffix` says.
 
     NIfTI and DICOM: a NIfTI volume of the input's shape, orientation and affine. Pages: a TIFF of
     as many. Flat: a PNG of 8 bits, or 16 where a label is above 255; for a folder of slices a
-    folder of PNGs with their names. Raises DataError; then nothing is left of the file.
+    folder of PNGs with their names. `palette`, (256, 3) uint8, is what PNGs of 8 bits show the
+    numbers in: their pixels are still the numbers. Raises DataError; then nothing is left of the
+    file.
     """
     placed = isinstance(like.geometry, Geometry)
     kinds = (np.uint8, np.int16, np.int32) if placed else (np.uint8, np.uint16)
-    _write(Path(path), _smallest(_as_labels(labels_DHW, path), kinds, path), like)
+    _write(Path(path), _smallest(_as_labels(labels_DHW, path), kinds, path), like, palette)
 
 
 def write_probabilities(path: str | Path, prob_DHW: np.ndarray, like: Picture) -> None:
@@ -362,7 +366,9 @@ def _check_kind(values: np.ndarray, path: str | Path) -> None:
 # Writing.
 
 
-def _write(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
+def _write(
+    path: Path, values_DHW: np.ndarray, like: Picture, palette: np.ndarray | None = None
+) -> None:
     path = path.expanduser()
     if values_DHW.shape != like.image.shape[:3]:
         raise DataError(
@@ -389,4 +395,7 @@ def _write(path: Path, values_DHW: np.ndarray, like: Picture) -> None:
                     options = {'save_all': True, 'append_images': pages}
                     next(pages).save(file, 'tiff', compression='tiff_deflate', **options)
                 else:
-                    Image.fromarray(values_HW).save(file, 'png')
+                    picture = Image.fromarray(values_HW)
+                    if palette is not None and picture.mode == 'L':
+                        picture.putpalette(palette.tobytes())  # makes its mode 'P'
+                    picture.save(file, 'png')

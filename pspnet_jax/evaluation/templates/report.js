@@ -40,3 +40,6 @@ for (const article of document.querySelectorAll('.case')) {
   slider.addEventListener('input', show);
   show();
 }
+addEventListener('beforeprint', () => {
+  for (const details of document.querySelectorAll('details')) details.open = true;
+});
