@@ -295,7 +295,7 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     data set that was built from other files is built anew. Raises DataError.
     """
     data_dir = str(Path(out).expanduser()) if out else None
-    with _sound(data_dir):
+    with _sound(data_dir), _quiet_tfds():
         builder = Lgg(data_dir=data_dir, file_format='array_record')
         if builder.is_prepared() and not source:
             return builder
@@ -305,14 +305,32 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
         if not faults and builder.info.metadata.get('fingerprint') == fingerprint(cases):
             return builder
         check(source)  # the old data set goes only where a new one can be built
-        logger.info('%s is of other files than %s: building anew', builder.data_dir, source)
+        logger.info('%s was built from other files: it is built again', builder.data_dir)
         epath.Path(builder.data_dir).rmtree()
-        builder = Lgg(data_dir=data_dir, file_format='array_record')
-    logger.info('building %s from %d patients in %s', builder.data_dir, len(cases), source)
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
+        with _quiet_tfds():
+            builder = Lgg(data_dir=data_dir, file_format='array_record')
+    logger.info(
+        'building the LGG data set from %s (%d cases): about half a minute', source, len(cases)
     )
+    with _quiet_tfds():
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
+        )
     return builder
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """No bars and no warnings of tfds about folders that it passes over: we print one line."""
+    theirs = logging.getLogger('absl')
+    level = theirs.level
+    tfds.disable_progress_bar()
+    theirs.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        theirs.setLevel(level)
 
 
 @contextlib.contextmanager
