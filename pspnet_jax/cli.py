@@ -116,7 +116,7 @@ def run(main: Callable[[], None]) -> None:
             if 'coordinator' in options:
                 given = (options.coordinator, options.num_processes, options.process_id)
                 hosts.start(*given, options.host_timeout)
-            logger.info('device: %s', devices.describe())
+            logger.info('%s', devices.describe())
             if advice := devices.idle_gpu():
                 logger.warning('%s', advice)
             main()

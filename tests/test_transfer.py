@@ -215,7 +215,9 @@ def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog)
 def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
     inputs = {'channels': 1, 'normalization': weights.IMAGENET._asdict()}
     checkpoint.check_inputs({**inputs, 'range': [[0.0], [4095.0]]}, 'run')
-    with pytest.raises(CheckpointError, match='that is none of ours'):
+    with pytest.raises(
+        CheckpointError, match='is not a checkpoint of pspnet_jax: its network takes'
+    ):
         checkpoint.check_inputs({**inputs, 'range': scale}, 'run')
     checkpoint.check_inputs({'channels': 1, 'normalization': 'buda'}, 'run')
     for how, more in (
@@ -223,7 +225,9 @@ def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
         ('buda', {'range': [[0], [1]]}),
         ('other', {}),
     ):
-        with pytest.raises(CheckpointError, match='that is none of ours'):
+        with pytest.raises(
+            CheckpointError, match='is not a checkpoint of pspnet_jax: its network takes'
+        ):
             checkpoint.check_inputs({'channels': 1, 'normalization': how, **more}, 'run')
 
 

@@ -288,6 +288,20 @@ def fingerprint(cases: Sequence[Case]) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """No bars of tfds and no warnings about folders that it passes over: we print one line."""
+    theirs = logging.getLogger('absl')
+    level = theirs.level
+    tfds.disable_progress_bar()
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
+
+
+@_quiet_tfds()
 def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     """The built data set in `out` (default: tfds' own folder), built where it is missing.
 
@@ -295,7 +309,7 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     data set that was built from other files is built anew. Raises DataError.
     """
     data_dir = str(Path(out).expanduser()) if out else None
-    with _sound(data_dir), _quiet_tfds():
+    with _sound(data_dir):
         builder = Lgg(data_dir=data_dir, file_format='array_record')
         if builder.is_prepared() and not source:
             return builder
@@ -307,30 +321,15 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
         check(source)  # the old data set goes only where a new one can be built
         logger.info('%s was built from other files: it is built again', builder.data_dir)
         epath.Path(builder.data_dir).rmtree()
-        with _quiet_tfds():
-            builder = Lgg(data_dir=data_dir, file_format='array_record')
+        builder = Lgg(data_dir=data_dir, file_format='array_record')
     logger.info(
         'building the LGG data set from %s (%d cases): about half a minute', source, len(cases)
     )
-    with _quiet_tfds():
+    with contextlib.redirect_stdout(io.StringIO()):  # what tfds prints
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
         )
     return builder
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """No bars and no warnings of tfds about folders that it passes over: we print one line."""
-    theirs = logging.getLogger('absl')
-    level = theirs.level
-    tfds.disable_progress_bar()
-    theirs.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        theirs.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def read_metrics(
     *,
     log: MetricLog | Silent,
     rate: Callable,
-    train: ConfigDict,
+    config: ConfigDict,
 ) -> tuple[float, int]:
     """(last loss, updates skipped so far), `loss` and `skipped` before these updates: wait for
     them, log each `train.log_every`-th.
@@ -62,6 +62,7 @@ def read_metrics(
     skipped update is logged with their count so far, and None for what is NaN or infinite. Raises
     NonFiniteLossError where one is not skipped, and where more than `train.max_skipped` were.
     """
+    train = config.train
     for first, metrics in pending:
         vectors = {name: np.asarray(vector).tolist() for name, vector in metrics.items()}
         was_skipped = vectors.pop('skipped', [0.0] * len(vectors['loss']))
@@ -72,7 +73,7 @@ def read_metrics(
             skipped += int(skip)
             sound = all(map(math.isfinite, values.values()))
             if (not sound and not skip) or skipped > train.max_skipped:
-                raise NonFiniteLossError(not_finite(step, values, skipped * skip))
+                raise NonFiniteLossError(not_finite(step, values, skipped, config))
             values = {n: v if math.isfinite(v) else None for n, v in values.items()}
             if skip:
                 logger.warning(
@@ -85,16 +86,19 @@ def read_metrics(
     return loss, skipped
 
 
-def not_finite(step: int, values: dict[str, float], skipped: int) -> str:
-    """What to do about it; `skipped` updates of the run were such, where they are skipped."""
-    found = ', '.join(f'{name} {x:g}' for name, x in values.items() if not math.isfinite(x))
-    remedy = '' if skipped else ', or skip such updates with --config.train.nan_policy=skip'
-    limit = f'; it is update {skipped} of this kind, one more than train.max_skipped'
+def not_finite(step: int, values: dict[str, float], skipped: int, config: ConfigDict) -> str:
+    """What happened, and what to do; `skipped` updates of the run were such."""
+    train, found = config.train, [f'{n} {x}' for n, x in values.items() if not math.isfinite(x)]
+    count, skip = '', 'skip such updates (--config.train.nan_policy=skip)'
+    if train.nan_policy == 'skip':
+        count = f', update {skipped} of this kind, of which train.max_skipped={train.max_skipped}'
+        count += ' may be skipped'
+        skip = f'allow more (--config.train.max_skipped={10 * (train.max_skipped or 1)})'
+    lower = f'--config.optim.learning_rate={config.optim.learning_rate / 10:g}'
     return (
-        f'step {step}: the loss or its gradient is NaN or infinite ({found}){limit * bool(skipped)}'
-        '. Lower --config.optim.learning_rate, or raise --config.optim.warmup_steps; look for '
-        'faults in the data with python -m pspnet_jax.check, and at optim.clip_norm and the class '
-        f'weights{remedy}. The same command resumes from the last checkpoint'
+        f'step {step}: the loss or its gradient is NaN or infinite ({", ".join(found)}){count}. '
+        f'Resume from the last checkpoint with a lower rate ({lower}), look for faults in the data '
+        f'(python -m pspnet_jax.check), or {skip}'
     )
 
 
@@ -362,7 +366,7 @@ def run_steps(
         faults.signals() as asked_to_stop,
         Progress(Pace(total, validate_every, step), train.batch_size) as shown,
     ):
-        read = functools.partial(read_metrics, log=log, rate=begun.rate, train=train)
+        read = functools.partial(read_metrics, log=log, rate=begun.rate, config=config)
         save = functools.partial(checkpoint.save, writer, config=to_dict(config), inputs=inputs)
         end.callback(draw_curves, workdir)
         if begun.changed:
