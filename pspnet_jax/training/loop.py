@@ -259,7 +259,7 @@ def train_and_evaluate(
             return {}
         part = 'test' if parts['test'] else 'validation'
         logger.info('evaluating the %s cases (%d)', part, len(parts[part]))
-        return evaluate_checkpoint(workdir, split=part, trusted=True)
+        return evaluate_checkpoint(workdir, split=part, trusted=True, loaded=(slices, parts))
 
 
 def check_losses(config: ConfigDict, own_loss: bool) -> None:
