@@ -148,11 +148,11 @@ def load_teacher(
     run = open_run(workdir, which)
     teacher, theirs = run.model, run.inputs
     name = f'distill.teacher {workdir}, step {run.step},'
-    if run.config.model.num_classes != student.num_classes:
+    classes = run.config.model.num_classes
+    if classes != student.num_classes:
         raise ConfigError(
-            f'{name} has {run.config.model.num_classes} classes, this run has '
-            f'{student.num_classes}: give --config.model.num_classes={run.config.model.num_classes} '
-            'or another teacher'
+            f'{name} has {classes} classes, this run has {student.num_classes}: give '
+            f'--config.model.num_classes={classes} or another teacher'
         )
     named = run.config.model.class_names
     if class_names and named not in ((), tuple(class_names)):
