@@ -359,7 +359,7 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
         (
             {'model.num_classes': 3},
             {},
-            r'has 3 classes, this run has 2 \(model\.num_classes\)',
+            r'has 3 classes, this run has 2: give --config.model.num_classes=3 or another',
         ),
         (
             {'model.class_names': ('background', 'tumor')},
