@@ -141,7 +141,7 @@ def train(
     changes: Mapping[str, Any] | None = None,
     **hooks: Any,
 ) -> Model:
-    """Train, and load what was trained; a run that was stopped goes on.
+    """Train, and load what was trained; a run that was stopped is resumed.
 
     `config` is a config, or the name of a network for pictures in `images` and `masks` (several
     folders of images stack as channels). `changes` are by dotted key, {'train.epochs': 20}.

@@ -1,5 +1,5 @@
-"""How every command starts: flags are parsed, a line names the devices, errors are one line and
-exit status 1. What a command compiles is kept for the next. And `pspnet`, which starts them all.
+"""How every command starts: it parses flags, prints the device, and ends with one line and exit
+status 1 on an error. What a command compiles is cached for the next. `pspnet` starts them all.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
+from tqdm import tqdm
 
 from pspnet_jax.config import RULES, augmentations
 from pspnet_jax.config.flags import PAGES, prepare
@@ -28,20 +29,36 @@ COMMANDS = {  # of `pspnet`: the module, and what it does
     'train': ('main', 'train and evaluate what a config describes, or resume it'),
     'build': ('build', 'build the LGG data set, which training otherwise does by itself'),
     'rasterize': ('rasterize', 'write masks of what was drawn in an annotation tool'),
-    'check': ('check', 'say what is in a data set, and what is wrong with it'),
+    'check': ('check', 'list what is in a data set, and what is wrong with it'),
     'evaluate': ('evaluate', 'score a trained network on patients whose masks are known'),
     'predict': ('predict', 'write masks and pictures for images, volumes and videos'),
     'export': ('export', 'write a trained network as StableHLO or ONNX'),
-    'convert': ('convert', 'make a run of published weights'),
+    'convert': ('convert', 'turn published weights into a run'),
 }
 GROUP = (
-    "the patient in a file's name, as data.group; '': each file is by itself; without: as the run"
+    "the patient in a file's name, as data.group; '': each file by itself; not given: as the run"
 )
 # The packages whose INFO is printed: ours, and a command's own module.
 OURS = ('pspnet_jax', 'experiments', '__main__')
 # Of all others it is WARNING and above, but for these. Orbax, tfds and Grain log their inner
 # workings by absl's logger, and what they raise at length before they raise it, asyncio too.
 LEAST = {'absl': logging.CRITICAL, 'asyncio': logging.CRITICAL + 1}
+
+
+class _Console(logging.StreamHandler):
+    """Stderr: what is not INFO begins with its level, and a progress bar stays below it all."""
+
+    def __init__(self):
+        super().__init__()
+        self.addFilter(_is_shown)
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = '' if record.levelno <= logging.INFO else f'{record.levelname.lower()}: '
+        return level + super().format(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
@@ -55,7 +72,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def _print_unless_late(unraisable: Any) -> None:
-    """`sys.unraisablehook`, but for what Orbax's storage layer says once a save has failed."""
+    """`sys.unraisablehook`, except for what Orbax's storage layer prints after a failed save."""
     if str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
 
@@ -68,7 +85,7 @@ def pspnet() -> None:
     """The console script: `pspnet COMMAND --flag=value`."""
     name, *rest = sys.argv[1:] or ['--help']
     if name in ('--help', '-h', 'help'):
-        print('pspnet COMMAND --help says what each takes:\n')
+        print('pspnet COMMAND --help lists the options of each:\n')
         print('\n'.join(f'  {name:10}{words}' for name, (_, words) in COMMANDS.items()))
         return
     if name == '--version':
@@ -83,15 +100,16 @@ def pspnet() -> None:
 def run(main: Callable[[], None]) -> None:
     """`absl.app.run`; a PspnetError is printed to stderr and ends with exit status 1.
 
-    A run that a signal stopped behind a checkpoint ends as the signal would have ended it: 128
+    A run that a signal stopped after a checkpoint ends as the signal would have ended it: 128
     and its number, 143 for SIGTERM.
     """
-    absl_logging.get_absl_handler().addFilter(_is_shown)
     sys.unraisablehook = _print_unless_late
 
     def guarded(_) -> None:
         from pspnet_jax.runtime import compilation, devices, hosts  # JAX: --help goes without
 
+        logging.root.removeHandler(absl_logging.get_absl_handler())
+        logging.root.addHandler(_Console())
         compilation.use_cache()
         try:
             options = flags.FLAGS
@@ -113,7 +131,7 @@ def run(main: Callable[[], None]) -> None:
         except Exception as error:
             if isinstance(error, OSError) and error.filename:  # closed, too long a name, gone
                 reason = f'{error.filename} can not be used ({error.strerror}): check its name '
-                reason += 'and permissions, or give another'
+                reason += 'and permissions, or give another path'
                 hosts.leave_after_an_error(_line(DataError(reason)))
             if not hosts.several():
                 raise
@@ -128,7 +146,7 @@ def define_host_flags() -> None:
     flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, of several processes')
     flags.DEFINE_integer('num_processes', None, 'how many there are, all with the same command')
     flags.DEFINE_integer('process_id', None, 'which one this is, from 0')
-    flags.DEFINE_integer('host_timeout', 60, 'seconds after which a silent process is given up')
+    flags.DEFINE_integer('host_timeout', 60, 'seconds after which a silent process counts as lost')
 
 
 def _help(told: str) -> str:
@@ -147,7 +165,7 @@ def _help(told: str) -> str:
             '',
             'Every knob of a config is a flag: --config.KEY=VALUE. pspnet_jax/config/base.py has',
             f'them all with their defaults. Configs: {", ".join(PAGES)}, or a file of your own;',
-            'an argument behind a colon chooses the network and a recipe of augmentation,',
+            'an argument after a colon chooses the network and a recipe of augmentation,',
             '--config=lgg:unet,strong.',
             *textwrap.wrap(f'Networks: {", ".join(models.names())}', 90, subsequent_indent='  '),
             *textwrap.wrap(f'Recipes: {", ".join(augmentations.RECIPES)}', 90),

@@ -2,7 +2,7 @@
 
   python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/lgg
 
-A workdir that holds checkpoints is gone on with, from the step where it stopped.
+The same command resumes a run that stopped, from its newest checkpoint.
 """
 
 from absl import flags

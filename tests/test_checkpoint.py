@@ -162,7 +162,7 @@ def test_damage_is_passed_over_and_nothing_is_deleted(copy, monkeypatch, damage)
     assert ours.startswith(f'{folder}/4')
     damage(folder / '3')
     there = set(folder.rglob('*'))
-    with pytest.raises(CheckpointError, match=r'none of the checkpoints \[3, 4\] in .* is sound'):
+    with pytest.raises(CheckpointError, match=r'all checkpoints \[3, 4\] in .* are corrupted'):
         checkpoint.restore(copy, new_state(config), to_dict(config))
     assert set(folder.rglob('*')) == there
 
@@ -237,7 +237,9 @@ def test_the_config_of_a_run_with_a_label_map_is_read_back(tmp_path):
             checkpoint.save(writer, 1, new_state(config), **facts, dice=None)
     restored = from_dict(checkpoint.metadata(tmp_path / '1', 1)['config'])
     assert restored.data.to_dict()['label_map'] == {'4': 1, '>5': 255}
-    with pytest.raises(CheckpointError, match='is not a checkpoint of ours: config is'):
+    with pytest.raises(
+        CheckpointError, match='is not a checkpoint of pspnet_jax: its metadata has config'
+    ):
         checkpoint.metadata(tmp_path / '2', 1)
 
 

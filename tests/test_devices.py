@@ -119,9 +119,9 @@ def test_a_command_on_a_machine_whose_gpu_jax_cannot_use(gpu):
     )
     assert done.returncode == 0, done.stderr
     first, second, *rest = done.stderr.splitlines()
-    assert re.fullmatch(rf'I.*\] {LINE}', first)
-    assert re.search(r'^W.*\] this machine has an NVIDIA GPU but JAX runs on the CPU: ', second)
-    assert [line.split('] ')[1] for line in rest] == ['what JAX warns of', 'what it warns of']
+    assert re.fullmatch(LINE, first)
+    assert second.startswith('warning: this machine has an NVIDIA GPU but JAX runs on the CPU: ')
+    assert rest == ['warning: what JAX warns of', 'warning: what it warns of']
 
 
 @pytest.mark.parametrize(

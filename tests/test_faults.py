@@ -53,7 +53,7 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit(
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(StoppedError, match=f'{number.name}: stopped behind the checkpoint') as told:
+    with pytest.raises(StoppedError, match=f'{number.name}: stopped after the checkpoint') as told:
         loop.train_and_evaluate(tiny_config(), str(tmp_path), on_log=at_step_1)
     assert told.value.signum == number
     assert signal.getsignal(number) == before
@@ -88,9 +88,9 @@ def test_a_resumed_run_says_what_changed_and_keeps_the_config_before(trained, tm
     before = json.loads((workdir / 'config.json').read_text())
     changes = {'train.steps': 6, 'optim.learning_rate': 5e-4, 'model.stem': 'mean'}
     loop.train_and_evaluate(tiny_config(**changes), str(workdir))
-    assert 'the config was changed, from step 4 on: ' in caplog.text
+    assert 'the config changed, from step 4 on: ' in caplog.text
     assert 'optim.learning_rate from 0.001 to 0.0005' in caplog.text
-    assert 'model.stem changed, which has no effect on a run that is resumed' in caplog.text
+    assert 'model.stem changed, which has no effect on a resumed run' in caplog.text
     assert {'step': 4, 'config_changes': 3} in log.read(workdir)
     assert json.loads((workdir / 'config_until_step_4.json').read_text()) == before
     assert json.loads((workdir / 'config.json').read_text())['train']['steps'] == 6
@@ -124,7 +124,7 @@ def test_damaged_lines_of_the_log_are_counted_and_named(trained, tmp_path, caplo
     lines = (trained[0] / 'metrics.jsonl').read_text().splitlines()
     path.write_text('\n'.join([lines[0], lines[1][:-9], *lines[2:], 'x']) + '\n')
     assert len(log.read(tmp_path)) == len(lines) - 1
-    assert f'{path}: 2 line(s) are damaged and left out, the first is line 2' in caplog.text
+    assert f'{path}: 2 line(s) are corrupted and ignored, the first is line 2' in caplog.text
 
 
 @pytest.mark.slow
@@ -150,7 +150,9 @@ def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path, caplog):
     caplog.set_level('INFO')
     with faults.locked(tmp_path):
         assert json.loads((tmp_path / faults.LOCK).read_text())['process'] == os.getpid()
-    assert f'begun by process {owner["process"]} on {owner["host"]} for ' in caplog.text
+    previous = f'the previous run (process {owner["process"]} on {owner["host"]}, 0.'
+    assert f'starting again: {previous}' in caplog.text
+    assert 'minutes) was interrupted' in caplog.text
     assert not (tmp_path / faults.LOCK).exists()
 
 
@@ -175,7 +177,8 @@ def test_an_update_of_no_number_is_skipped_and_counted(tmp_path, monkeypatch, ca
     progress = checkpoint.metadata(tmp_path / 'a', 12)['progress']
     assert progress['skipped'] == len(skipped)
     config.train.max_skipped = len(skipped) - 1
-    with pytest.raises(NonFiniteLossError, match=f'step {skipped[-1]["step"]}: update'):
+    last = rf'step {skipped[-1]["step"]}: .* update {len(skipped)} of this kind'
+    with pytest.raises(NonFiniteLossError, match=last):
         loop.train_and_evaluate(config, str(tmp_path / 'b'), augment_fn=broken)
 
 

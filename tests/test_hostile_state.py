@@ -144,7 +144,10 @@ def test_an_array_of_absurd_pieces_or_shape_is_refused_before_it_is_made(strange
     here = {'params': {'conv': {'kernel': jax.ShapeDtypeStruct((10**5, 10**5, 3, 4), np.float32)}}}
     refused(checkpoint.restore_variables, stranger, 7, here, meta, match='are believed of its')
     shapes = {'params': fuzz_state.TREE}
-    for change, words in ((shape, 'does not load'), (pieces, 'in pieces that none of ours has')):
+    for change, words in (
+        (shape, 'can not be read'),
+        (pieces, 'in pieces that pspnet_jax never writes'),
+    ):
         change_array(stranger / 'checkpoints' / '7' / 'params', change)
         refused(checkpoint.restore_variables, stranger, 7, shapes, meta, match=words)
 

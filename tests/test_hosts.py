@@ -142,7 +142,7 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_checkpoint(runs):
     said, step = runs.asked
     for status, text in said:
         assert status == 128 + signal.SIGTERM
-        assert f'SIGTERM: stopped behind the checkpoint of step {step} of {STEPS}' in text
+        assert f'SIGTERM: stopped after the checkpoint of step {step} of {STEPS}' in text
     assert step < STEPS
 
 
@@ -152,7 +152,7 @@ def test_where_one_process_is_killed_the_others_say_so_and_stop(runs):
     assert killed == -signal.SIGKILL
     assert other not in (0, None)
     assert text.splitlines()[-1].startswith('error: process 0 of 2')
-    assert 'goes on from its last checkpoint' in text.splitlines()[-1]
+    assert 'resumes from its last checkpoint' in text.splitlines()[-1]
     assert runs.killed[1] < 60
     assert runs.asked[1] < runs.killed[2] < STEPS
 

@@ -286,6 +286,7 @@ def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
         assert checkpoint.steps(tmp_path)[-1] == 4
         assert checkpoint.metadata(tmp_path, 4)['progress'] == {
             'best_dice': 0.6,
+            'best_step': 3,  # of equal ones the newest
             'stale': 2,
             'skipped': 0,
         }

@@ -85,7 +85,7 @@ def test_a_classifier_of_other_classes_starts_anew_and_is_named(tmp_path):
     assert 'params/head/classifier/kernel is (1, 1, 128, 2) there, (1, 1, 128, 3) here' in report
     assert 'params/aux/classifier/bias is (2,) there, (3,) here' in report
     taken = sum(ours[key].size for key in ours if key not in new)
-    assert f'{taken:,} of {sum(x.size for x in ours.values()):,} values taken' in report
+    assert f'{taken:,} of {sum(x.size for x in ours.values()):,} values' in report
     assert '2 classes' in report
 
 
@@ -102,9 +102,9 @@ def test_both_sides_are_listed_and_a_module_is_whole_or_new(rng):
     expected = {**ours, 'a': theirs['a']}  # b's bias would fit, its kernel does not
     for key, x in flat(merged['params']).items():
         np.testing.assert_array_equal(x, flat(expected)[key], err_msg=key)
-    assert '185 of 545 values taken (2 of 8 arrays)' in report
-    assert 'only there: old (2 arrays)' in report
-    assert 'only here, as new: c (2 arrays), new (2 arrays)' in report
+    assert 'copied 185 of 545 values (2 of 8 arrays)' in report
+    assert 'only in that run, not used: old (2 arrays)' in report
+    assert 'initialised afresh: c (2 arrays), new (2 arrays)' in report
     assert 'params/b/kernel is (3, 3, 6, 5) there, (3, 3, 5, 5) here' in report
 
 
@@ -127,7 +127,12 @@ def test_the_first_kernel_takes_other_channels(rng, here, there):
 def test_nothing_that_fits_is_an_error_with_both_sides(trained, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         started(tmp_path, **PSPNET, **{'train.init_from': str(trained[0])})
-    for words in ('nothing of', str(trained[0]), 'only there: ', 'only here, as new: aux ('):
+    for words in (
+        'no weights of',
+        str(trained[0]),
+        'only in that run',
+        'initialised afresh: aux (',
+    ):
         assert words in str(caught.value)
 
 
@@ -219,7 +224,9 @@ def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog)
 def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
     inputs = {'channels': 1, 'normalization': weights.IMAGENET._asdict()}
     checkpoint.check_inputs({**inputs, 'range': [[0.0], [4095.0]]}, 'run')
-    with pytest.raises(CheckpointError, match='that is none of ours'):
+    with pytest.raises(
+        CheckpointError, match='is not a checkpoint of pspnet_jax: its network takes'
+    ):
         checkpoint.check_inputs({**inputs, 'range': scale}, 'run')
     checkpoint.check_inputs({'channels': 1, 'normalization': 'buda'}, 'run')
     for how, more in (
@@ -227,7 +234,9 @@ def test_a_strangers_scale_is_held_to_what_it_can_be(scale):
         ('buda', {'range': [[0], [1]]}),
         ('other', {}),
     ):
-        with pytest.raises(CheckpointError, match='that is none of ours'):
+        with pytest.raises(
+            CheckpointError, match='is not a checkpoint of pspnet_jax: its network takes'
+        ):
             checkpoint.check_inputs({'channels': 1, 'normalization': how, **more}, 'run')
 
 
@@ -350,7 +359,7 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
         (
             {'model.num_classes': 3},
             {},
-            r'has 3 classes, this run has 2 \(model\.num_classes\)',
+            r'has 3 classes, this run has 2: give --config.model.num_classes=3 or another',
         ),
         (
             {'model.class_names': ('background', 'tumor')},

@@ -44,7 +44,7 @@ def test_select_keeps_a_patient_whole(rng):
     part = volumes.select(volumes.from_volumes(there), ['b'])
     (only,) = volumes.iterate_volumes(part)
     assert (only.image == there[1].image).all()
-    assert volumes.describe(part) == '1 patients, 5 slices, 5 with lesion'
+    assert volumes.describe(part) == '1 case, 5 images, 5 with a structure'
 
 
 def test_normalize_is_a_clipped_z_score(rng):

@@ -159,7 +159,7 @@ def get_config(arg: str = '') -> ConfigDict:
     train.log_every = 10  # steps
     train.validate_every = 0  # steps; 0: ten times a run
     train.checkpoint_every = 0  # steps; 0: at each validation
-    train.nan_policy = 'stop'  # a loss or gradient that is no number; 'skip': no update then
+    train.nan_policy = 'stop'  # at a NaN or infinite loss or gradient; 'skip': without that update
     train.max_skipped = 10  # updates of a run; more of them stop it
     train.patience = 0  # validations without a better Dice before stopping; 0: never
 

@@ -295,6 +295,20 @@ def fingerprint(cases: Sequence[Case]) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """No bars of tfds and no warnings about folders that it passes over: we print one line."""
+    theirs = logging.getLogger('absl')
+    level = theirs.level
+    tfds.disable_progress_bar()
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
+
+
+@_quiet_tfds()
 def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     """The built data set in `out` (default: tfds' own folder), built where it is missing.
 
@@ -312,13 +326,16 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
         if not faults and builder.info.metadata.get('fingerprint') == fingerprint(cases):
             return builder
         check(source)  # the old data set goes only where a new one can be built
-        logger.info('%s is of other files than %s: building anew', builder.data_dir, source)
+        logger.info('%s was built from other files: it is built again', builder.data_dir)
         epath.Path(builder.data_dir).rmtree()
         builder = Lgg(data_dir=data_dir, file_format='array_record')
-    logger.info('building %s from %d patients in %s', builder.data_dir, len(cases), source)
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
+    logger.info(
+        'building the LGG data set from %s (%d cases): about half a minute', source, len(cases)
     )
+    with contextlib.redirect_stdout(io.StringIO()):  # what tfds prints
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=str(source)),
+        )
     return builder
 
 

@@ -93,10 +93,11 @@ def select(slices: Slices, patients: Sequence[str]) -> Slices:
 
 
 def describe(slices: Slices) -> str:
-    """'70 patients, 2536 slices, 902 with lesion'."""
+    """'70 cases, 2,536 images, 902 with a structure'."""
+    cases, images = len(slices.intensity), len(slices)
     return (
-        f'{len(slices.intensity)} patients, {len(slices)} slices, '
-        f'{np.count_nonzero(slices.lesion_pixels)} with lesion'
+        f'{cases:,} case{"s" * (cases != 1)}, {images:,} image{"s" * (images != 1)}, '
+        f'{np.count_nonzero(slices.lesion_pixels):,} with a structure'
     )
 
 
@@ -262,22 +263,21 @@ def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray
 
 
 def in_memory(slices: Slices) -> Slices:
-    """The same slices, each decoded once and kept; as they are where half the memory is too
-    little for all, which the log says.
+    """The same slices, each decoded once and kept; where half the free memory is too little for
+    all of them, as they are, and the log says so.
     """
     if not len(slices):
         return slices
     needed = len(slices) * sum(array.nbytes for array in slices.read(int(slices.key[0])))
     free = free_memory()
-    fits = needed <= free / 2
-    logger.info(
-        '%d slices decoded are %.0f MB, %.0f MB are free: %s',
-        len(slices),
-        needed / 2**20,
-        free / 2**20,
-        'kept in memory' if fits else 'decoded each time they are read',
-    )
-    if not fits:
+    if needed > free / 2:
+        logger.info(
+            '%d images would take %.0f of %.0f MB of free memory: each is decoded whenever it is '
+            'read',
+            len(slices),
+            needed / 2**20,
+            free / 2**20,
+        )
         return slices
     return dataclasses.replace(slices, read=functools.cache(slices.read))
 

@@ -3,10 +3,10 @@
 WORKDIR/checkpoints/<step>/ holds each part of the state apart (params, batch_stats,
 ema_params, opt_state), so that evaluation reads parameters only. Orbax makes a step
 folder appear whole or not at all, but it can't see a byte that changed later: the
-metadata holds a sha256 of each part, and a step that doesn't match is passed over.
+metadata holds a sha256 of each part, and a step that doesn't match is skipped.
 
-A checkpoint may be a stranger's, too. Nothing in it is executed, but the storage layer makes
-whatever size it finds written, and follows links: what is there is looked at before.
+A checkpoint may come from an untrusted source. Nothing in it is executed, but the storage layer
+allocates whatever size the files claim, and follows links, so the files are checked first.
 """
 
 import contextlib
@@ -139,7 +139,7 @@ def _replace_metrics(folder: Path, dice: Mapping[int, float | None]) -> None:
         with contextlib.suppress(DataError):
             same = read_json(path) == {'dice': value}
         if not same:
-            logger.warning('%s is damaged, it is written anew', path)
+            logger.warning('%s is corrupted and is written again', path)
             path.unlink()
             path.write_text(json.dumps({'dice': value}))
 
@@ -172,7 +172,7 @@ def save(
     """Start writing `state` (a TrainState); returns once it is copied to host memory.
 
     `dice`, validation's, ranks the checkpoint; None where it was not measured.
-    `progress` is what the loop needs to go on that is not in the state; `inputs` what the
+    `progress` is what the loop needs to resume that is not in the state; `inputs` what the
     network takes: 'channels', 'normalization' (None where each volume brings its own, 'buda' where
     that is measured as Buda's code does), and with one of all images 'range', where these are not
     of 8 bits: (2, channels), which stand for 0 and 255.
@@ -232,14 +232,16 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
     except Exception as error:  # Orbax raises what its storage layer does
         raise CheckpointError(f'{path} has no readable metadata: {first_line(error)}') from error
     if not isinstance(found, dict) or found.keys() - {SEAL} != PARTS_OF_META:
-        raise CheckpointError(f'{path} is not a checkpoint of ours: its metadata is missing')
+        raise CheckpointError(
+            f'{path} is not a checkpoint of pspnet_jax: its metadata is incomplete'
+        )
     sealed = found.pop(SEAL, None)  # the first ones have none
     if sealed not in (None, seal(found)):
-        raise CheckpointError(f'{path} has metadata that is not what was saved: its sha256 differs')
+        raise CheckpointError(f'{path} is corrupted: the sha256 of its metadata differs')
     for key, value in found.items():
         if not _allowed(key, value):
             raise CheckpointError(
-                f'{path} is not a checkpoint of ours: {key} is {value!r:.200} in its metadata'
+                f'{path} is not a checkpoint of pspnet_jax: its metadata has {key} {value!r:.200}'
             )
     check_inputs(found['inputs'], path)
     return found
@@ -252,7 +254,8 @@ def _allowed(key: str, value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     if key == 'progress':
-        best, *counts = (value.get(name, 0) for name in ('best_dice', 'stale', 'skipped'))
+        best, at = value.get('best_dice'), value.get('best_step')
+        counts = [value.get('stale', 0), value.get('skipped', 0), *([] if at is None else [at])]
         return all(type(n) is int and 0 <= n <= LARGEST for n in counts) and (
             best is None or _is_number(best, -1, 1)
         )
@@ -295,7 +298,7 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
         sound = False
     if not sound:
         raise CheckpointError(
-            f'{path} says that its network takes {inputs!r:.200}: that is none of ours'
+            f'{path} is not a checkpoint of pspnet_jax: its network takes {inputs!r:.200}'
         )
 
 
@@ -307,11 +310,12 @@ def _check_files(path: Path) -> int:
             here = os.path.join(folder, name)
             found = os.lstat(here)
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-                raise CheckpointError(f'{here} is no file and no folder but a link or device')
+                raise CheckpointError(f'{here} is a link or device, not a file or folder')
             text = os.path.basename(folder) != 'd' and stat.S_ISREG(found.st_mode)
             if text and found.st_size > MOST_TEXT:
                 raise CheckpointError(
-                    f'{here} has {found.st_size:,} bytes: metadata has at most {MOST_TEXT:,}'
+                    f'{here} has {found.st_size:,} bytes, more than the {MOST_TEXT:,} that '
+                    'metadata may have'
                 )
             total += found.st_size
     return total
@@ -328,7 +332,7 @@ def _check_arrays(path: Path, abstract: dict[str, Any]) -> None:
         where = path / part
         kind = json.loads((where / '_METADATA').read_bytes())
         if not (kind['use_ocdbt'] is True and kind['use_zarr3'] is True):
-            raise CheckpointError(f'{where} is not in the format that checkpoints have')
+            raise CheckpointError(f'{where} is not in the format of our checkpoints')
         kept = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': where.as_uri()}).result()
         names = [name for name in kept.list().result() if name.endswith(b'zarr.json')]
         for name, read in [(name, kept.read(name)) for name in names]:
@@ -343,7 +347,9 @@ def _check_arrays(path: Path, abstract: dict[str, Any]) -> None:
             if any(not 0 < math.prod(piece['chunk_shape']) <= most for piece in pieces) or not (
                 {codec['name'] for codec in codecs} <= CODECS
             ):
-                raise CheckpointError(f'{where} has {name[:200]!r} in pieces that none of ours has')
+                raise CheckpointError(
+                    f'{where} stores {name[:200]!r} in pieces that pspnet_jax never writes'
+                )
 
 
 def restore(
@@ -351,7 +357,7 @@ def restore(
 ) -> tuple[Any, dict[str, Any]] | None:
     """`state` with every array from the newest sound checkpoint, and its metadata.
 
-    None where there is no checkpoint at all. Damaged ones are passed over with a warning; raises
+    None where there is no checkpoint at all. Corrupted ones are skipped with a warning; raises
     CheckpointError when none is left, or for another model than config's.
     """
     abstract = _parts(jax.eval_shape(lambda: state))
@@ -368,11 +374,11 @@ def restore(
     if refused := _refused(config_changes(meta['config'], config)):
         raise CheckpointError(
             f'{workdir} holds checkpoints that this config can not resume ({"; ".join(refused)}): '
-            'use another --workdir, to start from these weights with '
+            'give another --workdir, which can start from these weights with '
             f'--config.train.init_from={workdir}, or the config that the run was trained with'
         )
     for reason in passed_over.values():
-        logger.warning('%s: resuming from step %d', reason, step)
+        logger.warning('skipped a checkpoint: %s', reason)
     return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta
 
 
@@ -402,7 +408,7 @@ def set_aside(workdir: str | Path, damaged: Sequence[int]) -> None:
                 target = target / 'before'
                 target.mkdir(exist_ok=True)
             os.rename(source, target / source.name)
-        logger.warning('%s is damaged, it is now in %s', source, target)
+        logger.warning('%s is corrupted and was moved to %s', source, target)
 
 
 def restore_variables(
@@ -439,7 +445,7 @@ def candidates(workdir: str | Path, which: str = 'best') -> list[int]:
         dice = _ranked(workdir)
 
         def rank(step: int) -> tuple[float, int]:
-            if step not in dice:  # its metadata is damaged: it may be the best, and is told of
+            if step not in dice:  # its metadata is corrupted: it may be the best, and is named
                 return 2.0, step
             return -1.0 if dice[step] is None else dice[step], step
 
@@ -452,11 +458,11 @@ def candidates(workdir: str | Path, which: str = 'best') -> list[int]:
 def first_sound(
     workdir: str | Path, which: str, read: Callable[[int], Any]
 ) -> tuple[int, Any, dict[int, str]]:
-    """(step, `read(step)`, {step: why} passed over) of the first candidate that `read` can read.
+    """(step, `read(step)`, {step: why} skipped) of the first candidate that `read` can read.
 
-    `read` raises CheckpointError for a step that is damaged. A run that is still training replaces
-    its steps, and deletes a folder file by file: what can't be read is damaged only where a second
-    look finds the same steps and the same faults. Raises CheckpointError.
+    `read` raises CheckpointError for a step that is corrupted. A run that is still training
+    replaces its steps, and deletes a folder file by file: what can't be read is corrupted only
+    where a second look finds the same steps and the same faults. Raises CheckpointError.
     """
     before = None
     for _ in range(100):
@@ -476,8 +482,8 @@ def first_sound(
     if which not in ('best', 'last'):
         raise CheckpointError(*passed_over.values())
     raise CheckpointError(
-        f'none of the checkpoints {found} in {Path(workdir) / FOLDER} is sound: copy them anew, or '
-        'train into another --workdir',
+        f'all checkpoints {found} in {Path(workdir) / FOLDER} are corrupted: copy them again, or '
+        'train in another --workdir',
         list(passed_over.values()),
     )
 
@@ -500,12 +506,12 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # Orbax raises what its storage layer does
-        raise CheckpointError(f'{path} does not load: {first_line(error)}') from error
+        raise CheckpointError(f'{path} can not be read: {first_line(error)}') from error
     # On the host: whoever asked places them, on however many devices there are.
     parts = jax.tree.map(np.asarray, parts)
     for name, tree in parts.items():
         if digest(tree) != meta['sha256'].get(name):
-            raise CheckpointError(f'{path}/{name} is not what was saved: its sha256 differs')
+            raise CheckpointError(f'{path}/{name} is corrupted: its sha256 differs')
     return parts
 
 

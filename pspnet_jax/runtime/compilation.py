@@ -44,8 +44,8 @@ def jit(function: Callable, **arguments: Any) -> Any:
 def use_cache() -> None:
     """Keep compiled programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/pspnet_jax/xla.
 
-    A second start loads them in place of compiling. A cache that the user or a test has set
-    up stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    A second start loads them instead of compiling. A cache that the user or a test has set up
+    stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
     if jax.config.jax_compilation_cache_dir is None:
         place = paths.cache()
@@ -58,8 +58,8 @@ def use_cache() -> None:
 def _forget_the_damaged(folder: Path) -> None:
     """From now on, delete what JAX can not read from its cache in `folder`, or not write there.
 
-    A kill or a full disk leaves half an entry under its final name, which JAX warns of, compiles
-    anew and never replaces. The warning names the program alone: all entries of that name go.
+    A kill or a full disk leaves half an entry under its final name: JAX warns, compiles again and
+    never replaces it. The warning names only the program: all entries of that name go.
     """
     show = warnings.showwarning
 

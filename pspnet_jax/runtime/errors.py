@@ -1,12 +1,12 @@
 """What can be wrong from outside: each message names the value, the limit and the remedy.
 
-Commands print these as one line and exit with status 1; anything else is a bug of
-ours and keeps its traceback.
+Commands print these as one line and exit with status 1; anything else is a bug in
+pspnet_jax and keeps its traceback.
 """
 
 from collections.abc import Sequence
 
-LONGEST = 4000  # characters of a line; a message quotes what a stranger's file says
+LONGEST = 4000  # characters of a line; a message quotes what an untrusted file says
 
 
 class PspnetError(ValueError):
@@ -57,11 +57,11 @@ class ConfigError(PspnetError):
 
 
 class DataError(PspnetError):
-    """A data set or picture that is missing, damaged or inconsistent."""
+    """A data set or picture that is missing, corrupted or inconsistent."""
 
 
 class CheckpointError(PspnetError):
-    """No checkpoint, none that is sound, or one of another model."""
+    """No checkpoint, only corrupted ones, or one of another model."""
 
 
 class NoRoomError(DataError):
@@ -73,7 +73,7 @@ class PretrainedError(PspnetError):
 
 
 class NonFiniteLossError(PspnetError):
-    """Loss or gradient stopped being a number."""
+    """Loss or gradient became NaN or infinite."""
 
 
 class OutOfMemoryError(PspnetError):
@@ -85,7 +85,7 @@ class LogError(PspnetError):
 
 
 class StoppedError(PspnetError):
-    """A signal asked the run to stop, which it did behind a checkpoint."""
+    """A signal asked the run to stop, which it did after a checkpoint."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)

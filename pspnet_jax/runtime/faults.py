@@ -1,6 +1,6 @@
-"""What reaches a run from outside: signals, a second run on its folder, memory that is too small.
+"""What reaches a run from outside: signals, a second run in its folder, too little memory.
 
-Each is a context manager around the loop, so that the loop reads as if nothing ever happened.
+Each is a context manager around the loop, which reads as if none of them existed.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import jax
 from filelock import FileLock, Timeout
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from pspnet_jax.runtime import checkpoint
 from pspnet_jax.runtime.errors import ConfigError, OutOfMemoryError, not_written
 from pspnet_jax.runtime.text import NOTE, read_json
 
@@ -37,17 +38,18 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 def locked(workdir: str | Path) -> Iterator[None]:
     """Hold WORKDIR/lock, so that no two runs write there.
 
-    The system releases it when the process ends, however it ends: a stale one is no hindrance.
-    Raises ConfigError that names the other run and its age.
+    The system releases it when the process ends, however it ends, so a stale one does no harm: it
+    tells that the run before was interrupted. Raises ConfigError that names the other run.
     """
     path = Path(workdir) / LOCK
     # Never what a link leads to, nor a pipe: it is emptied and written to.
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-        raise ConfigError(f'{path} is no file but a link or device: remove it')
+        raise ConfigError(f'{path} is a link or device, not a file: remove it')
 
     def sign(file: int) -> None:
         if before := _owner(path):
-            logger.info('the run before, begun%s, was cut off', before)
+            resumes = 'resuming' if checkpoint.steps(workdir) else 'starting again'
+            logger.info('%s: the previous run (%s) was interrupted', resumes, before)
         owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(file, 0)
@@ -59,14 +61,15 @@ def locked(workdir: str | Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock)
         except Timeout as error:
+            owner = _owner(path) or 'another process'
             raise ConfigError(
-                f'{workdir} is in use{_owner(path)}: wait, stop it, or give another --workdir'
+                f'{workdir} is in use by {owner}: wait, stop it, or give another --workdir'
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise ConfigError(not_written(path, error)) from error
             logger.warning(
-                '%s can not be locked (%s): take care that no other run uses this workdir',
+                '%s can not be locked (%s): make sure that no other run uses this workdir',
                 path,
                 error.strerror,
             )
@@ -79,14 +82,14 @@ def locked(workdir: str | Path) -> Iterator[None]:
 
 
 def _owner(path: Path) -> str:
-    """' by process 7 on HOST for 3.2 minutes', or '' where the file does not say."""
+    """'process 7 on HOST, 3.2 minutes', or '' where the file does not say."""
     try:
         owner = read_json(path, most=NOTE)
         minutes = (time.time() - float(owner['since'])) / 60
         process, host = int(owner['process']), str(owner['host'])[:64]
         if not host.isprintable() or abs(process) > 2**62:
             return ''
-        return f' by process {process} on {host} for {minutes:.1f} minutes'
+        return f'process {process} on {host}, {minutes:.1f} minutes'
     except (ValueError, KeyError, TypeError, OverflowError):
         return ''
 
@@ -98,8 +101,8 @@ def signals() -> Iterator[Callable[[], int]]:
     The first SIGTERM or SIGINT only asks; a second one does what it always did. In a thread
     other than the main one, where Python takes no handlers, none is ever seen.
 
-    On several hosts all see it behind the same step, whichever of them it reached, if all ask
-    behind every step: JAX takes SIGTERM there and lets them agree.
+    On several hosts all see it after the same step, whichever of them it reached, if all ask after
+    every step: JAX takes SIGTERM there and lets them agree.
     """
     if jax.process_count() > 1:
         calls = itertools.count()
@@ -115,7 +118,7 @@ def signals() -> Iterator[Callable[[], int]]:
         found.append(signum)
         for number, handler in before.items():
             signal.signal(number, handler)
-        logger.warning('%s: stopping behind the next step', signal.Signals(signum).name)
+        logger.warning('%s: stopping after the next step', signal.Signals(signum).name)
 
     before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
@@ -147,7 +150,7 @@ def memory_explained(what: Callable[[], str]) -> Iterator[None]:
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in text:
             raise
         asked = re.search(r'allocat\w* (\d+) ?bytes', text)
-        more = f' (the last {int(asked[1]) / 2**20:.0f} MB were refused)' if asked else ''
+        more = f' (asking for {int(asked[1]) / 2**20:.0f} MB more)' if asked else ''
         raise OutOfMemoryError(f'out of memory{more}: {what()}') from error
 
 

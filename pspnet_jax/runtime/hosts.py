@@ -30,8 +30,8 @@ NOT_TOGETHER = (
 )
 ENDED = (
     'error: process {} of {} ended before its work was done, or another one stopped answering '
-    '(--host_timeout={} s): the first error of all processes says why. Start all again, the run '
-    'goes on from its last checkpoint'
+    '(--host_timeout={} s): the first error of all processes says why. Start all again: the run '
+    'resumes from its last checkpoint'
 )
 
 
@@ -97,10 +97,10 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
 
 
 def _watch() -> None:
-    """A shell beside this process that says a last word, should it end before Python does.
+    """Start a shell beside this process that prints a last line if the process ends before Python.
 
-    JAX's runtime aborts the process where another one is silent for --host_timeout, or at once
-    where process 0 is gone: nothing in the process itself can speak then.
+    JAX's runtime aborts the process when another one is silent for --host_timeout, or at once when
+    process 0 is gone: nothing in the process itself can print then.
     """
     global _watcher
     script = (
@@ -151,7 +151,7 @@ def lost() -> HostError:
     """What a person needs to know then."""
     return HostError(
         f'process {jax.process_index()} of {jax.process_count()} has lost another: the first error '
-        'of all processes says why. Start all again, the run goes on from its last checkpoint'
+        'of all processes says why. Start all again: the run resumes from its last checkpoint'
     )
 
 

@@ -24,8 +24,8 @@ FURTHEST = 1e39  # of a figure: float32 holds no more
 class MetricLog:
     """Appends to WORKDIR/metrics.jsonl, one line a record, and to TensorBoard.
 
-    Lines after `first_step` are of a run that was stopped and is now run again from
-    there: they are cut off, so each step stands there once. `each(step, values)` is
+    Lines after `first_step` are of a run that was stopped and now resumes from there: they are
+    removed, so each step is there once. `each(step, values)` is
     called with every record that was written. Raises LogError where the disk is full or
     read-only; what is in metrics.jsonl then are whole lines.
     """
@@ -146,7 +146,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, float | None]]]:
                 damaged.append(number)
     if damaged:
         logger.warning(
-            '%s: %d line(s) are damaged and left out, the first is line %d',
+            '%s: %d line(s) are corrupted and ignored, the first is line %d',
             path,
             len(damaged),
             damaged[0],

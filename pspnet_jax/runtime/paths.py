@@ -30,7 +30,7 @@ def local(path: str | Path) -> Path:
 
 
 def cache() -> Path | None:
-    """Where this user's programs keep what they can make again; None for one without a home."""
+    """Where this user's programs keep what they can make again; None without a home folder."""
     try:
         return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'pspnet_jax'
     except RuntimeError:  # as in some containers
@@ -38,7 +38,7 @@ def cache() -> Path | None:
 
 
 def remember(places: Sequence[str]) -> None:
-    """Keep in mind that this user trained on the data at these places (see `are_known`)."""
+    """Note that this user trained on the data at these places (see `are_known`)."""
     place, known = cache(), _known()
     added = [path for path in places if path not in known]
     if place is None or not added:

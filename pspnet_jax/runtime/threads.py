@@ -1,12 +1,10 @@
-"""Work that goes on in threads beside the rest."""
+"""Work in background threads."""
 
 import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-
-# Threads.
 
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:

@@ -59,6 +59,6 @@ def convert(
             dice=None,
         )
     say(
-        f'{len(arrays)} arrays of {path} ({kind}) are {options["name"]} in {out}: '
-        f'{config.model.num_classes} classes, images as {table.normalization}'
+        f'{out} is now a run of {options["name"]} with {config.model.num_classes} classes: '
+        f'{len(arrays)} arrays from {path} ({kind}); it normalises images as {table.normalization}'
     )

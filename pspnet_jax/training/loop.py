@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from pspnet_jax.config import to_dict, validate, with_absolute_paths
 from pspnet_jax.data import pipeline, sources, splits, volumes
@@ -29,6 +27,14 @@ from pspnet_jax.runtime.errors import ConfigError, DataError, NonFiniteLossError
 from pspnet_jax.runtime.log import MetricLog, Silent
 from pspnet_jax.training import losses
 from pspnet_jax.training.placement import over_mesh, over_mesh_cached, under_pmap
+from pspnet_jax.training.progress import (
+    Pace,
+    Progress,
+    tell_config,
+    tell_data,
+    tell_network,
+    tell_plan,
+)
 from pspnet_jax.training.start import (
     begin,
     name_classes,
@@ -38,9 +44,6 @@ from pspnet_jax.training.start import (
 from pspnet_jax.training.update import AugmentFn, LossFn, TrainState, bind_step
 
 logger = logging.getLogger(__name__)
-COMPILED = (
-    'program of %d update(s): compiled in %.1f s, %.1f GFLOP, %.0f MB of temporaries, %.0f in all'
-)
 
 
 def read_metrics(
@@ -50,15 +53,16 @@ def read_metrics(
     *,
     log: MetricLog | Silent,
     rate: Callable,
-    train: ConfigDict,
+    config: ConfigDict,
 ) -> tuple[float, int]:
     """(last loss, updates skipped so far), `loss` and `skipped` before these updates: wait for
     them, log each `train.log_every`-th.
 
     `pending` has the number of the first update of a call, and a vector of each metric. A
-    skipped update is logged with their count so far, and None for what is no number. Raises
+    skipped update is logged with their count so far, and None for what is NaN or infinite. Raises
     NonFiniteLossError where one is not skipped, and where more than `train.max_skipped` were.
     """
+    train = config.train
     for first, metrics in pending:
         vectors = {name: np.asarray(vector).tolist() for name, vector in metrics.items()}
         was_skipped = vectors.pop('skipped', [0.0] * len(vectors['loss']))
@@ -69,27 +73,39 @@ def read_metrics(
             skipped += int(skip)
             sound = all(map(math.isfinite, values.values()))
             if (not sound and not skip) or skipped > train.max_skipped:
-                why = f': update {skipped} of the run that is' if skip else ''
-                raise NonFiniteLossError(
-                    f'step {step}{why}: {values}. Nothing after the last checkpoint was kept. '
-                    'Look at the learning rate (optim.learning_rate, optim.warmup_steps), '
-                    'optim.clip_norm, the class weights, and at the data (python -m '
-                    "pspnet_jax.check); train.nan_policy='skip' goes on without up to "
-                    'train.max_skipped updates'
-                )
+                raise NonFiniteLossError(not_finite(step, values, skipped, config))
             values = {n: v if math.isfinite(v) else None for n, v in values.items()}
             if skip:
-                logger.warning('step %d: no number, no update (%d so far)', step, skipped)
+                logger.warning(
+                    'step %d: loss or gradient is NaN or infinite, the update is skipped '
+                    '(%d of at most %d)', step, skipped, train.max_skipped,
+                )  # fmt: skip
                 values['skipped'] = skipped
             if skip or step % train.log_every == 0:
                 log.scalars(step, {**values, 'learning_rate': float(rate(made))})
     return loss, skipped
 
 
+def not_finite(step: int, values: dict[str, float], skipped: int, config: ConfigDict) -> str:
+    """What happened, and what to do; `skipped` updates of the run were such."""
+    train, found = config.train, [f'{n} {x}' for n, x in values.items() if not math.isfinite(x)]
+    count, skip = '', 'skip such updates (--config.train.nan_policy=skip)'
+    if train.nan_policy == 'skip':
+        count = f', update {skipped} of this kind, of which train.max_skipped={train.max_skipped}'
+        count += ' may be skipped'
+        skip = f'allow more (--config.train.max_skipped={10 * (train.max_skipped or 1)})'
+    lower = f'--config.optim.learning_rate={config.optim.learning_rate / 10:g}'
+    return (
+        f'step {step}: the loss or its gradient is NaN or infinite ({", ".join(found)}){count}. '
+        f'Resume from the last checkpoint with a lower rate ({lower}), look for faults in the data '
+        f'(python -m pspnet_jax.check), or {skip}'
+    )
+
+
 def validate_volumes(
     predict, state: TrainState, slices: volumes.Slices, intensity, config, log
 ) -> float:
-    """Mean Dice over the validation volumes; logs it with a few pictures."""
+    """Mean Dice over the validation volumes, -1 where undefined; logs it with a few pictures."""
     params = state.params if state.ema_params is None else state.ema_params
     variables = {'params': params, 'batch_stats': state.batch_stats}
     pictures = []
@@ -126,10 +142,10 @@ def loader(
     unread: dict[int, str],
 ):
     """(placed, next_batch): the step on all devices, and what `placed.put_batch` takes for its
-    next `count` updates, from the one behind `first_step` on.
+    next `count` updates, from the one after `first_step` on.
 
     `count` is 1 unless the slices are on the device, where a batch is their rows. `unread`
-    collects the faults of slices that are passed over, where the config says so.
+    collects the faults of slices that are skipped, where the config says so.
     """
     data, batch_size = config.data, config.train.batch_size
     slices = volumes.with_context(slices, data.context)
@@ -145,7 +161,7 @@ def loader(
     read = {'intensity': intensity, 'unread': unread if data.bad_slices == 'skip' else None}
     if data.cache == 'device':
         store = pipeline.store(slices, **read)
-        logger.info('%.0f MB of slices are on the device', pipeline.megabytes(store))
+        logger.info('the device holds all training images: %.0f MB', pipeline.megabytes(store))
         rows = pipeline.rows(drawn, **places)
         return over_mesh_cached(step_fn, store), lambda count: np.stack(
             [next(rows) for _ in range(count)]
@@ -178,10 +194,10 @@ def train_and_evaluate(
     on_log: Callable[[int, dict[str, float | None]], object] = do_nothing,
     on_validation: Callable[[int, float, TrainState], object] = do_nothing,
 ) -> dict[str, Any]:
-    """Train, validate and checkpoint in `workdir`, going on where it stopped; then evaluate.
+    """Train, validate and checkpoint in `workdir`, resuming a run that stopped; then evaluate.
 
     Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    behind the built-in augmentation, the channels of its `data.context` with it.
+    after the built-in augmentation, the channels of its `data.context` with it.
     `loss_fn(logits_BHWK, labels_BHW)` is one more term of the loss, for the main output and (times
     loss.aux) each auxiliary one: it sees the whole batch on any number of devices, and stands alone
     with loss.cross_entropy=0 and loss.dice=0. A loss whose weight the config keeps is an entry of
@@ -195,13 +211,13 @@ def train_and_evaluate(
     validate(config)
     check_losses(config, own_loss=loss_fn is not None)
     config, workdir = with_absolute_paths(config), str(paths.local(workdir))
-    logger.info('config:\n%s', config)
+    tell_config(config, workdir)
     batch_size = config.train.batch_size
     if batch_size % jax.device_count():
         near = ' or '.join(map(str, hosts.nearest_batches(batch_size, jax.device_count())))
         raise ConfigError(
             f'train.batch_size {batch_size} does not divide over {jax.device_count()} devices: '
-            f'take {near}'
+            f'set it to {near}'
         )
 
     if config.parallel == 'pmap' and batch_size // jax.device_count() % config.train.accumulate:
@@ -230,8 +246,7 @@ def train_and_evaluate(
     if config.data.cache == 'memory':
         for name in ('train', 'validation'):  # each at most half: together they fit
             split[name] = volumes.in_memory(split[name])
-    for name, part in split.items():
-        logger.info('%s: %s', name, volumes.describe(part))
+    tell_data(split)
 
     with faults.locked(workdir) if hosts.is_first() else contextlib.nullcontext():
         run_steps(
@@ -242,9 +257,10 @@ def train_and_evaluate(
             keep_split=lambda: splits.keep(Path(workdir) / splits.KEPT, parts, slices),
         )
         if not parts['test'] and not parts['validation']:
-            logger.info('there is no test or validation case: nothing is evaluated')
+            logger.info('nothing is evaluated: there are no test or validation cases')
             return {}
         part = 'test' if parts['test'] else 'validation'
+        logger.info('evaluating the %s cases (%d)', part, len(parts[part]))
         return evaluate_checkpoint(workdir, split=part, trusted=True, loaded=(slices, parts))
 
 
@@ -260,15 +276,18 @@ def check_losses(config: ConfigDict, own_loss: bool) -> None:
         raise ConfigError(f'{weights} are all 0: give one a weight, such as --config.loss.dice=1')
     if unknown := sorted(extra.keys() - losses.TERMS.keys()):
         raise ConfigError(
-            f'loss.extra gives a weight to {", ".join(unknown)}, which losses.TERMS has not: add '
-            f"it before training, as in losses.TERMS['{unknown[0]}'] = (function, {{}})"
+            f'loss.extra gives a weight to {", ".join(unknown)}, which losses.TERMS lacks: add it '
+            f"before training, as in losses.TERMS['{unknown[0]}'] = (function, {{}})"
         )
 
 
 def check_crop(crop: int, slices: volumes.Slices) -> None:
     """Raise ConfigError for a crop that is larger than the first slice; all have one size."""
     if not len(slices):
-        raise ConfigError('no case is left to train on: lower data.test_fraction')
+        raise ConfigError(
+            'no case is left to train on: lower --config.data.test_fraction or '
+            '--config.data.validation_fraction, or add cases'
+        )
     height, width = slices.read(int(slices.key[0]))[1].shape
     if crop > min(height, width):
         raise ConfigError(
@@ -290,7 +309,7 @@ def schedule(config: ConfigDict, slices: int) -> tuple[int, int, int, int]:
     if not total:
         raise ConfigError(
             f'train.epochs={train.epochs:g} over {slices} slices in batches of {train.batch_size} '
-            'are 0 steps: raise it, or lower train.batch_size'
+            'are 0 steps: raise --config.train.epochs, or lower --config.train.batch_size'
         )
     validate_every = train.validate_every or max(total // 10 // chunk, 1) * chunk
     return total, chunk, validate_every, train.checkpoint_every or validate_every
@@ -298,7 +317,7 @@ def schedule(config: ConfigDict, slices: int) -> tuple[int, int, int, int]:
 
 @dataclasses.dataclass
 class Window:
-    """Updates since speed was last told; compiling, validating and saving begin a new one."""
+    """Updates since speed was last logged; compiling, validating and saving begin a new one."""
 
     step: int  # before the first of them
     waited: float = 0.0  # seconds, for data
@@ -339,23 +358,25 @@ def run_steps(
     state, programs, needed = placed.put_state(state), {}, math.nan
     pending, loss, skipped = [], math.nan, progress.get('skipped', 0)
 
-    # Whatever ends the loop: closing waits for a checkpoint that is still being written, and
-    # the curves are drawn behind it all, also of a run that diverged.
+    # However the loop ends: closing waits for a checkpoint that is still being written, and
+    # the curves are drawn last, also those of a run that diverged.
     with (
         contextlib.ExitStack() as end,
         faults.memory_explained(lambda: what_takes_memory(config, needed)),
         contextlib.closing(checkpoint.Writer(workdir)) as writer,
         contextlib.closing(open_log(workdir, step, hooks.on_log)) as log,
         faults.signals() as asked_to_stop,
-        progress_bar(step, total) as bar,
+        Progress(Pace(total, validate_every, step), train.batch_size) as shown,
     ):
-        read = functools.partial(read_metrics, log=log, rate=begun.rate, train=train)
+        read = functools.partial(read_metrics, log=log, rate=begun.rate, config=config)
         save = functools.partial(checkpoint.save, writer, config=to_dict(config), inputs=inputs)
         end.callback(draw_curves, workdir)
         if begun.changed:
             log.scalars(step, {'config_changes': len(begun.changed)})
         end.callback(warn_of_unread, unread)
         window = Window(step)
+        if step >= total:
+            logger.info('training is complete: step %d of %d', step, total)
         while step < total and not out_of_patience(config, progress):
             # Start these updates, then read those before: the device never waits for the host.
             stops = (total, *((step // n + 1) * n for n in (validate_every, checkpoint_every)))
@@ -363,15 +384,20 @@ def run_steps(
             batch = placed.put_batch(next_batch(count))
             window.waited += time.perf_counter() - start
             if count not in programs:
+                if not programs:
+                    logger.info('compiling the training step')
                 programs[count], facts = placed.compile(state, batch)
-                logger.info(COMPILED, count, *facts.values())
+                if len(programs) == 1:
+                    tell_network(config, begun.size, facts)
+                    tell_plan(config, len(split['train']), total, validate_every)
                 needed, window = facts['needed_mb'], Window(step)
+                shown.pace.skip(step)
             state, metrics = programs[count](state, batch)
             loss, skipped = read(pending, loss, skipped)
             pending, step = [(first, metrics)], step + count
-            bar.update(count)
+            shown.update(first - 1, loss)
             if step // train.log_every > (step - count) // train.log_every:
-                tell_speed(window.speed(step, train.batch_size), step, loss, log, bar)
+                log.timings(step, window.speed(step, train.batch_size))
                 window = Window(step)
 
             # Validate on whole volumes, and keep the state with the Dice that ranks it.
@@ -379,10 +405,13 @@ def run_steps(
             if not (validates or step % checkpoint_every == 0 or stop):
                 continue
             loss, skipped = read(pending, loss, skipped)
+            shown.update(step, loss)
             pending, dice, whole = [], None, placed.get_state(state)
             if validates and len(split['validation']):
                 dice = validate_volumes(predict, whole, split['validation'], intensity, config, log)
+                shown.pace.finish_validation()
                 progress = ranked(progress, dice, step)
+                shown.tell_validation(step, dice, progress)
             progress = {**progress, 'skipped': skipped}
             log.flush()
             save(step, whole, progress=progress, dice=dice)
@@ -392,65 +421,56 @@ def run_steps(
                 raise stopped(stop, step, total)
             compilation.trim_heap()
             window = Window(step)
+            shown.pace.skip(step)
 
 
 def open_log(workdir: str, first_step: int, on_log: Callable) -> MetricLog | Silent:
     return MetricLog(workdir, first_step, on_log) if hosts.is_first() else Silent()
 
 
-def progress_bar(first_step: int, total: int) -> tqdm:
-    interval = 1 if sys.stderr.isatty() else 60  # seconds
-    return tqdm(total=total, initial=first_step, unit='step', mininterval=interval)
-
-
-def tell_speed(
-    speed: dict[str, float], step: int, loss: float, log: MetricLog | Silent, bar: tqdm
-) -> None:
-    """To TensorBoard, and beside the bar with the last loss."""
-    log.timings(step, speed)
-    known = {} if math.isnan(loss) else {'loss': loss}
-    bar.set_postfix(**known, data_wait=f'{speed["data_wait"]:.0%}')
-
-
 def ranked(progress: dict[str, Any], dice: float, step: int) -> dict[str, Any]:
-    """The best Dice of the run's validations, and how many were no better since."""
-    best = max(dice, progress['best_dice'] or -1.0)
-    stale = 0 if progress['best_dice'] != best else progress['stale'] + 1
-    logger.info('step %d: validation Dice %.4f, best %.4f', step, dice, best)
-    return {'best_dice': best, 'stale': stale}
+    """The best Dice of the run's validations, its step, and how many since were no better."""
+    best = progress['best_dice']
+    if best is None or dice > best:
+        return {**progress, 'best_dice': dice, 'best_step': step, 'stale': 0}
+    newest = {'best_step': step} if dice == best else {}  # as `checkpoint.best` has it
+    return {**progress, **newest, 'stale': progress['stale'] + 1}
 
 
 def out_of_patience(config: ConfigDict, progress: dict[str, Any]) -> bool:
-    """Whether `train.patience` validations were no better, which the log says."""
+    """Whether `train.patience` validations in a row were no better; the log says so."""
     if not 0 < config.train.patience <= progress['stale']:
         return False
-    logger.info('no better Dice in %d validations: stopping', progress['stale'])
+    logger.info(
+        'stopping early: the last %d validations were no better (train.patience)', progress['stale']
+    )
     return True
 
 
 def stopped(number: int, step: int, total: int) -> StoppedError:
-    """What a run raises that a signal asked to stop."""
+    """What a run raises when a signal asked it to stop."""
     return StoppedError(
-        f'{signal.Signals(number).name}: stopped behind the checkpoint of step {step} of '
-        f'{total}; the same command goes on from there',
+        f'{signal.Signals(number).name}: stopped after the checkpoint of step {step} of {total}; '
+        'the same command resumes from there',
         number,
     )
 
 
 def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
-    """What a step asks for, and the knobs that make it less."""
+    """What a step needs, and the knobs that reduce it."""
     train = config.train
     size = 'whole slices' if not config.augment.crop else f'crops of {config.augment.crop}'
     about = '' if math.isnan(needed_mb) else f' needs about {needed_mb:.0f} MB'
     return (
         f'a step of train.batch_size={train.batch_size} on {size}, train.accumulate='
         f"{train.accumulate}, train.remat='{train.remat}'{about}{faults.device_memory()}: "
-        "raise accumulate, set remat='pointwise', or make batch_size or augment.crop smaller"
+        f'raise --config.train.accumulate, set --config.train.remat=pointwise, or lower '
+        '--config.train.batch_size or --config.augment.crop'
     )
 
 
 def draw_curves(workdir: str) -> None:
-    """The run's curves; a fault in writing them must not hide the one that ended it."""
+    """The run's curves; an error in writing them must not hide the one that ended the run."""
     try:
         if hosts.is_first():
             charts.write_curves(workdir)
@@ -461,6 +481,6 @@ def draw_curves(workdir: str) -> None:
 def warn_of_unread(unread: dict[int, str]) -> None:
     """The slices that could not be read, at the end of the run."""
     if unread:
-        logger.warning('%d slice(s) could not be read, others were used:', len(unread))
+        logger.warning('%d slice(s) could not be read and were replaced by others:', len(unread))
         for reason in unread.values():
             logger.warning('  %s', reason)

@@ -1,6 +1,5 @@
 """How a run starts: from checkpoints, from published weights, or from random ones."""
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -29,15 +28,6 @@ from pspnet_jax.training.update import TrainState, create_state
 logger = logging.getLogger(__name__)
 
 
-def parameter_table(params: Any) -> str:
-    """Values in each second-level module, and the total."""
-    rows = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        rows['/'.join(entry.key for entry in path[:2])] += leaf.size
-    rows['total'] = sum(rows.values())
-    return '\n'.join(f'  {name:32} {size:12,}' for name, size in rows.items())
-
-
 def pretrained_file(config: ConfigDict) -> Path | None:
     """The file that `model.pretrained` stands for, fetched if it is not on this machine yet.
 
@@ -54,8 +44,8 @@ def pretrained_file(config: ConfigDict) -> Path | None:
     public = weights.public(backbone, **options)
     if public is None:
         logger.warning(
-            'no ImageNet weights are known for %s with model.width=%d and its other options: '
-            'it starts from random ones',
+            'there are no ImageNet weights for %s with model.width=%d and its other options: it '
+            'starts from random weights',
             backbone,
             config.model.width,
         )
@@ -91,8 +81,8 @@ def normalize_as_there(
     if ours != theirs:
         there, here = (transfer.words({'normalization': plain(x)}) for x in (theirs, ours))
         logger.warning(
-            'images were normalised %s where the weights are from, and are %s here '
-            '(data.normalize %r): None takes what was there',
+            'the run that the weights are from normalised images %s, this run does %s '
+            '(data.normalize=%r): with --config.data.normalize=None it does the same',
             there,
             here,
             config.data.normalize,
@@ -128,12 +118,9 @@ def start_or_resume(
     context = config.data.context
     seen = volumes.channels_seen(channels, context)
     state = create_state(model, tx, seed=config.seed, channels=seen, ema=ema)
-    for line in parameter_table(state.params).splitlines():
-        logger.info('%s', line)
     restored = checkpoint.restore(workdir, state, to_dict(config))
     if restored:
         state, meta = restored
-        logger.info('resuming from step %d', state.step)
         return state, meta['progress'], meta['inputs'], meta['config']
     normalization = chosen_normalization(config)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
@@ -169,7 +156,7 @@ def start_or_resume(
     if is_fixed(normalization) and (scale := measure()) is not None:
         inputs['range'] = scale.tolist()
     logger.info('images are normalised %s', transfer.words(inputs))
-    return state, {'best_dice': None, 'stale': 0, 'skipped': 0}, inputs, None
+    return state, {'best_dice': None, 'best_step': None, 'stale': 0, 'skipped': 0}, inputs, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +167,7 @@ class Start:
     tx: optax.GradientTransformation
     rate: optax.Schedule
     teacher: nn.Module | None
+    size: int  # parameters
     inputs: dict[str, Any]  # `checkpoint.save`'s
     changed: dict[str, tuple[Any, Any]]  # of the config, since the checkpoint
 
@@ -193,8 +181,8 @@ def begin(
 ) -> tuple[Start, TrainState, dict[str, Any]]:
     """Model, optimiser, state and progress: restored, or new with pretrained weights.
 
-    What a run keeps beside its checkpoints is written once nothing that was asked for can fail any
-    more; `keep_split` is called then.
+    What a run keeps beside its checkpoints is written once nothing that was asked for can fail;
+    `keep_split` is called then.
     """
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(config.optim, steps=steps)
@@ -207,6 +195,8 @@ def begin(
         lambda: volumes.joint_range(split['train'], [split['validation'], split['test']]),
     )
     step, now = int(state.step), to_dict(config)
+    if before is not None:
+        logger.info('resuming at step %d of %d', step, steps)
     hosts.check_same({'the first step': step, **now})
     teacher = taught = None
     if config.distill.teacher:
@@ -226,7 +216,8 @@ def begin(
         keep_split()
         keep_config(workdir, now, step, before if changed else None)
     hosts.wait_for_all()
-    start = Start(model, tx, rate, teacher, inputs, changed)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    start = Start(model, tx, rate, teacher, size, inputs, changed)
     return start, state.replace(teacher=taught), progress
 
 
@@ -252,14 +243,15 @@ NO_EFFECT = ('model.pretrained', 'model.stem', 'train.init_from')  # on a run th
 
 
 def tell_changes(changed: dict[str, tuple[Any, Any]], step: int) -> None:
-    """What a run that is resumed does otherwise than before."""
+    """What a resumed run does differently from before."""
     idle = [key for key in changed if key in NO_EFFECT]
     listed = [f'{key} from {a!r} to {b!r}' for key, (a, b) in changed.items() if key not in idle]
     if listed:
-        logger.warning('the config was changed, from step %d on: %s', step, '; '.join(listed))
+        logger.warning('the config changed, from step %d on: %s', step, '; '.join(listed))
     if idle:
         logger.warning(
-            '%s changed, which has no effect on a run that is resumed: give another --workdir',
+            '%s changed, which has no effect on a resumed run: give another --workdir to start '
+            'anew',
             ', '.join(idle),
         )
 

@@ -1,7 +1,7 @@
 """What a run takes over from another: its first weights (train.init_from), its teacher.
 
-Both are named as WORKDIR (the best checkpoint), WORKDIR@last or WORKDIR@STEP, and need that
-folder's checkpoints alone. A published network that `convert` made is one too.
+Both are named as WORKDIR (the best checkpoint), WORKDIR@last or WORKDIR@STEP, and need only that
+folder's checkpoints. A published network that `convert` turned into a run is one too.
 """
 
 import collections
@@ -44,7 +44,7 @@ def first_weights(
     theirs = run.config.model
     name = f'{workdir}, step {run.step} ({theirs.name}, {theirs.num_classes} classes)'
     if merged is None:
-        raise CheckpointError(f'nothing of {name} fits this network:\n{report}')
+        raise CheckpointError(f'no weights of {name} fit this network:\n{report}')
     normalization = run.inputs['normalization']
     if isinstance(normalization, Mapping):
         normalization = Normalization(**normalization)
@@ -94,13 +94,13 @@ def merge(
     }
     values = sum(x.size for x in taken.values())
     lines = [
-        f'  {values:,} of {sum(x.size for x in ours.values()):,} values taken '
+        f'  copied {values:,} of {sum(x.size for x in ours.values()):,} values '
         f'({len(taken)} of {len(ours)} arrays)',
-        f'  only there: {_summary(found.keys() - ours.keys())}',
-        f'  only here, as new: {_summary(ours.keys() - found.keys())}',
-        f'  of another shape, as new: {"; ".join(differing.values()) or "none"}',
+        f'  only in that run, not used: {_summary(found.keys() - ours.keys())}',
+        f'  only in this network, initialised afresh: {_summary(ours.keys() - found.keys())}',
+        f'  of another shape, initialised afresh: {"; ".join(differing.values()) or "none"}',
     ]
-    lines += [f'  changed: {"; ".join(notes)}'] if notes else []
+    lines += [f'  adapted: {"; ".join(notes)}'] if notes else []
     lines = [one_line(line) for line in lines]  # names of an untrusted file
     merged = unflatten_dict({**ours, **taken}, sep='/') if taken else None
     return merged, '\n'.join(lines)
@@ -148,10 +148,11 @@ def load_teacher(
     run = open_run(workdir, which)
     teacher, theirs = run.model, run.inputs
     name = f'distill.teacher {workdir}, step {run.step},'
-    if run.config.model.num_classes != student.num_classes:
+    classes = run.config.model.num_classes
+    if classes != student.num_classes:
         raise ConfigError(
-            f'{name} has {run.config.model.num_classes} classes, this run has '
-            f'{student.num_classes} (model.num_classes): make them the same'
+            f'{name} has {classes} classes, this run has {student.num_classes}: give '
+            f'--config.model.num_classes={classes} or another teacher'
         )
     named = run.config.model.class_names
     if class_names and named not in ((), tuple(class_names)):
@@ -174,8 +175,8 @@ def load_teacher(
     ):
         raise ConfigError(
             f'{name} was trained on images normalised {words(theirs)}, this run '
-            f'normalises them {words(inputs)}: see data.normalize; the range is that of the '
-            'training patients, so take the same (data.split_file)'
+            f'normalises them {words(inputs)}: set --config.data.normalize as there; a measured '
+            'range is that of the training cases, so use the same split (data.split_file)'
         )
     for side, module in (('the teacher', teacher), ('this network', student)):
         if features and not hasattr(module, 'backbone'):

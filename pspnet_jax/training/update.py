@@ -44,7 +44,7 @@ class StepOptions:
     # them, BatchNorm and ReLU mostly, is computed again.
     remat: str = 'none'
     ema_decay: float = 0.0
-    # 'skip': a loss or gradient that is no number changes nothing but the step; the metric
+    # 'skip': a NaN or infinite loss or gradient changes nothing but the step; the metric
     # 'skipped' is 1 there.
     nan_policy: str = 'stop'
 

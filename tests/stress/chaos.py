@@ -15,6 +15,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def command(workdir: str | Path, config: Mapping[str, object]) -> list[str]:
 
 def phase_of(workdir: Path, told: str, config: Mapping[str, object]) -> str:
     """What a run does, by the files in its folder and what it `told` on stderr."""
-    if 'step/s]' not in told:  # the progress bar
+    if not re.search('compiling the training step|training is complete', told):
         return 'start'
     last = (log.read(workdir) or [{'step': 0}])[-1]
     if last['step'] == config['train.steps'] and 'loss' not in last and not unfinished(workdir):

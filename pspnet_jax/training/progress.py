@@ -1,0 +1,183 @@
+"""What a run prints: how it starts, how far it is, and how long it takes."""
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from pspnet_jax import models
+from pspnet_jax.config import base, flatten
+from pspnet_jax.data import volumes
+
+logger = logging.getLogger(__name__)
+
+LINE_SECONDS = 60.0  # between two lines on a console that is no terminal
+TIMED = 3  # updates before the first estimate
+
+
+def tell_config(config: ConfigDict, workdir: str) -> None:
+    """One line with what differs from the defaults."""
+    defaults = flatten(base.get_config().to_dict())
+    values = flatten(config.to_dict())
+    changed = [f'{key}={value}' for key, value in values.items() if value != defaults.get(key)]
+    listed, path = ', '.join(changed) or 'all defaults', Path(workdir) / 'config.json'
+    logger.info('config: %s (all of it in %s)', listed, path)
+
+
+def tell_data(split: Mapping[str, volumes.Slices]) -> None:
+    """One line with what each part holds."""
+    told = (f'{name} {volumes.describe(part)}' for name, part in split.items())
+    logger.info('data: %s', '; '.join(told))
+
+
+def tell_network(config: ConfigDict, size: int, facts: Mapping[str, float]) -> None:
+    """One line: `size` parameters, and `compile_now`'s `facts` of the training step."""
+    _, backbone, _ = models.resolve(**config.model)
+    # XLA counts one device, and the body of a loop once: of micro-batches, and of several updates.
+    gflop = facts['gflop'] * config.train.accumulate * jax.device_count()
+    cost = f', {gflop:.3g} GFLOP a training step' if gflop > 0 else ''
+    logger.info(
+        'network: %s%s, %d classes, %s parameters%s; compiled in %.0f s',
+        config.model.name,
+        f' on {backbone}' if backbone else '',
+        config.model.num_classes,
+        f'{size:,}',
+        cost,
+        facts['seconds'],
+    )
+
+
+def tell_plan(config: ConfigDict, slices: int, total: int, validate_every: int) -> None:
+    """One line; how long it takes is not known yet."""
+    epochs = total * config.train.batch_size / slices
+    logger.info(
+        'plan: %d steps of %d images, %.3g epochs, a validation every %d steps',
+        total,
+        config.train.batch_size,
+        epochs,
+        min(validate_every, total),
+    )
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '12 minutes', '3.4 hours'."""
+    if seconds < 99.5:
+        return f'{seconds:.0f} s'
+    if seconds < 5970:
+        return f'{seconds / 60:.0f} minutes'
+    return f'{seconds / 3600:.1f} hours'
+
+
+@dataclasses.dataclass
+class Pace:
+    """What updates and validations took in this process, and so how long the rest takes.
+
+    Compiling is in none of it.
+    """
+
+    total: int
+    validate_every: int
+    step: int  # the last that is finished
+    clock: Callable[[], float] = time.perf_counter
+    updates: int = 0
+    seconds: float = 0.0  # for these
+    validations: int = 0
+    validating: float = 0.0  # seconds
+
+    def __post_init__(self) -> None:
+        self.since = self.clock()
+
+    def finish(self, step: int) -> None:
+        """All updates up to `step` are finished now."""
+        now = self.clock()
+        self.updates, self.seconds = (
+            self.updates + step - self.step,
+            self.seconds + now - self.since,
+        )
+        self.step, self.since = step, now
+
+    def finish_validation(self) -> None:
+        now = self.clock()
+        self.validations, self.validating = self.validations + 1, self.validating + now - self.since
+        self.since = now
+
+    def skip(self, step: int) -> None:
+        """What passed since the last call, `step` included, is not counted."""
+        self.step, self.since = step, self.clock()
+
+    def left(self) -> float:
+        """Seconds to the end of training; NaN while no update was timed.
+
+        Validations are in it as soon as one was timed; the last step is always validated.
+        """
+        if not self.updates:
+            return math.nan
+        to_come = -(-self.total // self.validate_every) - self.step // self.validate_every
+        each = self.validating / self.validations if self.validations else 0.0
+        return (self.total - self.step) * self.seconds / self.updates + to_come * each
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line a minute; both say the loss, the speed and the time
+    that is left. A context manager: the bar is closed at the end.
+    """
+
+    def __init__(self, pace: Pace, batch_size: int):
+        self.pace, self._batch_size = pace, batch_size
+        self._told = None  # when the last line was
+        self._bar = tqdm(
+            total=pace.total,
+            initial=pace.step,
+            bar_format='{percentage:3.0f}% |{bar}| step {n_fmt} of {total_fmt}{postfix}',
+            mininterval=1,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def update(self, step: int, loss: float) -> None:
+        """The updates up to `step` are finished; `loss` is the last one's."""
+        pace = self.pace
+        pace.finish(step)
+        if pace.updates >= TIMED and self._told is None:
+            logger.info(
+                'time: %s left, %.2g s a step%s',
+                self.left(),
+                pace.seconds / pace.updates,
+                '' if pace.validations else ', without validations',
+            )
+            self._told = pace.since
+        if self._told is not None:
+            speed = pace.updates * self._batch_size / pace.seconds
+            told = f'loss {loss:.4f}, {speed:.3g} images/s, {self.left()} left'
+            self._bar.set_postfix_str(told, refresh=False)
+            if self._bar.disable and pace.since - self._told >= LINE_SECONDS:
+                logger.info('step %d of %d: %s', step, pace.total, told)
+                self._told = pace.since
+        self._bar.update(step - self._bar.n)
+
+    def tell_validation(self, step: int, dice: float, progress: Mapping[str, Any]) -> None:
+        """One line; `progress` is the checkpoint's, `dice` -1 where it is undefined."""
+        best, at = f'best {progress["best_dice"]:.4f}', progress.get('best_step')
+        if at is not None:  # older checkpoints do not say
+            best = 'the best so far' if at == step else f'{best} at step {at}'
+        found = f'{dice:.4f}, {best}' if dice >= 0 else 'undefined: no case has a structure'
+        left = '' if step == self.pace.total else f'; {self.left()} left'
+        logger.info('step %d of %d: validation Dice %s%s', step, self.pace.total, found, left)
+
+    def left(self) -> str:
+        """As words: before any update was timed nobody knows."""
+        seconds = self.pace.left()
+        return 'an unknown time' if math.isnan(seconds) else duration(seconds)
