@@ -30,7 +30,7 @@ ROWS = {
         'model.num_classes; any height, width and number of channels; data.size for mixed sizes',
         '--config.model.num_classes=3 --config.data.size="(256, 320)"',
         ('test_models::test_logits_have_the_images_size_in_bfloat16_too',
-         'test_folder::test_mixed_sizes_need_one_to_train_at'),
+         'test_folder::test_mixed_sizes_get_one_near_their_median'),
     ),
     'F03': Row(
         'train(images, annotations)',

@@ -324,9 +324,9 @@ def letterbox(own: Sequence[int], size: Sequence[int]) -> tuple[int, int, int, i
     """
     (h, w), (H, W) = own, size
     if h * W >= H * w:  # at least as high, for its width
-        h, w = H, max(1, math.floor(w * H / h + 0.5))
+        h, w = H, max(1, round(w * H / h))
     else:
-        h, w = max(1, math.floor(h * W / w + 0.5)), W
+        h, w = max(1, round(h * W / w)), W
     return (H - h) // 2, (W - w) // 2, h, w
 
 
