@@ -737,7 +737,7 @@ def test_mixed_sizes_get_one_near_their_median(tmp_path, caplog):
     caplog.clear()
     check.check(config_of(tmp_path, **{'data.size': (32, 32)}), tmp_path / 'out')
     assert 'sizes are resized' not in caplog.text
-    with pytest.raises(ConfigError, match='add --config.predict.window=0'):
+    with pytest.raises(ConfigError, match=r'add --config\.predict\.window=0'):
         check.check(config_of(tmp_path, **{'predict.window': 32}), tmp_path / 'out')
 
 
@@ -810,7 +810,7 @@ def test_what_the_config_leaves_open_is_found_out_and_kept(tmp_path, caplog):
         write(tmp_path, f'p{n:02}', mask=LABELS)
     config = own_config(tmp_path)
     validate(config)
-    slices, parts = sources.load(config)
+    slices, _ = sources.load(config)
     with caplog.at_level('INFO'):
         found = start.complete(config, slices, 9)
     assert (found.model.num_classes, found.data.size, found.data.fit) == (3, (), 'letterbox')

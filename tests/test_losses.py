@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pspnet_jax.training import losses
+from pspnet_jax.config import base
+from pspnet_jax.training import losses, update
 
 IGNORE = 255
 

@@ -166,14 +166,16 @@ def test_values_with_a_gap_are_not_counted_and_the_remedy_needs_no_number(
 
 def test_a_gap_may_be_a_class_that_does_not_occur():
     there = found(a=[0, 2], b=[0, 1, 2, 4])
-    with pytest.raises(DataError, match='--config.model.num_classes=5 keeps the numbers'):
+    with pytest.raises(DataError, match=r'--config\.model\.num_classes=5 keeps the numbers'):
         masks.understand(there, num_classes=None)
     assert masks.understand(there, num_classes=5).num_classes == 5
 
 
 def test_shades_are_not_counted_as_classes():
     shades = found(a=list(range(200)))
-    with pytest.raises(DataError, match='--config.model.num_classes=200; if what is not 0 is one'):
+    with pytest.raises(
+        DataError, match=r'--config\.model\.num_classes=200; if what is not 0 is one'
+    ):
         masks.understand(shades, num_classes=None)
     with pytest.raises(DataError, match='a mask saved as JPEG'):
         masks.understand(found(a=[*range(30), *range(220, 256)]), num_classes=None)

@@ -107,7 +107,8 @@ def test_a_run_that_is_resumed_keeps_what_was_found_out(tmp_path, monkeypatch):
              'optim.learning_rate': None}  # fmt: skip
     slices = dataclasses.replace(
         phantom.load(volumes=3, slices=4, size=32, seed=0),
-        num_classes=3, class_names=('background', 'a', 'b'), sizes=np.array([(64, 40), (40, 64)] * 6),
+        num_classes=3, class_names=('background', 'a', 'b'),
+        sizes=np.array([(64, 40), (40, 64)] * 6),
     )  # fmt: skip
     before = start.complete(tiny_config(**open_), slices, 9)
     assert before.data.size == (64, 64)

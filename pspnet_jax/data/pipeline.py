@@ -124,7 +124,7 @@ def store(
 
 def padded_rows(count: int) -> int:
     """`count`, rounded up to an eighth of the power of two below: folds then share a program."""
-    eighth = max(1 << (count.bit_length() - 4), 1) if count else 1
+    eighth = 1 << max(count.bit_length() - 4, 0)
     return -(-count // eighth) * eighth
 
 
