@@ -786,7 +786,7 @@ def test_classes_of_annotations_are_those_that_are_drawn(tmp_path, caplog, tool)
     assert '3 classes, from the annotations: background, bone, tumor' in caplog.text
     expected = np.array([0, 1, 0, 2])[squares('bone', 'tumor')]
     np.testing.assert_array_equal(masks_of(slices)[0], expected)
-    assert ("'muscle' are listed but never drawn" in caplog.text) == (tool == 'COCO')
+    assert ('never drawn are left out: muscle' in caplog.text) == (tool == 'COCO')
 
 
 def own_config(root, **changes):

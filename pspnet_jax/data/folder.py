@@ -352,6 +352,7 @@ def load(
     if drawn and counted:
         if names and not classes:
             cases, names = _only_drawn(cases, names, drawn)
+            drawn = {shape.label for case in cases for shape in case.shapes}
         highest = max(names.values()) if names else max(drawn)
         given = given._replace(num_classes=max(2, highest + 1))
     if names and max(drawn, default=0) >= given.num_classes:
@@ -398,7 +399,7 @@ def _only_drawn(
     idle = sorted(name for name, number in names.items() if number not in kept)
     if not idle:
         return list(cases), dict(names)
-    logger.info('annotations: %s are listed but never drawn: left out', some(idle))
+    logger.info('annotations: classes that are listed but never drawn are left out: %s', some(idle))
     number_of = {old: new for new, old in enumerate(kept)}
     names = {name: number_of[old] for name, old in names.items() if old in number_of}
     return [
