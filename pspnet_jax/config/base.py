@@ -161,7 +161,7 @@ def get_config(arg: str = '') -> ConfigDict:
     train.epochs = 50.0  # passes over the training slices; None: by how many there are
     # (training/start.py)
     train.steps = 0  # if above 0, in place of epochs
-    train.ema_decay = 0.0  # average of the parameters that is evaluated; 0: none
+    train.ema_decay = 0.0  # of the parameters' average that is evaluated, after a warm-up; 0: none
     train.log_every = 10  # steps
     train.validate_every = 0  # steps; 0: ten times a run
     train.checkpoint_every = 0  # steps; 0: at each validation
