@@ -87,7 +87,6 @@ class Model:
             images=named or (str(folder),),
             masks=str(Path(masks).absolute()),
             group=sources.grouping(config, group),
-            mixed_sizes=True,
         )
         sources.check_class_names(slices, config)
         workdirs = [self.workdir] if isinstance(self.workdir, str | Path) else self.workdir

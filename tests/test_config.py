@@ -12,6 +12,7 @@ from pspnet_jax import config as rules
 from pspnet_jax import models
 from pspnet_jax.config import augmentations, base, lgg, phantom
 from pspnet_jax.data.sources import SOURCES
+from pspnet_jax.inference import settings
 from pspnet_jax.runtime.errors import ConfigError
 from tests.conftest import PSPNET, ROOT, tiny_config
 
@@ -47,6 +48,16 @@ def test_a_config_from_before_a_knob_has_its_default():
     tree = rules.to_dict(lgg.get_config())
     del tree['data']['split'], tree['crf']
     assert rules.from_dict(tree) == lgg.get_config()
+
+
+def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
+    tree = rules.to_dict(lgg.get_config())
+    del tree['data']['fit']
+    assert rules.from_dict(tree).data.fit == 'stretch'
+    assert settings.program_options(rules.from_dict(tree))['fit'] == 'stretch'
+    assert rules.from_dict(tree | {'data': {**tree['data'], 'fit': 'letterbox'}}).data.fit == (
+        'letterbox'
+    )
 
 
 @pytest.mark.parametrize(

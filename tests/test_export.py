@@ -522,3 +522,15 @@ def test_the_readmes_snippet_serves(exported, trained, tmp_path, fmt):
     assert done.returncode == 0, done.stderr
     expected = expected_of(trained[0], image)
     np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('fit', ['letterbox', 'stretch'])
+def test_the_metadata_say_how_images_are_resized(fit):
+    inputs = {'channels': 3, 'normalization': None}
+    config = tiny_config(**{'data.size': (32, 48), 'data.fit': fit})
+    found = export.describe('onnx', config, inputs, 0, (64, 64), 'none')['trained_size']
+    assert (found['height'], found['width'], found['fit']) == (32, 48, fit)
+    assert ('in proportion' in found['how']) == (fit == 'letterbox')
+    assert (
+        export.describe('onnx', tiny_config(), inputs, 0, (64, 64), 'none')['trained_size'] is None
+    )

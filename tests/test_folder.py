@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax.config import folder as own_pictures
 from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import folder, sources, volumes
+<<<<<<< HEAD
 from pspnet_jax.evaluation import visualize
 from pspnet_jax.runtime.errors import DataError
 from pspnet_jax.training import check
+=======
+from pspnet_jax.runtime.errors import ConfigError, DataError
+from pspnet_jax.training import check, start
+>>>>>>> own22
 from tests.conftest import tiny_config
 
 LABELS = np.zeros((40, 48), np.uint8)
@@ -81,10 +87,10 @@ def test_every_kind_of_mask_becomes_the_same_classes(tmp_path, mask, classes, op
 @pytest.mark.parametrize(
     ('mask', 'classes', 'words'),
     [
-        ((LABELS > 0) * np.uint8(128), 2, 'values 0, 128, the model has classes 0 to 1'),
-        (LABELS, 2, 'model.num_classes must be 3'),
+        ((LABELS > 0) * np.uint8(128), 2, 'values 0, 128, but model.num_classes is 2'),
+        (LABELS, 2, r'have 3 classes \(0, 1, 2\) but .* is 2: add --config.model.num_classes=3'),
         ((LABELS > 0) * np.uint8(255), 4, 'data.mask_format="binary"'),
-        (TABLE[LABELS], 3, 'the masks have colours .*#00ff80.*data.mask_colors'),
+        (TABLE[LABELS], 3, r'the masks have 3 colours .*data.mask_colors=.\("#000000", "#00ff80"'),
     ],
 )
 def test_what_could_mean_two_things_is_refused_with_the_choices(tmp_path, mask, classes, words):
@@ -140,7 +146,7 @@ def test_a_fault_in_the_values_hides_no_other(tmp_path):
         folder.load(tmp_path)
     assert len(caught.value.faults) == 5
     for words in (
-        'masks have values 0, 7, 255',
+        'masks have the values 0, 7, 255',
         'b.png is not a readable picture',
         'c.png is not a readable picture',
         'd.png are not of one size',
@@ -560,10 +566,10 @@ def test_too_few_classes_for_the_annotations_are_one_line(tmp_path):
     with pytest.raises(DataError) as caught:
         folder.load(tmp_path, masks=masks)
     (told,) = caught.value.faults
-    assert "have 4 classes ('background' = 0, 'bone' = 1, 'muscle' = 2, 'tumor' = 3), the" in told
-    assert told.endswith(
-        "model has 2: set model.num_classes=4, or model.class_names=('background', 'bone', "
-        "'tumor') and model.num_classes=3"
+    assert told == (
+        "the annotations have 4 classes ('background' = 0, 'bone' = 1, 'muscle' = 2, 'tumor' = 3) "
+        'but model.num_classes is 2: add --config.model.num_classes=4; or for those that are drawn '
+        "--config.model.class_names='background,bone,tumor' --config.model.num_classes=3"
     )
     classes = {'background': 0, 'bone': 1, 'tumor': 2}  # which is what that remedy does
     slices = folder.load(tmp_path, masks=masks, classes=classes, num_classes=3)
@@ -727,6 +733,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
         check.check(config_of(tmp_path), tmp_path / 'out')
 
 
+<<<<<<< HEAD
 def test_the_contact_sheet_shows_each_part_under_its_name(tmp_path):
     """Every picture is of one colour, by which the sheet tells where it stands."""
     shades = {f'p{n}': 21 + 10 * n for n in range(20)}
@@ -758,12 +765,114 @@ def test_the_contact_sheet_shows_each_part_under_its_name(tmp_path):
 
 
 def test_mixed_sizes_need_one_to_train_at(tmp_path):
+=======
+def test_mixed_sizes_get_one_near_their_median(tmp_path, caplog):
+>>>>>>> own22
     for n in range(6):
         write(tmp_path, f'p{n}')
     write(tmp_path, 'wide', np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), np.uint8))
-    with pytest.raises(DataError, match=r'images are of 2 sizes .*set data\.size'):
+    with caplog.at_level('INFO'):
         check.check(config_of(tmp_path), tmp_path / 'out')
+    assert 'images of 2 sizes are resized to 32x64, in proportion' in caplog.text
+    caplog.clear()
     check.check(config_of(tmp_path, **{'data.size': (32, 32)}), tmp_path / 'out')
+    assert 'sizes are resized' not in caplog.text
+    with pytest.raises(ConfigError, match=r'add --config\.predict\.window=0'):
+        check.check(config_of(tmp_path, **{'predict.window': 32}), tmp_path / 'out')
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'expected'),
+    [
+        ([(96, 128), (112, 80)], (96, 96)),  # medians 104 and 104
+        ([(10, 20), (20, 10)], (32, 32)),
+        ([(3000, 2000)] * 3 + [(100, 100)], (512, 352)),  # 341.3 is nearer to 352 than to 320
+        ([(40, 4000), (40, 2000), (41, 3000)], (32, 512)),
+    ],
+)
+def test_a_size_that_is_chosen_is_a_multiple_of_32_near_the_median(sizes, expected):
+    assert volumes.common_size(np.array(sizes)) == expected
+
+
+@pytest.mark.parametrize('options', [{}, {'group': '(.)'}])
+def test_the_number_of_classes_is_that_of_all_values_of_all_masks(tmp_path, caplog, options):
+    rng = np.random.default_rng(0)
+    for n in range(6):
+        write(tmp_path, f'{n % 2}{n}', mask=rng.choice([0, n % 5, 3], (40, 48)).astype(np.uint8))
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path, num_classes=None, **options)
+    every = [np.array(Image.open(path)) for path in (tmp_path / 'masks').iterdir()]
+    assert slices.num_classes == len(np.unique(every)) == 5
+    assert '5 classes, from the masks: background, 1, 2, 3, 4' in caplog.text
+    given = folder.load(tmp_path, num_classes=5, **options)
+    for one, other in zip(masks_of(slices), masks_of(given), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_line_of_classes_shows_the_palettes_colours(tmp_path, caplog):
+    write(tmp_path, 'a', mask=indexed(LABELS, [0, 0, 0, 200, 0, 0, 0, 0, 200]))
+    with caplog.at_level('INFO'):
+        assert folder.load(tmp_path, num_classes=None).num_classes == 3
+    assert '3 classes, from the masks: background, 1 (#c80000), 2 (#0000c8)' in caplog.text
+
+
+@pytest.mark.parametrize('tool', ['COCO', 'VIA', 'labelme'])
+def test_classes_of_annotations_are_those_that_are_drawn(tmp_path, caplog, tool):
+    masks = annotate(tmp_path, tool, ['bone', 'tumor'])
+    with caplog.at_level('INFO'):
+        slices = folder.load(tmp_path, masks=masks, num_classes=None)
+    assert slices.num_classes == 3
+    assert slices.class_names == ('background', 'bone', 'tumor')
+    assert '3 classes, from the annotations: background, bone, tumor' in caplog.text
+    expected = np.array([0, 1, 0, 2])[squares('bone', 'tumor')]
+    np.testing.assert_array_equal(masks_of(slices)[0], expected)
+    assert ('never drawn are left out: muscle' in caplog.text) == (tool == 'COCO')
+
+
+def own_config(root, **changes):
+    config = own_pictures.get_config('unet_mini')
+    changes = {'data.source': str(root), 'model.width': 4, **changes}
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_three_classes_and_two_sizes_pass_the_check_with_no_option(tmp_path, capsys):
+    for n in range(12):
+        size = (40, 48) if n % 2 else (48, 40)
+        image = np.random.default_rng(n).integers(0, 255, (*size, 3)).astype(np.uint8)
+        write(tmp_path, f'p{n:02}', image, LABELS if n % 2 else LABELS.T)
+    check.check(own_config(tmp_path), tmp_path / 'out')
+    assert 'no fault found' in capsys.readouterr().out
+
+
+def test_what_the_config_leaves_open_is_found_out_and_kept(tmp_path, caplog):
+    for n in range(12):
+        write(tmp_path, f'p{n:02}', mask=LABELS)
+    config = own_config(tmp_path)
+    validate(config)
+    slices, _ = sources.load(config)
+    with caplog.at_level('INFO'):
+        found = start.complete(config, slices, 9)
+    assert (found.model.num_classes, found.data.size, found.data.fit) == (3, (), 'letterbox')
+    assert (found.optim.learning_rate, found.optim.new_layer_factor) == (start.RANDOM_RATE, 1.0)
+    assert found.train.steps == start.FEWEST_STEPS
+    assert 'passes over 9 slices, as neither train.epochs nor train.steps' in caplog.text
+    assert start.complete(found, slices, 9) == found  # nothing is open any more
+    assert from_dict(to_dict(found)) == found
+    given = own_config(tmp_path, **{'train.epochs': 2.0, 'optim.learning_rate': 0.5})
+    assert start.complete(given, slices, 9).train.steps == 0
+    assert start.complete(given, slices, 9).optim.learning_rate == 0.5
+    pretrained = own_pictures.get_config('pspnet_resnet18')
+    assert start.complete(pretrained, slices, 9).optim.learning_rate == start.PRETRAINED_RATE
+    assert start.complete(pretrained, slices, 9).optim.new_layer_factor == 10.0
+
+
+@pytest.mark.parametrize(
+    ('slices', 'steps'),
+    [(1, 600), (9, 600), (96, 600), (400, 2500), (9000, 10_000), (10**6, 10_000)],
+)
+def test_a_run_is_long_enough_for_few_pictures_and_bounded_for_many(slices, steps):
+    assert start.steps_for(slices, 8) == steps
 
 
 def test_images_of_two_kinds_have_no_one_scale(tmp_path, rng):

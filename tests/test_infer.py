@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, signal
 
+from pspnet_jax.data import volumes
 from pspnet_jax.inference import crf, infer
 
 OPTIONS = {'window': 16, 'overlap': 0.5, 'batch_size': 4}
@@ -105,10 +106,35 @@ def test_back_from_data_size_is_pytorchs_half_pixel_interpolation(rng, own):
         def __call__(self, image, train=False):
             return {'logits': jnp.asarray(small)}
 
-    out = infer.compile_predict(Fixed(), size=(8, 8))({}, np.zeros((1, *own, 1), np.float32))
+    out = infer.compile_predict(Fixed(), size=(8, 8), fit='stretch')(
+        {}, np.zeros((1, *own, 1), np.float32)
+    )
     prob = torch.softmax(torch.from_numpy(small), -1).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(prob, size=own, mode='bilinear', align_corners=False)
     np.testing.assert_allclose(out, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize('own', [(20, 36), (50, 9), (24, 16)])
+@pytest.mark.parametrize('kernel', ['none', 'windowed'])
+def test_at_a_size_the_network_sees_images_in_proportion_with_zeros_around(rng, own, kernel):
+    """And their own part of what it says comes back: the CRF too sees nothing else."""
+    torch = pytest.importorskip('torch', reason='PyTorch is the reference')
+    model, variables = Conv(), variables_of(Conv())
+    image = rng.standard_normal((2, *own, 2)).astype(np.float32)
+    options = {'kernel': kernel, 'window': 3, 'iterations': 2}
+    found = infer.compile_predict(model, size=(24, 16), crf_options=options)(variables, image)
+
+    top, left, height, width = volumes.letterbox(own, (24, 16))
+    inside = (slice(None), slice(top, top + height), slice(left, left + width))
+    small = np.stack([volumes.resize_image(one, (height, width)) for one in image])
+    seen = np.zeros((2, 24, 16, 2), np.float32)
+    seen[inside] = small
+    prob = np.asarray(plain(model, variables, seen))[inside]
+    prob = np.array(infer.refine(jnp.asarray(prob), jnp.asarray(small), **options))
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(prob).permute(0, 3, 1, 2), size=own, mode='bilinear', align_corners=False
+    ).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_an_image_smaller_than_the_window_is_seen_with_zeros_around_it(images):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pspnet_jax.training import losses
+from pspnet_jax.config import base
+from pspnet_jax.training import losses, update
 
 IGNORE = 255
 
@@ -204,6 +205,28 @@ def test_no_term_sees_ignored_pixels(rng, name):
         )
         assert np.isfinite(value)
         assert (np.asarray(grad)[counted == ignored] == 0).all()
+
+
+@pytest.mark.parametrize('name', [*TERMS, 'as configured'])
+def test_a_picture_padded_by_hand_has_the_same_loss(rng, name):
+    """Whatever the network makes of the padding: so a letterbox changes no loss."""
+    options = base.get_config().loss.to_dict()
+    if name != 'as configured':
+        options |= {term: float(term == name) for term in TERMS}
+    logits = rng.normal(0, 2, (2, 9, 13, 3)).astype(np.float32)
+    labels = rng.integers(0, 3, (2, 9, 13)).astype(np.int32)
+    around = ((0, 0), (3, 4), (2, 1))
+    wide = rng.normal(0, 2, (2, 16, 16, 3)).astype(np.float32)
+    wide[:, 3:12, 2:15] = logits
+    filled = np.pad(labels, around, constant_values=options['ignore_label'])
+    one, other = (
+        update.segmentation_loss(
+            {'logits': jnp.asarray(x)}, jnp.asarray(y), axis_name=None, **options
+        )
+        for x, y in ((logits, labels), (wide, filled))
+    )
+    assert float(one) > 0.01
+    np.testing.assert_allclose(other, one, rtol=2e-6)
 
 
 @pytest.mark.parametrize('name', TERMS)

@@ -107,7 +107,7 @@ REMEDIES = [  # values, classes of the model, changes that are proposed first, o
 def test_the_first_remedy_keeps_every_class(values, classes, first, expected):
     """And it works when it is pasted."""
     there = found(a=values[:2], b=values)
-    with pytest.raises(DataError, match=f'classes 0 to {classes - 1}') as told:
+    with pytest.raises(DataError, match=f'but model.num_classes is {classes}') as told:
         masks.understand(there, num_classes=classes)
     flags, _, _ = str(told.value).partition('; ')
     proposed = {}
@@ -118,6 +118,87 @@ def test_the_first_remedy_keeps_every_class(values, classes, first, expected):
     assert proposed == first
     code = masks.understand(there, **{'num_classes': classes} | proposed)
     assert tables(code)['b'] == expected
+
+
+@pytest.mark.parametrize(
+    ('files', 'classes'),
+    [
+        ({'a': [0, 1, 2], 'b': [0, 2]}, 3),
+        ({'a': [0, 1], 'b': [0, 2], 'c': [0, 3]}, 4),  # one structure a picture
+        ({'a': [0, 255], 'b': [0]}, 2),
+        ({'a': [0, 1, 255], 'b': [0, 1]}, 2),  # 255 is ignored
+        ({'a': [0, 1, 2, 255], 'b': [0, 1, 2]}, 3),
+        ({'a': [0]}, 2),  # the fewest
+        ({'a': list(range(20))}, 20),
+        ({'a': list(range(19)), 'b': list(range(30, 41)), 'c': list(range(18, 31))}, 41),
+    ],
+)
+def test_classes_that_are_not_given_are_counted(files, classes):
+    code = masks.understand(found(**files), num_classes=None)
+    labels = {label for table in code.tables.values() for label in table.values()} - {255}
+    assert code.num_classes == classes
+    assert len(labels) == (classes if classes > 2 or len(labels) == 2 else 1)
+
+
+@pytest.mark.parametrize(
+    ('values', 'options', 'expected'),
+    [
+        ([0, 128], {'label_map': {128: 1}}, {0: 0, 128: 1}),
+        ([0, 128, 255], {'label_map': {128: 1, 255: 2}}, {0: 0, 128: 1, 255: 2}),
+        ([0, 1, 2, 4], {'label_map': {4: 3}}, {0: 0, 1: 1, 2: 2, 4: 3}),
+        ([1, 2, 3], {'label_map': {1: 0, 2: 1, 3: 2}}, {1: 0, 2: 1, 3: 2}),
+        ([-1, 0, 1], {'label_map': {-1: 255}}, {-1: 255, 0: 0, 1: 1}),
+    ],
+)
+def test_values_with_a_gap_are_not_counted_and_the_remedy_needs_no_number(
+    values, options, expected
+):
+    there = found(a=values[:2], b=values)
+    with pytest.raises(DataError, match='not class numbers from 0 on without a gap') as told:
+        masks.understand(there, num_classes=None)
+    first, _, _ = str(told.value).partition('; ')
+    assert 'num_classes' not in first
+    assert literal_eval(re.search(r'label_map="(.+?)"', first)[1]) == options['label_map']
+    code = masks.understand(there, num_classes=None, **options)
+    assert tables(code)['b'] == expected
+    assert code.num_classes == len(set(expected.values()) - {255})
+
+
+def test_a_gap_may_be_a_class_that_does_not_occur():
+    there = found(a=[0, 2], b=[0, 1, 2, 4])
+    with pytest.raises(DataError, match=r'--config\.model\.num_classes=5 keeps the numbers'):
+        masks.understand(there, num_classes=None)
+    assert masks.understand(there, num_classes=5).num_classes == 5
+
+
+def test_shades_are_not_counted_as_classes():
+    shades = found(a=list(range(200)))
+    with pytest.raises(
+        DataError, match=r'--config\.model\.num_classes=200; if what is not 0 is one'
+    ):
+        masks.understand(shades, num_classes=None)
+    with pytest.raises(DataError, match='a mask saved as JPEG'):
+        masks.understand(found(a=[*range(30), *range(220, 256)]), num_classes=None)
+
+
+def test_colours_are_counted_once_they_are_listed():
+    there = found(a=[0, masks.COLORED | 0xFF0000], b=[masks.COLORED, masks.COLORED | 0x00FF80])
+    with pytest.raises(DataError, match='have 3 colours and nothing says') as told:
+        masks.understand(there, num_classes=None)
+    colors = literal_eval(re.search(r"mask_colors='(.+?)'", str(told.value))[1])
+    assert colors == ('#000000', '#00ff80', '#ff0000')
+    code = masks.understand(there, colors=colors, num_classes=None)
+    assert code.num_classes == 3
+    assert dict(code.colors) == dict(enumerate(colors))
+
+
+def test_too_few_classes_are_one_flag_to_paste():
+    with pytest.raises(DataError) as told:
+        masks.understand(found(a=[0, 1, 2], b=[0, 1]))
+    assert str(told.value).startswith(
+        'the masks have 3 classes (0, 1, 2) but model.num_classes is 2: '
+        'add --config.model.num_classes=3; '
+    )
 
 
 def test_a_second_remedy_makes_one_class_of_all_and_leaves_what_is_ignored():

@@ -116,3 +116,10 @@ def test_a_fixed_intensity_takes_the_place_of_the_volumes_own(slices):
     (batch,) = batches(slices, 1, intensity=fixed)
     pixels = batch['image'] * fixed[3] + fixed[2]  # whole numbers again
     np.testing.assert_allclose(pixels, pixels.round(), atol=1e-3)
+
+
+def test_padded_rows_are_few_and_never_fewer():
+    for count in range(1, 3000):
+        rows = pipeline.padded_rows(count)
+        assert count <= rows <= max(count, 1.25 * count)
+        assert len({pipeline.padded_rows(n) for n in range(count, 2 * count)}) <= 17

@@ -45,6 +45,18 @@ def test_a_patient_more_does_not_reshuffle_the_others():
     assert len(set(more) ^ set(fewer)) <= 3
 
 
+@pytest.mark.parametrize('count', range(2, 40))
+def test_few_cases_are_validated_and_tested_as_far_as_they_go(count, caplog):
+    """One to validate from two on, one to test from five, and most to train on."""
+    names = [f'p{n}' for n in range(count)]
+    parts = splits.holdout(names, test_fraction=0.15, validation_fraction=0.1)
+    assert sorted(name for part in parts.values() for name in part) == sorted(names)
+    assert len(parts['validation']) >= 1
+    assert bool(parts['test']) == (count >= 5)
+    assert len(parts['train']) >= max(1, 0.6 * count - 1)
+    assert ('too few for a test set' in caplog.text) == (count < 5)
+
+
 def test_nobody_left_to_train_on_is_an_error():
     with pytest.raises(DataError, match='no patient of 1 is left'):
         splits.holdout(['a'], test_fraction=0.5)

@@ -1,5 +1,6 @@
 """The step and the loop: resume is exact, micro-batches add up, nonsense stops it."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import models
-from pspnet_jax.config import base
+from pspnet_jax.config import base, to_dict
 from pspnet_jax.data import phantom, pipeline, sources, volumes
 from pspnet_jax.evaluation import protocol
 from pspnet_jax.inference import infer
@@ -88,15 +89,43 @@ def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monke
 
 
 def test_names_that_a_run_has_stay(tmp_path):
+    slices = phantom.load(volumes=3, slices=4, size=32, seed=0)
+
+    def named(config, *names):
+        return start.complete(config, dataclasses.replace(slices, class_names=names), 9)
+
     config = tiny_config(**{'model.class_names': ('background', 'lesion')})
-    assert start.name_classes(config, ('background', 'tumor')) is config
+    assert named(config, 'background', 'tumor').model.class_names == ('background', 'lesion')
     config = tiny_config()
-    assert start.name_classes(config, ()) is config
-    assert start.name_classes(config, ('a', 'b', 'c')) is config  # of another model
-    assert start.name_classes(config, ('a', 'b')).model.class_names == ('a', 'b')
+    assert named(config).model.class_names == ()
+    assert named(config, 'a', 'b', 'c').model.class_names == ()  # of another model
+    assert named(config, 'a', 'b').model.class_names == ('a', 'b')
     with pytest.raises(ConfigError, match='in one line'):
-        start.name_classes(config, ('a', 'b\n'))
-    assert start.stored_class_names(str(tmp_path)) == ()
+        named(config, 'a', 'b\n')
+    assert start.as_before(config, str(tmp_path)) == config
+
+
+def test_a_run_that_is_resumed_keeps_what_was_found_out(tmp_path, monkeypatch):
+    """Also where the data have changed since, and one from before there was data.fit stretches."""
+    open_ = {'model.num_classes': None, 'train.epochs': None, 'train.steps': 0,
+             'optim.learning_rate': None}  # fmt: skip
+    slices = dataclasses.replace(
+        phantom.load(volumes=3, slices=4, size=32, seed=0),
+        num_classes=3, class_names=('background', 'a', 'b'),
+        sizes=np.array([(64, 40), (40, 64)] * 6),
+    )  # fmt: skip
+    before = start.complete(tiny_config(**open_), slices, 9)
+    assert before.data.size == (64, 64)
+    kept = to_dict(before)
+    del kept['data']['fit']
+    monkeypatch.setattr(checkpoint, 'steps', lambda _: [4])
+    monkeypatch.setattr(checkpoint, 'metadata', lambda *_: {'config': kept})
+    again = start.as_before(tiny_config(**open_), str(tmp_path))
+    assert again.data.fit == 'stretch'
+    again.data.fit = before.data.fit
+    assert again == before
+    other = start.as_before(tiny_config(**open_ | {'model.num_classes': 2}), str(tmp_path))
+    assert (other.model.num_classes, other.model.class_names) == (2, ())
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from scipy import ndimage
 
-from pspnet_jax.data import phantom, volumes
+from pspnet_jax.data import phantom, pipeline, volumes
 from pspnet_jax.data.formats import limits
 from pspnet_jax.models.weights.tables import CAFFE, IMAGENET
 from pspnet_jax.runtime.errors import DataError
+from pspnet_jax.training import placement
 from tests.conftest import ROOT
 
 
@@ -416,3 +418,72 @@ def test_the_published_normalisation_is_of_slices_at_their_own_size(rng):
     for volume in volumes.iterate_volumes(both, 'buda'):
         np.testing.assert_array_equal(volume.intensity, expected)
     np.testing.assert_array_equal(volumes.measured(both, 'buda').intensity['a'], expected)
+
+
+def two_sizes(rng, sizes=((9, 14), (20, 6))):
+    """Slices of two patients, an image of each size."""
+    found = []
+    for name, size in zip('ab', sizes, strict=True):
+        image = rng.integers(0, 255, (1, *size, 3), np.uint8)
+        mask = rng.integers(0, 3, (1, *size)).astype(np.uint8)
+        scale = volumes.measure_intensity(image)
+        found.append(volumes.Volume(name, image, mask, np.arange(1), scale))
+    return dataclasses.replace(volumes.from_volumes(found), sizes=np.array(sizes))
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_a_letterbox_is_pils(seed):
+    """`ImageOps.contain` of float pixels, pasted into the middle by hand."""
+    rng = np.random.default_rng(seed)
+    own, size = rng.integers(5, 60, 2).tolist(), rng.integers(5, 60, 2).tolist()
+    top, left, height, width = volumes.letterbox(own, size)
+    slices = two_sizes(rng, (own, own))
+    image, mask = volumes.resized(slices, size, 'letterbox', ignore_label=77).read(0)
+    before, labels = slices.read(0)
+    for channel in range(3):
+        picture = Image.fromarray(before[..., channel].astype(np.float32))
+        inside = ImageOps.contain(picture, size[::-1], Image.Resampling.BILINEAR)
+        assert (inside.height, inside.width) == (height, width)
+        whole = Image.new('F', size[::-1])
+        whole.paste(inside, (left, top))
+        np.testing.assert_array_equal(image[..., channel], np.rint(np.asarray(whole)))
+    assert 0 <= size[0] - height - 2 * top <= 1
+    assert 0 <= size[1] - width - 2 * left <= 1
+    expected = np.full(size, 77)
+    nearest = volumes.resize_labels(labels, (height, width))
+    expected[top : top + height, left : left + width] = nearest
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_around_a_letterboxed_slice_is_the_zero_of_the_normalisation(rng):
+    """The same from the host and from the device, and the slice itself is normalised as ever."""
+    slices = two_sizes(rng)
+    boxed = volumes.resized(slices, (16, 16))
+    assert boxed.content.tolist() == [[3, 0, 10, 16], [0, 5, 16, 5]]
+    assert volumes.select(boxed, ['b']).content.tolist() == [[0, 5, 16, 5]]
+    drawn = pipeline.draws(boxed, seed=0, sampling='uniform', lesion_floor=0.0)
+    places = {'batch_size': 2, 'first_step': 0}
+    batch = next(pipeline.batches(boxed, drawn, intensity=None, threads=1, **places))
+    rows = next(pipeline.rows(drawn, **places))
+    for row, image, mask in zip(rows, batch['image'], batch['mask'], strict=True):
+        top, left, height, width = boxed.content[row]
+        inside = np.zeros((16, 16), bool)
+        inside[top : top + height, left : left + width] = True
+        small = volumes.resize_image(slices.read(row)[0], (height, width))
+        expected = volumes.normalize(small, slices.intensity['ab'[row]])
+        np.testing.assert_array_equal(image[inside].reshape(expected.shape), expected)
+        assert not image[~inside].any()
+        assert (mask[~inside] == volumes.IGNORE_LABEL).all()
+        assert (mask[inside] < 3).all()
+    gathered = placement.gather(pipeline.store(boxed, None), rows)
+    np.testing.assert_array_equal(gathered['image'], batch['image'])
+
+
+def test_to_stretch_is_what_it_was(rng):
+    slices = two_sizes(rng)
+    stretched = volumes.resized(slices, (16, 16), 'stretch')
+    for key in (0, 1):
+        image, mask = slices.read(key)
+        np.testing.assert_array_equal(stretched.read(key)[0], volumes.resize_image(image, (16, 16)))
+        np.testing.assert_array_equal(stretched.read(key)[1], volumes.resize_labels(mask, (16, 16)))
+    assert stretched.content is None

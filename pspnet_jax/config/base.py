@@ -20,7 +20,7 @@ def get_config(arg: str = '') -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.name = 'pspnet'  # README: every network and alias
-    model.num_classes = 2  # background included
+    model.num_classes = 2  # background included; None: as many as the masks or annotations have
     model.class_names = ()  # of all classes, background first; (): as annotations name them
     model.width = 64  # base channels; the networks' own is 64
     model.dtype = 'float32'  # or 'bfloat16'; parameters and logits stay float32
@@ -61,7 +61,11 @@ def get_config(arg: str = '') -> ConfigDict:
     data.mask_name = '{stem}'  # its picture is STEM.png; '{stem}_mask'; several: '{stem}_mask*'
     data.group = ''  # the patient in a picture's name, "(.+)_"; or a .csv of stem,patient;
     # of slices of a volume "(.+)_(?P<slice>[0-9]+)", or a column slice: else each is by itself
-    data.size = ()  # height, width that slices are resized to; (): their own, all the same
+    data.size = ()  # height, width that the network sees; (): the slices' own, or where they have
+    # several one near their median, multiples of 32, 512 at most
+    data.fit = placeholder(str)  # how slices become data.size. 'letterbox': in proportion, ignored
+    # pixels around them; 'stretch': to its height and width. None: as the run that is resumed, else
+    # 'letterbox'
     data.context = 0  # slices before and after each that the network sees too, as channels (2.5D):
     # of the same scan, whose first and last are repeated
     data.normalize = placeholder(str)  # None: 'weights' with a file of them, else 'volume'; by
@@ -126,8 +130,9 @@ def get_config(arg: str = '') -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.name = 'adamw'  # adamw, adam, adamax, sgd, rmsprop, adagrad, adadelta (rate near 1)
-    optim.learning_rate = 1e-4  # of the backbone
-    optim.new_layer_factor = 10.0  # pyramid and heads learn faster (semseg)
+    optim.learning_rate = 1e-4  # of the backbone; None: by whether its weights are pretrained
+    # (training/start.py)
+    optim.new_layer_factor = 10.0  # pyramid and heads learn faster (semseg); None: if pretrained
     optim.schedule = 'poly'  # poly, cosine, constant
     optim.power = 0.9  # of poly
     optim.warmup = 0.1  # share of the run in which the rate rises; at most warmup_steps
@@ -153,7 +158,8 @@ def get_config(arg: str = '') -> ConfigDict:
     train.accumulate = 1  # micro-batches a step
     train.remat = 'pointwise'  # computed again for the gradient: all but convolutions, or 'none'
     train.steps_per_call = 10  # updates in one program, with data.cache = 'device'
-    train.epochs = 50.0  # passes over the training slices
+    train.epochs = 50.0  # passes over the training slices; None: by how many there are
+    # (training/start.py)
     train.steps = 0  # if above 0, in place of epochs
     train.ema_decay = 0.0  # of the parameters' average that is evaluated, after a warm-up; 0: none
     train.log_every = 10  # steps

@@ -2,12 +2,14 @@
 
   python -m pspnet_jax.main --config=configs/folder.py --config.data.source=FOLDER
   python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\
-      --config.data.group='(.+)_[0-9]+' --config.model.num_classes=3
+      --config.data.group='(.+)_[0-9]+' --config.train.epochs=100
 
 The argument is a network's name and a recipe of augmentation, as in configs/lgg.py; backbones start
 from ImageNet weights, as there, with --config.model.pretrained='' from random ones. `python -m
 pspnet_jax.check` with the same flags says what is wrong with the data before training.
 """
+
+from ml_collections.config_dict import placeholder
 
 from pspnet_jax.config import base, lgg
 
@@ -17,4 +19,9 @@ def get_config(arg: str = ''):
     config.data.name = 'folder'
     lgg.choose_network(config, arg)
     config.train.batch_size = 8
+    # Found out at the start, printed, and kept with the run (training/start.py).
+    config.model.num_classes = placeholder(int)
+    config.train.epochs = placeholder(float)
+    config.optim.learning_rate = placeholder(float)
+    config.optim.new_layer_factor = placeholder(float)
     return config

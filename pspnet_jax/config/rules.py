@@ -146,6 +146,9 @@ _NAME: Rule = (
 _POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
 _SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 
+# Of configs from before the knob was there, where its default of today is not what was done then.
+BEFORE = {'data.fit': 'stretch'}
+
 NEW_KNOB = f'a new one has its default in {BASE}, and its limits in rules.py beside it'
 # What a knob may be, where its default does not say it: that is any whole number or number from 0
 # on, text, tuple of texts, True or False, as the default is.
@@ -153,8 +156,9 @@ LIMITS: dict[str, Rule] = {
     'parallel': _one_of('jit', 'pmap'),
     'model.name': _named(_networks),
     'model.num_classes': (
-        lambda x: _is_int(x) and 2 <= x <= 255,
-        'a whole number from 2 to 255: background is a class too, one structure needs 2',
+        lambda x: x is None or (_is_int(x) and 2 <= x <= 255),
+        'a whole number from 2 to 255: background is a class too, one structure needs 2; or None, '
+        'as many as the masks have',
     ),
     'model.class_names': _all(_NAME),
     'model.width': _integer(4),
@@ -184,6 +188,7 @@ LIMITS: dict[str, Rule] = {
         lambda x: isinstance(x, tuple) and _is_size(x),
         '(), or a tuple of height and width from 16 to 16384',
     ),
+    'data.fit': _or_none(_one_of('letterbox', 'stretch')),
     'data.context': _integer(0, 5),
     'data.normalize': _or_none(_one_of('volume', 'buda', 'weights')),
     'data.split': _one_of('holdout', 'kfold', 'site'),
@@ -216,8 +221,8 @@ LIMITS: dict[str, Rule] = {
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
     'optim.name': _one_of('adamw', 'adam', 'adamax', 'sgd', 'rmsprop', 'adagrad', 'adadelta'),
-    'optim.learning_rate': _POSITIVE,
-    'optim.new_layer_factor': _POSITIVE,
+    'optim.learning_rate': _or_none(_POSITIVE),
+    'optim.new_layer_factor': _or_none(_POSITIVE),
     'optim.schedule': _one_of('poly', 'cosine', 'constant'),
     'optim.power': _POSITIVE,
     'optim.warmup': _number(0, 1),
@@ -231,7 +236,7 @@ LIMITS: dict[str, Rule] = {
     'train.accumulate': _integer(1),
     'train.remat': _one_of('none', 'pointwise'),
     'train.steps_per_call': _integer(1),
-    'train.epochs': _POSITIVE,
+    'train.epochs': _or_none(_POSITIVE),
     'train.ema_decay': _number(0, 0.99999),
     'train.log_every': _integer(1),
     'train.nan_policy': _one_of('stop', 'skip'),
@@ -305,15 +310,16 @@ def _contradictions(config: ConfigDict):
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
     if train.init_from and model.pretrained not in ('', 'imagenet'):
         yield 'train.init_from and model.pretrained both give the first weights: set one'
-    if loss.class_weights and len(loss.class_weights) != model.num_classes:
+    count = model.num_classes or len(model.class_names)  # 0: as many as the data has
+    if loss.class_weights and len(loss.class_weights) != (count or len(loss.class_weights)):
         yield (
             f'loss.class_weights has {len(loss.class_weights)} values: '
-            f'it must have one for each of {model.num_classes} classes'
+            f'it must have one for each of {count} classes'
         )
-    if model.class_names and len(model.class_names) != model.num_classes:
+    if model.class_names and len(model.class_names) != count:
         yield (
             f'model.class_names has {len(model.class_names)} values: '
-            f'it must have one for each of {model.num_classes} classes, background first'
+            f'it must have one for each of {count} classes, background first'
         )
     if model.num_classes == 2 and loss.ignore_label == 1:
         yield (
@@ -322,12 +328,13 @@ def _contradictions(config: ConfigDict):
         )
     if config.predict.window and config.data.size:
         yield (
-            'predict.window takes tiles of images at their own size, data.size resizes them: '
-            'set one to 0 or ()'
+            'predict.window takes tiles of images at their own size, but data.size is '
+            f'{tuple(config.data.size)} and resizes them: add --config.predict.window=0 or, where '
+            'all images have one size, --config.data.size="()"'
         )
-    if config.predict.threshold is not None and model.num_classes > 2:
+    if config.predict.threshold is not None and count > 2:
         yield (
-            f'predict.threshold is for two classes, the model has {model.num_classes}: '
+            f'predict.threshold is for two classes, the model has {count}: '
             'leave it as None, the likeliest class is taken'
         )
     if config.data.label_map and (config.data.mask_colors or config.data.mask_format == 'binary'):
@@ -340,10 +347,10 @@ def _contradictions(config: ConfigDict):
     if config.data.cache == 'device' and config.parallel == 'pmap':
         yield "data.cache 'device' is for parallel 'jit', not 'pmap': change one"
     try:
-        models.create(**model)
+        models.create(**{**model, 'num_classes': count or 2})
     except ValueError as error:
         yield f'model: {error}'
-    if train.steps and train.epochs != base.get_config().train.epochs:
+    if train.steps and train.epochs not in (None, base.get_config().train.epochs):
         yield (
             f'train.epochs is {train.epochs:g}, but train.steps is {train.steps} and goes before '
             'it: add --config.train.steps=0 to count epochs'
@@ -417,8 +424,8 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     """The config that `to_dict` wrote, validated and locked.
 
-    A knob that is newer than the config has the default of today, which is always what
-    was done before there was the knob.
+    A knob that is newer than the config has what was done before there was the knob: its default of
+    today, but for those of BEFORE.
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f'a config is a mapping of sections, this is {_shown(tree)}')
@@ -429,6 +436,9 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
         if isinstance(section, dict) != isinstance(tree.get(name, section), Mapping):
             raise ConfigError(f'{name} is {_shown(tree[name])}: see {BASE}')
     filled = {**defaults, **tree}
+    for key, value in BEFORE.items():
+        section, _, knob = key.partition('.')
+        defaults[section][knob] = value
     filled |= {k: {**x, **tree.get(k, {})} for k, x in defaults.items() if isinstance(x, dict)}
     # Before it is a ConfigDict, which reads meaning into some keys and values.
     plain = {key: _tuples(value) for key, value in flatten(filled).items()}

@@ -10,6 +10,7 @@ line, and refused where it could mean two things.
 
 import collections
 import csv
+import dataclasses
 import functools
 import io
 import logging
@@ -56,19 +57,20 @@ class Meaning(NamedTuple):
     mask_format: str = 'auto'
     mask_colors: Sequence[str] = ()
     label_map: Mapping[int | str, int] | None = None
-    num_classes: int = 2
+    num_classes: int | None = 2  # None: as many as there are
     ignore_label: int = IGNORE_LABEL
 
 
 class Patient(NamedTuple):
-    """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, spacing
-    where all have the same, (4, C) intensity scale, (2, C) range where one is not of 8 bits, and
-    each slice's digest.
+    """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, height
+    and width of each slice, spacing where all have the same, (4, C) intensity scale, (2, C) range
+    where one is not of 8 bits, and each slice's digest.
     """
 
     cases: list[Case]
     lesion: list[list[int]]
     shapes: dict[tuple[int, ...], Path]
+    sizes: list[tuple[int, int]]
     spacing: tuple[float, float, float] | None
     intensity: np.ndarray | None
     range: np.ndarray | None
@@ -320,15 +322,13 @@ def load(
     classes: Mapping[str, int] | None = None,
     attribute: str = '',
     mask_name: str = pairing.STEM,
-    mixed_sizes: bool = False,
     threads: int = 4,
     **meaning: Any,
 ) -> Slices:
     """Every slice below the folders, `images` and `masks` named within `source` or whole paths.
 
-    `meaning` are the fields of `Meaning`, the other options those of `scan`. Every file is read
-    once here. Raises one DataError that lists every fault, several sizes among them unless
-    `mixed_sizes`.
+    `meaning` are the fields of `Meaning`, the other options those of `scan`. Every picture is read
+    once here, every mask twice. Raises one DataError that lists every fault.
     """
     given = Meaning(**meaning)
     root = Path(source).expanduser()
@@ -347,20 +347,73 @@ def load(
             'show the same one, the figures will be too good', len(cases),
         )  # fmt: skip
 
+    counted = given.num_classes is None
     drawn = {shape.label for case in cases for shape in case.shapes}
+    if drawn and counted:
+        if names and not classes:
+            cases, names = _only_drawn(cases, names, drawn)
+            drawn = {shape.label for case in cases for shape in case.shapes}
+        highest = max(names.values()) if names else max(drawn)
+        given = given._replace(num_classes=max(2, highest + 1))
     if names and max(drawn, default=0) >= given.num_classes:
         faults.append(_too_many(names, drawn, given.num_classes))
     with ThreadPoolExecutor(threads) as pool:
         cases, code = _look_at_masks(cases, given, pool.map, faults)
+        known = code.num_classes if code else 256  # a doubt is a fault of its own
+        given = given._replace(num_classes=given.num_classes or known)
+        of = collections.defaultdict(list)
+        for case in cases:
+            of[case.patient].append(case)
+        # A patient's pictures are read at once, or those of as many patients as have one each.
+        alone = all(len(own) == 1 and not volumes_by_name(own[0].images[0]) for own in of.values())
+        maps = (map, pool.map) if alone else (pool.map, map)
+
+        def survey(name: str) -> tuple[Patient, list[str]]:
+            wrong: list[str] = []
+            return _survey(of[name], code, maps[0], given, wrong), wrong
+
         patients = {}
-        for name in sorted({case.patient for case in cases}):
-            own = [case for case in cases if case.patient == name]
-            patients[name] = _survey(own, code, pool.map, given, faults)
-    faults += _disagreements(patients.values(), mixed_sizes)
+        for name, (patient, wrong) in zip(sorted(of), maps[1](survey, sorted(of)), strict=True):
+            patients[name] = patient
+            faults += wrong
+    faults += _disagreements(patients.values())
     if faults:
         raise all_faults(source, faults, MOST_LISTED)
 
-    return _as_slices(patients, code, bool(group), _in_turn(names, given.num_classes))
+    class_names = _in_turn(names, given.num_classes)
+    if counted:
+        where = 'annotations' if drawn else 'masks'
+        logger.info('%s', _tell_classes(given.num_classes, where, class_names, code))
+    slices = _as_slices(patients, code, bool(group), class_names)
+    return dataclasses.replace(slices, num_classes=given.num_classes)
+
+
+def _only_drawn(
+    cases: Sequence[Case], names: Mapping[str, int], drawn: set[int]
+) -> tuple[list[Case], dict[str, int]]:
+    """(the cases, the names): classes that are listed but not drawn have no number, the log says.
+
+    They stay in turn. Every class is kept where none is drawn.
+    """
+    kept = sorted(drawn | {0})
+    idle = sorted(name for name, number in names.items() if number not in kept)
+    if not idle:
+        return list(cases), dict(names)
+    logger.info('annotations: classes that are listed but never drawn are left out: %s', some(idle))
+    number_of = {old: new for new, old in enumerate(kept)}
+    names = {name: number_of[old] for name, old in names.items() if old in number_of}
+    return [
+        case._replace(shapes=[s._replace(label=number_of[s.label]) for s in case.shapes])
+        for case in cases
+    ], names
+
+
+def _tell_classes(count: int, where: str, names: Sequence[str], code: Code | None) -> str:
+    """'3 classes, from the masks: background, 1, 2'; colours where the masks have a palette."""
+    told = list(names) or ['background', *map(str, range(1, count))]
+    colors = code.colors if code and not names else {}
+    told = [f'{name} ({colors[n]})' if n and n in colors else name for n, name in enumerate(told)]
+    return f'{count} classes, from the {where}: {", ".join(told)}'
 
 
 def _find_folders(root: Path, images: Sequence[str], masks: str) -> list[Path]:
@@ -426,6 +479,7 @@ def _as_slices(
         spacing={name: p.spacing for name, p in patients.items() if p.spacing is not None},
         ranges={name: _widened(measured, wide) for name, measured in deep.items()},
         digest=np.concatenate([patient.digest for patient in patients.values()]),
+        sizes=np.array([size for patient in patients.values() for size in patient.sizes]),
         scan=np.concatenate(scans),
         class_names=class_names,
     )
@@ -434,12 +488,15 @@ def _as_slices(
 def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> str:
     """The fault of annotations with more classes than the model."""
     told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
-    remedy = f'set model.num_classes={max(names.values()) + 1}'
-    chosen = tuple(name for name, number in names.items() if number in drawn | {0})
+    remedy = f'add --config.model.num_classes={max(names.values()) + 1}'
+    chosen = [name for name, number in names.items() if number in drawn | {0}]
     if len(chosen) < len(set(names.values())):  # the others have no region
-        remedy += f', or model.class_names={chosen} and model.num_classes={len(chosen)}'
+        remedy += (
+            f"; or for those that are drawn --config.model.class_names='{','.join(chosen)}' "
+            f'--config.model.num_classes={len(chosen)}'
+        )
     told = f'the annotations have {len(names)} classes ({told})'
-    return f'{told}, the model has {num_classes}: {remedy}'
+    return f'{told} but model.num_classes is {num_classes}: {remedy}'
 
 
 def _in_turn(names: Mapping[str, int], num_classes: int) -> tuple[str, ...]:
@@ -480,13 +537,15 @@ def _survey(
         wrong = np.setdiff1d(labels, known)
         if wrong.size and case.masks:
             raise DataError(
-                f'the mask of {case.images[0]} has labels {wrong.tolist()[:8]}, the model has '
-                f'classes 0 to {given.num_classes - 1}: set model.num_classes={wrong.max() + 1}'
+                f'the mask of {case.images[0]} has the labels {some(wrong.tolist())} but '
+                f'model.num_classes is {given.num_classes}: add '
+                f'--config.model.num_classes={wrong.max() + 1}'
             )
         return found, [volumes.lesion_pixels(mask, given.ignore_label) for mask in labels]
 
     good = _sound(map_(functools.partial(_attempt, measure), cases), faults)
     shapes = {found.image.shape[1:]: found.source for found, _ in good}
+    sizes = [found.image.shape[1:3] for found, _ in good for _ in found.image]
     spacing = {found.spacing for found, _ in good}
     intensity = measured = None
     channels = {shape[2] for shape in shapes}
@@ -499,6 +558,7 @@ def _survey(
         list(cases),
         [lesion for _, lesion in good],
         shapes,
+        sizes,
         spacing.pop() if len(spacing) == 1 else None,
         intensity,
         measured,
@@ -506,20 +566,13 @@ def _survey(
     )
 
 
-def _disagreements(patients: Iterable[Patient], mixed_sizes: bool) -> Iterator[str]:
+def _disagreements(patients: Iterable[Patient]) -> Iterator[str]:
     """Faults of patients that are sound, but not together."""
     shapes = {shape: path for patient in patients for shape, path in patient.shapes.items()}
     channels = {shape[2]: path for shape, path in shapes.items()}
-    sizes = {shape[:2]: path for shape, path in shapes.items()}
     if len(channels) > 1 and set(channels) != {1, 3}:
         told = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
         yield f'not all images have as many channels: {told}; convert them'
-    if len(sizes) > 1 and not mixed_sizes:
-        told = ', '.join(f'{path} is {h}x{w}' for (h, w), path in sorted(sizes.items())[:4])
-        yield (
-            f'images are of {len(sizes)} sizes ({told}): set data.size="(HEIGHT, WIDTH)", they are '
-            'resized to it for training and the masks that come out have their own size'
-        )
 
 
 def volumes_by_name(path: Path) -> bool:

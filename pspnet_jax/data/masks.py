@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -39,11 +40,16 @@ class Found(NamedTuple):
 
 
 class Code(NamedTuple):
-    """{file: {value: class}}, what it means in words, and whether values are colours."""
+    """{file: {value: class}}, what it means in words, whether values are colours, and the number
+    of classes: the model's, or where that is not given as many as the masks have. `colors` has the
+    colour, '#rrggbb', that palettes or `data.mask_colors` give a class.
+    """
 
     tables: dict[Path, dict[int, int]]
     meaning: str
     by_color: bool = False
+    num_classes: int = 2
+    colors: Mapping[int, str] = MappingProxyType({})
 
 
 def look(path: Path) -> Found:
@@ -132,20 +138,47 @@ def understand(
     mask_format: str = 'auto',
     colors: Sequence[str] = (),
     label_map: Mapping[int | str, int] | None = None,
-    num_classes: int = 2,
+    num_classes: int | None = 2,
     ignore_label: int = IGNORE_LABEL,
 ) -> Code:
     """What the masks' values mean, from all of them.
 
     'auto' takes class numbers where all values are some, 255 as class 1 of two in files that have
     0 and 255 alone, and `colors` ('#rrggbb', in the order of the classes) where they are given.
-    `label_map` says it value by value, and others stay. Raises DataError where that leaves a doubt.
+    `label_map` says it value by value, and others stay. Without `num_classes` the classes are
+    counted, if their numbers go from 0 without a gap. Raises DataError where that leaves a doubt.
     """
-    classes = {*range(num_classes), ignore_label}
+    code = _understand(found, mask_format, colors, label_map, num_classes, ignore_label)
+    if num_classes is None:
+        used = {label for table in code.tables.values() for label in table.values()}
+        highest = max(used - {ignore_label}, default=0)
+        num_classes = max(2, len(colors) if code.by_color else 0, highest + 1)
+    if code.by_color:
+        shown = {label: value for table in code.tables.values() for value, label in table.items()}
+    else:
+        shown = {
+            code.tables[path][index]: min(several)
+            for path, file in found.items()
+            for index, several in file.palette.items()
+            if any(color != index * 0x010101 for color in several)  # greys say nothing
+        }
+    colors = {label: _hex(color) for label, color in shown.items()}
+    return code._replace(num_classes=num_classes, colors=colors)
+
+
+def _understand(
+    found: Mapping[Path, Found],
+    mask_format: str,
+    colors: Sequence[str],
+    label_map: Mapping[int | str, int] | None,
+    num_classes: int | None,
+    ignore_label: int,
+) -> Code:
+    classes = {*range(256 if num_classes is None else num_classes), ignore_label}
     if mask_format == 'color' or (mask_format == 'auto' and colors):
         return _by_color(found, colors)
     if mask_format != 'index' and (doubt := _doubt_of_palettes(found)):
-        return _by_palette(found, doubt, 0 if label_map else num_classes)
+        return _by_palette(found, doubt, 0 if label_map else num_classes or 2)
     values = sorted({value for file in found.values() for value in file.values})
     colored = [value for value in values if value >= COLORED]
     if len(colored) > MANY:
@@ -155,9 +188,11 @@ def understand(
             "alone: PIL.Image.open(MASK).getchannel('A').save(MASK)"
         )
     if colored:
+        names = sorted({_hex(_color_of(value, Path())) for value in values})
+        listed = ', '.join(f'"{name}"' for name in names)
         raise DataError(
-            f'the masks have colours ({_shown(values)}): name them in the order of the classes, '
-            'data.mask_colors=("#000000", "#ff0000", ...)'
+            f'the masks have {len(names)} colours and nothing says which class each is: list them '
+            f"in the order of the classes, background first, --config.data.mask_colors='({listed})'"
         )
     if label_map:
         return _by_map(found, label_map, classes)
@@ -166,7 +201,7 @@ def understand(
     if mask_format == 'index':
         return _as_they_are(found, ignore_label)
     both = _files_with(found, {1, 255})
-    if num_classes == 2 and set(values) <= {0, *WHITE} and max(values, default=0) > 1:
+    if num_classes in (None, 2) and set(values) <= {0, *WHITE} and max(values, default=0) > 1:
         if _one_of_each(found):
             return _binary(found)
         alone = [path for path in _files_with(found, {255}) if path not in both]
@@ -177,13 +212,15 @@ def understand(
                 '--config.data.mask_format="index" ignores it in all, '
                 '--config.data.label_map="{255: 1}" makes it class 1 in all'
             )
-    if not classes.issuperset(values):
+    if num_classes is None:
+        num_classes = _count(found, values, ignore_label)
+    elif not classes.issuperset(values):
         raise _no_classes(found, values, num_classes, ignore_label)
     ignored = _files_with(found, {ignore_label}) if ignore_label >= num_classes > 2 else []
     if ignored and all(set(found[path].values) <= {0, ignore_label} for path in ignored):
         raise DataError(
-            f'{ignore_label} is to be ignored, and {some(ignored, 1)} with it hold no class, the '
-            f'model has classes 0 to {num_classes - 1}: if it is the structure, and the only '
+            f'{ignore_label} is to be ignored, but {some(ignored, 1)} with it hold no class of 0 '
+            f'to {num_classes - 1}: if it is the structure, and the only '
             f'one, --config.model.num_classes=2; if it is one of several, say which, '
             f'--config.data.label_map="{{{ignore_label}: 1}}"; if it is to be ignored, '
             '--config.data.mask_format="index"'
@@ -347,31 +384,64 @@ def _color_of(value: int, path: Path) -> int:
 # Words.
 
 
+def _count(found: Mapping[Path, Found], values: Sequence[int], ignore_label: int) -> int:
+    """The number of classes of masks that hold class numbers; at least 2.
+
+    Raises DataError for values with a gap, which may be class numbers or not, and for so many that
+    they are rather shades of a JPEG.
+    """
+    numbers = [v for v in values if v != ignore_label or v < values[-1]]
+    shaded = any(len(file.values) > MANY for file in found.values())
+    if numbers == list(range(len(numbers))) and not shaded:
+        return max(2, len(numbers))
+    if numbers == list(range(len(numbers))):
+        raise DataError(
+            f'the masks have the values 0 to {numbers[-1]}, so many that they may be shades of a '
+            f'JPEG or numbers of objects: if they are {len(numbers)} classes, '
+            f'--config.model.num_classes={len(numbers)}; if what is not 0 is one class, '
+            '--config.data.label_map="{\'>0\': 1}"'
+        )
+    raise _no_classes(found, values, None, ignore_label)
+
+
 def _no_classes(
-    found: Mapping[Path, Found], values: Sequence[int], num_classes: int, ignore_label: int
+    found: Mapping[Path, Found], values: Sequence[int], num_classes: int | None, ignore_label: int
 ) -> DataError:
     """Values that are no classes: what makes them some, without losing one of them."""
-    odd = next(v for v in values if v not in range(num_classes) and v != ignore_label)
-    told = (
-        f'the masks have values {_shown(values)}, the model has classes 0 to {num_classes - 1} '
-        f'({odd} is in {some(_files_with(found, {odd}), 1)})'
-    )
+    # Among levels of grey 255 is one of them, among class numbers it is to be ignored.
+    numbers = [value for value in values if value >= 0 and value != ignore_label]
+    kept = numbers if max(numbers, default=0) <= MANY else [value for value in values if value >= 0]
+    if num_classes is None:
+        odd = next(v for rank, v in enumerate(values) if v != rank)
+    else:
+        odd = next(v for v in values if v not in range(num_classes) and v != ignore_label)
+    where = some(_files_with(found, {odd}), 1)
+    if num_classes is None:
+        told = (
+            f'the masks have the values {_shown(values)}, which are not class numbers from 0 on '
+            f'without a gap ({odd} is in {where})'
+        )
+    else:
+        told = (
+            f'the masks have the values {_shown(values)}, but model.num_classes is {num_classes}, '
+            f'that is classes 0 to {num_classes - 1} ({odd} is in {where})'
+        )
     if any(len(file.values) > MANY for file in found.values()):
         return DataError(
             f'{told}: so many are usually a mask saved as JPEG, or one that was resized: save it '
             f'as PNG; --config.data.mask_format="binary" makes what is above {values[-1] / 2:g} '
             'class 1'
         )
-    if num_classes == 2 and len(found) > 1 and len(values) > 2 and _one_of_each(found):
+    enough = num_classes is None or len(kept) <= num_classes
+    flag = '' if num_classes is None else f'--config.model.num_classes={len(kept)} '
+    if num_classes in (None, 2) and len(found) > 1 and len(values) > 2 and _one_of_each(found):
+        flag = '' if num_classes is None else f'--config.model.num_classes={len(values)} '
         return DataError(
             f'{told}, and no file has two of them beside 0: if each is the same structure, '
-            f'--config.data.mask_format="binary"; else --config.model.num_classes={len(values)} '
+            f'--config.data.mask_format="binary"; else {flag}'
             f'--config.data.label_map="{ {value: rank for rank, value in enumerate(values)} }"'
         )
-    # Among levels of grey 255 is one of them, among class numbers it is to be ignored.
-    numbers = [value for value in values if value >= 0 and value != ignore_label]
-    kept = numbers if max(numbers, default=0) <= MANY else [value for value in values if value >= 0]
-    if len(kept) == 2 < num_classes and kept != [0, 1]:
+    if num_classes is not None and len(kept) == 2 < num_classes and kept != [0, 1]:
         return DataError(
             f'{told}: if there is one structure, --config.model.num_classes=2 '
             f'--config.data.mask_format="binary"; if it is one of several, say which, '
@@ -380,14 +450,25 @@ def _no_classes(
     places = {value: rank for rank, value in enumerate(kept) if value != rank}
     places |= {value: ignore_label for value in values if value < 0}
     mapped = f'--config.data.label_map="{places}"'
-    if len(kept) <= num_classes and places:
-        return DataError(f'{told}: {mapped} makes classes of them')
     rest = f', {ignore_label}: {ignore_label}' * (ignore_label in values and kept == numbers)
     one_class = f'--config.data.label_map="{{\'>0\': 1{rest}}}" makes one class of all but 0'
-    flag = f'--config.model.num_classes={len(kept)}'
+    if num_classes is None:
+        made = f'{mapped} makes {len(kept)} classes of them'
+        if len(kept) > 2:
+            made += f'; {one_class}'
+        if kept and kept == numbers and kept[-1] <= MANY and min(values) >= 0:
+            count = kept[-1] + 1
+            made += f'; --config.model.num_classes={count} keeps the numbers as they are'
+        return DataError(f'{told}: {made}')
+    if enough and places:
+        return DataError(f'{told}: {mapped} makes classes of them')
     if places:
-        return DataError(f'{told}: {flag} {mapped} makes classes of them; {one_class}')
-    return DataError(f'{told}: model.num_classes must be {len(kept)}, {flag}; {one_class}')
+        return DataError(f'{told}: {flag}{mapped} makes classes of them; {one_class}')
+    there = f'({_shown(kept)})' + f', and {ignore_label} to ignore' * (ignore_label in values)
+    return DataError(
+        f'the masks have {len(kept)} classes {there} but model.num_classes is {num_classes}: add '
+        f'--config.model.num_classes={len(kept)}; {one_class}'
+    )
 
 
 def _one_of_each(found: Mapping[Path, Found]) -> bool:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pspnet_jax.data.volumes import Slices, Volume, check_kind, neighbours, normalize, stack, tile
+from pspnet_jax.data.volumes import (
+    Slices,
+    Volume,
+    blank_around,
+    check_kind,
+    neighbours,
+    normalize,
+    stack,
+    tile,
+)
 from pspnet_jax.runtime.errors import DataError
 
 if TYPE_CHECKING:  # imported where it is used: a step whose data are on the device needs none
@@ -70,8 +79,9 @@ def rows(
 
 def read_row(
     slices: Slices, row: int, intensity: np.ndarray | None, unread: dict[int, str] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(image H W C, mask H W, intensity 4 C) of a row.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(image H W C, mask H W, intensity 4 C, `Slices.content`) of a row; where slices have none it
+    is all of the image.
 
     With `unread`, of the next row that can be read, and the faults go there by row; None raises
     the DataError. `intensity` is every image's, None takes the patient's own.
@@ -88,20 +98,25 @@ def read_row(
             unread[other] = str(error)
             continue
         own = slices.intensity[slices.patient[other]]
-        return image, mask, own if intensity is None else intensity
+        content = np.array([0, 0, *mask.shape], np.int32)
+        if slices.content is not None:
+            content = slices.content[other]
+        return image, mask, own if intensity is None else intensity, content
     raise DataError(f'none of {len(slices)} slices can be read: {unread[row]}')
 
 
 def store(
     slices: Slices, intensity: np.ndarray | None, unread: dict[int, str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Every slice, decoded: 'image' N H W C and 'mask' N H W uint8, 'intensity' N 4 C.
+    """Every slice, decoded: 'image' N H W C and 'mask' N H W uint8, 'intensity' N 4 C, 'content'
+    N 4.
 
     N is `padded_rows(len(slices))`; the rows beyond the slices are zeros.
     """
     found = [read_row(slices, row, intensity, unread) for row in range(len(slices))]
     arrays = {}
-    for name, part in zip(('image', 'mask', 'intensity'), zip(*found, strict=True), strict=True):
+    names = ('image', 'mask', 'intensity', 'content')
+    for name, part in zip(names, zip(*found, strict=True), strict=True):
         arrays[name] = np.zeros((padded_rows(len(part)), *part[0].shape), part[0].dtype)
         np.stack(part, out=arrays[name][: len(part)])
     return arrays
@@ -109,7 +124,7 @@ def store(
 
 def padded_rows(count: int) -> int:
     """`count`, rounded up to an eighth of the power of two below: folds then share a program."""
-    eighth = max(1 << (count.bit_length() - 4), 1) if count else 1
+    eighth = 1 << max(count.bit_length() - 4, 0)
     return -(-count // eighth) * eighth
 
 
@@ -139,8 +154,9 @@ def batches(
     index, count = shard
 
     def read(row: int) -> dict[str, np.ndarray]:
-        image, mask, measured = read_row(slices, row, intensity, unread)
-        return {'image': normalize(image, measured), 'mask': mask.astype(np.int32)}
+        image, mask, measured, content = read_row(slices, row, intensity, unread)
+        image = blank_around(normalize(image, measured), content)
+        return {'image': image, 'mask': mask.astype(np.int32)}
 
     share = batch_size // count
     if count == 1:

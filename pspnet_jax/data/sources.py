@@ -42,9 +42,8 @@ def read_folder(config, **where: Any) -> Slices:
         'mask_colors': data.mask_colors,
         'mask_name': data.mask_name,
         'label_map': data.to_dict()['label_map'],
-        'num_classes': model.num_classes,
+        'num_classes': model.num_classes or len(model.class_names) or None,
         'ignore_label': config.loss.ignore_label,
-        'mixed_sizes': bool(data.size),
         'threads': data.threads,
     }
     return folder.load(**options | where)

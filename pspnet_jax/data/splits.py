@@ -8,6 +8,7 @@ A split is written to a file as {'train', 'validation', 'test': patients, 'finge
 """
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,10 @@ from pspnet_jax.runtime import text
 from pspnet_jax.runtime.errors import DataError
 from pspnet_jax.runtime.storage import write_json
 
+logger = logging.getLogger(__name__)
+
 KEPT = 'splits.json'  # in a run's workdir
+FEWEST_TO_TEST = 5  # patients of whom one is tested
 
 # The ten patients that Buda's published code holds out, `random.seed(42);
 # random.sample(sorted(patients), 10)`: the only LGG split that others report on.
@@ -53,7 +57,8 @@ def holdout(
     """{'train', 'validation', 'test': sorted patients}, disjoint, together all of them.
 
     The test set is those of `test_patients` (short or whole names) that are there,
-    or, with none named, `test_fraction` of all. Test and validation patients are
+    or, with none named, `test_fraction` of all: at least one, but none of fewer than
+    FEWEST_TO_TEST patients, who are needed to train and validate. Test and validation patients are
     drawn site by site in the order of a hash of seed and name, so that a subset of
     the patients keeps their order. Raises DataError when nothing is left to train on.
     """
@@ -62,14 +67,22 @@ def holdout(
     if named:
         test = [p for p in patients if p in named or short_name(p) in named]
     else:
-        test = stratified_draw(patients, test_fraction, seed=seed, label='test')
+        enough = len(patients) >= FEWEST_TO_TEST
+        test = stratified_draw(patients, test_fraction * enough, seed=seed, label='test')
+        if test_fraction and not enough:
+            logger.warning(
+                '%d cases are too few for a test set (%d are enough): the figures at the end are '
+                'of the validation cases, by which the best checkpoint is chosen, so they are too '
+                'good', len(patients), FEWEST_TO_TEST,
+            )  # fmt: skip
     rest = [p for p in patients if p not in test]
     validation = stratified_draw(rest, validation_fraction, seed=seed, label='validation')
     train = [p for p in rest if p not in validation]
     if not train:
         raise DataError(
-            f'no patient of {len(patients)} is left to train on: '
-            f'{len(test)} test, {len(validation)} validation; lower the fractions or add patients'
+            f'no patient of {len(patients)} is left to train on, with {len(test)} to test and '
+            f'{len(validation)} to validate: add patients, or lower the fractions, '
+            '--config.data.test_fraction=0 --config.data.validation_fraction=0'
         )
     return {'train': train, 'validation': validation, 'test': test}
 

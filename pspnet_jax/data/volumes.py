@@ -22,6 +22,7 @@ from pspnet_jax.runtime.errors import DataError
 logger = logging.getLogger(__name__)
 
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
+STEP, LARGEST = 32, 512  # pixels a side, of a size that is chosen for slices of several
 RANGE_PIXELS = 2**20  # of an image, evenly spread, that its range is measured on
 
 
@@ -53,7 +54,11 @@ class Slices:
     source names them, `ranges` the `measure_range` of those whose images are not of 8 bits.
     `scan` is `Volume`'s, of length N: a source whose patients may be several pictures or volumes
     sets it. `digest` is each slice's `picture_digest`, where a source reads them anyway. `read_own`
-    gives slices at their own size, where `read` gives them `resized`.
+    gives slices at their own size, where `read` gives them `resized`; `content` is then, where
+    they keep their proportions, the (N, 4) top, left, height and width of the picture in each: what
+    lies around it is 0 once it is normalised. `sizes` are the (N, 2) heights and widths of the
+    files, where a source knows them: without, all slices have one size. `num_classes` is how many
+    classes the masks have, background included.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -68,6 +73,9 @@ class Slices:
     scan: np.ndarray | None = None
     digest: np.ndarray | None = None
     read_own: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
+    content: np.ndarray | None = None
+    sizes: np.ndarray | None = None
+    num_classes: int = 2
 
     def __len__(self) -> int:
         return len(self.key)
@@ -80,14 +88,12 @@ class Slices:
 def select(slices: Slices, patients: Sequence[str]) -> Slices:
     """The slices of these patients."""
     keep = np.isin(slices.patient, list(patients))
+    unless_known = ('scan', 'digest', 'content', 'sizes')
+    rows = ('key', 'patient', 'slice', 'lesion_pixels', *unless_known)
+    arrays = {name: getattr(slices, name) for name in rows}
     return dataclasses.replace(
         slices,
-        key=slices.key[keep],
-        patient=slices.patient[keep],
-        slice=slices.slice[keep],
-        lesion_pixels=slices.lesion_pixels[keep],
-        scan=None if slices.scan is None else slices.scan[keep],
-        digest=None if slices.digest is None else slices.digest[keep],
+        **{name: array if array is None else array[keep] for name, array in arrays.items()},
         intensity={patient: slices.intensity[patient] for patient in patients},
     )
 
@@ -282,14 +288,67 @@ def in_memory(slices: Slices) -> Slices:
     return dataclasses.replace(slices, read=functools.cache(slices.read))
 
 
-def resized(slices: Slices, size: tuple[int, int]) -> Slices:
-    """The same slices at H W pixels."""
+def resized(
+    slices: Slices, size: tuple[int, int], fit: str = 'letterbox', ignore_label: int = IGNORE_LABEL
+) -> Slices:
+    """The same slices at H W pixels: in proportion, with `ignore_label` around them, or by `fit`
+    'stretch' as wide and as high as that, whatever their proportions.
+    """
+    if fit == 'stretch':
+
+        def stretch(key: int) -> tuple[np.ndarray, np.ndarray]:
+            image, mask = slices.read(key)
+            return resize_image(image, size), resize_labels(mask, size)
+
+        return dataclasses.replace(slices, read=stretch, read_own=slices.read)
 
     def read(key: int) -> tuple[np.ndarray, np.ndarray]:
         image, mask = slices.read(key)
-        return resize_image(image, size), resize_labels(mask, size)
+        top, left, height, width = letterbox(mask.shape, size)
+        around = [(top, size[0] - top - height), (left, size[1] - left - width)]
+        image, mask = resize_image(image, (height, width)), resize_labels(mask, (height, width))
+        return np.pad(image, [*around, (0, 0)]), np.pad(mask, around, constant_values=ignore_label)
 
-    return dataclasses.replace(slices, read=read, read_own=slices.read)
+    sizes = slices.sizes
+    if sizes is None and len(slices):
+        sizes = np.array([slices.read(int(slices.key[0]))[1].shape] * len(slices))
+    content = np.array([letterbox(own, size) for own in (() if sizes is None else sizes.tolist())])
+    content = content.reshape(-1, 4).astype(np.int32)
+    return dataclasses.replace(slices, read=read, read_own=slices.read, content=content)
+
+
+def letterbox(own: Sequence[int], size: Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a picture of `own` height and width that fills as much of
+    `size` as its proportions allow, in the middle; where a row or column is left over it is the
+    last.
+    """
+    (h, w), (H, W) = own, size
+    if h * W >= H * w:  # at least as high, for its width
+        h, w = H, max(1, round(w * H / h))
+    else:
+        h, w = max(1, round(h * W / w)), W
+    return (H - h) // 2, (W - w) // 2, h, w
+
+
+def blank_around(image_HWC: np.ndarray, content: Sequence[int]) -> np.ndarray:
+    """A normalised image, 0 wherever it is not in the (top, left, height, width) of `content`."""
+    top, left, height, width = content
+    if (height, width) == image_HWC.shape[:2]:
+        return image_HWC
+    blank = np.zeros_like(image_HWC)
+    inside = slice(top, top + height), slice(left, left + width)
+    blank[inside] = image_HWC[inside]
+    return blank
+
+
+def common_size(sizes_N2: np.ndarray) -> tuple[int, int]:
+    """Height and width, multiples of STEP and at most LARGEST, near the medians of slices that have
+    several.
+    """
+    median = np.median(sizes_N2, axis=0)
+    median *= min(1.0, LARGEST / median.max())
+    height, width = (STEP * max(1, math.floor(n / STEP + 0.5)) for n in median.tolist())
+    return height, width
 
 
 def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:

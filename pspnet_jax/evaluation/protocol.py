@@ -274,7 +274,7 @@ def _volume_source(
     kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
         where = sources.elsewhere(config, data) | {'group': sources.grouping(config, group)}
-        slices = sources.read_folder(config, **where, mixed_sizes=True)
+        slices = sources.read_folder(config, **where)
         parts = splits.read(kept, slices) if split else {split: list(slices.intensity)}
     elif data:
         from pspnet_jax.data import lgg

@@ -193,6 +193,7 @@ def compile_predict(
     *,
     ensemble: bool = False,
     size: tuple[int, ...] = (),
+    fit: str | None = 'letterbox',
     window: int = 0,
     overlap: float = 0.5,
     batch_size: int = 1,
@@ -203,10 +204,10 @@ def compile_predict(
     """`predict(variables, image_BHWC)`: `probabilities`, the batch shared by all local devices.
 
     Compiled once for each shape of batch; one that the devices do not divide is padded. With
-    `size` the network sees every image at that height and width, as in training, and what comes
-    out has the image's own. With `window` the network sees tiles of that many pixels a side,
-    `batch_size` at a time, each as if it were an image, and `slide` blends them: one shape for
-    all. The CRF sees whole images, behind `size` small ones.
+    `size` the network sees every image at that height and width, as in training (`fit` as
+    `volumes.resized` has it), and what comes out has the image's own. With `window` the network
+    sees tiles of that many pixels a side, `batch_size` at a time, each as if it were an image, and
+    `slide` blends them: one shape for all. The CRF sees whole images, with `size` small ones.
     """
     n = jax.local_device_count()
     mesh = jax.make_mesh((n,), ('data',), axis_types=(AxisType.Auto,), devices=jax.local_devices())
@@ -233,17 +234,29 @@ def compile_predict(
         probabilities, model=model, ensemble=ensemble, scales=scales, flip=flip
     )
     if not window:
-        program = on_devices(functools.partial(network, crf_options=behind), whole, split)
+        boxed = bool(size) and fit != 'stretch'  # then the CRF sees nothing of what is around them
+        program = on_devices(
+            functools.partial(network, crf_options=None if boxed else behind), whole, split
+        )
+        crf_inside = (
+            on_devices(functools.partial(refine, **behind), split, split) if behind else None
+        )
         back = compilation.jit(
             functools.partial(resize, align_corners=False), static_argnums=1
         )  # by half-pixel centres, as `volumes.resize_image` made it
 
         def predict_whole(variables, image_BHWC):
-            own = image_BHWC.shape[1:3]
-            if not size or own == tuple(size):
+            if not size:
                 return np.asarray(program(variables, image_BHWC))
-            seen = np.stack([volumes.resize_image(image, size) for image in image_BHWC])
-            return np.asarray(back(program(variables, seen), own))
+            own = image_BHWC.shape[1:3]
+            top, left, height, width = volumes.letterbox(own, size) if boxed else (0, 0, *size)
+            seen = np.stack([volumes.resize_image(x, (height, width)) for x in image_BHWC])
+            around = [(top, size[0] - top - height), (left, size[1] - left - width)]
+            prob_BHWK = program(variables, np.pad(seen, [(0, 0), *around, (0, 0)]))
+            prob_BHWK = prob_BHWK[:, top : top + height, left : left + width]
+            if boxed and crf_inside:
+                prob_BHWK = crf_inside(prob_BHWK, seen)
+            return np.asarray(back(prob_BHWK, own))
 
         return predict_whole
     on_tiles = on_devices(network, whole, split)

@@ -16,6 +16,7 @@ def program_options(config) -> dict[str, Any]:
     predict = config.predict
     return {
         'size': config.data.size,
+        'fit': config.data.fit,
         'window': predict.window,
         'overlap': predict.overlap,
         'batch_size': config.eval.batch_size,

@@ -36,6 +36,15 @@ TOLERANCE = {
 }  # of a probability: other forms round otherwise
 
 
+# What the function expects of a run that resizes its images, `data.fit`.
+RESIZED = {
+    'letterbox': 'resize an image in proportion until it just fits into this height and width, and '
+    'resize the probabilities back; in training what was left over was 0 once normalised, so where '
+    'the size of the input is fixed, fill it with the mean of the image',
+    'stretch': 'resize an image to this height and width, and the probabilities back',
+}
+
+
 # ---- the exported function ----------------------------------------------------------------
 
 
@@ -182,6 +191,14 @@ def describe(
             'how': 'the batch is the slices of one volume in turn: the network sees each with so '
             'many before and behind it, where there are fewer the first and last again',
         }
+    trained = None
+    if config.data.size:
+        trained = {
+            'height': config.data.size[0],
+            'width': config.data.size[1],
+            'fit': config.data.fit,
+            'how': RESIZED[config.data.fit],
+        }
     free = f'any from {SMALLEST}'
     height, width = size if fmt == 'onnx' else (free, free)
     return {
@@ -204,6 +221,7 @@ def describe(
             'width': width,
             'channels': inputs['channels'],
         },
+        'trained_size': trained,
         'normalization': normalization,
         'context': context,
         'crf': crf,
@@ -289,6 +307,8 @@ def export_checkpoint(
         raise
     if metadata['left_out']:
         say(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')
+    if trained := metadata['trained_size']:
+        say(f'the network was trained at {trained["height"]}x{trained["width"]}: {trained["how"]}')
     return target
 
 

@@ -14,7 +14,7 @@ from pspnet_jax.data.volumes import IGNORE_LABEL, Slices
 from pspnet_jax.evaluation import visualize
 from pspnet_jax.runtime.errors import DataError, say
 from pspnet_jax.runtime.storage import writing
-from pspnet_jax.training.start import normalize_by_weights
+from pspnet_jax.training.start import complete, normalize_by_weights
 
 THUMB = 16  # pixels a side of what is compared
 ALIKE = 0.999  # correlation of two thumbnails from which they are the same picture
@@ -117,8 +117,9 @@ def _with_most(slices: Slices) -> list[int]:
     for row in (rows + rest)[:SHEET]:
         image, mask = slices.read(int(slices.key[row]))
         intensity = slices.intensity[slices.patient[row]]
+        content = (0, 0, *mask.shape) if slices.content is None else slices.content[row]
         cells = [_cell(visualize.outline(visualize.to_uint8(image, *intensity[:2]), mask))]
-        normal = volumes.normalize(image, intensity)
+        normal = volumes.blank_around(volumes.normalize(image, intensity), content)
         for n in range(2):
             key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
             changed, labels = augment(
@@ -159,7 +160,7 @@ def _cell(picture: np.ndarray, name: str) -> np.ndarray:
 
 
 def _missing(pixels: dict[int, int], num_classes: int) -> list[str]:
-    """A fault for each class that no pixel has."""
+    """A fault for each of the model's classes that no pixel has."""
     there = [label for label in range(num_classes) if label in pixels]
     if there in ([0], []):
         return [
@@ -183,6 +184,7 @@ def check(config, out: str | Path) -> None:
     """Print what is in the data set; raise DataError with all its faults."""
     validate(config)
     slices, parts = sources.load(config)
+    config = complete(config, slices, int(np.isin(slices.patient, parts['train']).sum()))
     for name, patients in parts.items():
         print(f'{name:10} {volumes.describe(volumes.select(slices, patients))}')
     sizes, pixels, thumbs = statistics(slices)
@@ -190,7 +192,13 @@ def check(config, out: str | Path) -> None:
     total = sum(pixels.values())
     shares = (f'{label}: {100 * n / total:.2f} %' for label, n in pixels.items())
     print('classes    ' + ', '.join(shares))
+<<<<<<< HEAD
     shown = volumes.resized(slices, config.data.size) if config.data.size else slices
+=======
+    train = volumes.select(slices, parts['train'])
+    if config.data.size:
+        train = volumes.resized(train, config.data.size, config.data.fit, config.loss.ignore_label)
+>>>>>>> own22
     if config.data.normalize == 'buda':
         shown = volumes.measured(shown, 'buda')
     path = Path(out) / 'contact_sheet.png'

@@ -36,10 +36,10 @@ from pspnet_jax.training.progress import (
     tell_plan,
 )
 from pspnet_jax.training.start import (
+    as_before,
     begin,
-    name_classes,
+    complete,
     pretrained_file,
-    stored_class_names,
 )
 from pspnet_jax.training.update import AugmentFn, LossFn, TrainState, bind_step
 
@@ -233,15 +233,17 @@ def train_and_evaluate(
     if not checkpoint.steps(workdir) and (not source or Path(source).expanduser().exists()):
         pretrained_file(config)
 
-    # Data: which patients, and how many of their slices hold a lesion. What annotations call the
-    # classes is kept with the run, so that their numbers stay the same in every other file.
-    config = name_classes(config, stored_class_names(workdir))
+    # Data: which patients, and how many of their slices hold a lesion. What the config leaves open
+    # is found out, and kept with the run: the numbers of the classes stay the same in every file.
+    config = as_before(config, workdir)
     slices, parts = sources.load(config)
     paths.remember(sources.places(config))
-    config = name_classes(config, slices.class_names)
+    config = complete(config, slices, int(np.isin(slices.patient, parts['train']).sum()))
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
     if config.data.size:  # validation and test stay at their own size
-        split['train'] = volumes.resized(split['train'], config.data.size)
+        split['train'] = volumes.resized(
+            split['train'], config.data.size, config.data.fit, config.loss.ignore_label
+        )
     check_crop(config.augment.crop, split['train'])
     if config.data.cache == 'memory':
         for name in ('train', 'validation'):  # each at most half: together they fit
@@ -354,7 +356,7 @@ def run_steps(
     given = {'augment_fn': hooks.augment_fn, 'loss_fn': hooks.loss_fn, 'teacher': begun.teacher}
     step_fn, unread = bind_step(config, begun.model, begun.tx, **given), {}
     placed, next_batch = loader(config, split['train'], step_fn, intensity, step, unread)
-    predict = infer.compile_predict(begun.model, size=config.data.size)
+    predict = infer.compile_predict(begun.model, size=config.data.size, fit=config.data.fit)
     state, programs, needed = placed.put_state(state), {}, math.nan
     pending, loss, skipped = [], math.nan, progress.get('skipped', 0)
 

@@ -105,6 +105,10 @@ def gather(store: dict[str, jax.Array], rows_B: jax.Array) -> dict[str, jax.Arra
     low, high, mean, std = jnp.moveaxis(store['intensity'][rows_B][:, :, None, None], 1, 0)
     image = store['image'][rows_B].astype(jnp.float32)
     image = (jnp.clip(image, low, high) - mean) * (1 / std)
+    top, left, height, width = jnp.moveaxis(store['content'][rows_B][..., None, None], 1, 0)
+    rows, columns = jnp.mgrid[: image.shape[1], : image.shape[2]][:, None]  # 1 H W each
+    inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+    image = jnp.where(inside[..., None], image, 0.0)
     return {'image': image, 'mask': store['mask'][rows_B].astype(jnp.int32)}
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
-from pspnet_jax.config import from_dict, to_dict, validate
+from pspnet_jax.config import base, flatten, from_dict, to_dict, validate
 from pspnet_jax.data import volumes
 from pspnet_jax.models import weights
 from pspnet_jax.runtime import checkpoint, hosts
@@ -221,22 +221,99 @@ def begin(
     return start, state.replace(teacher=taught), progress
 
 
-def name_classes(config: ConfigDict, names: Sequence[str]) -> ConfigDict:
-    """The config with these names of its classes, if it has none of its own."""
-    if config.model.class_names or len(names) != config.model.num_classes:
-        return config
-    config = config.copy_and_resolve_references()
-    config.model.class_names = tuple(names)
-    validate(config)
+# What a config may leave open, to be found out at the start and kept with the run.
+FOUND_OUT = {
+    'model.num_classes': None,
+    'model.class_names': (),
+    'data.size': (),
+    'data.fit': None,
+    'optim.learning_rate': None,
+    'optim.new_layer_factor': None,
+    'train.epochs': None,
+}
+PASSES, FEWEST_STEPS, MOST_STEPS = 50, 600, 10_000  # of a run that is told neither epochs nor steps
+PRETRAINED_RATE, RANDOM_RATE = 3e-4, 1e-3
+
+
+def as_before(config: ConfigDict, workdir: str) -> ConfigDict:
+    """The config with what it leaves open as the run's newest sound checkpoint has it."""
+    for step in reversed(checkpoint.steps(workdir)):
+        with contextlib.suppress(CheckpointError, ConfigError):
+            before = from_dict(checkpoint.metadata(workdir, step)['config'])
+            found = flatten(before.to_dict())
+            given = flatten(config.to_dict())
+            if given['model.num_classes'] not in (None, found['model.num_classes']):
+                found['model.class_names'] = ()  # of other classes
+            changes = {k: found[k] for k, is_open in FOUND_OUT.items() if given[k] == is_open}
+            if config.train.epochs is None and not config.train.steps:
+                changes['train.steps'] = found['train.steps']
+            return changed(config, changes)
     return config
 
 
-def stored_class_names(workdir: str) -> Sequence[str]:
-    """Those of the run's newest sound checkpoint; () where there is none."""
-    for step in reversed(checkpoint.steps(workdir)):
-        with contextlib.suppress(CheckpointError, ConfigError):
-            return from_dict(checkpoint.metadata(workdir, step)['config']).model.class_names
-    return ()
+def complete(config: ConfigDict, slices: volumes.Slices, training: int) -> ConfigDict:
+    """The config with what it leaves open, by the data: a line in the log for each.
+
+    `training` is the number of slices that are trained on. Raises ConfigError.
+    """
+    changes: dict[str, Any] = {'data.fit': config.data.fit or 'letterbox'}
+    if config.model.num_classes is None:
+        changes['model.num_classes'] = slices.num_classes
+    count = config.model.num_classes or slices.num_classes
+    if not config.model.class_names and len(slices.class_names) == count:
+        changes['model.class_names'] = slices.class_names
+    several = slices.sizes is not None and len(np.unique(slices.sizes, axis=0)) > 1
+    if several and not config.data.size:
+        changes['data.size'] = height, width = volumes.common_size(slices.sizes)
+        logger.info(
+            'images of %d sizes are resized to %dx%d, in proportion, for the network; masks come '
+            'out at their own size. Another: --config.data.size="(HEIGHT, WIDTH)"',
+            len(np.unique(slices.sizes, axis=0)), height, width,
+        )  # fmt: skip
+    pretrained = bool(config.train.init_from) or starts_pretrained(config)
+    if config.optim.learning_rate is None:
+        rate = PRETRAINED_RATE if pretrained else RANDOM_RATE
+        changes['optim.learning_rate'] = rate
+        logger.info(
+            'optim.learning_rate is %g, for %s weights', rate,
+            'pretrained' if pretrained else 'random',
+        )  # fmt: skip
+    if config.optim.new_layer_factor is None:
+        own = base.get_config().optim.new_layer_factor
+        changes['optim.new_layer_factor'] = own if pretrained else 1.0
+    if config.train.epochs is None and not config.train.steps:
+        changes['train.steps'] = steps = steps_for(training, config.train.batch_size)
+        passes = steps * config.train.batch_size / max(training, 1)
+        logger.info(
+            '%d updates, %.3g passes over %d slices, as neither train.epochs nor train.steps is '
+            'given', steps, passes, training,
+        )  # fmt: skip
+    if config.train.epochs is None:
+        changes['train.epochs'] = base.get_config().train.epochs
+    return changed(config, changes)
+
+
+def steps_for(slices: int, batch_size: int) -> int:
+    """PASSES over so many slices, but enough updates to learn from a few and a bounded time for
+    many.
+    """
+    return min(max(round(PASSES * slices / batch_size), FEWEST_STEPS), MOST_STEPS)
+
+
+def starts_pretrained(config: ConfigDict) -> bool:
+    """Whether `pretrained_file` finds weights for the network, without fetching them."""
+    if config.model.pretrained != 'imagenet':
+        return bool(config.model.pretrained)
+    _, backbone, options = models.resolve(**config.model)
+    return backbone is not None and weights.public(backbone, **options) is not None
+
+
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy with these values, by dotted key, validated."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(dict(changes))
+    validate(config)
+    return config
 
 
 NO_EFFECT = ('model.pretrained', 'model.stem', 'train.init_from')  # on a run that is resumed

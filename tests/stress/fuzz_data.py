@@ -263,7 +263,7 @@ def _labelme(folder: Path) -> list[Path]:
 def read_folder(path: Path) -> None:
     from pspnet_jax.data import folder
 
-    slices = folder.load(path, group=str(path / 'patients.csv'), mixed_sizes=True, threads=1)
+    slices = folder.load(path, group=str(path / 'patients.csv'), threads=1)
     for key in slices.key:
         slices.read(int(key))
 
