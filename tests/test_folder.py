@@ -14,14 +14,9 @@ from PIL import Image
 from pspnet_jax.config import folder as own_pictures
 from pspnet_jax.config import from_dict, to_dict, validate
 from pspnet_jax.data import folder, sources, volumes
-<<<<<<< HEAD
 from pspnet_jax.evaluation import visualize
-from pspnet_jax.runtime.errors import DataError
-from pspnet_jax.training import check
-=======
 from pspnet_jax.runtime.errors import ConfigError, DataError
 from pspnet_jax.training import check, start
->>>>>>> own22
 from tests.conftest import tiny_config
 
 LABELS = np.zeros((40, 48), np.uint8)
@@ -733,7 +728,6 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
         check.check(config_of(tmp_path), tmp_path / 'out')
 
 
-<<<<<<< HEAD
 def test_the_contact_sheet_shows_each_part_under_its_name(tmp_path):
     """Every picture is of one colour, by which the sheet tells where it stands."""
     shades = {f'p{n}': 21 + 10 * n for n in range(20)}
@@ -764,10 +758,7 @@ def test_the_contact_sheet_shows_each_part_under_its_name(tmp_path):
     assert tuple(visualize.class_color(2).tolist()) not in legend  # no picture has it
 
 
-def test_mixed_sizes_need_one_to_train_at(tmp_path):
-=======
 def test_mixed_sizes_get_one_near_their_median(tmp_path, caplog):
->>>>>>> own22
     for n in range(6):
         write(tmp_path, f'p{n}')
     write(tmp_path, 'wide', np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), np.uint8))

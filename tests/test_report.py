@@ -546,12 +546,8 @@ def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
     assert browser('/se/log', {'type': 'browser'}) == []
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
-@pytest.mark.parametrize('width', [390, 800])
-=======
 @pytest.mark.parametrize('width', [390, 800, 1600])
->>>>>>> pics22
 def test_nothing_runs_off_the_page(evaluated, tmp_path, browser, width):
     """Neither a long name nor a chart: what is wider scrolls in its own box."""
     result, cases = evaluated

@@ -85,11 +85,12 @@ def contact_sheet(
             seen[np.unique(shown)] = True
             picture = visualize.outline(visualize.to_uint8(image, *intensity[:2]), shown)
             cells.append(_cell(picture, _name(chosen, row)))
-            normal = volumes.normalize(image, intensity)
+            content = (0, 0, *mask.shape) if chosen.content is None else chosen.content[row]
+            normal = volumes.blank_around(volumes.normalize(image, intensity), content)
             for n in range(2 if part == 'train' else 0):
                 key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
                 changed, labels = augment(
-                    key, normal, mask.astype(np.int32), ignore_label=ignore_label, **augment_options
+                    key, normal, mask.astype(np.int32), augment_options, ignore_label=ignore_label
                 )
                 changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
                 picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
@@ -108,35 +109,9 @@ def _with_most(slices: Slices) -> list[int]:
     """All rows, by area of lesion: first one of each patient, then the others."""
     first, rest, seen = [], [], set()
     for row in np.argsort(-slices.lesion_pixels, kind='stable').tolist():
-<<<<<<< HEAD
-        if slices.patient[row] not in seen:
-            seen.add(slices.patient[row])
-            rows.append(row)
-    rest = [row for row in range(len(slices)) if row not in rows]
-    columns = []
-    for row in (rows + rest)[:SHEET]:
-        image, mask = slices.read(int(slices.key[row]))
-        intensity = slices.intensity[slices.patient[row]]
-        content = (0, 0, *mask.shape) if slices.content is None else slices.content[row]
-        cells = [_cell(visualize.outline(visualize.to_uint8(image, *intensity[:2]), mask))]
-        normal = volumes.blank_around(volumes.normalize(image, intensity), content)
-        for n in range(2):
-            key = jax.random.fold_in(jax.random.key(seed), 2 * row + n)
-            changed, labels = augment(
-                key, normal, mask.astype(np.int32), augment_options, ignore_label=ignore_label
-            )
-            changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
-            picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
-            labels = np.asarray(labels)
-            labels = np.where(labels == ignore_label, 0, labels).astype(np.uint8)
-            cells.append(_cell(visualize.outline(picture, labels)))
-        columns.append(np.concatenate(cells))
-    return np.concatenate(columns, axis=1)
-=======
         (rest if slices.patient[row] in seen else first).append(row)
         seen.add(slices.patient[row])
     return first + rest
->>>>>>> pics22
 
 
 def _name(slices: Slices, row: int) -> str:
@@ -192,13 +167,8 @@ def check(config, out: str | Path) -> None:
     total = sum(pixels.values())
     shares = (f'{label}: {100 * n / total:.2f} %' for label, n in pixels.items())
     print('classes    ' + ', '.join(shares))
-<<<<<<< HEAD
-    shown = volumes.resized(slices, config.data.size) if config.data.size else slices
-=======
-    train = volumes.select(slices, parts['train'])
-    if config.data.size:
-        train = volumes.resized(train, config.data.size, config.data.fit, config.loss.ignore_label)
->>>>>>> own22
+    fit, ignored = config.data.fit, config.loss.ignore_label
+    shown = volumes.resized(slices, config.data.size, fit, ignored) if config.data.size else slices
     if config.data.normalize == 'buda':
         shown = volumes.measured(shown, 'buda')
     path = Path(out) / 'contact_sheet.png'
