@@ -314,9 +314,11 @@ def test_a_run_leaves_curves_and_a_report(trained, tmp_path):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 3
     page = Page((workdir / 'report.html').read_text())
     assert len(page.of('svg')) == 2 + 4  # two of the evaluation, four of the run
-    assert [text for _, text in page.of('h2')][-1] == 'Best, median, worst'
-    best = max(p['dice'] for p in evaluation['patients'])
-    assert any(text.startswith('Best') and f'Dice {best:.3f}' in text for _, text in page.of('h3'))
+    assert [text for _, text in page.of('h2')][-1] == 'The pictures'  # of one, not best and worst
+    (one,) = evaluation['patients']
+    assert [text for _, text in page.of('h3')] == [f'{one["patient"]}, Dice {one["dice"]:.3f}']
+    (command,) = (text for _, text in page.of('code'))
+    assert re.fullmatch(r'python -m pspnet_jax\.evaluate --workdir=\S+ --split=test', command)
     assert charts.write_curves(tmp_path) is None
     assert not list(tmp_path.iterdir())
     assert not [path for path in workdir.iterdir() if path.name.startswith('.')]
