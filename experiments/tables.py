@@ -8,9 +8,11 @@ holds that the pages have what this makes.
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
+from pspnet_jax.config import base, flatten
 from tests.stress.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
@@ -332,8 +334,49 @@ def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
     return f'{", ".join(facts)}.'
 
 
+def knobs() -> str:
+    """Every knob with its default and what pspnet_jax/config/base.py says about it, by section."""
+    told, config = base.comments(), base.get_config()
+    rows, section = [], None
+    for key, value in flatten(config.to_dict()).items():
+        here, _, knob = key.rpartition('.')
+        if here != section:
+            section = here
+            rows += ['', f'## {here or "the run"}', '', '| knob | default | |', '|---|---|---|']
+        words = told[key].replace('|', '\\|')
+        rows.append(f'| `{knob}` | `{value!r}` | {words} |')
+    return '\n'.join(rows[1:])
+
+
+def gpu_lgg() -> str:
+    """The newest line of each run of gpu_lgg.sh, and one over its folds."""
+    lines = {line['experiment']: line for line in read_lines('gpu_lgg')}
+    folds = [line for name, line in lines.items() if name.startswith('fold_')]
+    rows = ['| tested | patients | Dice mean | median | largest component | commit |',
+            '|---|---:|---:|---:|---:|---|']  # fmt: skip
+    for name, line in lines.items():
+        if not name.startswith('fold_'):
+            rows.append(_row('public hold-out', [line]))
+    rows.append(_row(f'{len(folds)} folds by patient', folds))
+    return '\n'.join([*rows, '', _made_by('bash experiments/gpu_lgg.sh', [*lines.values()])])
+
+
+def _row(name: str, lines: list[dict[str, Any]]) -> str:
+    dice, largest = (
+        [patient[key] for line in lines for patient in line['patients']]
+        for key in ('dice', 'dice_largest')
+    )
+    return (
+        f'| {name} | {len(dice)} | {statistics.mean(dice):.3f} | {statistics.median(dice):.3f} | '
+        f'{statistics.mean(largest):.3f} | {lines[0]["commit"][:7]} |'
+    )
+
+
 TABLES = {
-    'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
+    'docs/results.md': {'lgg': lgg, 'gpu_lgg': gpu_lgg},
+    'docs/models.md': {'architectures': architectures},
+    'docs/speed.md': {'speed': speed},
+    'docs/configs.md': {'knobs': knobs},
     'docs/reliability.md': {
         'faults': faults,
         'fuzz': fuzz,

@@ -20,8 +20,8 @@ from tests.conftest import ROOT, tiny_config
 
 PYTHON = [  # test_export.py runs those that serve
     block
-    for block in re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-    if 'train' in block
+    for page in ('README.md', 'docs/python.md')
+    for block in re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)
 ]
 
 TINY = {

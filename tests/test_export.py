@@ -486,10 +486,10 @@ def test_onnx_missing_is_an_error_that_says_what_to_install(monkeypatch, tmp_pat
         assert line in (ROOT / 'requirements-dev.txt').read_text()
 
 
-# ---- the README -----------------------------------------------------------------------------
+# ---- the page -------------------------------------------------------------------------------
 
 
-SERVING = (ROOT / 'README.md').read_text().partition('\n## Serving\n')[2].partition('\n## ')[0]
+SERVING = (ROOT / 'docs/export.md').read_text()
 SNIPPETS = re.findall(r'```python\n(.*?)```', SERVING, re.DOTALL)
 
 

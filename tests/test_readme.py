@@ -15,14 +15,26 @@ from pspnet_jax.config import RULES, base
 from pspnet_jax.training.loop import train_and_evaluate
 from tests.conftest import ROOT
 
-README = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
-COMMANDS = [
-    line.strip()
-    for block in BLOCKS
-    for line in block.replace('\\\n', ' ').splitlines()
-    if line.strip() and not line.startswith('#')
-]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), ROOT / 'experiments/README.md')
+}
+README = PAGES['README.md']
+
+
+def commands_of(page):
+    """The lines of its bash blocks, and what it says to type in the text."""
+    lines = [
+        line.strip()
+        for block in re.findall(r'```bash\n(.*?)```', page, re.DOTALL)
+        for line in block.replace('\\\n', ' ').splitlines()
+    ]
+    return [line for line in lines if line and not line.startswith('#')]
+
+
+COMMANDS = commands_of(README)
+NO_KNOBS = {'data.json', 'model.onnx', 'model.safetensors', 'model.stablehlo'}  # files
+ALL_COMMANDS = sorted({command for page in PAGES.values() for command in commands_of(page)})
 
 
 def test_the_first_two_commands_set_everything_up():
@@ -40,7 +52,42 @@ def test_every_tier_is_run():
     assert 'for tier in slow stress; do' in (ROOT / '.ci/run').read_text()
 
 
-@pytest.mark.parametrize('command', COMMANDS)
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    """To files of the repository and to headings; what is elsewhere is not looked at."""
+    text = re.sub(r'```.*?```', '', PAGES[page], flags=re.DOTALL)
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match('https?:', target):
+            continue
+        file, _, heading = target.partition('#')
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r'^#+ (.*)$', path.read_text(), re.M)
+            slugs = {re.sub(r'[^\w\- ]', '', t.lower()).replace(' ', '-') for t in titles}
+            assert heading in slugs, target
+
+
+def test_every_page_is_in_the_index():
+    index = PAGES['docs/README.md']
+    for path in (ROOT / 'docs').glob('*.md'):
+        assert path.name == 'README.md' or f'({path.name})' in index, path.name
+
+
+def test_every_knob_that_a_page_names_is_there():
+    sections = '|'.join(sorted({key.split('.')[0] for key in RULES if '.' in key}))
+    for page, text in PAGES.items():
+        if page == 'CHANGELOG.md':
+            continue
+        for knob in re.findall(rf'`((?:{sections})\.[a-z_0-9]+)(?:=[^`]*)?`', text):
+            assert knob in RULES or knob in NO_KNOBS, f'{page}: {knob}'
+
+
+@pytest.mark.parametrize('command', ALL_COMMANDS)
 def test_modules_configs_and_knobs_exist(command):
     for module in re.findall(r'-m ((?:pspnet_jax|experiments)[\w.]*)', command):
         assert (ROOT / f'{module.replace(".", "/")}.py').is_file(), module
