@@ -233,6 +233,7 @@ FOUND_OUT = {
 }
 PASSES, FEWEST_STEPS, MOST_STEPS = 50, 600, 10_000  # of a run that is told neither epochs nor steps
 PRETRAINED_RATE, RANDOM_RATE = 3e-4, 1e-3
+NEW_LAYERS = 3.0  # times PRETRAINED_RATE
 
 
 def as_before(config: ConfigDict, workdir: str) -> ConfigDict:
@@ -279,8 +280,7 @@ def complete(config: ConfigDict, slices: volumes.Slices, training: int) -> Confi
             'pretrained' if pretrained else 'random',
         )  # fmt: skip
     if config.optim.new_layer_factor is None:
-        own = base.get_config().optim.new_layer_factor
-        changes['optim.new_layer_factor'] = own if pretrained else 1.0
+        changes['optim.new_layer_factor'] = NEW_LAYERS if pretrained else 1.0
     if config.train.epochs is None and not config.train.steps:
         changes['train.steps'] = steps = steps_for(training, config.train.batch_size)
         passes = steps * config.train.batch_size / max(training, 1)
