@@ -178,7 +178,7 @@ def test_a_run_is_a_page_of_whole_lines(run):
 def test_the_data_is_told_by_part_as_counted_by_hand(run):
     workdir, done = run
     made = {v.patient: v for v in (phantom.make_volume(0, i, 4, 32) for i in range(6))}
-    parts = json.loads((workdir / 'splits.json').read_text())['parts']
+    parts = json.loads((workdir / 'splits.json').read_text())
     told = []
     for part in ('train', 'validation', 'test'):
         masks = np.concatenate([made[name].mask for name in parts[part]])
@@ -232,7 +232,7 @@ def test_the_network_and_the_plan_are_told_with_their_numbers(run):
     # Backwards costs twice what forwards does; the rest are losses, augmentation, the optimiser.
     convolutions = 3 * forward_flops(model, (4, 32, 32, 3)) / 1e9
     assert convolutions * 0.9 < float(found[2]) < convolutions * 1.6
-    part = json.loads((workdir / 'splits.json').read_text())['parts']['train']
+    part = json.loads((workdir / 'splits.json').read_text())['train']
     epochs = [f'{steps * 4 / (4 * len(part)):.3g}' for steps in (3, 6)]
     for one, steps, count in zip(done, (3, 6), epochs, strict=True):
         assert lines_of(one, 'plan: ') == [
@@ -257,7 +257,7 @@ def test_validations_and_the_resumed_run_are_a_line_each(run):
 @pytest.mark.slow
 def test_the_table_of_the_test_cases_comes_once_and_then_where_the_report_is(run):
     workdir, done = run
-    tested = json.loads((workdir / 'splits.json').read_text())['parts']['test']
+    tested = json.loads((workdir / 'splits.json').read_text())['test']
     for one in done:
         assert lines_of(one, 'evaluating') == [f'evaluating the test cases ({len(tested)})']
         *table, last = one.stdout.splitlines()
@@ -273,7 +273,7 @@ def test_a_terminal_has_a_bar_below_the_lines(run, tmp_path):
     """With loss, speed and time left; whole lines are above it."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs,
-                          env=os.environ | {'COLUMNS': '120'}) as process:  # fmt: skip
+                          env=os.environ | {'COLUMNS': '100'}) as process:  # fmt: skip
         os.close(theirs)
         told = b''
         try:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -137,6 +138,7 @@ class Progress:
             total=pace.total,
             initial=pace.step,
             bar_format='{percentage:3.0f}% |{bar}| step {n_fmt} of {total_fmt}{postfix}',
+            ncols=shutil.get_terminal_size().columns,  # 80 where the terminal says 0
             mininterval=1,
             disable=not sys.stderr.isatty(),
         )
