@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pspnet_jax.config import with_prediction
 from pspnet_jax.data import pipeline, sources
 from pspnet_jax.data.volumes import Volume, iterate_volumes, measure_head, normalize, select
-from pspnet_jax.evaluation import fitting, protocol, scores
+from pspnet_jax.evaluation import fitting, metrics, protocol, scores
 from pspnet_jax.inference import infer, predictors, settings
 from pspnet_jax.inference.runs import open_run
 from pspnet_jax.runtime.errors import CheckpointError, ConfigError, DataError
@@ -162,7 +163,160 @@ def test_structures_that_are_missed_or_invented_are_counted():
     assert dice == [{'mean': 1, 'n': 2}, {'mean': 0, 'n': 1}, {'mean': 0, 'n': 1}]
     text = scores.table(result)
     assert '1 of 3 structures are missed and 1 invented' in text
-    assert 'class 2: Dice 0.000 over 1, HD95 - over 0; missed 1 of 1, invented 0' in text
+    line = next(line.split() for line in text.splitlines() if line.startswith('class 2'))
+    none = ['0.000', '(1)', '-', '(0)', '-', '(0)']  # sensitivity, precision, HD95
+    expected = ['0.000', '(1)', '0.000', 'none', '0.000', '(1)', *none, '1', 'of', '1', '0']
+    assert line == ['class', '2', *expected]
+
+
+def several(rng, count=5, ignored=True):
+    """Volumes of three structures, predicted wrongly here and there; not each has every class."""
+    data = []
+    for n in range(count):
+        mask = np.zeros((3, 12, 12), int)
+        for label in (1, 2, 3):
+            top, left = rng.integers(0, 8, 2)
+            if rng.random() < 0.8:
+                mask[:, top : top + 5, left : left + 4] = label
+        one = volume(f'v{n}', mask)
+        wrong = rng.random(mask.shape) < 0.1
+        one.image[wrong] = rng.integers(0, 4, (wrong.sum(), 1))
+        one.mask[rng.random(mask.shape) < 0.05 * ignored] = 255
+        data.append(one)
+    return data
+
+
+def by_hand(pred, true):
+    """Figures of two boolean arrays, None where they are 0/0."""
+    both, ours, theirs = (pred & true).sum(), pred.sum(), true.sum()
+    parts = {
+        'dice': (2 * both, ours + theirs),
+        'iou': (both, (pred | true).sum()),
+        'sensitivity': (both, theirs),
+        'precision': (both, ours),
+    }
+    return {name: top / below if below else None for name, (top, below) in parts.items()}
+
+
+def resampled(values):
+    """Means of 100 draws with the seed that is documented."""
+    draws = np.random.default_rng(0).integers(len(values), size=(100, len(values)))
+    return [np.mean(np.array(values)[draw]) for draw in draws]
+
+
+def test_each_class_has_its_figures_by_volume_and_over_volumes(rng):
+    data, names = several(rng), ('background', 'liver', 'kidney', 'spleen')
+    options = options_with(num_classes=4, class_names=names)
+    result = scores.evaluate_volumes(labelled, data, **options)
+    confusion = np.zeros((4, 4), int)
+    for one in data:
+        keep = one.mask != 255
+        np.add.at(confusion, (one.mask[keep], one.image[..., 0][keep]), 1)
+    assert result['confusion']['classes'] == list(names)
+    assert result['confusion']['voxels'] == confusion.tolist()
+    assert (confusion > 0).all()
+    undefined = 0
+    for label, name in enumerate(names[1:], 1):
+        found = {key: [] for key in ('dice', 'iou', 'sensitivity', 'precision', 'hd95')}
+        for one, row in zip(data, result['patients'], strict=True):
+            assert list(row['classes']) == list(names[1:])
+            pred, true = (one.image[..., 0] == label) & (one.mask != 255), one.mask == label
+            expected = by_hand(pred, true)
+            distance = metrics.hd95(pred, true, (1, 1, 1))
+            expected['hd95'] = None if np.isnan(distance) else distance
+            ours = row['classes'][name]
+            assert {key: ours[key] for key in expected} == pytest.approx(expected)
+            assert (ours['voxels'], ours['predicted_voxels']) == (true.sum(), pred.sum())
+            for key, values in found.items():
+                values += [] if expected[key] is None else [expected[key]]
+        over = result['summary']['classes'][name]
+        assert over['label'] == label
+        for key, values in found.items():
+            undefined += len(data) - len(values)
+            assert over[key]['n'] == len(values)
+            assert over[key]['mean'] == pytest.approx(np.mean(values))
+            assert over[key]['median'] == pytest.approx(np.median(values))
+            assert over[key]['sd'] == pytest.approx(np.std(values, ddof=1))
+            low, high = over[key]['ci95']
+            assert (low, high) == pytest.approx(np.percentile(resampled(values), (2.5, 97.5)))
+    assert undefined
+    # The single figure: the mean over the classes of each volume, then over volumes.
+    for row in result['patients']:
+        each = [one['dice'] for one in row['classes'].values() if one['dice'] is not None]
+        assert row['dice'] == pytest.approx(np.mean(each))
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_console_names_the_classes_and_shows_the_matrix(rng):
+    names = ('background', 'liver\x1b[2J', 'kidney', 'kidney')
+    options = options_with(num_classes=4, class_names=names)
+    result = scores.evaluate_volumes(labelled, several(rng, 12), **options)
+    assert list(result['summary']['classes']) == ['liver\x1b[2J', 'kidney (2)', 'kidney (3)']
+    lines = scores.table(result).splitlines()
+    assert '\x1b' not in ''.join(lines)
+    dice = result['summary']['classes']['kidney (2)']['dice']
+    (row,) = [line.split() for line in lines if line.startswith('kidney (2)  ')][:1]
+    ends = [f'{dice["ci95"][0]:.3f}', 'to', f'{dice["ci95"][1]:.3f}']
+    assert row[2:8] == [f'{dice["mean"]:.3f}', f'({dice["n"]})', f'{dice["median"]:.3f}', *ends]
+    place = next(n for n, line in enumerate(lines) if line.startswith('truth'))
+    for line, voxels in zip(lines[place + 1 :], result['confusion']['voxels'], strict=False):
+        assert line.split()[-4:] == [f'{number:,}' for number in voxels]
+    (said,) = [line for line in lines if line.startswith('Dice is the mean over 3 classes')]
+    assert said == result['data']['mean_of'].replace('\x1b', '\\x1b')
+    for words in ('(liver', 'kidney (2), kidney (3)) of each patient', 'over 12 of 12 patients',
+                  'background is left out', 'counts 0', 'does not count there'):  # fmt: skip
+        assert words in said
+    result['confusion']['classes'] = [f'c{n}' for n in range(9)]
+    assert 'the confusion matrix of 9 classes is in evaluation.json' in scores.table(result)
+
+
+def test_one_structure_has_the_figures_of_before_to_the_bit(rng):
+    """From the functions of `metrics`, and no table of classes."""
+    data = several(rng, ignored=True)
+    for one in data:
+        np.minimum(one.image, 1, out=one.image)
+        one.mask[:] = np.where(one.mask == 255, 255, one.mask > 0)
+    data.append(volume('none', 0 * MASK))
+    result = scores.evaluate_volumes(oracle, data, **OPTIONS)
+    values = {name: [] for name in ('dice', 'iou', 'sensitivity', 'precision')}
+    for one, row in zip(data, result['patients'], strict=True):
+        ratios = metrics.ratios(metrics.counts(one.image[..., 0], one.mask, 2))
+        for name, found in values.items():
+            value = None if np.isnan(ratios[name][1]) else float(ratios[name][1])
+            assert row[name] == row['classes']['class 1'][name] == value
+            found += [] if value is None else [value]
+        pred, true = (one.image[..., 0] == 1) & (one.mask != 255), one.mask == 1
+        distances = metrics.surface_ratios(metrics.surface_distances(pred, true, (1, 1, 1)), 1.0)
+        for name, value in distances.items():
+            assert row[name] == (None if np.isnan(value) else value)
+        assert row['structures'][0]['dice'] == row['dice']
+    summary = result['summary']
+    for name, found in values.items():
+        assert summary[name] == {
+            'mean': float(np.mean(found)),
+            'median': float(np.median(found)),
+            'sd': float(np.std(found, ddof=1)),
+            'ci95': metrics.bootstrap_ci(np.array(found), resamples=100),
+            'n': len(found),
+        }
+        assert summary['classes']['class 1'][name] == summary[name]
+    text = scores.table(result)
+    assert 'confusion' not in text
+    assert 'truth' not in text.replace('neither truth nor prediction', '')
+    assert result['data']['mean_of'].startswith('Dice is that of class 1 in each patient')
+    assert 'over 5 of 6 patients' in result['data']['mean_of']
+
+
+def test_pictures_are_cases_with_objects_and_volumes_patients_with_lesions(rng):
+    _, alone = pictures(rng)
+    text = scores.table(scores.evaluate_volumes(oracle, alone, **OPTIONS))
+    assert text.startswith('case')
+    assert 'object by object' in text
+    assert not re.search('patient|lesion|slice|volume', text)
+    text = scores.table(scores.evaluate_volumes(oracle, [volume('a', MASK)], **OPTIONS))
+    assert text.startswith('patient')
+    assert 'lesion by lesion' in text
+    assert not re.search('case|object|picture', text)
 
 
 def test_a_lesion_that_is_missed_is_counted_with_two_classes_too():
