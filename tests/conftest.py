@@ -54,6 +54,11 @@ needs_shared = pytest.mark.skipif(
 )
 
 
+def slow_but(values, *fast):
+    """Parameters that are slow, all but these."""
+    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

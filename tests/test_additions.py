@@ -109,6 +109,7 @@ def page(tmp_path):
         table.update(entries)
 
 
+@pytest.mark.slow
 def test_a_page_brings_its_own_loss_network_and_data(page, tmp_path):
     """Trained by the command for two steps, resumed for one, restored where the page is known."""
     path, load = page
@@ -171,6 +172,7 @@ def test_weights_of_own_losses_are_numbers_by_name(extra):
         rules.from_dict(tree)
 
 
+@pytest.mark.slow
 def test_a_loss_is_known_where_it_is_trained_and_needs_not_be_where_it_is_not(page, tmp_path):
     alone = {'loss.cross_entropy': 0.0, 'loss.dice': 0.0, 'loss.extra': {'brier': 1.0}}
     config = tiny_config(**alone)
@@ -214,6 +216,7 @@ def test_one_loss_has_a_weight():
             loop.check_losses(tiny_config(**none | {f'loss.{name}': 0.1}), own_loss=False)
 
 
+@pytest.mark.slow
 def test_a_hook_is_a_loss(tmp_path):
     """Of any size, and alone where the config's are 0; they are not for the run's evaluation."""
     config = tiny_config(**{'loss.cross_entropy': 0.0, 'loss.dice': 0.0, 'train.steps': 2})

@@ -79,6 +79,7 @@ def test_a_model_is_one_line(model):
     assert line.startswith('<Model pspnet on resnet18, 2 classes: step 2 of ')
 
 
+@pytest.mark.slow
 def test_a_volume_is_its_slices_with_one_scale(model, rng):
     volume = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
     labels = model.predict_volume(volume)
@@ -86,6 +87,7 @@ def test_a_volume_is_its_slices_with_one_scale(model, rng):
     np.testing.assert_array_equal(labels, predictors.predict_array(model.predictor, volume)[0])
 
 
+@pytest.mark.slow
 def test_evaluation_of_folders_is_a_row_a_picture(own, model):
     figures = model.evaluate(own / 'images', own / 'masks')
     assert [row['patient'] for row in figures['patients']] == [f'p{n}' for n in range(10)]
@@ -95,6 +97,7 @@ def test_evaluation_of_folders_is_a_row_a_picture(own, model):
     assert figures['patients'][3]['dice'] == pytest.approx(2 * both / total)
 
 
+@pytest.mark.slow
 def test_evaluation_tells_which_pictures_it_was_trained_on_and_groups_them(own, model):
     parts = json.loads((model.workdir / 'splits.json').read_text())
     figures = model.evaluate(own / 'images', own / 'masks')
@@ -107,6 +110,7 @@ def test_evaluation_tells_which_pictures_it_was_trained_on_and_groups_them(own, 
     assert figures['data']['overlap']['train'] == names
 
 
+@pytest.mark.slow
 def test_a_temperature_is_in_the_figures_as_in_the_probabilities(own, model):
     hot = dataclasses.replace(model, predictor=model.predictor._replace(temperature=3.0))
     plain, tempered = (m.evaluate(own / 'images', own / 'masks') for m in (model, hot))
@@ -121,6 +125,7 @@ def test_a_temperature_is_in_the_figures_as_in_the_probabilities(own, model):
     assert [b['voxels'] for b in plain['calibration']['bins']] != found
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_with_other_options_of_prediction(model, own):
     again = pspnet_jax.load(model.workdir, threshold=1.0)
     assert not again.predict(own / 'images' / 'p1.png').any()
@@ -136,6 +141,7 @@ def test_what_is_missing_or_unknown_is_said(own):
                          changes={'train.stepz': 3})  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block', PYTHON, ids=lambda block: block.splitlines()[0])
 def test_the_readmes_examples_run(own, tmp_path, monkeypatch, capsys, block):
     """With a tiny network in place of those that the configs describe."""

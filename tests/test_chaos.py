@@ -14,6 +14,7 @@ from tests.conftest import ROOT, TINY
 from tests.stress import chaos, faults, soak
 
 
+@pytest.mark.stress
 def test_three_kills_change_nothing(trained, tmp_path):
     """While it compiles or loads what was compiled, while it saves, and while it validates."""
     moments = ('compile', 0.1), ('save', 0.05), ('validation', 0.0)
@@ -82,6 +83,7 @@ for part in (path.read_bytes()[:-9], b''):
 """
 
 
+@pytest.mark.stress
 def test_half_an_entry_of_the_compilation_cache_is_replaced(tmp_path):
     """JAX warns of it and compiles; the next time there is nothing to warn of."""
     environment = os.environ | {

@@ -144,6 +144,7 @@ def forge_the_config(folder):
     path.write_text(text.replace('"width": 16', '"width": 8'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'damage', [truncate, lose_a_file, half_delete, lose_the_metadata, forge_the_config]
 )
@@ -240,6 +241,7 @@ def test_the_config_of_a_run_with_a_label_map_is_read_back(tmp_path):
         checkpoint.metadata(tmp_path / '2', 1)
 
 
+@pytest.mark.slow
 def test_saves_leave_no_thread_or_open_file_behind(tmp_path):
     """Orbax's thread and event loop of each save end with the next."""
     state, facts = new_state(tiny_config()), {'config': {}, 'progress': {}, 'inputs': {}}
@@ -283,6 +285,7 @@ def test_the_last_and_the_best_are_kept_whatever_orbaxs_file_says(copy):
     assert checkpoint.steps(copy) == [4]  # of equal ones the newest
 
 
+@pytest.mark.slow
 def test_a_damaged_best_step_is_set_aside_and_the_next_best_kept(copy):
     folder, save = with_steps(copy, a=0.9, b=0.5, c=0.1)
     flip_a_byte(folder / '1' / 'params')
@@ -295,6 +298,7 @@ def test_a_damaged_best_step_is_set_aside_and_the_next_best_kept(copy):
     assert (copy / 'damaged' / '1').is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', [lose_the_metadata, lambda f: flip_a_byte(f / 'ema_params')])
 @pytest.mark.parametrize(('which', 'taken'), [('best', 3), ('last', 2), ('', 3)])
 def test_a_reader_takes_the_next_sound_step_and_says_so(copy, damage, which, taken):

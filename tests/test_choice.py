@@ -166,6 +166,7 @@ def chosen(trained, tmp_path, monkeypatch):
     return workdir, result, json.loads((workdir / choice.KEPT).read_text())
 
 
+@pytest.mark.slow
 def test_a_choice_is_kept_with_the_run_applied_and_reported(chosen, capsys, caplog):
     workdir, result, kept = chosen
     assert kept['step'] == result['checkpoint']['step']
@@ -194,6 +195,7 @@ def test_a_choice_is_kept_with_the_run_applied_and_reported(chosen, capsys, capl
     assert written['postprocessing'] == test['postprocessing']
 
 
+@pytest.mark.slow
 def test_flags_win_one_by_one(chosen, caplog):
     workdir, _, kept = chosen
     options = kept['options']
@@ -209,6 +211,7 @@ def test_flags_win_one_by_one(chosen, caplog):
     assert model.config.predict.min_size == options['min_size']
 
 
+@pytest.mark.slow
 def test_prediction_and_its_manifest_have_what_was_chosen(chosen, tmp_path, rng):
     workdir, _, kept = chosen
     predictor = predictors.load(workdir)
@@ -228,6 +231,7 @@ def test_prediction_and_its_manifest_have_what_was_chosen(chosen, tmp_path, rng)
     assert {key: line['options'][key] for key in choice.OPTIONS} == kept['options']
 
 
+@pytest.mark.slow
 def test_a_choice_of_other_views_or_another_step_is_not_applied(chosen, caplog):
     workdir, _, kept = chosen
     predictor = predictors.load(workdir, changes={'window': 32})
@@ -240,6 +244,7 @@ def test_a_choice_of_other_views_or_another_step_is_not_applied(chosen, caplog):
     assert f'is of step 3, this is step {kept["step"]}: not applied' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_choice_of_one_run_is_not_applied_to_a_mean(chosen, trained, caplog):
     workdir, _, _ = chosen
     with caplog.at_level(logging.INFO):
@@ -248,6 +253,7 @@ def test_a_choice_of_one_run_is_not_applied_to_a_mean(chosen, trained, caplog):
     assert 'postprocessing.json is chosen for one run by itself: not applied' in caplog.text
 
 
+@pytest.mark.slow
 def test_an_exported_file_says_what_was_chosen_and_is_not_in_it(chosen):
     workdir, _, kept = chosen
     _, metadata = read.read(export.export_checkpoint(workdir, 'savedparams', size=(32, 32)))
@@ -258,6 +264,7 @@ def test_an_exported_file_says_what_was_chosen_and_is_not_in_it(chosen):
     assert {*metadata['left_out']} == expected != set()
 
 
+@pytest.mark.slow
 def test_options_that_are_given_are_not_chosen(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     given = {'flip': True, 'threshold': 0.35, 'largest_component': True}
@@ -268,6 +275,7 @@ def test_options_that_are_given_are_not_chosen(trained, tmp_path):
     assert result['postprocessing']['given'] == [*given]
 
 
+@pytest.mark.slow
 def test_a_temperature_fitted_without_the_chosen_flip_is_not_applied(trained, tmp_path, caplog):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     protocol.evaluate_checkpoint(workdir, split='validation', fit=True)

@@ -26,6 +26,7 @@ def run(module, *arguments):
 
 
 PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=2'
+FEW = ['--config.phantom.volumes=6', '--config.phantom.slices=4']  # made in no time
 
 
 @pytest.mark.parametrize(
@@ -57,11 +58,15 @@ PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=
         ('main', [PHANTOM, '--config.train.steps=None'], '--config.train.steps can not be None'),
         (
             'main',
-            [PHANTOM, '--config.augment.crop=500'],
+            [PHANTOM, '--config.augment.crop=500', *FEW],
             'is larger than the slices, which are 128',
         ),
         ('main', ['--config', 'nowhere.py'], '--config=nowhere.py is not a file'),
-        ('main', [PHANTOM, '--config.train.steps=0', '--config.train.epochs=0.001'], 'are 0 steps'),
+        (
+            'main',
+            [PHANTOM, '--config.train.steps=0', '--config.train.epochs=0.001', *FEW],
+            'are 0 steps',
+        ),
         (
             'main',
             [PHANTOM, '--config.parallel=pmap', '--config.train.accumulate=8', TWO_SLICES],
@@ -182,6 +187,7 @@ def test_build_reports_every_fault_and_builds_nothing(tmp_path):
     assert not list(tmp_path.rglob('*.array_record*'))
 
 
+@pytest.mark.slow
 def test_build_then_evaluate_then_predict(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     for patient in ('TCGA_CS_4941_19960909', 'TCGA_DU_5849_19950405'):

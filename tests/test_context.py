@@ -103,6 +103,7 @@ def numbered(root):
     return {'data.name': 'folder', 'data.source': str(root), 'data.group': NUMBERED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('make_data', 'scans'),
     [(lgg, [[3], [3], [3]]), (numbered, [[2, 3], [1], [1, 1]])],
@@ -193,6 +194,7 @@ def widened(tree, model, context, channels=3):
     return unflatten_dict(flat, sep='/'), changed[0]
 
 
+@pytest.mark.slow
 def test_a_step_without_weight_on_the_neighbours_is_the_one_of_the_slice_alone(rng):
     """Augmentation included: what is drawn for a channel holds for the neighbours' too."""
     slices = phantom.load(volumes=3, slices=4, size=32, seed=1)
@@ -229,6 +231,7 @@ def test_a_step_without_weight_on_the_neighbours_is_the_one_of_the_slice_alone(r
         np.testing.assert_allclose(x, other[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_runs_with_context_are_the_same_however_the_slices_are_kept(tmp_path):
     """And a run goes on, is evaluated and tested with it."""
     losses, dice = [], []
@@ -294,6 +297,7 @@ def test_of_equal_slices_comes_out_what_came_out_of_one(rng, channels, how, thei
             assert all((part == slices[0]).all() for part in slices)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_one_that_saw_single_slices(tmp_path):
     theirs = write_run(tmp_path / 'theirs', **{'model.width': 4})
     options = {'model.width': 4, 'train.init_from': str(tmp_path / 'theirs')}
@@ -309,6 +313,7 @@ def test_a_run_starts_from_one_that_saw_single_slices(tmp_path):
     np.testing.assert_allclose(parts, [theirs[stem] / 3] * 3, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_as_many_slices(tmp_path):
     save(tmp_path / 'teacher', tiny_config(**{'model.width': 4, 'data.context': 2}))
     model = models.create(**tiny_config(**{'model.width': 4}).model)
@@ -395,6 +400,7 @@ def test_evaluation_and_the_temperature_see_the_stacks(rng, context, intensity):
     np.testing.assert_array_equal(np.concatenate(small)[:8], expected[:8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('run', 'names', 'group', 'patient_of', 'patients'),
     [
@@ -424,6 +430,7 @@ def test_evaluation_scores_the_masks_that_prediction_writes(
     assert len(set(rows.values())) > 1
 
 
+@pytest.mark.slow
 def test_volumes_of_one_patient_are_evaluated_as_predicted(leaning_run, tmp_path):
     nibabel = pytest.importorskip('nibabel', reason='volumes are read by nibabel')
     root, stems = tmp_path / 'data', ('p1_a', 'p1_b', 'p2_a')
@@ -440,6 +447,7 @@ def test_volumes_of_one_patient_are_evaluated_as_predicted(leaning_run, tmp_path
     assert len(rows) == 2
 
 
+@pytest.mark.slow
 def test_kaggles_layout_is_evaluated_as_predicted(leaning_run, tmp_path):
     for name in ('TCGA_CS_4941_19960909', 'TCGA_DU_5849_19950405'):
         write_case(tmp_path / 'lgg' / 'kaggle_3m', name, slices=11)
@@ -451,6 +459,7 @@ def test_kaggles_layout_is_evaluated_as_predicted(leaning_run, tmp_path):
     assert len(rows) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', [None, IMAGENET._asdict()])
 def test_some_slices_of_a_volume_are_predicted_as_among_all(leaning_run, tmp_path, weights):
     """Their neighbours are read, though no result of them is asked for; but not across a gap."""
@@ -476,6 +485,7 @@ def test_some_slices_of_a_volume_are_predicted_as_among_all(leaning_run, tmp_pat
     assert len(list(tmp_path.rglob('case_1_probability.png'))) == 3
 
 
+@pytest.mark.slow
 def test_arrays_are_volumes_or_slices_alone(leaning_run, rng):
     model = api.load(leaning_run())
     volume = rng.integers(0, 255, (5, 9, 7, 3), np.uint8)
@@ -496,6 +506,7 @@ def test_frames_stand_between_those_before_and_after(context, count):
     assert list(found) == rows.tolist()
 
 
+@pytest.mark.slow
 def test_a_video_is_seen_with_neighbouring_frames(tmp_path, rng):
     pytest.importorskip('av', reason='videos are read and written by PyAV')
     config = tiny_config(**{'data.context': 1, 'eval.batch_size': 4})
@@ -528,6 +539,7 @@ def pair(tmp_path_factory):
     return folder, *runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [{}, {'window': 32}], ids=['whole', 'tiles'])
 def test_without_weight_on_the_neighbours_all_is_as_of_the_slices_alone(pair, tmp_path, changes):
     """The CRF looks at the slice alone, too."""
@@ -549,6 +561,7 @@ def test_without_weight_on_the_neighbours_all_is_as_of_the_slices_alone(pair, tm
         assert mine['dice'] == pytest.approx(theirs['dice'], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_runs_of_several_contexts_are_no_ensemble(pair):
     _, plain, wide = pair
     with pytest.raises(CheckpointError, match=r'data\.context is 0 there, 1 here'):
@@ -578,6 +591,7 @@ def test_the_graph_stacks_batches_of_any_size(rng, fmt, context):
         np.testing.assert_array_equal(call(image), by_hand([image], context))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('fmt', 'normalization'),
     [('stablehlo', None), ('stablehlo', IMAGENET._asdict()), ('onnx', None), ('savedparams', None)],
@@ -602,6 +616,7 @@ def test_exported_files_take_a_volume_and_stack_it_themselves(tmp_path, rng, fmt
     np.testing.assert_allclose(apart, expected[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_export_without_weight_on_the_neighbours_is_that_of_the_slices(pair, tmp_path, rng):
     _, plain, wide = pair
     image = rng.integers(0, 255, (4, 48, 48, 3), np.uint8)

@@ -81,6 +81,7 @@ def test_a_speck_against_its_surroundings_is_smoothed_away_and_an_edge_is_kept()
     assert (labels == (np.arange(16) >= 8)).all()
 
 
+@pytest.mark.slow
 def test_it_agrees_with_pydensecrf(rng):
     """The permutohedral lattice is itself an approximation: the labels agree but for a few."""
     densecrf = pytest.importorskip('pydensecrf.densecrf', reason='pydensecrf is the reference')

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from experiments import crossval
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_two_folds_test_every_patient_once_and_a_second_call_runs_nothing(tmp_path):
     command = [
         sys.executable, '-m', 'experiments.crossval', '--config=configs/phantom.py:unet_mini',
@@ -48,6 +50,7 @@ def test_one_patient_has_no_interval_and_older_lines_no_joined_hd95():
     assert summary['hd95']['n'] == summary['hd95_joined']['n'] == 0
 
 
+@pytest.mark.slow
 def test_a_fold_that_fails_ends_the_command(tmp_path):
     done = subprocess.run(
         [

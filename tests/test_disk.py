@@ -101,6 +101,7 @@ def last_line_of_a_run(workdir):
     return done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_a_checkpoint_is_saved(stopped, trained, disk):
     """With space again it goes on to the bit."""
     workdir = shutil.copytree(stopped, disk / 'run')
@@ -114,6 +115,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_saved(stopped, trained, disk):
     goes_on_to_the_bit(workdir, trained)
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_of_checkpoints(stopped, trained, disk, tmp_path):
     workdir = shutil.copytree(stopped, tmp_path / 'run')
     shutil.move(workdir / 'checkpoints', disk / 'checkpoints')
@@ -127,6 +129,7 @@ def test_a_read_only_folder_of_checkpoints(stopped, trained, disk, tmp_path):
     goes_on_to_the_bit(workdir, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('state', STATES)
 def test_a_run_on_such_a_disk_does_not_start(stopped, disk, state):
     workdir = shutil.copytree(stopped, disk / 'run')
@@ -181,6 +184,7 @@ def test_metrics_on_a_read_only_disk(disk):
         log.MetricLog(disk, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('state', STATES)
 def test_reports_of_before_stay(trained, disk, state):
     workdir = shutil.copytree(trained[0], disk / 'run')
@@ -194,6 +198,7 @@ def test_reports_of_before_stay(trained, disk, state):
     assert content(workdir) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('state', STATES)
 def test_predictions_of_before_stay_and_the_rest_is_done_later(trained, disk, tmp_path, state):
     rng, source, output = np.random.default_rng(0), tmp_path / 'pictures', disk / 'out'
@@ -231,6 +236,7 @@ def test_a_video_is_there_whole_or_not_at_all(disk, state):
     assert content(disk).keys() <= {'ballast'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('state', STATES)
 def test_an_export_of_before_stays(trained, disk, state):
     target = disk / 'model.safetensors'

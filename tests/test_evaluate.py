@@ -583,6 +583,7 @@ def test_evaluation_json_has_what_is_promised(trained):
     assert names == {row['patient'] for row in written['patients']}
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_kaggle_layout_is_evaluated_from_the_checkpoint_alone(trained, tmp_path):
     alone = tmp_path / 'alone'
     shutil.copytree(trained[0] / 'checkpoints', alone / 'checkpoints')
@@ -592,6 +593,7 @@ def test_a_folder_in_the_kaggle_layout_is_evaluated_from_the_checkpoint_alone(tr
     assert result['patients'][0]['lesion_voxels'] == 2 * 40 * 60
 
 
+@pytest.mark.slow
 def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_path):
     import shutil
 
@@ -621,6 +623,7 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(trained[0], workdir)
@@ -678,6 +681,7 @@ def test_a_slice_of_nothing_but_ignored_pixels_counts_nowhere():
     assert result['data']['slices'] == 3
 
 
+@pytest.mark.slow
 def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog):
     """Under other names, in another format: by their pixels."""
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
@@ -708,6 +712,7 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     assert 'overlap' not in protocol.evaluate_checkpoint(workdir)['data']
 
 
+@pytest.mark.slow
 def test_a_run_normalised_as_published_is_so_wherever_images_are_seen(tmp_path, monkeypatch):
     """In training, at the slices' own size, in evaluation and prediction."""
     seen, real = [], pipeline.batches

@@ -27,7 +27,7 @@ from pspnet_jax.runtime import checkpoint
 from pspnet_jax.runtime.compilation import jit
 from pspnet_jax.runtime.errors import CheckpointError, ConfigError, DataError, ExportError
 from pspnet_jax.serving import export, onnx_graph, read
-from tests.conftest import ROOT, random_variables, tiny_config
+from tests.conftest import ROOT, random_variables, slow_but, tiny_config
 
 # Every network, and what makes it small. All are exported with symbols for batch, height and
 # width; a network that can not be is to be listed here with what it can.
@@ -93,7 +93,7 @@ def test_every_network_is_in_the_table():
     assert list(SMALL) == list(models.MODELS)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', slow_but(CASES, 'unet_mini'))
 def test_stablehlo_is_the_network_at_any_size(case):
     function, image, expected = served(case)
     exported = export.to_stablehlo(function, 3)
@@ -101,7 +101,7 @@ def test_stablehlo_is_the_network_at_any_size(case):
     np.testing.assert_allclose(exported.call(image), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', slow_but(CASES, 'unet_mini'))
 def test_onnx_is_the_network_at_any_batch(case):
     pytest.importorskip('onnx', reason='onnx writes the file')
     function, image, expected = served(case)
@@ -235,6 +235,7 @@ def expected_of(workdir, image):
     return predict(run.variables, volumes.normalize(image, intensity))
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_a_file_read_here_is_the_model(exported, trained, fmt):
@@ -250,6 +251,7 @@ def test_a_file_read_here_is_the_model(exported, trained, fmt):
     assert metadata['sizes']['height'] == (40 if fmt == 'onnx' else 'any from 32')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt):
     if fmt == 'onnx':
@@ -268,6 +270,7 @@ def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt
     assert metadata['step'] == 7
 
 
+@pytest.mark.slow
 def test_a_measure_of_the_head_is_left_to_those_who_read_the_parameters(tmp_path):
     workdir = save_published(tmp_path, normalization='buda')
     for fmt in ('stablehlo', 'onnx'):
@@ -284,6 +287,7 @@ def test_a_measure_of_the_head_is_left_to_those_who_read_the_parameters(tmp_path
     np.testing.assert_allclose(predict(image), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fmt):
     if fmt == 'onnx':
@@ -319,6 +323,7 @@ np.savez(sys.argv[3], **{name: exported.call(images[name]) for name in images.fi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_stablehlo_needs_nothing_but_jax(exported, trained, tmp_path):
     shapes = [(1, 40, 48, 3), (3, 65, 33, 3)]
@@ -333,6 +338,7 @@ def test_stablehlo_needs_nothing_but_jax(exported, trained, tmp_path):
             np.testing.assert_allclose(out[str(i)], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_metadata_is_plain_json_in_each_format(exported):
     with zipfile.ZipFile(exported('stablehlo')) as file:
         assert json.loads(file.read('metadata.json'))['classes'] == 2
@@ -381,6 +387,7 @@ def test_float16_is_for_saved_parameters_that_it_can_hold(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('damage', 'words'),
     [
@@ -442,6 +449,7 @@ def test_a_file_that_is_there_survives_a_failure(published, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
+@pytest.mark.slow
 def test_a_crf_is_in_the_file_or_refused():
     for fmt, kernel in (('onnx', 'windowed'), ('stablehlo', 'exact')):
         with pytest.raises(ConfigError, match='--nocrf'):
@@ -492,6 +500,7 @@ def test_the_readme_serves_from_each_format_in_under_ten_lines():
         assert len([line for line in snippet.splitlines() if line.strip()]) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fmt', export.FILES)
 def test_the_readmes_snippet_serves(exported, trained, tmp_path, fmt):
     name = export.FILES[fmt]

@@ -43,6 +43,7 @@ def records(workdir):
     return (workdir / 'metrics.jsonl').read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_to_the_bit(
     trained, tmp_path, number
@@ -81,6 +82,7 @@ def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch, caplog
         faults.locked(workdir).__enter__()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_what_changed_and_keeps_the_config_before(trained, tmp_path, caplog):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     before = json.loads((workdir / 'config.json').read_text())
@@ -110,6 +112,7 @@ def test_a_change_that_the_arrays_do_not_fit_is_refused_by_its_name(trained, key
     assert f'--config.train.init_from={trained[0]}' in str(told.value)
 
 
+@pytest.mark.slow
 def test_training_on_all_data_ends_without_an_evaluation(tmp_path):
     config = tiny_config(**{'data.test_fraction': 0.0, 'data.validation_fraction': 0.0})
     assert loop.train_and_evaluate(config, str(tmp_path)) == {}
@@ -124,6 +127,7 @@ def test_damaged_lines_of_the_log_are_counted_and_named(trained, tmp_path, caplo
     assert f'{path}: 2 line(s) are damaged and left out, the first is line 2' in caplog.text
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_folder(tmp_path):
     code = f'with faults.locked({str(tmp_path)!r}): print("in")'
     other = [sys.executable, '-c', f'from pspnet_jax.runtime import faults\n{code}']
@@ -137,6 +141,7 @@ def test_two_runs_on_one_folder(tmp_path):
     assert done.stdout == 'in\n'
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path, caplog):
     held = f'with faults.locked({str(tmp_path)!r}): os._exit(9)'
     killed = f'import os\nfrom pspnet_jax.runtime import faults\n{held}'
@@ -149,6 +154,7 @@ def test_the_lock_of_a_run_that_was_killed_is_no_hindrance(tmp_path, caplog):
     assert not (tmp_path / faults.LOCK).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cache', ['memory', 'device'])
 def test_an_update_of_no_number_is_skipped_and_counted(tmp_path, monkeypatch, cache):
     def broken(key, image, mask):
@@ -232,6 +238,7 @@ def test_metadata_that_changed_is_not_believed(copy):
         checkpoint.metadata(copy, 4)
 
 
+@pytest.mark.slow
 def test_a_damaged_newer_step_is_set_aside_and_saved_again(trained, power_cut, tmp_path):
     power_cut(tiny_config(), tmp_path, 3)
     folder = tmp_path / 'checkpoints'
@@ -275,6 +282,7 @@ def save(writer, step, state, config, dice):
     checkpoint.save(writer, step, state, config=config, dice=dice, **facts)
 
 
+@pytest.mark.stress
 def test_no_flipped_byte_is_loaded_in_silence(tmp_path):
     """Of 200 bytes of all files, one at a time: an error, or what was saved, to the bit."""
     state, config = small_run(tmp_path, 0.5)
@@ -304,6 +312,7 @@ def metrics_of(folder, step, dice):
     return path
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(('which', 'step', 'next_one'), [('best', 7, 8), ('last', 8, 7)])
 def test_damage_anywhere_in_the_step_to_take_leads_to_the_other(tmp_path, which, step, next_one):
     """60 flipped bits and 40 cuts of its files, one at a time: itself to the bit, or the other
@@ -344,6 +353,7 @@ def test_damage_anywhere_in_the_step_to_take_leads_to_the_other(tmp_path, which,
     assert taken() == whole
 
 
+@pytest.mark.stress
 def test_no_flipped_bit_of_the_metrics_has_the_best_step_deleted(tmp_path):
     """Of 0.0351, which one bit makes 4.0351, and all else in the file; then cut and emptied."""
     state, config = small_run(tmp_path, 0.9, 0.0351)
@@ -391,6 +401,7 @@ def raise_the_dice(folder):
     flip(path, path.read_bytes().index(b'"dice": 0.') + len('"dice": '))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'damage',
     [
@@ -413,6 +424,7 @@ def test_a_run_whose_best_step_is_damaged_trains_on_and_is_evaluated(cut_off, tm
     assert [path.name for path in (workdir / checkpoint.ASIDE).iterdir()] == ['2']
 
 
+@pytest.mark.slow
 def test_the_step_that_was_passed_over_stands_in_every_output(cut_off, tmp_path):
     workdir = shutil.copytree(cut_off[0], tmp_path / 'run')
     os.truncate(workdir / 'checkpoints' / '2' / '_CHECKPOINT_METADATA', 1000)
@@ -425,6 +437,7 @@ def test_the_step_that_was_passed_over_stands_in_every_output(cut_off, tmp_path)
         assert str(workdir / 'checkpoints' / '2') in output['passed_over']['2']
 
 
+@pytest.mark.stress
 def test_forty_loads_of_a_run_that_is_being_written(tmp_path):
     """By two other processes; after each load a step is saved, and others are deleted meanwhile."""
     config = tiny_config(**{'model.width': 4})

@@ -67,6 +67,7 @@ def refusal(function, *arguments, **options) -> str:
 # Any change at all.
 
 
+@pytest.mark.stress
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', fuzz_data.READERS)
 def test_a_reader_refuses_or_reads_whatever_the_bytes(tmp_path, monkeypatch, name):
@@ -94,6 +95,7 @@ def test_a_reader_refuses_or_reads_whatever_the_bytes(tmp_path, monkeypatch, nam
     assert refused > 34, 'the changes do no harm, so nothing was tested'
 
 
+@pytest.mark.stress
 def test_the_fuzzer_sees_what_goes_wrong(tmp_path):
     """An error, a crash, silence, a file and memory, each from the one byte that asks for it."""
     (tmp_path / 'bad.py').write_text(f"""
@@ -138,6 +140,7 @@ if __name__ == '__main__':
     assert any('MB were taken' in why for why in kept)
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not has('atheris'), reason='atheris is not installed')
 def test_the_guided_fuzzer_finds_what_chance_would_not(tmp_path):
     """Four bytes that must all be right: one input in four thousand millions."""

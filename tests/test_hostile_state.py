@@ -312,6 +312,7 @@ def test_a_record_is_a_png_of_its_size(kind, size, mode):
 # Anything else.
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize('name', fuzz_state.READERS)
 def test_mutated_files_are_read_or_refused(name, tmp_path):
     """tests.stress.fuzz has thousands each, in a process of its own with limits."""

@@ -207,6 +207,7 @@ def test_coordinates_that_are_none(tmp_path, make, value):
     assert (tmp_path / 'out').exists() == (value == '11')
 
 
+@pytest.mark.slow
 def test_outlines_of_hundreds_of_thousands_of_points_end(tmp_path, rng):
     Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(tmp_path / 'a.png')
     points = np.round(rng.random((300_000, 2)) * 4000).astype(int)
@@ -276,6 +277,7 @@ def changed(draw, trees):
     return root[0]
 
 
+@pytest.mark.stress
 @quick
 @given(tree=changed([via_tree('a.png'), coco_tree('a.png'), labelme_tree('a.png')]))
 def test_any_value_anywhere_in_annotations(tmp_path_factory, tree):
@@ -291,6 +293,7 @@ def test_any_value_anywhere_in_annotations(tmp_path_factory, tree):
 # Splits and tables.
 
 
+@pytest.mark.stress
 @quick
 @given(tree=changed([{'train': ['a'], 'validation': [], 'test': ['b'], 'fingerprint': 'x'}]))
 def test_any_value_anywhere_in_a_split(tmp_path_factory, tree):
@@ -298,6 +301,7 @@ def test_any_value_anywhere_in_a_split(tmp_path_factory, tree):
     refusal(splits.read, write_json(path, tree), SLICES)
 
 
+@pytest.mark.stress
 @quick
 @given(st.binary(max_size=60) | st.text(alphabet='stem,patient\n"\0\r ab').map(str.encode))
 def test_any_table(tmp_path_factory, content):

@@ -303,6 +303,7 @@ def test_an_archive_is_no_larger_than_its_file_and_of_this_order(tmp_path):
     refused(weights.read_arrays, path, match='claims to hold', kind=PretrainedError)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize('write', WRITERS.values(), ids=WRITERS)
 def test_a_file_that_is_cut_or_changed_anywhere_is_read_or_refused(tmp_path, write):
     path = tmp_path / 'w.pth'

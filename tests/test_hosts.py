@@ -137,6 +137,7 @@ def alone(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_behind_the_same_checkpoint(runs):
     said, step = runs.asked
     for status, text in said:
@@ -145,6 +146,7 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_checkpoint(runs):
     assert step < STEPS
 
 
+@pytest.mark.slow
 def test_where_one_process_is_killed_the_others_say_so_and_stop(runs):
     ((killed, _), (other, text)) = runs.killed[0][::-1]
     assert killed == -signal.SIGKILL
@@ -155,6 +157,7 @@ def test_where_one_process_is_killed_the_others_say_so_and_stop(runs):
     assert runs.asked[1] < runs.killed[2] < STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('aborts', [False, True])
 def test_the_reason_is_the_last_line_where_the_runtime_aborts_meanwhile(aborts):
     """As Python and JAX list the stacks then, from another thread; and it is said once if not."""
@@ -189,6 +192,7 @@ hosts.leave_after_an_error('error: why, in "a b" of C:' + chr(92) + 'new')
     assert done.stderr.count('error: why') == 1 + aborts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('count', 'kind', 'said'),
     [(2, HostError, 'process 1 of 2 has lost another'), (1, CheckpointError, 'can not be written')],
@@ -210,6 +214,7 @@ def losses(workdir):
     return [r['loss'] for r in log.read(workdir) if 'loss' in r]
 
 
+@pytest.mark.slow
 def test_started_again_the_run_ends_as_in_one_process(runs, alone):
     for status, text in runs.ended:
         assert status == 0, text[-3000:]
@@ -220,12 +225,14 @@ def test_started_again_the_run_ends_as_in_one_process(runs, alone):
     np.testing.assert_allclose(losses(runs.workdir), losses(alone), rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_evaluation_gives_the_table_of_one_process(runs):
     together = json.loads((runs.workdir / 'evaluation.json').read_text())
     assert len(together['patients']) == 9
     assert table(evaluate_checkpoint(runs.workdir, split='train')) == table(together)
 
 
+@pytest.mark.slow
 def test_prediction_gives_the_files_of_one_process(runs):
     predict_files(runs.workdir, runs.folder / 'in', runs.folder / 'one', save=('mask',))
     for name in 'abc':
@@ -233,6 +240,7 @@ def test_prediction_gives_the_files_of_one_process(runs):
         assert (np.asarray(one) == np.asarray(two)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 @pytest.mark.parametrize('how', ['pmap', 'device'])
 def test_pmap_and_slices_on_the_devices_do_the_same(runs, alone, how):
@@ -264,6 +272,7 @@ def test_one_process_needs_no_other():
     assert hosts.share('abc') == ['a', 'b', 'c']
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_come_are_not_waited_for():
     code = (
         'from pspnet_jax.runtime import hosts\nhosts.START_SECONDS = 1\n'

@@ -84,6 +84,7 @@ def test_the_manifest_says_run_step_and_options_of_every_result(trained, tmp_pat
     assert {row['how'] for row in rest} == {writer['how']}
 
 
+@pytest.mark.slow
 def test_another_run_or_other_options_do_not_pass_for_this_one(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'ab'), tmp_path / 'out'
     folders.predict_files(trained[0], source, out, save=['mask'])
@@ -102,6 +103,7 @@ def test_another_run_or_other_options_do_not_pass_for_this_one(trained, tmp_path
     assert 'x_mask.png' in written(out)
 
 
+@pytest.mark.slow
 def test_inputs_that_changed_are_done_again_and_two_of_a_name_are_told_apart(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'ab'), tmp_path / 'out'
     folders.predict_files(trained[0], source, out, save=['overlay'])
@@ -123,6 +125,7 @@ def test_inputs_that_changed_are_done_again_and_two_of_a_name_are_told_apart(tra
     assert {(out / name).read_bytes() for name in kept} == {b'finished'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cut', ['begun', 'middle of a line', 'none of it'])
 def test_a_command_that_was_killed_is_gone_on_with(trained, tmp_path, cut):
     source, out = pictures(tmp_path / 'in'), tmp_path / 'out'
@@ -162,6 +165,7 @@ def test_lines_that_are_none_of_ours_are_passed_over(tmp_path, row):
     assert not found.writers
 
 
+@pytest.mark.slow
 def test_two_commands_into_one_folder_at_once(trained, tmp_path):
     """Of one input and of two: each result is whole, and nothing else is left."""
     one, other = pictures(tmp_path / 'one', 'abcd'), pictures(tmp_path / 'other', 'stuv')
@@ -183,6 +187,7 @@ def test_two_commands_into_one_folder_at_once(trained, tmp_path):
         assert ours == alone
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', 'a'), tmp_path / 'out'
     code = 'import os, sys; from pathlib import Path; from pspnet_jax.runtime import storage\n'
@@ -196,6 +201,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(trained, t
     assert list((out / 'sub').iterdir()) == [living]
 
 
+@pytest.mark.slow
 def test_a_name_too_long_for_results_is_one_files_fault(trained, tmp_path):
     source, out = pictures(tmp_path / 'in', ['a', 'z', 'x' * 247]), tmp_path / 'out'
     for _ in range(2):

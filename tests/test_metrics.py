@@ -136,6 +136,7 @@ def test_the_surface_of_a_picture_is_its_outline():
         assert (both <= 1).mean() == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(1, 24, 30), (9, 14, 16)])
 def test_distances_are_monais_and_medpys(rng, shape):
     reason = 'the reference: pip install monai==1.6.1 MedPy==0.5.2'

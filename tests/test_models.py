@@ -12,7 +12,7 @@ from experiments.tables import PUBLISHED, PUBLISHED_OTHERWISE, read_lines
 from pspnet_jax import models
 from pspnet_jax.models import backbones, deeplab, dilated, fcn, refinenet
 from pspnet_jax.runtime.compilation import jit
-from tests.conftest import random_variables
+from tests.conftest import random_variables, slow_but
 
 # Parameters for 2 and 21 classes on the network's own backbone. Update if a change was meant.
 COUNTS = {
@@ -160,6 +160,7 @@ class Backbone(nn.Module):
         return backbones.create(self.name_of, width=8, **self.options)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'mobilenet_v2', 'efficientnet_lite0'])
 @pytest.mark.parametrize('stride', [8, 16])
 def test_dilated_equals_strided_on_the_sub_grid(backbone, stride):
@@ -177,6 +178,7 @@ def test_dilated_equals_strided_on_the_sub_grid(backbone, stride):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pool', [2, 3])
 def test_dilated_vgg_looks_as_far_as_the_strided_one(pool):
     """Without pool4, the three convolutions of block 5 reach two cells each, not one."""
@@ -202,6 +204,7 @@ def test_features_have_the_promised_strides(backbone, stride):
     }
 
 
+@pytest.mark.slow
 def test_multi_grid_multiplies_the_dilation_of_layer4():
     """A single bright pixel reaches further by layer4's four 3x3s, each dilated 2 * grid."""
     image = jnp.zeros((1, 1024, 32, 3)).at[0, 512, 16].set(1.0)
@@ -236,7 +239,9 @@ def small(name, **options):
     return models.create(name, **{'width': 8, 'dropout': 0.0, **SMALL.get(name, {}), **options})
 
 
-@pytest.mark.parametrize('name', [*models.MODELS, 'unet with deep supervision'])
+@pytest.mark.parametrize(
+    'name', slow_but([*models.MODELS, 'unet with deep supervision'], 'unet_mini', 'pspnet')
+)
 def test_every_parameter_reaches_the_output(name):
     name, deep, _ = name.partition(' with')
     model = small(name, num_classes=3, deep_supervision=bool(deep))
@@ -255,7 +260,9 @@ def test_every_parameter_reaches_the_output(name):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize('name', sorted(set(models.MODELS) - {'vgg_pspnet_blog'}))
+@pytest.mark.parametrize(
+    'name', slow_but(sorted(set(models.MODELS) - {'vgg_pspnet_blog'}), 'unet_mini', 'pspnet')
+)
 def test_logits_have_the_images_size_in_bfloat16_too(name):
     model = small(name, num_classes=4, dtype='bfloat16')
     image = jax.random.normal(key(), (1, 49, 33, 5))
@@ -267,6 +274,7 @@ def test_logits_have_the_images_size_in_bfloat16_too(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
     model = small('vgg_pspnet_blog', num_classes=4, dtype='bfloat16')
@@ -277,7 +285,10 @@ def test_the_blogs_network_takes_odd_sizes_in_bfloat16_too():
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.parametrize('backbone', ['vgg16_bn', 'resnet18', 'mobilenet_v2', 'efficientnet_lite0'])
+@pytest.mark.parametrize(
+    'backbone',
+    slow_but(['resnet18', 'vgg16_bn', 'mobilenet_v2', 'efficientnet_lite0'], 'resnet18'),
+)
 def test_every_kind_of_backbone_under_every_decoder(backbone):
     image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
     for name in models.MODELS:
@@ -336,6 +347,7 @@ def test_the_untrained_context_module_passes_positive_scores_on(rng, size):
     assert np.abs(out - scores).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_the_context_module_sees_67_cells():
     scores = jnp.ones((1, 99, 99, 2))
     module = dilated.Context('basic')

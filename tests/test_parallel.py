@@ -111,6 +111,7 @@ def on_eight_devices(script, flags=''):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
     """With a teacher and a loss from outside, which are then of the whole batch too."""
@@ -118,6 +119,7 @@ def test_one_device_eight_by_jit_and_eight_by_pmap_agree():
     assert on_eight_devices(SCRIPT, ' '.join(flags)).split() == ['mesh', 'equal', 'pmap', 'equal']
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_and_gone_on_with_on_any_device_count(trained, tmp_path):
     """Trained on one device: on eight the same figures; the next step is one on 1, 2, 4 and 8."""
     workdir, evaluation = trained

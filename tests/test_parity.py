@@ -20,6 +20,8 @@ from pspnet_jax.models import backbones, unet, weights
 from pspnet_jax.models.weights import tables, translate
 from pspnet_jax.runtime.compilation import jit
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip('torch', reason='PyTorch is the reference')
 peers = pytest.importorskip('experiments.benchmarks.peers', reason='PyTorch is the reference')
 

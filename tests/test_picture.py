@@ -256,6 +256,7 @@ def samples(folder):
         save_dicom(folder / 'b.dcm', colour)
 
 
+@pytest.mark.stress
 @pytest.mark.filterwarnings('ignore')
 def test_whatever_is_wrong_is_a_data_error(tmp_path):
     """Flipped bytes and cut ends, most of them near the start, where the headers are."""

@@ -725,6 +725,7 @@ def test_options_of_the_config_and_of_the_call(trained, tmp_path):
         mask(overlap=1.0)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_a_run_and_itself_is_the_run(trained, predictor, rng):
     image = rng.integers(0, 255, (40, 32, 3), np.uint8)
     _, alone = predictors.predict_array(predictor, image)
@@ -748,6 +749,7 @@ def save_run(workdir, config, normalization=None, scale=None):
     return workdir
 
 
+@pytest.mark.slow
 def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained, tmp_path):
     other = save_run(tmp_path / 'wide', tiny_config(**{'model.width': 8, 'model.aux_head': False}))
     with pytest.raises(
@@ -871,6 +873,7 @@ def blind(images):
     return np.stack([1 - share, share], axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [np.int16, np.float32, np.uint8])
 @pytest.mark.parametrize(
     ('changes', 'save', 'most'),

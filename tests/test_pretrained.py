@@ -92,6 +92,7 @@ def write_keras_vgg16(arrays, path):
             group[weight_names[1]] = arrays[f'features.{number}.bias']
 
 
+@pytest.mark.slow
 def test_training_starts_from_it_with_an_average_kept(arrays, tmp_path):
     """Parameters and average are donated apart: neither may be the other's buffer."""
     save_file(arrays, tmp_path / 'w.safetensors')
@@ -467,6 +468,7 @@ def test_weights_in_a_package_are_found_without_importing_it(cache, tmp_path, mo
     assert 'a_package' not in sys.modules
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_file_that_imagenet_stands_for(
     arrays, cache, tmp_path, monkeypatch
 ):
@@ -645,10 +647,12 @@ def check_against_torch(arrays, image):
         np.testing.assert_allclose(features[stride] / scale, expected / scale, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_equal_pytorchs(arrays, rng):
     check_against_torch(arrays, rng.standard_normal((1, 64, 96, 3)).astype(np.float32))
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_shared_imagenet_weights_load_and_equal_pytorchs(rng):
     path = SHARED / 'weights' / 'vgg16_imagenet.safetensors'
@@ -856,6 +860,7 @@ def convert(path, out, model, *more, module='pspnet_jax.convert'):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_published_network_becomes_a_checkpoint_that_predicts(published_fcn, tmp_path):
     path, values = published_fcn
     done = convert(path, tmp_path / 'run', 'fcn_resnet18')
@@ -898,6 +903,7 @@ def test_a_conversion_that_can_not_be_is_one_line(published_fcn, tmp_path, train
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_network_that_was_trained_on_bgr_reads_rgb_here(published_fcn, tmp_path):
     path, values = published_fcn
     former = 'pspnet_jax.models.pretrained'

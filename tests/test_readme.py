@@ -28,6 +28,12 @@ def test_the_first_two_commands_set_everything_up():
     assert 'pytest' in tests
 
 
+def test_every_tier_is_run():
+    """The fast one by the README's command, the others by .ci/run behind it."""
+    assert '-m "not slow and not stress" tests' in COMMANDS[1]
+    assert 'for tier in slow stress; do' in (ROOT / '.ci/run').read_text()
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_modules_configs_and_knobs_exist(command):
     for module in re.findall(r'-m ((?:pspnet_jax|experiments)[\w.]*)', command):

@@ -380,6 +380,7 @@ def browser(tmp_path):
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
     result, cases = evaluated
     (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, RECORDS)))
@@ -439,6 +440,7 @@ def test_the_page_works_in_a_browser(evaluated, tmp_path, browser):
     assert browser('/se/log', {'type': 'browser'}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('width', [390, 800])
 def test_nothing_runs_off_the_page(evaluated, tmp_path, browser, width):
     """Neither a long name nor a chart: what is wider scrolls in its own box."""

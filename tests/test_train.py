@@ -25,6 +25,7 @@ from tests.conftest import PSPNET, tiny_config
 from tests.test_folder import BOXES, annotate, squares
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
     workdir, evaluation = trained
@@ -42,6 +43,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(trained, tmp_path, power_cut):
     assert resumed['patients'] == evaluation['patients']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tool', ['COCO', 'labelme'])
 def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monkeypatch, tool):
     """A file in which one of them does not occur has the same numbers: when the run goes on, and
@@ -63,13 +65,15 @@ def test_the_classes_that_annotations_name_are_kept_with_the_run(tmp_path, monke
         return load(config, *arguments)
 
     monkeypatch.setattr(sources, 'load', load)
-    loop.train_and_evaluate(config, run)
+    evaluation = loop.train_and_evaluate(config, run)
+    assert read_with == [()]  # to train, and handed on to evaluate
     assert config.model.class_names == ()  # the caller's own
     assert open_run(run).config.model.class_names == named
+    assert protocol.evaluate_checkpoint(run) == evaluation
     monkeypatch.setattr(loop, 'evaluate_checkpoint', lambda *_, **__: None)
     config.train.steps = 2
     loop.train_and_evaluate(config, run)
-    assert read_with == [(), named, named]  # to train, to evaluate, to go on
+    assert read_with == [(), named, named]  # then to evaluate, and to go on
 
     def see(predict_fn, data, **options):
         seen.extend(data)
@@ -95,6 +99,7 @@ def test_names_that_a_run_has_stay(tmp_path):
     assert start.stored_class_names(str(tmp_path)) == ()
 
 
+@pytest.mark.slow
 def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):
     """Two updates in one program, stopped after the first two and gone on with: the same run.
 
@@ -128,6 +133,7 @@ def test_slices_on_the_device_train_as_from_the_host(tmp_path, monkeypatch):
             assert mine == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_three_updates_in_one_program_equal_three_programs(rng):
     """And a slice gathered on the device is, to the bit, the one that the host normalises."""
@@ -156,6 +162,7 @@ def test_three_updates_in_one_program_equal_three_programs(rng):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_window_of_max_pooling_loses_its_gradient(monkeypatch):
     """Updates are those with XLA's own, where XLA rounds the pooled features otherwise when it
     computes them again for the gradient, as its older emitters do here.
@@ -183,6 +190,7 @@ def test_no_window_of_max_pooling_loses_its_gradient(monkeypatch):
     assert len(set(norms[:3])) == 3
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same(rng):
     """And the temporaries are fewer."""
     model = models.create('pspnet', num_classes=2, backbone='resnet18', width=8)
@@ -251,6 +259,7 @@ def test_another_models_workdir_is_refused(trained):
     assert 'model.width is 16 there, 8 here' in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     config = tiny_config(**{'optim.learning_rate': 1e30, 'optim.clip_norm': 0.0})
     with pytest.raises(NonFiniteLossError, match=r'step \d: .*optim\.learning_rate'):
@@ -266,6 +275,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
         loop.train_and_evaluate(tiny_config(), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
     """Two validations without a better Dice: the best is kept, and the run stays stopped."""
     dice = iter([0.5, 0.6, 0.6, 0.4, 0.9])
@@ -282,6 +292,7 @@ def test_it_stops_when_the_dice_stays(tmp_path, monkeypatch):
         assert checkpoint.candidates(tmp_path, 'best')[0] in (2, 3)  # of equal Dice
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_pmap_trains_and_checkpoints_like_jit(trained, tmp_path):
     """On one device: the same run to rounding (tests/test_parallel.py has eight)."""
@@ -314,10 +325,10 @@ def sgd(**changes):
 def one_step(accumulate, loss_options, batch):
     model = Pixelwise()
     tx, _ = sgd(learning_rate=0.1)
-    state = update.create_state(model, tx, seed=0, channels=3, ema=True)
-    options = update.StepOptions(0, loss_options, {}, accumulate=accumulate, ema_decay=0.5)
+    state = update.create_state(model, tx, seed=0, channels=3, ema=False)
+    options = update.StepOptions(0, loss_options, {}, accumulate=accumulate)
     step = functools.partial(update.train_step, model=model, tx=tx, options=options)
-    return state, compilation.jit(step)(state, batch)
+    return compilation.jit(step)(state, batch)
 
 
 CE_ONLY = {**base.get_config().loss.to_dict(), 'dice': 0.0}
@@ -342,8 +353,8 @@ def batch_of(rng):
 @pytest.mark.parametrize('k', [2, 4])
 def test_k_micro_batches_equal_one_big_batch(rng, k):
     batch = batch_of(rng)
-    _, (big, big_metrics) = one_step(1, CE_ONLY, batch)
-    _, (small, small_metrics) = one_step(k, CE_ONLY, batch)
+    big, big_metrics = one_step(1, CE_ONLY, batch)
+    small, small_metrics = one_step(k, CE_ONLY, batch)
     assert float(big_metrics['loss']) == pytest.approx(float(small_metrics['loss']), rel=1e-5)
     for a, b in zip(jax.tree.leaves(big.params), jax.tree.leaves(small.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -365,11 +376,21 @@ def test_randomness_is_of_the_seed_and_the_step(rng):
     assert len({loss(3, 0), loss(4, 0), loss(3, 1)}) == 3
 
 
-def test_the_average_of_the_parameters_is_a_half_step_behind(rng):
-    start, (state, _) = one_step(1, CE_ONLY, batch_of(rng))
-    leaves = (jax.tree.leaves(t) for t in (start.params, state.params, state.ema_params))
-    for before, after, average in zip(*leaves, strict=True):
-        np.testing.assert_allclose(average, (before + after) / 2, atol=1e-6)
+def test_the_average_of_the_parameters_warms_up_with_the_number_of_updates(rng):
+    """As TensorFlow's ExponentialMovingAverage with num_updates, whatever run made the first."""
+    batch, model, (tx, _) = batch_of(rng), Pixelwise(), sgd(learning_rate=0.1)
+    options = update.StepOptions(0, CE_ONLY, {}, ema_decay=0.8)
+    step = functools.partial(update.train_step, model=model, tx=tx, options=options)
+    step, state = (
+        compilation.jit(step),
+        update.create_state(model, tx, seed=0, channels=3, ema=True),
+    )
+    for n, decay in ((0, 1 / 10), (1, 2 / 11), (2, 3 / 12), (34, 35 / 44), (35, 0.8), (900, 0.8)):
+        before = state.ema_params
+        state, _ = step(state.replace(step=jnp.int32(n)), batch)
+        leaves = map(jax.tree.leaves, (before, state.params, state.ema_params))
+        for average, new, averaged in zip(*leaves, strict=True):
+            np.testing.assert_allclose(averaged, decay * average + (1 - decay) * new, atol=1e-7)
 
 
 def test_the_loss_is_the_weighted_sum_and_the_auxiliary(rng):

@@ -57,6 +57,7 @@ def flat(tree):
 # ---- train.init_from --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_another_has_its_evaluated_weights(trained, tmp_path):
     """Those are the averaged parameters of the best step; the average begins there too."""
     workdir, _ = trained
@@ -70,6 +71,7 @@ def test_a_run_that_starts_from_another_has_its_evaluated_weights(trained, tmp_p
     assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_a_classifier_of_other_classes_starts_anew_and_is_named(tmp_path):
     theirs = write_run(tmp_path, **PSPNET)
     fresh = new_state(tiny_config(**PSPNET, **{'model.num_classes': 3}), seed=8)
@@ -150,6 +152,7 @@ def test_a_checkpoint_is_named_by_folder_and_step(where, parts):
 CAFFE = tables.CAFFE._asdict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('there', 'asked', 'here', 'warned'),
     [
@@ -180,6 +183,7 @@ def test_normalisation_comes_along_and_a_contradiction_is_said(
     assert bool(said) == warned
 
 
+@pytest.mark.slow
 def test_the_scale_of_the_training_images_is_kept_with_the_run(tmp_path, caplog):
     config = tiny_config(**{'data.normalize': 'weights'})
     model = models.create(**config.model)
@@ -280,6 +284,7 @@ def test_the_teacher_is_an_argument_that_comes_back_as_it_is(rng):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', [{'accumulate': 4}, {'remat': 'pointwise'}])
 def test_the_same_step_in_micro_batches_and_computed_again(rng, change):
     batch = batch_of(rng)
@@ -306,6 +311,7 @@ def test_coarse_students_meet_a_teacher_of_full_size(rng):
     assert float(loss['distillation']) == pytest.approx(float((gap**2).mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
     """The teacher is read anew, and in no checkpoint."""
     write_run(tmp_path / 'teacher', **PSPNET)
@@ -386,6 +392,7 @@ def test_a_teacher_alone_is_enough_and_without_weight_too_little(trained):
 # ---- hooks ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hooks_hear_everything_and_take_nothing_away(trained, tmp_path):
     """The run with them is, to the bit, the one without."""
     records, validated = [], []

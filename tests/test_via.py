@@ -978,6 +978,7 @@ def mutate(tree, rng):
     return tree
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize('tool', ['VIA 1', 'project', 'COCO', 'labelme', 'CSV'])
 def test_mutated_files_give_masks_or_a_message(tmp_path, tool):
     for name in DRAWING:
@@ -1021,6 +1022,7 @@ def test_mutated_files_give_masks_or_a_message(tmp_path, tool):
     assert {'mask', 'refused'} <= outcomes
 
 
+@pytest.mark.slow
 def test_the_command_writes_masks_or_one_line(tmp_path, images):
     def command(*arguments, module='pspnet_jax.rasterize'):
         return subprocess.run(

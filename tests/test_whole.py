@@ -19,6 +19,8 @@ from pspnet_jax.serving import export, read
 from tests import test_via as drawn
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SIZE = (40, 48)
 TINY = (
     '--config.model.width=4', '--config.train.steps=2',

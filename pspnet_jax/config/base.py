@@ -155,7 +155,7 @@ def get_config(arg: str = '') -> ConfigDict:
     train.steps_per_call = 10  # updates in one program, with data.cache = 'device'
     train.epochs = 50.0  # passes over the training slices
     train.steps = 0  # if above 0, in place of epochs
-    train.ema_decay = 0.0  # average of the parameters that is evaluated; 0: none
+    train.ema_decay = 0.0  # of the parameters' average that is evaluated, after a warm-up; 0: none
     train.log_every = 10  # steps
     train.validate_every = 0  # steps; 0: ten times a run
     train.checkpoint_every = 0  # steps; 0: at each validation

@@ -39,6 +39,8 @@ from pspnet_jax.runtime.storage import write_json, writing
 
 logger = logging.getLogger(__name__)
 
+Loaded = tuple[volumes.Slices, dict[str, list[str]]]  # `sources.load`'s
+
 
 def evaluate_checkpoint(
     workdir: str | Path,
@@ -51,6 +53,7 @@ def evaluate_checkpoint(
     changes: Mapping[str, Any] = MappingProxyType({}),
     group: str | None = None,
     trusted: bool = False,
+    loaded: Loaded | None = None,
 ) -> dict[str, Any]:
     """Evaluate; write WORKDIR/evaluation.json, report.html and pictures; print the table.
 
@@ -63,8 +66,9 @@ def evaluate_checkpoint(
     `choose`, post-processing is chosen on the validation patients first and kept in
     WORKDIR/postprocessing.json; `with_choice` says what this and later calls make of it. With `fit`
     the temperature is then fitted on these patients and kept in WORKDIR/temperature.json; this and
-    every later call of the same `views` applies it to the probabilities of that checkpoint. Returns
-    what evaluation.json holds.
+    every later call of the same `views` applies it to the probabilities of that checkpoint.
+    `loaded` is what `sources.load` gave for that data set, where the caller has it. Returns what
+    evaluation.json holds.
     """
     if fit or choose:
         _check_validation(split, data, '--choose_postprocessing' if choose else '--fit_temperature')
@@ -78,7 +82,7 @@ def evaluate_checkpoint(
     if group is not None and not _is_folder(config, data):
         raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
     names, open_volumes = _volume_source(
-        config, workdir, split, data, run.channels, run.measured, group
+        config, workdir, split, data, run.channels, run.measured, group, loaded
     )
     digests, program = [], _programs(run, config)
     options = evaluate_options(config, run.intensity)
@@ -234,7 +238,14 @@ def _check_known(config, split: str) -> None:
 
 
 def _volume_source(
-    config, workdir, split: str, data: str, channels: int, measured: str, group: str | None
+    config,
+    workdir,
+    split: str,
+    data: str,
+    channels: int,
+    measured: str,
+    group: str | None,
+    loaded: Loaded | None,
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
     """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
     time, or those of these, with the network's channels and intensities as `measured` says.
@@ -262,7 +273,7 @@ def _volume_source(
 
         return [case.patient for case in found], open_folder
     else:
-        slices, parts = sources.load(config, kept if kept.exists() else '')
+        slices, parts = loaded or sources.load(config, kept if kept.exists() else '')
     sources.check_class_names(slices, config)
     if not parts[split]:
         raise DataError(f'the split {split!r} has no patient in this data set')

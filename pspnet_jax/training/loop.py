@@ -243,7 +243,7 @@ def train_and_evaluate(
             logger.info('there is no test or validation case: nothing is evaluated')
             return {}
         part = 'test' if parts['test'] else 'validation'
-        return evaluate_checkpoint(workdir, split=part, trusted=True)
+        return evaluate_checkpoint(workdir, split=part, trusted=True, loaded=(slices, parts))
 
 
 def check_losses(config: ConfigDict, own_loss: bool) -> None:

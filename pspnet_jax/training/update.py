@@ -290,7 +290,9 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
-        ema_params = optax.incremental_update(params, ema_params, 1.0 - options.ema_decay)
+        n = state.step  # updates before; without the warm-up the first average is of random heads
+        decay = jnp.minimum(options.ema_decay, (1.0 + n) / (10.0 + n))
+        ema_params = optax.incremental_update(params, ema_params, 1.0 - decay)
     metrics = {**metrics, 'gradient_norm': optax.tree.norm(grads)}
     changed = (params, batch_stats, opt_state, ema_params)
     if options.nan_policy == 'skip':
