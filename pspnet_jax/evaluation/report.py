@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
-from pspnet_jax.evaluation import charts, metrics, visualize
+from pspnet_jax.evaluation import charts, metrics, scores, visualize
 from pspnet_jax.inference import choice
 from pspnet_jax.runtime import log
 from pspnet_jax.runtime.storage import writing
 
+MOST_CONFUSED = 32  # classes whose confusion matrix is shown
 MOST_SLICES = 48  # of a patient shown
 MOST_PIXELS = 256  # a side of a picture shown
 PICTURE_BYTES = 15_000_000  # of all pictures, as base64
@@ -106,14 +107,19 @@ def _lesion_pixels(mask_DHW: np.ndarray) -> np.ndarray:
     return np.array([lesion_pixels(mask_HW) for mask_HW in mask_DHW])
 
 
-def write(workdir: str | Path, result: dict[str, Any], cases: Sequence[tuple[str, Case]]) -> Path:
-    """WORKDIR/report.html of what `protocol.evaluate_checkpoint` found.
+def write(
+    workdir: str | Path,
+    result: dict[str, Any],
+    cases: Sequence[tuple[str, Case]],
+    folder: str | Path = '',
+) -> Path:
+    """FOLDER/report.html, without one WORKDIR's, of what `protocol.evaluate_checkpoint` found.
 
     `cases` are [(role, Case)], `extremes` with their pictures; the run's curves are read from
     WORKDIR/metrics.jsonl. At most PICTURE_BYTES of pictures: they are made coarser until they
     fit.
     """
-    path = Path(workdir) / 'report.html'
+    path = Path(folder or workdir) / 'report.html'
     page = render(result, log.read(workdir), cases)
     with writing(path) as aside:
         aside.write_text(page, encoding='utf-8', errors='replace')  # names need not be UTF-8
@@ -145,6 +151,9 @@ def render(
         seen=len((result['data'].get('overlap') or {'train': ()})['train']),
         figures=FIGURES,
         structure_figures={name: of for name, of in FIGURES.items() if name in structures[0]},
+        class_figures={name: FIGURES[name] for name in scores.OF_CLASS},
+        most_confused=MOST_CONFUSED,
+        seen_words=scores.SEEN,
         counts=COUNTS,
         columns=FIGURES | COUNTS | SIZES,
         pooled=POOLED,

@@ -548,11 +548,27 @@ def table(result: dict[str, Any]) -> str:
         f'{" ".join(_cell(value) for value in summary["class_wise_IU"])}',
         f'expected calibration error {_cell(calibrated["expected_calibration_error"], 4)} at '
         f'temperature {_cell(calibrated["temperature"])}',
+        *seen_lines(result),
     ]
     if chosen := result.get('postprocessing'):
         split = result['data'].get('split', '')
         lines.append(f'post-processing: {choice.describe(chosen, split)}')
     return '\n'.join(lines)
+
+
+def seen_lines(result: dict[str, Any]) -> list[str]:
+    """A sentence for each part of the run's own data that cases are of."""
+    patients, w = result['patients'], words_for(result)
+    words = {
+        'train': 'the run was trained on: these figures are too good',
+        'validation': 'the checkpoint was chosen on: these figures are a little too good',
+    }
+    numbers = {part: sum(row.get('seen') == part for row in patients) for part in words}
+    return [
+        f'{number} of {len(patients)} {w.case}s have pictures that {words[part]}'
+        for part, number in numbers.items()
+        if number
+    ]
 
 
 def _cell(value: float | None, digits: int = 3) -> str:
