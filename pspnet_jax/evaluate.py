@@ -56,6 +56,6 @@ if __name__ == '__main__':
         'choose_postprocessing', False,
         'choose flip, threshold, components on --split=validation and keep them with the run',
     )  # fmt: skip
-    define_prediction_flags()
+    define_prediction_flags(figures=True)
     cli.define_host_flags()
     cli.run(main)

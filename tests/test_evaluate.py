@@ -579,8 +579,11 @@ def test_evaluation_json_has_what_is_promised(trained):
         assert name in written['patients'][0]
     assert written['data']['lesion_options'] == {'dilation': 3, 'smallest': 50.0}
     assert written['checkpoint']['config']['model']['name'] == 'unet_mini'
-    names = {path.stem for path in (workdir / 'pictures').iterdir()}
+    folder = workdir / 'evaluation' / 'test'
+    names = {path.stem for path in (folder / 'pictures').iterdir()}
     assert names == {row['patient'] for row in written['patients']}
+    for name in ('evaluation.json', 'report.html'):  # copies
+        assert (workdir / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -615,6 +618,75 @@ def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_pat
     for voxels, item in zip(predicted, volumes, strict=True):
         image = normalize(item.image, item.intensity if run.intensity is None else run.intensity)
         assert (program(run.variables, image)[..., 1] > 0.2).sum() == pytest.approx(voxels, abs=2)
+
+
+def test_each_split_and_data_set_has_a_folder_of_its_own(tmp_path):
+    def folder(source, split='', out='', digest='d'):
+        about = {'source': source, 'split': split, 'digest': digest}
+        found = protocol._results_folder(tmp_path / 'run', out, about, source != 'phantom')
+        return found.relative_to(tmp_path).as_posix()
+
+    for split in ('test', 'validation', 'train'):
+        for digest in 'ab':  # trained for longer
+            assert folder('phantom', split, digest=digest) == f'run/evaluation/{split}'
+    assert folder('/a/clinic') == 'run/evaluation/clinic'
+    assert folder('/b/clinic') == 'run/evaluation/clinic-2'
+    assert folder('/c/clinic') == 'run/evaluation/clinic-3'
+    assert folder('/b/clinic', digest='other') == 'run/evaluation/clinic-2'
+    assert folder('/a/clinic', 'test') == 'run/evaluation/clinic-test'
+    assert folder('/a/clinic') == 'run/evaluation/clinic'
+    assert folder('/a/test') == 'run/evaluation/test-2'  # a split has that name
+    assert folder('/') == 'run/evaluation/data'
+    (tmp_path / 'run' / 'evaluation' / 'old').mkdir()
+    (tmp_path / 'run' / 'evaluation' / 'old' / 'evaluation.json').touch()
+    assert folder('/a/old') == 'run/evaluation/old-2'
+    (tmp_path / 'run' / 'evaluation' / 'clinic' / protocol.ABOUT).write_text('[')
+    assert folder('/a/clinic') == 'run/evaluation/clinic-4'  # whose the first is, is not known
+
+    out = str(tmp_path / 'mine')
+    for _ in range(2):
+        assert folder('/a/clinic', out=out) == 'mine'
+    for other in ({'source': '/b/clinic'}, {'split': 'test'}, {'digest': 'other'}):
+        with pytest.raises(ConfigError, match=r'mine holds another evaluation.*another --out'):
+            folder(**{'source': '/a/clinic', 'out': out} | other)
+    (tmp_path / 'run' / 'evaluation.json').touch()
+    with pytest.raises(ConfigError, match='give another --out'):
+        folder('/a/clinic', out=tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_an_evaluation_replaces_no_other(trained, tmp_path, capsys):
+    workdir = shutil.copytree(trained[0], tmp_path / 'run')
+    own = [workdir / name for name in ('evaluation.json', 'report.html')]
+    before = [path.read_bytes() for path in own]
+    write_case(tmp_path / 'kaggle_3m', 'someone', slices=3)
+    validation = protocol.evaluate_checkpoint(workdir, split='validation')
+    protocol.evaluate_checkpoint(workdir, data=str(tmp_path / 'kaggle_3m'))
+    changes = {'eval.bootstrap': 7, 'eval.spacing': (3.0, 1.0, 1.0)}
+    chosen = protocol.evaluate_checkpoint(workdir, out=tmp_path / 'out', changes=changes)
+    assert [path.read_bytes() for path in own] == before
+    for name, figures in (('validation', validation), ('../../out', chosen)):
+        folder = workdir / 'evaluation' / name
+        assert json.loads((folder / 'evaluation.json').read_text()) == json.loads(
+            json.dumps(figures)
+        )
+        names = {path.stem for path in (folder / 'pictures').iterdir()}
+        assert names == {row['patient'] for row in figures['patients']}
+        assert (folder / 'report.html').stat().st_size
+    assert (workdir / 'evaluation' / 'kaggle_3m' / 'pictures' / 'someone.png').stat().st_size
+    used = chosen['checkpoint']['config']['eval']
+    assert (used['bootstrap'], used['spacing']) == (7, [3.0, 1.0, 1.0])
+    assert chosen['data']['spacing'] == [3.0, 1.0, 1.0]
+    # Those of which the run has seen pictures are marked, and the console says so.
+    assert {row['seen'] for row in validation['patients']} == {'validation'}
+    said = capsys.readouterr().out
+    assert 'patients have pictures that the checkpoint was chosen on' in said
+    assert 'trained on' not in said
+    train = protocol.evaluate_checkpoint(workdir, split='train')
+    n = len(train['patients'])
+    said = capsys.readouterr().out
+    assert f'{n} of {n} patients have pictures that the run was trained on: these fig' in said
+    assert sum(line.endswith('  trained on') for line in said.splitlines()) == n
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
@@ -699,8 +771,13 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     assert result['data']['overlap'] == {
         'train': ['other'], 'validation': ['chosen'], 'same_name': []
     }  # fmt: skip
-    written = json.loads((workdir / 'evaluation.json').read_text())
+    folder = workdir / 'evaluation' / 'data'
+    written = json.loads((folder / 'evaluation.json').read_text())
     assert written['data']['overlap'] == result['data']['overlap']
+    seen = {row['patient']: row.get('seen') for row in written['patients']}
+    assert seen == {'other': 'train', 'chosen': 'validation', 'new': None}
+    assert '(trained on)' in (folder / 'report.html').read_text()
+    assert '1 of 3 patients have pictures that the run was trained on' in scores.table(result)
     assert '1 of 3 patients have pictures that the run was trained on' in caplog.text
     assert '1 of 3 patients have pictures of its validation set' in caplog.text
     caplog.clear()
@@ -708,7 +785,7 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     with caplog.at_level('WARNING'):
         result = protocol.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
     assert result['data']['overlap'] is None
-    assert 'whether the run was trained on these pictures is not known' in caplog.text
+    assert 'it is not known whether the run was trained on these pictures' in caplog.text
     assert 'overlap' not in protocol.evaluate_checkpoint(workdir)['data']
 
 

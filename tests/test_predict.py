@@ -275,9 +275,9 @@ def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
         result = protocol.evaluate_checkpoint(workdir, **how)
         return [row['patient'] for row in result['patients']], result['data']['split']
 
-    with pytest.raises(DataError, match=rf'and give --data={root} --split=test'):
+    with pytest.raises(DataError, match=rf'add --data={root} --split=test'):
         patients()
-    with pytest.raises(DataError, match=rf'give --data={root} --split=validation'):
+    with pytest.raises(DataError, match=rf'add --data={root} --split=validation'):
         patients(split='validation')
     assert patients(data=str(moved)) == (list('abcd'), '')
     assert patients(data=str(moved), split='test') == (['c', 'd'], 'test')
@@ -286,7 +286,7 @@ def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
     paths.remember(sources.places(config))  # as training does
     assert patients() == (['c', 'd'], 'test')
     paths.remember([str(n) for n in range(paths.MOST_KNOWN)])
-    with pytest.raises(DataError, match='no training of yours on this machine has read that'):
+    with pytest.raises(DataError, match='no training of yours on this machine has read: if'):
         patients()
 
 
