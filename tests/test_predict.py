@@ -508,7 +508,7 @@ def test_a_folder_that_can_not_be_listed_is_a_fault(bright_run, tmp_path, monkey
 
     monkeypatch.setattr(os, 'scandir', refuse)
     faults = folders.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
-    assert faults == [f'{closed} can not be listed: is it yours?']
+    assert faults == [f'{closed} can not be listed: check its permissions']
     assert 'folders that can not be listed: closed' in capsys.readouterr().out
 
 
@@ -782,7 +782,7 @@ def test_channels_that_do_not_fit_are_named(trained, tmp_path, predictor):
     np.testing.assert_array_equal(volumes.fit_channels(colour, 1, 'x'), grey)
     with pytest.raises(DataError, match='x has 3 channels, the network takes 1'):
         volumes.fit_channels(colour * np.uint8([1, 2, 1]), 1, 'x')
-    with pytest.raises(DataError, match='is no image'):
+    with pytest.raises(DataError, match='is not an image'):
         predictors.predict_array(predictor, np.zeros(5))
 
 

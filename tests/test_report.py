@@ -380,7 +380,7 @@ def test_chosen_post_processing_is_named(evaluated):
     assert 'Post-processing' not in report.render(result, [], cases)
     facts = {'options': {'<flip>': True}, 'patients': 8, 'dice': 0.9, 'without': None}
     page = Page(report.render(result | {'postprocessing': facts}, [], cases))
-    said = 'Post-processing: <flip>=True, chosen on 8 validation patients (their Dice 0.900, - '
+    said = 'Post-processing: <flip>=True, chosen on 8 validation cases (their Dice 0.900, - '
     assert any(text.startswith(said) for _, text in page.of('p'))
 
 

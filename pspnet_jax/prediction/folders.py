@@ -265,7 +265,7 @@ def predict_files(
     groups = [some for some in groups if not done.issuperset(some.paths)]
     done = done.difference(*(some.paths for some in groups))  # of these all are done again
     if done:
-        print(f'{len(done)} finished before are left as they are: --overwrite does them again')
+        print(f'{len(done)} finished before are left as they are: --overwrite makes them again')
     groups = hosts.share(groups)
     videos = hosts.share([path for path in stems if is_video(path) and path not in done])
     faults = faults if hosts.is_first() else []  # each has found the same so far
@@ -280,7 +280,9 @@ def predict_files(
         faults += _predict_video(predictor, path, targets[path], save, note_of[targets[path]])
     faults = hosts.gather(faults)
     if hosts.is_first():
-        faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
+        faults += [
+            f'{path} can not be listed: check its permissions' for path in passed.get(UNLISTED, ())
+        ]
         say(f'{", ".join(save)} are in {output}')
         further = set(there) - set(found)
         print(summary(source, found, done, len(faults), passed, further))
