@@ -191,7 +191,7 @@ HOSTILE = {
     'kind.nii': (nifti_bytes((5, 5, 5), datatype=(999, 32), after=bytes(1000)), 'readable'),
     'empty.dcm': (b'', 'not a readable DICOM'),
     'text.dcm': (b'no dicom' * 40, 'not a readable DICOM'),
-    'what.xyz': (b'', 'known endings are'),
+    'what.xyz': (b'', 'endings known'),
 }
 
 

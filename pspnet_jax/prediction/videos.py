@@ -158,7 +158,7 @@ def _predict_batches(
         frames = [window[context] for window in windows]
         if running and not seen.count:
             logger.info(
-                '%s: its intensity scale is measured on the frames so far, so the scale of the first '
+                '%s: its intensity scale is measured on the frames so far, so that of the first '
                 'masks changes', name,
             )  # fmt: skip
         if running:
