@@ -70,11 +70,12 @@ class Model:
         """`evaluation.scores.evaluate_volumes`'s figures over a folder of images and one of masks.
 
         `group` says whose pictures belong together, in place of the run's `data.group`. The log,
-        and 'overlap' of the figures' 'data', say which the run was trained on.
+        'overlap' of the figures' 'data' and 'seen' of each case say which the run was trained on.
         """
         from pspnet_jax.data import pairing, sources, volumes
-        from pspnet_jax.evaluation.protocol import tell_overlap
+        from pspnet_jax.evaluation.protocol import mark_seen, tell_overlap
         from pspnet_jax.evaluation.scores import evaluate_options, evaluate_volumes
+        from pspnet_jax.evaluation.words import words_for
         from pspnet_jax.inference.settings import label_options
 
         config = self.config
@@ -102,7 +103,8 @@ class Model:
                 {volume.patient: [*map(volumes.picture_digest, volume.image)]}
             ),
         )
-        result['data'] |= tell_overlap(workdirs, digests)
+        result['data'] |= tell_overlap(workdirs, digests, words_for(result))
+        mark_seen(result)
         result['postprocessing'] = self.predictor.chosen
         return result
 

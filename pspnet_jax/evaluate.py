@@ -1,13 +1,17 @@
-"""A checkpoint's score: per patient first, then over patients.
+"""A checkpoint's score: per case first, then over cases.
 
   python -m pspnet_jax.evaluate --workdir=RUN --split=test
   python -m pspnet_jax.evaluate --workdir=RUN --data=FOLDER
   python -m pspnet_jax.evaluate --workdir=RUN --split=validation --fit_temperature
   python -m pspnet_jax.evaluate --workdir=RUN --split=validation --choose_postprocessing
 
-The figure to quote is Dice over the whole volume of a patient, its mean, median and
-deviation over patients. Per-slice and pooled figures stand under those names only,
-beside the baseline that calls everything background. docs/metrics.md defines each figure.
+Results go to RUN/evaluation/test, or the name of the split or of the data's folder; those of the
+run's own test cases are copied to RUN/evaluation.json and RUN/report.html.
+
+The figure to quote is Dice over a whole case, a patient's volume or a picture: its mean, median and
+deviation over cases. With several classes there are the figures of each, and a confusion matrix.
+Per-slice and pooled figures stand under those names only, beside the baseline that calls everything
+background. docs/metrics.md defines each figure.
 """
 
 from absl import flags
@@ -28,6 +32,7 @@ def main() -> None:
         fit=options.fit_temperature,
         choose=options.choose_postprocessing,
         group=options.group,
+        out=options.out,
         changes=prediction_changes(),
     )
 
@@ -36,8 +41,11 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'folder of a training run', required=True)
     flags.DEFINE_enum(
         'split', '', ['', 'train', 'validation', 'test'],
-        "whose patients; '': those of test, and of --data all",
+        "which cases; '': those of test, and of --data all",
     )  # fmt: skip
+    flags.DEFINE_string(
+        'out', '', "folder for the results; '': in the run, one a split or data set"
+    )
     flags.DEFINE_string('data', '', 'a folder with images/ and masks/, or kaggle_3m')
     flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
     flags.DEFINE_string('group', None, f'of --data: {cli.GROUP}')
@@ -48,6 +56,6 @@ if __name__ == '__main__':
         'choose_postprocessing', False,
         'choose flip, threshold, components on --split=validation and keep them with the run',
     )  # fmt: skip
-    define_prediction_flags()
+    define_prediction_flags(figures=True)
     cli.define_host_flags()
     cli.run(main)

@@ -85,6 +85,6 @@ if __name__ == '__main__':
     flags.DEFINE_string('group', None, cli.GROUP)
     flags.DEFINE_bool('overwrite', False, 'do again what is finished')
     flags.DEFINE_integer('frames', 0, 'of a camera; 0: until Ctrl-C')
-    define_prediction_flags()
+    define_prediction_flags(figures=False)
     cli.define_host_flags()
     cli.run(main)

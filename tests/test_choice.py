@@ -110,7 +110,7 @@ def test_the_highest_mean_is_chosen_and_of_equal_ones_the_nearest_to_the_config(
     assert (found['dice'], found['without'], found['patients'], found['n']) == (0.5, 0.5, 2, 1)
     assert [row['of'] for row in found['best']] == ['flip'] * 2 + ['min_size'] * 3
     assert [row['dice'] for row in found['best']] == [0.5, 0, 0.5, pytest.approx(0.4), 0]
-    with pytest.raises(DataError, match='no validation patient has a structure'):
+    with pytest.raises(DataError, match='no validation case has an object'):
         chosen([np.nan] * 6)
 
 
@@ -132,7 +132,7 @@ def test_a_choice_is_of_one_checkpoint_and_its_views(tmp_path, caplog):
     assert 'is of step 8, this is step 9: not applied' in caplog.messages[-1]
     assert choice.load(tmp_path, config, 8, VIEWS | {'window': 64, 'overlap': 0.5}) is None
     assert 'was chosen with other views (overlap, window): not applied' in caplog.messages[-1]
-    assert '--choose_postprocessing with the same flags makes it anew' in caplog.messages[-1]
+    assert 'to make it again, add the same flags to python -m' in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_choice_is_of_one_checkpoint_and_its_views(tmp_path, caplog):
 def test_a_file_that_is_not_ours_is_an_error(tmp_path, changes):
     text = changes if isinstance(changes, str) else json.dumps(FACTS | changes)
     (tmp_path / choice.KEPT).write_text(text)
-    match = r'postprocessing\.json.*delete it, or make it anew by python'
+    match = r'postprocessing\.json.*delete it, or make it again with python'
     refused(choice.load, tmp_path, from_dict({}), 8, VIEWS, match=match, kind=DataError)
 
 
@@ -185,7 +185,7 @@ def test_a_choice_is_kept_with_the_run_applied_and_reported(chosen, capsys, capl
         'options': kept['options'], 'given': [],
         **{key: kept[key] for key in ('dice', 'without', 'patients')},
     }  # fmt: skip
-    words = f'chosen on {kept["patients"]} validation patients (their Dice {kept["dice"]:.3f}, '
+    words = f'chosen on {kept["patients"]} validation cases (their Dice {kept["dice"]:.3f}, '
     assert sum(words in line for line in caplog.messages) == 1
     assert f'{workdir / choice.KEPT}: ' in caplog.text
     assert words in capsys.readouterr().out.splitlines()[-2]

@@ -12,6 +12,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from pspnet_jax import cli
+from pspnet_jax.config import CHANGEABLE, base, flatten, with_prediction
+from pspnet_jax.config.flags import define_prediction_flags, prediction_changes
+from pspnet_jax.runtime.errors import ConfigError
 from tests.conftest import ROOT, write_case
 
 
@@ -50,7 +53,7 @@ FEW = ['--config.phantom.volumes=6', '--config.phantom.slices=4']  # made in no 
         (
             'predict',
             ['--workdir=/no', '--input=/no', '--output=x', '--scales=1,two'],
-            "--scales=1,two: could not convert string to float: 'two'",
+            'flag --scales=1,two: predict.scales must be a tuple of at least 1 values',
         ),
         ('export', ['--workdir=/no', '--format=onnx'], '/no holds no checkpoint'),
         ('export', ['--workdir=/no', '--format=onnx', '--size=9'], '--size=9 is not HEIGHT,WIDTH'),
@@ -111,6 +114,77 @@ def test_none_and_lists_on_the_command_line(monkeypatch):
     assert config.data.images == ('a', 'b')
     assert config.model.class_names == ('x, y', 'z')
     assert config.predict.scales == (0.5, 1.0)
+
+
+def changes(monkeypatch, *arguments, figures=True):
+    """What `evaluate` or, without figures, `predict` change of a run's config."""
+    monkeypatch.setattr(cli.flags, 'FLAGS', flags.FlagValues())
+    define_prediction_flags(figures=figures)
+    cli._parse('', ['evaluate', *arguments])
+    return prediction_changes()
+
+
+def test_evaluation_changes_memory_spacing_and_tolerance_of_a_runs_config(monkeypatch):
+    given = {
+        'predict.flip': ('False', False), 'predict.threshold': ('None', None),
+        'predict.scales': ('1,1.5', (1.0, 1.5)), 'predict.window': ('64', 64),
+        'crf.kernel': ('windowed', 'windowed'), 'crf.bilateral_sigma': ('7', 7.0),
+        'eval.batch_size': ('2', 2), 'eval.spacing': ('(3, 0.5, 0.5)', (3.0, 0.5, 0.5)),
+        'eval.surface_tolerance': ('2', 2.0), 'eval.lesion_dilation': ('1', 1),
+        'eval.lesion_smallest': ('2', 2.0), 'eval.bootstrap': ('7', 7),
+        'eval.calibration_bins': ('9', 9), 'data.threads': ('1', 1),
+    }  # fmt: skip
+    found = changes(monkeypatch, *(f'--config.{key}={text}' for key, (text, _) in given.items()))
+    config = flatten(with_prediction(base.get_config(), found).to_dict())
+    assert {key: config[key] for key in given} == {key: value for key, (_, value) in given.items()}
+    usual = flatten(base.get_config().to_dict())
+    assert {key for key in config if config[key] != usual[key]} <= given.keys()
+    for key in given:
+        assert type(config[key]) is type(given[key][1]), key
+    assert changes(monkeypatch, '--noflip', '--window', '32') == {'flip': False, 'window': 32}
+    assert changes(monkeypatch, '--config.crf.iterations', '3') == {'crf.iterations': 3}
+    assert changes(monkeypatch) == {}
+
+
+@pytest.mark.parametrize(
+    ('argument', 'words'),
+    [
+        ('--config.model.width=4', 'model.width is fixed by training: you can change eval.batch'),
+        (
+            '--config.eval.checkpoint=last',
+            'eval.checkpoint has a flag of its own: give --checkpoint',
+        ),
+        ('--config=lgg', '--config is fixed by training'),
+        ('--config.eval.batchsize=4', 'eval.batchsize is not a key: did you mean eval.batch_size'),
+        ('--config.eval.spacing=3,1', 'eval.spacing must be a tuple of 3 values'),
+        ('--config.crf.kernel=None', "crf.kernel must be one of 'none'"),
+        ('--config.eval.bootstrap=0', 'eval.bootstrap must be a whole number'),
+        ('--threshold=2', 'predict.threshold must be None'),
+    ],
+)
+def test_other_keys_and_values_are_refused_in_one_line(monkeypatch, capsys, argument, words):
+    with pytest.raises(SystemExit) as ended:
+        changes(monkeypatch, argument)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert len(said.splitlines()) == 1
+    assert words in said
+    if 'fixed' in words:
+        assert all(key in said for key in CHANGEABLE)
+
+
+def test_prediction_takes_no_key_of_figures(monkeypatch, capsys):
+    assert changes(monkeypatch, '--config.eval.batch_size=3', figures=False)
+    with pytest.raises(SystemExit):
+        changes(monkeypatch, '--config.eval.spacing=1,1,1', figures=False)
+    assert 'eval.batch_size' in (said := capsys.readouterr().err)
+    assert 'eval.bootstrap' not in said
+
+
+def test_a_script_changes_the_same_keys_and_no_other():
+    with pytest.raises(ConfigError, match=r'model\.width is fixed by training: you can change'):
+        with_prediction(base.get_config(), {'model.width': 4})
+    assert with_prediction(base.get_config(), {'flip': True, 'crf.window': 3}).crf.window == 3
 
 
 def test_a_path_adds_no_line_to_the_log_and_steers_no_terminal():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pspnet_jax.config import with_prediction
 from pspnet_jax.data import pipeline, sources
 from pspnet_jax.data.volumes import Volume, iterate_volumes, measure_head, normalize, select
-from pspnet_jax.evaluation import fitting, protocol, scores
+from pspnet_jax.evaluation import fitting, metrics, protocol, scores
 from pspnet_jax.inference import infer, predictors, settings
 from pspnet_jax.inference.runs import open_run
 from pspnet_jax.runtime.errors import CheckpointError, ConfigError, DataError
@@ -162,7 +163,160 @@ def test_structures_that_are_missed_or_invented_are_counted():
     assert dice == [{'mean': 1, 'n': 2}, {'mean': 0, 'n': 1}, {'mean': 0, 'n': 1}]
     text = scores.table(result)
     assert '1 of 3 structures are missed and 1 invented' in text
-    assert 'class 2: Dice 0.000 over 1, HD95 - over 0; missed 1 of 1, invented 0' in text
+    line = next(line.split() for line in text.splitlines() if line.startswith('class 2'))
+    none = ['0.000', '(1)', '-', '(0)', '-', '(0)']  # sensitivity, precision, HD95
+    expected = ['0.000', '(1)', '0.000', 'none', '0.000', '(1)', *none, '1', 'of', '1', '0']
+    assert line == ['class', '2', *expected]
+
+
+def several(rng, count=5, ignored=True):
+    """Volumes of three structures, predicted wrongly here and there; not each has every class."""
+    data = []
+    for n in range(count):
+        mask = np.zeros((3, 12, 12), int)
+        for label in (1, 2, 3):
+            top, left = rng.integers(0, 8, 2)
+            if rng.random() < 0.8:
+                mask[:, top : top + 5, left : left + 4] = label
+        one = volume(f'v{n}', mask)
+        wrong = rng.random(mask.shape) < 0.1
+        one.image[wrong] = rng.integers(0, 4, (wrong.sum(), 1))
+        one.mask[rng.random(mask.shape) < 0.05 * ignored] = 255
+        data.append(one)
+    return data
+
+
+def by_hand(pred, true):
+    """Figures of two boolean arrays, None where they are 0/0."""
+    both, ours, theirs = (pred & true).sum(), pred.sum(), true.sum()
+    parts = {
+        'dice': (2 * both, ours + theirs),
+        'iou': (both, (pred | true).sum()),
+        'sensitivity': (both, theirs),
+        'precision': (both, ours),
+    }
+    return {name: top / below if below else None for name, (top, below) in parts.items()}
+
+
+def resampled(values):
+    """Means of 100 draws with the seed that is documented."""
+    draws = np.random.default_rng(0).integers(len(values), size=(100, len(values)))
+    return [np.mean(np.array(values)[draw]) for draw in draws]
+
+
+def test_each_class_has_its_figures_by_volume_and_over_volumes(rng):
+    data, names = several(rng), ('background', 'liver', 'kidney', 'spleen')
+    options = options_with(num_classes=4, class_names=names)
+    result = scores.evaluate_volumes(labelled, data, **options)
+    confusion = np.zeros((4, 4), int)
+    for one in data:
+        keep = one.mask != 255
+        np.add.at(confusion, (one.mask[keep], one.image[..., 0][keep]), 1)
+    assert result['confusion']['classes'] == list(names)
+    assert result['confusion']['voxels'] == confusion.tolist()
+    assert (confusion > 0).all()
+    undefined = 0
+    for label, name in enumerate(names[1:], 1):
+        found = {key: [] for key in ('dice', 'iou', 'sensitivity', 'precision', 'hd95')}
+        for one, row in zip(data, result['patients'], strict=True):
+            assert list(row['classes']) == list(names[1:])
+            pred, true = (one.image[..., 0] == label) & (one.mask != 255), one.mask == label
+            expected = by_hand(pred, true)
+            distance = metrics.hd95(pred, true, (1, 1, 1))
+            expected['hd95'] = None if np.isnan(distance) else distance
+            ours = row['classes'][name]
+            assert {key: ours[key] for key in expected} == pytest.approx(expected)
+            assert (ours['voxels'], ours['predicted_voxels']) == (true.sum(), pred.sum())
+            for key, values in found.items():
+                values += [] if expected[key] is None else [expected[key]]
+        over = result['summary']['classes'][name]
+        assert over['label'] == label
+        for key, values in found.items():
+            undefined += len(data) - len(values)
+            assert over[key]['n'] == len(values)
+            assert over[key]['mean'] == pytest.approx(np.mean(values))
+            assert over[key]['median'] == pytest.approx(np.median(values))
+            assert over[key]['sd'] == pytest.approx(np.std(values, ddof=1))
+            low, high = over[key]['ci95']
+            assert (low, high) == pytest.approx(np.percentile(resampled(values), (2.5, 97.5)))
+    assert undefined
+    # The single figure: the mean over the classes of each volume, then over volumes.
+    for row in result['patients']:
+        each = [one['dice'] for one in row['classes'].values() if one['dice'] is not None]
+        assert row['dice'] == pytest.approx(np.mean(each))
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_console_names_the_classes_and_shows_the_matrix(rng):
+    names = ('background', 'liver\x1b[2J', 'kidney', 'kidney')
+    options = options_with(num_classes=4, class_names=names)
+    result = scores.evaluate_volumes(labelled, several(rng, 12), **options)
+    assert list(result['summary']['classes']) == ['liver\x1b[2J', 'kidney (2)', 'kidney (3)']
+    lines = scores.table(result).splitlines()
+    assert '\x1b' not in ''.join(lines)
+    dice = result['summary']['classes']['kidney (2)']['dice']
+    (row,) = [line.split() for line in lines if line.startswith('kidney (2)  ')][:1]
+    ends = [f'{dice["ci95"][0]:.3f}', 'to', f'{dice["ci95"][1]:.3f}']
+    assert row[2:8] == [f'{dice["mean"]:.3f}', f'({dice["n"]})', f'{dice["median"]:.3f}', *ends]
+    place = next(n for n, line in enumerate(lines) if line.startswith('truth'))
+    for line, voxels in zip(lines[place + 1 :], result['confusion']['voxels'], strict=False):
+        assert line.split()[-4:] == [f'{number:,}' for number in voxels]
+    (said,) = [line for line in lines if line.startswith('Dice is the mean over 3 classes')]
+    assert said == result['data']['mean_of'].replace('\x1b', '\\x1b')
+    for words in ('(liver', 'kidney (2), kidney (3)) of each patient', 'over 12 of 12 patients',
+                  'background is left out', 'counts 0', 'does not count there'):  # fmt: skip
+        assert words in said
+    result['confusion']['classes'] = [f'c{n}' for n in range(9)]
+    assert 'the confusion matrix of 9 classes is in evaluation.json' in scores.table(result)
+
+
+def test_one_structure_has_the_figures_of_before_to_the_bit(rng):
+    """From the functions of `metrics`, and no table of classes."""
+    data = several(rng, ignored=True)
+    for one in data:
+        np.minimum(one.image, 1, out=one.image)
+        one.mask[:] = np.where(one.mask == 255, 255, one.mask > 0)
+    data.append(volume('none', 0 * MASK))
+    result = scores.evaluate_volumes(oracle, data, **OPTIONS)
+    values = {name: [] for name in ('dice', 'iou', 'sensitivity', 'precision')}
+    for one, row in zip(data, result['patients'], strict=True):
+        ratios = metrics.ratios(metrics.counts(one.image[..., 0], one.mask, 2))
+        for name, found in values.items():
+            value = None if np.isnan(ratios[name][1]) else float(ratios[name][1])
+            assert row[name] == row['classes']['class 1'][name] == value
+            found += [] if value is None else [value]
+        pred, true = (one.image[..., 0] == 1) & (one.mask != 255), one.mask == 1
+        distances = metrics.surface_ratios(metrics.surface_distances(pred, true, (1, 1, 1)), 1.0)
+        for name, value in distances.items():
+            assert row[name] == (None if np.isnan(value) else value)
+        assert row['structures'][0]['dice'] == row['dice']
+    summary = result['summary']
+    for name, found in values.items():
+        assert summary[name] == {
+            'mean': float(np.mean(found)),
+            'median': float(np.median(found)),
+            'sd': float(np.std(found, ddof=1)),
+            'ci95': metrics.bootstrap_ci(np.array(found), resamples=100),
+            'n': len(found),
+        }
+        assert summary['classes']['class 1'][name] == summary[name]
+    text = scores.table(result)
+    assert 'confusion' not in text
+    assert 'truth' not in text.replace('neither truth nor prediction', '')
+    assert result['data']['mean_of'].startswith('Dice is that of class 1 in each patient')
+    assert 'over 5 of 6 patients' in result['data']['mean_of']
+
+
+def test_pictures_are_cases_with_objects_and_volumes_patients_with_lesions(rng):
+    _, alone = pictures(rng)
+    text = scores.table(scores.evaluate_volumes(oracle, alone, **OPTIONS))
+    assert text.startswith('case')
+    assert 'object by object' in text
+    assert not re.search('patient|lesion|slice|volume', text)
+    text = scores.table(scores.evaluate_volumes(oracle, [volume('a', MASK)], **OPTIONS))
+    assert text.startswith('patient')
+    assert 'lesion by lesion' in text
+    assert not re.search('case|object|picture', text)
 
 
 def test_a_lesion_that_is_missed_is_counted_with_two_classes_too():
@@ -425,8 +579,11 @@ def test_evaluation_json_has_what_is_promised(trained):
         assert name in written['patients'][0]
     assert written['data']['lesion_options'] == {'dilation': 3, 'smallest': 50.0}
     assert written['checkpoint']['config']['model']['name'] == 'unet_mini'
-    names = {path.stem for path in (workdir / 'pictures').iterdir()}
+    folder = workdir / 'evaluation' / 'test'
+    names = {path.stem for path in (folder / 'pictures').iterdir()}
     assert names == {row['patient'] for row in written['patients']}
+    for name in ('evaluation.json', 'report.html'):  # copies
+        assert (workdir / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -461,6 +618,75 @@ def test_averages_over_views_are_evaluated_and_said_in_the_file(trained, tmp_pat
     for voxels, item in zip(predicted, volumes, strict=True):
         image = normalize(item.image, item.intensity if run.intensity is None else run.intensity)
         assert (program(run.variables, image)[..., 1] > 0.2).sum() == pytest.approx(voxels, abs=2)
+
+
+def test_each_split_and_data_set_has_a_folder_of_its_own(tmp_path):
+    def folder(source, split='', out='', digest='d'):
+        about = {'source': source, 'split': split, 'digest': digest}
+        found = protocol._results_folder(tmp_path / 'run', out, about, source != 'phantom')
+        return found.relative_to(tmp_path).as_posix()
+
+    for split in ('test', 'validation', 'train'):
+        for digest in 'ab':  # trained for longer
+            assert folder('phantom', split, digest=digest) == f'run/evaluation/{split}'
+    assert folder('/a/clinic') == 'run/evaluation/clinic'
+    assert folder('/b/clinic') == 'run/evaluation/clinic-2'
+    assert folder('/c/clinic') == 'run/evaluation/clinic-3'
+    assert folder('/b/clinic', digest='other') == 'run/evaluation/clinic-2'
+    assert folder('/a/clinic', 'test') == 'run/evaluation/clinic-test'
+    assert folder('/a/clinic') == 'run/evaluation/clinic'
+    assert folder('/a/test') == 'run/evaluation/test-2'  # a split has that name
+    assert folder('/') == 'run/evaluation/data'
+    (tmp_path / 'run' / 'evaluation' / 'old').mkdir()
+    (tmp_path / 'run' / 'evaluation' / 'old' / 'evaluation.json').touch()
+    assert folder('/a/old') == 'run/evaluation/old-2'
+    (tmp_path / 'run' / 'evaluation' / 'clinic' / protocol.ABOUT).write_text('[')
+    assert folder('/a/clinic') == 'run/evaluation/clinic-4'  # whose the first is, is not known
+
+    out = str(tmp_path / 'mine')
+    for _ in range(2):
+        assert folder('/a/clinic', out=out) == 'mine'
+    for other in ({'source': '/b/clinic'}, {'split': 'test'}, {'digest': 'other'}):
+        with pytest.raises(ConfigError, match=r'mine holds another evaluation.*another --out'):
+            folder(**{'source': '/a/clinic', 'out': out} | other)
+    (tmp_path / 'run' / 'evaluation.json').touch()
+    with pytest.raises(ConfigError, match='give another --out'):
+        folder('/a/clinic', out=tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_an_evaluation_replaces_no_other(trained, tmp_path, capsys):
+    workdir = shutil.copytree(trained[0], tmp_path / 'run')
+    own = [workdir / name for name in ('evaluation.json', 'report.html')]
+    before = [path.read_bytes() for path in own]
+    write_case(tmp_path / 'kaggle_3m', 'someone', slices=3)
+    validation = protocol.evaluate_checkpoint(workdir, split='validation')
+    protocol.evaluate_checkpoint(workdir, data=str(tmp_path / 'kaggle_3m'))
+    changes = {'eval.bootstrap': 7, 'eval.spacing': (3.0, 1.0, 1.0)}
+    chosen = protocol.evaluate_checkpoint(workdir, out=tmp_path / 'out', changes=changes)
+    assert [path.read_bytes() for path in own] == before
+    for name, figures in (('validation', validation), ('../../out', chosen)):
+        folder = workdir / 'evaluation' / name
+        assert json.loads((folder / 'evaluation.json').read_text()) == json.loads(
+            json.dumps(figures)
+        )
+        names = {path.stem for path in (folder / 'pictures').iterdir()}
+        assert names == {row['patient'] for row in figures['patients']}
+        assert (folder / 'report.html').stat().st_size
+    assert (workdir / 'evaluation' / 'kaggle_3m' / 'pictures' / 'someone.png').stat().st_size
+    used = chosen['checkpoint']['config']['eval']
+    assert (used['bootstrap'], used['spacing']) == (7, [3.0, 1.0, 1.0])
+    assert chosen['data']['spacing'] == [3.0, 1.0, 1.0]
+    # Those of which the run has seen pictures are marked, and the console says so.
+    assert {row['seen'] for row in validation['patients']} == {'validation'}
+    said = capsys.readouterr().out
+    assert 'patients have pictures that the checkpoint was chosen on' in said
+    assert 'trained on' not in said
+    train = protocol.evaluate_checkpoint(workdir, split='train')
+    n = len(train['patients'])
+    said = capsys.readouterr().out
+    assert f'{n} of {n} patients have pictures that the run was trained on: these fig' in said
+    assert sum(line.endswith('  trained on') for line in said.splitlines()) == n
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
@@ -545,8 +771,13 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     assert result['data']['overlap'] == {
         'train': ['other'], 'validation': ['chosen'], 'same_name': []
     }  # fmt: skip
-    written = json.loads((workdir / 'evaluation.json').read_text())
+    folder = workdir / 'evaluation' / 'data'
+    written = json.loads((folder / 'evaluation.json').read_text())
     assert written['data']['overlap'] == result['data']['overlap']
+    seen = {row['patient']: row.get('seen') for row in written['patients']}
+    assert seen == {'other': 'train', 'chosen': 'validation', 'new': None}
+    assert '(trained on)' in (folder / 'report.html').read_text()
+    assert '1 of 3 patients have pictures that the run was trained on' in scores.table(result)
     assert '1 of 3 patients have pictures that the run was trained on' in caplog.text
     assert '1 of 3 patients have pictures of its validation set' in caplog.text
     caplog.clear()
@@ -554,7 +785,7 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     with caplog.at_level('WARNING'):
         result = protocol.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
     assert result['data']['overlap'] is None
-    assert 'whether the run was trained on these pictures is not known' in caplog.text
+    assert 'it is not known whether the run was trained on these pictures' in caplog.text
     assert 'overlap' not in protocol.evaluate_checkpoint(workdir)['data']
 
 

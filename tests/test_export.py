@@ -394,8 +394,8 @@ def test_float16_is_for_saved_parameters_that_it_can_hold(trained, tmp_path):
         ('missing', 'params/classifier/bias is missing'),
         ('too many', 'params/other is (2,), it should be left out'),
         ('reshaped', 'params/classifier/bias is (3,), it should be (2,)'),
-        ('without metadata', 'is no exported savedparams'),
-        ('another file', 'is no exported savedparams'),
+        ('without metadata', 'is not an exported savedparams'),
+        ('another file', 'is not an exported savedparams'),
     ],
 )
 def test_saved_parameters_that_do_not_fit_are_refused(exported, tmp_path, damage, words):

@@ -197,7 +197,7 @@ def test_a_temperature_is_a_number_of_its_range(tmp_path, text):
         tmp_path,
         7,
         kind=DataError,
-        match='is not a file: delete it, or make it anew by',
+        match='is not a file: delete it, or make it again with',
     )
 
 

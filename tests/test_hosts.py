@@ -227,7 +227,8 @@ def test_started_again_the_run_ends_as_in_one_process(runs, alone):
 
 @pytest.mark.slow
 def test_evaluation_gives_the_table_of_one_process(runs):
-    together = json.loads((runs.workdir / 'evaluation.json').read_text())
+    folder = runs.workdir / 'evaluation' / 'train'
+    together = json.loads((folder / 'evaluation.json').read_text())
     assert len(together['patients']) == 9
     assert table(evaluate_checkpoint(runs.workdir, split='train')) == table(together)
 

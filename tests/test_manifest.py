@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax.config import base, to_dict, with_prediction
+from pspnet_jax.inference.predictors import Predictor
 from pspnet_jax.prediction import folders, manifest
 from pspnet_jax.runtime.errors import ConfigError, DataError
 from tests.conftest import ROOT
@@ -213,3 +215,19 @@ def test_a_name_too_long_for_results_is_one_files_fault(trained, tmp_path):
     assert written(out) == {f'{name}_{kind}.png' for name in 'az' for kind in ('mask', 'overlay')}
     longest = pictures(tmp_path / 'longest', ['y' * 246])  # _mask.png makes it 255
     assert folders.predict_files(trained[0], longest, out, save=['mask']) == []
+
+
+def test_results_of_another_crf_are_others_and_without_one_those_of_before(tmp_path):
+    def digest(**changes):
+        config = with_prediction(base.get_config(), changes)
+        predictor = Predictor(config, None, None, 3, runs=[{'digest': 'd'}])
+        return folders.open_manifest(predictor, tmp_path, None).digest
+
+    options = {
+        'digests': ['d'], 'predict': to_dict(base.get_config())['predict'], 'temperature': 1.0,
+        'group': '',
+    }  # fmt: skip
+    assert digest() == manifest.read(tmp_path, options).digest
+    assert digest() == digest(**{'eval.batch_size': 3, 'data.threads': 1, 'crf.window': 3})
+    found = [digest(**{'crf.kernel': 'windowed', 'crf.window': n}) for n in (3, 4)]
+    assert len({digest(), *found}) == 3

@@ -276,9 +276,9 @@ def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
         result = protocol.evaluate_checkpoint(workdir, **how)
         return [row['patient'] for row in result['patients']], result['data']['split']
 
-    with pytest.raises(DataError, match=rf'and give --data={root} --split=test'):
+    with pytest.raises(DataError, match=rf'add --data={root} --split=test'):
         patients()
-    with pytest.raises(DataError, match=rf'give --data={root} --split=validation'):
+    with pytest.raises(DataError, match=rf'add --data={root} --split=validation'):
         patients(split='validation')
     assert patients(data=str(moved)) == (list('abcd'), '')
     assert patients(data=str(moved), split='test') == (['c', 'd'], 'test')
@@ -287,7 +287,7 @@ def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
     paths.remember(sources.places(config))  # as training does
     assert patients() == (['c', 'd'], 'test')
     paths.remember([str(n) for n in range(paths.MOST_KNOWN)])
-    with pytest.raises(DataError, match='no training of yours on this machine has read that'):
+    with pytest.raises(DataError, match='no training of yours on this machine has read: if'):
         patients()
 
 
@@ -510,7 +510,7 @@ def test_a_folder_that_can_not_be_listed_is_a_fault(bright_run, tmp_path, monkey
 
     monkeypatch.setattr(os, 'scandir', refuse)
     faults = folders.predict_files(bright_run(), tmp_path / 'in', tmp_path / 'out', save=['mask'])
-    assert faults == [f'{closed} can not be listed: is it yours?']
+    assert faults == [f'{closed} can not be listed: check its permissions']
     assert 'folders that can not be listed: closed' in capsys.readouterr().out
 
 
@@ -787,7 +787,7 @@ def test_channels_that_do_not_fit_are_named(trained, tmp_path, predictor):
     np.testing.assert_array_equal(volumes.fit_channels(colour, 1, 'x'), grey)
     with pytest.raises(DataError, match='x has 3 channels, the network takes 1'):
         volumes.fit_channels(colour * np.uint8([1, 2, 1]), 1, 'x')
-    with pytest.raises(DataError, match='is no image'):
+    with pytest.raises(DataError, match='is not an image'):
         predictors.predict_array(predictor, np.zeros(5))
 
 

@@ -222,6 +222,46 @@ def test_structures_are_in_a_table_with_what_is_missed(evaluated):
     ]
 
 
+def test_several_classes_have_a_table_and_a_confusion_matrix(evaluated, rng):
+    result, cases = evaluated
+    assert 'class-table' not in report.render(result, [], cases)  # of one structure
+    names = ('background', 'liver', HOSTILE)
+    data = [make_volume(f'v{n}', rng) for n in range(3)]
+    for n, each in enumerate(data):
+        each.mask[1, :4, : 2 + n] = 2
+        each.image[..., 0] = np.where(rng.random(each.mask.shape) < 0.8, each.mask, 1)
+    config = tiny_config(**{'model.num_classes': 3, 'model.class_names': names})
+    options = scores.evaluate_options(config, intensity=None)
+    options['batching'] = BATCHING
+    found = scores.evaluate_volumes(lambda image: np.eye(3)[image[..., 0].astype(int)],
+                                    data, **options)  # fmt: skip
+    result |= {key: found[key] for key in ('summary', 'patients', 'confusion', 'baseline')}
+    result['data'] |= {'mean_of': found['data']['mean_of'], 'patients': 3}
+    page = Page(report.render(result, [], []))
+    cells = [text for a, text in page.of('td') if 'data-value' not in a]
+    heads = [text for _, text in page.of('th')]
+    assert heads.count(HOSTILE) == 3  # its row, its row and its column of the matrix
+    for row in result['summary']['classes'].values():
+        dice = row['dice']
+        place = cells.index(f'{dice["ci95"][0]:.3f} to {dice["ci95"][1]:.3f}', 60)
+        assert cells[place - 2 : place + 2] == [
+            f'{dice["mean"]:.3f}', f'{dice["median"]:.3f}', cells[place], '3'
+        ]  # fmt: skip
+    matrix = [f'{n:,}' for row in found['confusion']['voxels'] for n in row]
+    assert any(cells[n : n + 9] == matrix for n in range(len(cells)))
+    assert any(found['data']['mean_of'] == text for _, text in page.of('p'))
+    result['confusion']['classes'] = [str(n) for n in range(report.MOST_CONFUSED + 1)]
+    assert 'confusion matrix of all 33 classes' in report.render(result, [], [])
+
+
+def test_cases_that_the_run_has_seen_are_marked_in_the_table(evaluated):
+    result, cases = evaluated
+    assert 'trained on)' not in report.render(result, [], cases)
+    result['patients'][0]['seen'], result['patients'][2]['seen'] = 'train', 'validation'
+    page = Page(report.render(result, [], cases))
+    assert [text for _, text in page.of('b')][:2] == ['(trained on)', '(checkpoint chosen on)']
+
+
 def test_one_patient_has_no_interval(evaluated):
     result, _ = evaluated
     result['summary']['dice'] |= {'ci95': None, 'n': 1}
@@ -344,7 +384,7 @@ def test_chosen_post_processing_is_named(evaluated):
     assert 'Post-processing' not in report.render(result, [], cases)
     facts = {'options': {'<flip>': True}, 'patients': 8, 'dice': 0.9, 'without': None}
     page = Page(report.render(result | {'postprocessing': facts}, [], cases))
-    said = 'Post-processing: <flip>=True, chosen on 8 validation patients (their Dice 0.900, - '
+    said = 'Post-processing: <flip>=True, chosen on 8 validation cases (their Dice 0.900, - '
     assert any(text.startswith(said) for _, text in page.of('p'))
 
 

@@ -179,7 +179,7 @@ def test_a_cameras_scale_follows_its_frames_and_that_is_said(tmp_path, monkeypat
     with caplog.at_level('INFO'):
         videos.predict_video(BRIGHT, 0, tmp_path / 'camera', save=['mask'], limit=24)
     monkeypatch.undo()
-    assert 'camera 0: its intensity scale is that of the frames so far' in caplog.text
+    assert 'camera 0: its intensity scale is measured on the frames so far' in caplog.text
     assert masks(tmp_path / 'camera_mask.mkv')[-4:].mean((0, 1)).tolist() == 32 * [0] + 32 * [1]
 
 

@@ -3,6 +3,7 @@
 """
 
 from pspnet_jax.config.rules import (
+    CHANGEABLE,
     RULES,
     flatten,
     from_dict,
@@ -14,6 +15,7 @@ from pspnet_jax.config.rules import (
 )
 
 __all__ = [
+    'CHANGEABLE',
     'RULES',
     'flatten',
     'from_dict',

@@ -1,5 +1,8 @@
-"""A config on the command line: --config=PAGE, --config.KEY=VALUE, and its predict section."""
+"""A config on the command line: --config=PAGE and --config.KEY=VALUE to train, and what evaluation
+and prediction may change of a run's own.
+"""
 
+import ast
 import re
 import sys
 from collections.abc import Sequence
@@ -9,48 +12,89 @@ from typing import Any
 from absl import flags
 
 from pspnet_jax.config import base
-from pspnet_jax.config.rules import RULES, nearest
+from pspnet_jax.config.rules import CHANGEABLE, RULES, fixed, nearest
 from pspnet_jax.runtime.errors import ConfigError
 
 HERE = Path(__file__).parent
 PAGES = ('phantom', 'lgg', 'folder')  # configs of the package, named without a path
 
 
-def define_prediction_flags() -> None:
-    """The config's `predict` section as flags; what is not given stays as the config has it."""
-    defaults, told = base.get_config().predict, base.comments()
-    for knob in defaults:
-        kind, words = defaults.get_type(knob), told[f'predict.{knob}']
-        define = {
-            bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
-            tuple: flags.DEFINE_list,
-        }[kind]  # fmt: skip
-        define(knob, None, words)
+class _Value(flags.ArgumentParser):
+    """A knob's value as Python or as text: 3, 0.5, None, (1, 2) or 1,2, or a word."""
+
+    def __init__(self, key: str):
+        section, knob = key.split('.')
+        self.key, self.kind = key, base.get_config()[section].get_type(knob)
+        self.syntactic_help = str(RULES[key][1])
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            value = ast.literal_eval(argument.strip()) if isinstance(argument, str) else argument
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = argument
+        if self.kind is tuple and not isinstance(value, str):
+            value = tuple(map(_as_float, value if isinstance(value, tuple | list) else [value]))
+        value = _as_float(value) if self.kind is float else value
+        allowed, words = RULES[self.key]
+        if not allowed(value):
+            raise ValueError(f'{self.key} must be {words}')
+        return value
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if type(value) is int else value
+
+
+def define_prediction_flags(*, figures: bool) -> None:
+    """What may be changed of a run's config as flags, --flip and --config.crf.kernel; what is not
+    given stays. Without `figures` those that only evaluation reads are left out.
+    """
+    told = base.comments()
+    for key in CHANGEABLE:
+        if not figures and key.startswith('eval.') and key != 'eval.batch_size':
+            continue
+        parser, told_of = _Value(key), (_flag_of(key), None, told[key])
+        if parser.kind is bool:
+            flags.DEFINE_bool(*told_of, flag_values=flags.FLAGS)
+        else:
+            flags.DEFINE(parser, *told_of, flag_values=flags.FLAGS)
+
+
+def _flag_of(key: str) -> str:
+    return key.removeprefix('predict.') if key.startswith('predict.') else f'config.{key}'
+
+
+def _changeable() -> list[str]:
+    """Those of CHANGEABLE that the command has flags for."""
+    return [key for key in CHANGEABLE if _flag_of(key) in flags.FLAGS]
 
 
 def prediction_changes() -> dict[str, Any]:
-    """Those of the flags that were given, as values of the config. Raises ConfigError."""
-    given = {knob: flags.FLAGS[knob].value for knob in base.get_config().predict}
-    given = {knob: value for knob, value in given.items() if value is not None}
-    for knob, value in given.items():
-        if isinstance(value, list):
-            try:
-                given[knob] = tuple(map(float, value))
-            except ValueError as error:
-                raise ConfigError(f'--{knob}={",".join(value)}: {error}') from error
-    return given
+    """What the flags change, as `with_prediction` takes it."""
+    given = {key: flags.FLAGS[_flag_of(key)] for key in _changeable()}
+    return {key.removeprefix('predict.'): flag.value for key, flag in given.items() if flag.present}
 
 
 def prepare(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the arguments as absl and ml_collections take them, keys of the config that become None).
 
     A config's own folder is put on the path, so that its files can import each other. Raises
-    ConfigError for a --config that is no file, and a --config.KEY or None that no config has.
+    ConfigError for a --config that is no file, and a --config.KEY or None that no config has, or
+    that evaluation and prediction do not take.
     """
     arguments, unset, rest = [argv[0]], [], iter(argv[1:])
+    changeable = _changeable() if 'config' not in flags.FLAGS else []
     for argument in rest:
         if re.fullmatch(r'--?config(\.[\w.]+)?', argument):  # --config FILE
             argument = f'{argument}={next(rest, "")}'
+        if changeable and (match := re.match(r'--?config(?:\.([\w.]+))?=', argument)):
+            key = match[1] or '--config'
+            if match[1] and key not in RULES:
+                raise ConfigError(f'--config.{key} is not a key{nearest(key)}')
+            if key not in changeable:
+                raise ConfigError(fixed(key, changeable))
+            arguments.append(f'--{_flag_of(key)}={argument[match.end() :]}')
+            continue
         if match := re.match(r'--?config=([^:]*)(.*)', argument, re.DOTALL):
             path = Path(match[1])
             if match[1] in PAGES and not path.is_file():

@@ -409,11 +409,35 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     return config
 
 
+# What evaluation and prediction may have otherwise than the run: how the network is applied, memory
+# and the figures. The rest is what was trained.
+CHANGEABLE = (
+    *(key for key in RULES if key.startswith('eval.') and key != 'eval.checkpoint'),
+    'data.threads',
+    *(key for key in RULES if key.startswith(('predict.', 'crf.'))),
+)
+
+
 def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config with other values in its `predict` section, validated and locked."""
+    """The config with other values, validated and locked.
+
+    `changes` are of its `predict` section by their names, {'flip': True}, and others of CHANGEABLE
+    by their keys, {'eval.batch_size': 4}. Raises ConfigError for other keys.
+    """
     changed = to_dict(config)
-    changed['predict'].update(changes)
+    for key, value in changes.items():
+        section, _, knob = key.rpartition('.')
+        if section and key not in CHANGEABLE:
+            raise ConfigError(fixed(key, CHANGEABLE))
+        changed[section or 'predict'][knob] = value
     return from_dict(changed)
+
+
+def fixed(key: str, changeable: Iterable[str]) -> str:
+    """Why evaluation or prediction do not take a key, and what they take."""
+    if key == 'eval.checkpoint':
+        return 'eval.checkpoint has a flag of its own: give --checkpoint'
+    return f'{key} is fixed by training: you can change {", ".join(changeable)}'
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

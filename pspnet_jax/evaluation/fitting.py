@@ -1,4 +1,4 @@
-"""What is fitted to validation patients: the temperature, and post-processing."""
+"""What is fitted to validation cases: the temperature, and post-processing."""
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -198,8 +198,8 @@ def best(rows: Sequence[dict[str, Any]], tried: Mapping[str, Sequence[Any]]) -> 
     defined = [row for row in rows if row['dice'] is not None]
     if not defined:
         raise DataError(
-            'no validation patient has a structure, so there is no Dice to choose '
-            'post-processing by: raise data.validation_fraction, and train again'
+            'no validation case has an object, so there is no Dice to choose post-processing by: '
+            'raise data.validation_fraction and train again'
         )
     highest = max(row['dice'] for row in defined)
     return min(

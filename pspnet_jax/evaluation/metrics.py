@@ -13,18 +13,27 @@ from scipy import ndimage
 FEW = 10  # patients below which `bootstrap_ci` is much too narrow
 
 
-def counts(pred: np.ndarray, true: np.ndarray, num_classes: int, ignore_label: int = 255):
-    """(K, 3) int64: true positives, false positives, false negatives of each class.
+def confusion(pred: np.ndarray, true: np.ndarray, num_classes: int, ignore_label: int = 255):
+    """(K, K) int64: how many pixels of class `row` are predicted as class `column`.
 
     `pred` and `true` are label arrays of one shape; pixels whose truth is
     `ignore_label` count nowhere.
     """
     counted = true != ignore_label
     pred, true = pred[counted].astype(np.int64), true[counted].astype(np.int64)
-    confusion = np.bincount(true * num_classes + pred, minlength=num_classes**2)
-    confusion = confusion.reshape(num_classes, num_classes)
-    hit = np.diag(confusion)
-    return np.stack([hit, confusion.sum(0) - hit, confusion.sum(1) - hit], axis=-1)
+    found = np.bincount(true * num_classes + pred, minlength=num_classes**2)
+    return found.reshape(num_classes, num_classes)
+
+
+def counts_of(confusion_KK: np.ndarray) -> np.ndarray:
+    """(K, 3) int64: true positives, false positives, false negatives of each class."""
+    hit = np.diag(confusion_KK)
+    return np.stack([hit, confusion_KK.sum(0) - hit, confusion_KK.sum(1) - hit], axis=-1)
+
+
+def counts(pred: np.ndarray, true: np.ndarray, num_classes: int, ignore_label: int = 255):
+    """`counts_of` the `confusion` of two label arrays."""
+    return counts_of(confusion(pred, true, num_classes, ignore_label))
 
 
 def ratios(counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,8 +1,11 @@
-"""Which patients of which run are evaluated, and with what was fitted for it."""
+"""Which cases of which run are evaluated, with what was fitted for it, and where to."""
 
 import functools
+import itertools
 import logging
+import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +28,7 @@ from pspnet_jax.evaluation.scores import (
     table,
     with_ignored,
 )
+from pspnet_jax.evaluation.words import Words, words_for
 from pspnet_jax.inference import calibration, choice, infer
 from pspnet_jax.inference.runs import Run, open_run
 from pspnet_jax.inference.settings import (
@@ -34,13 +38,15 @@ from pspnet_jax.inference.settings import (
     views,
     with_choice,
 )
-from pspnet_jax.runtime import hosts, paths
-from pspnet_jax.runtime.errors import ConfigError, DataError, say
+from pspnet_jax.runtime import hosts, paths, text
+from pspnet_jax.runtime.errors import ConfigError, DataError, say, some
 from pspnet_jax.runtime.storage import write_json, writing
 
 logger = logging.getLogger(__name__)
 
 Loaded = tuple[volumes.Slices, dict[str, list[str]]]  # `sources.load`'s
+SPLITS = ('train', 'validation', 'test')
+ABOUT = 'source.json'  # in a folder of results: what they are of
 
 
 def evaluate_checkpoint(
@@ -55,15 +61,21 @@ def evaluate_checkpoint(
     group: str | None = None,
     trusted: bool = False,
     loaded: Loaded | None = None,
+    out: str | Path = '',
 ) -> dict[str, Any]:
-    """Evaluate; write WORKDIR/evaluation.json, report.html and pictures; print the table.
+    """Evaluate; write evaluation.json, report.html and pictures; print the table.
+
+    They go to `out`, or to a folder a split or data set: WORKDIR/evaluation/test, or the name of
+    the folder `data`. What is in a folder is never replaced by the evaluation of other data. Of the
+    part that training evaluates, 'test' or where it is empty 'validation', evaluation.json and
+    report.html are copied to WORKDIR.
 
     `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
     without it, the data set that the run was trained on, if this user did so on this machine or
     says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
     patients as WORKDIR/splits.json has them: '' takes those of 'test', and of `data` all. `group`
     says whose pictures of such a folder belong together, in place of the run's `data.group`.
-    `changes` are to the config's `predict` section; evaluation.json has the config as used. With
+    `changes` are to the config, as `with_prediction`; evaluation.json has the config as used. With
     `choose`, post-processing is chosen on the validation patients first and kept in
     WORKDIR/postprocessing.json; `with_choice` says what this and later calls make of it. With `fit`
     the temperature is then fitted on these patients and kept in WORKDIR/temperature.json; this and
@@ -73,7 +85,7 @@ def evaluate_checkpoint(
     """
     if fit or choose:
         _check_validation(split, data, '--choose_postprocessing' if choose else '--fit_temperature')
-    workdir, data = paths.local(workdir), data and str(paths.local(data))
+    workdir, data = paths.local(workdir), data and os.path.abspath(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
     if not data:
@@ -82,9 +94,11 @@ def evaluate_checkpoint(
             _check_known(config, split)
     if group is not None and not _is_folder(config, data):
         raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
-    names, open_volumes = _volume_source(
+    names, open_volumes, own = _volume_source(
         config, workdir, split, data, run.channels, run.measured, group, loaded
     )
+    about = {'source': data or config.data.name, 'split': split}
+    folder = _results_folder(workdir, out, about | {'digest': run.digest}, bool(data))
     digests, program = [], _programs(run, config)
     options = evaluate_options(config, run.intensity)
     if choose:
@@ -106,12 +120,13 @@ def evaluate_checkpoint(
         **options,
         temperature=temperature,
         label_options=labels,
-        each=functools.partial(_save_picture, workdir, digests, config.model.class_names),
+        each=functools.partial(_save_picture, folder, digests, config.model.class_names),
         order=names,
     )
-    result['data'] |= {'source': data or config.data.name, 'split': split}
+    result['data'] |= about
     if data:
-        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)))
+        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)), words_for(result))
+    mark_seen(result)
     result['postprocessing'] = chosen
     passed_over = {str(n): reason for n, reason in run.passed_over.items()}
     result['checkpoint'] = {'step': step, 'passed_over': passed_over, 'config': to_dict(config)}
@@ -119,17 +134,74 @@ def evaluate_checkpoint(
         given = {'batching': options['batching'], 'temperature': temperature, **labels}
         predict = functools.partial(predict_foreground, predict_fn, **given)
         given = {'split': split or None, 'data': data or None, 'checkpoint': which or None}
-        command = _command(workdir, given | {'group': group} | changes)
-        _write(workdir, result, predict, open_volumes, config.loss.ignore_label, command)
+        command = _command(workdir, given | {'group': group, 'out': out or None} | changes)
+        _write(workdir, folder, result, predict, open_volumes, config.loss.ignore_label, command)
+        if own and not out:
+            for name in ('evaluation.json', 'report.html'):
+                with writing(workdir / name) as aside:
+                    shutil.copyfile(folder / name, aside)
     return result
+
+
+def _results_folder(
+    workdir: Path, out: str | Path, about: Mapping[str, str], is_other: bool
+) -> Path:
+    """The folder for what is evaluated, the same on all hosts, with ABOUT in it.
+
+    Raises ConfigError where `out` holds the evaluation of something else.
+    """
+    if not hosts.is_first():
+        return Path(*hosts.gather([]))
+    folder, base = paths.local(out) if out else None, workdir / 'evaluation'
+    if folder and not _is_free(folder, about):
+        raise ConfigError(
+            f'{folder} holds another evaluation, of other data or another checkpoint: give another '
+            '--out, or remove the folder'
+        )
+    if not folder and not is_other:
+        folder = base / about['split']
+    if not folder:
+        same = {key: about[key] for key in ('source', 'split')}
+        name = '-'.join(filter(None, (Path(about['source']).name or 'data', about['split'])))
+        names = itertools.chain([name], (f'{name}-{n}' for n in itertools.count(2)))
+        folder = next(
+            base / name for name in names if name not in SPLITS and _is_free(base / name, same)
+        )
+    write_json(folder / ABOUT, about)
+    return Path(*hosts.gather([str(folder)]))
+
+
+def _is_free(folder: Path, about: Mapping[str, str]) -> bool:
+    """Whether a folder has no evaluation yet, or one of this."""
+    if not (folder / ABOUT).exists():
+        return not (folder / 'evaluation.json').exists()
+    try:
+        kept = text.read_json(folder / ABOUT, most=text.NOTE)
+    except DataError:
+        return False
+    return isinstance(kept, dict) and all(kept.get(key) == about[key] for key in about)
+
+
+def mark_seen(result: dict[str, Any]) -> None:
+    """Set 'seen' of each case that the run was trained or validated on to that part's name."""
+    data = result['data']
+    overlap = data.get('overlap') or {}
+    for row in result['patients']:
+        parts = [
+            part for part in ('train', 'validation') if row['patient'] in overlap.get(part, ())
+        ]
+        if not overlap and data.get('split') in ('train', 'validation'):
+            parts = [data['split']]
+        if parts:
+            row['seen'] = parts[0]
 
 
 def _check_validation(split: str, data: str, asked: str) -> None:
     """Raise ConfigError where what is `asked` for would be fitted on other patients."""
     if data or split != 'validation':
         raise ConfigError(
-            f'{asked} is for the patients of --split=validation: what is fitted on '
-            'others would be tested on them'
+            f'{asked} is for --split=validation only: what is fitted on other cases would be '
+            'tested on them'
         )
 
 
@@ -160,29 +232,26 @@ def _keep(
 
 
 def _save_picture(
-    workdir: str | Path,
-    digests: list[list[Any]],
-    names: Sequence[str],
-    volume: Volume,
-    pred: np.ndarray,
+    folder: Path, digests: list[list[Any]], names: Sequence[str], volume: Volume, pred: np.ndarray
 ) -> None:
-    """Write WORKDIR/pictures/PATIENT.png, and append the patient and its slices' digests."""
+    """Write FOLDER/pictures/PATIENT.png, and append the patient and its slices' digests."""
     digests.append([volume.patient, [*map(volumes.picture_digest, volume.image)]])
     picture = visualize.volume_picture(volume, pred, names)
-    with writing(Path(workdir) / 'pictures' / f'{volume.patient}.png') as aside:
+    with writing(folder / 'pictures' / f'{volume.patient}.png') as aside:
         Image.fromarray(picture).save(aside, 'png')
 
 
 def _write(
     workdir: str | Path,
+    folder: Path,
     result: dict[str, Any],
     predict: Callable[[Volume], tuple[np.ndarray, np.ndarray]],
     open_volumes: Callable[[Sequence[str]], Iterator[Volume]],
     ignore_label: int,
     command: str,
 ) -> None:
-    """Write WORKDIR/evaluation.json and report.html, and print the table."""
-    path = Path(workdir) / 'evaluation.json'
+    """Write FOLDER/evaluation.json and report.html, and print the table."""
+    path = folder / 'evaluation.json'
     write_json(path, result)
 
     # Which patient is the median is known only now: the few shown are predicted again.
@@ -192,9 +261,9 @@ def _write(
         shown = with_ignored(volume, ignore_label)
         cases[volume.patient] = report.make_case(shown, *predict(volume))
     shown = [(role, cases[name]) for name, role in roles.items()]
-    page = report.write(workdir, result, shown, command)
+    page = report.write(workdir, result, shown, command, folder=folder)
     print(table(result))
-    say(f'written to {path} and {page}; pictures in {Path(workdir) / "pictures"}')
+    say(f'written to {path} and {page}; pictures in {folder / "pictures"}')
 
 
 def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
@@ -203,14 +272,15 @@ def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
         key: value for key, value in options.items() if value is not None
     }
     words = [
-        f'--{key}={",".join(map(str, value)) if isinstance(value, tuple | list) else value}'
+        f'--{"config." * ("." in key)}{key}='
+        f'{",".join(map(str, value)) if isinstance(value, tuple | list) else value}'
         for key, value in flags.items()
     ]
     return shlex.join(['python', '-m', 'pspnet_jax.evaluate', *words])
 
 
 def tell_overlap(
-    workdirs: Sequence[str | Path], digests: Mapping[str, Sequence[str]]
+    workdirs: Sequence[str | Path], digests: Mapping[str, Sequence[str]], w: Words
 ) -> dict[str, dict[str, list[str]] | None]:
     """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
     log says; None where that is not known of all.
@@ -220,8 +290,8 @@ def tell_overlap(
     for path, one in zip(kept, found, strict=True):
         if one is None and hosts.is_first():
             logger.warning(
-                'whether the run was trained on these pictures is not known: %s is not there, '
-                'damaged, or older than the digests of pictures', path,
+                'it is not known whether the run was trained on these pictures: %s is missing, '
+                'damaged, or has no digests of pictures', path,
             )  # fmt: skip
     if None in found:
         return {'overlap': None}
@@ -230,14 +300,14 @@ def tell_overlap(
         for key in ('train', 'validation', 'same_name')
     }
     said = {
-        'train': 'have pictures that the run was trained on, so these figures are too good',
+        'train': 'have pictures that the run was trained on: these figures are too good',
         'validation': 'have pictures of its validation set, by which its checkpoint was chosen',
-        'same_name': 'have the name of one of these and other pictures',
+        'same_name': 'have the name of one of these, but other pictures',
     }
     for key, finding in said.items():
         if (names := together[key]) and hosts.is_first():
-            some = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if names[5:] else '')
-            logger.warning('%d of %d patients %s: %s', len(names), len(digests), finding, some)
+            counted = f'{len(names)} of {len(digests)} {w.case}s'
+            logger.warning('%s %s: %s', counted, finding, some(names, 5))
     return {'overlap': together}
 
 
@@ -252,8 +322,8 @@ def _check_known(config, split: str) -> None:
     places = sources.places(config)
     if places and not paths.are_known(places):
         raise DataError(
-            f'the run was trained on {", ".join(places)}, and no training of yours on this machine '
-            f'has read that: look whether it is what you expect, and give --data={places[0]} '
+            f'the run was trained on {", ".join(places)}, which no training of yours on this '
+            f'machine has read: if it is the data you expect, add --data={places[0]} '
             f'--split={split}'
         )
 
@@ -267,9 +337,10 @@ def _volume_source(
     measured: str,
     group: str | None,
     loaded: Loaded | None,
-) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]]]:
-    """The patients in order, and `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these, with the network's channels and intensities as `measured` says.
+) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]], bool]:
+    """The patients in order; `open_volumes(patients=None)`: the volumes to evaluate, one at a
+    time, or those of these, with the network's channels and intensities as `measured` says; and
+    whether they are the part that training evaluates.
     """
     kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
@@ -284,7 +355,10 @@ def _volume_source(
             wanted = set(splits.listed(kept)[0][split])
             found = [case for case in found if case.patient in wanted]
             if lost := sorted(wanted - {case.patient for case in found}):
-                raise DataError(f'{data} lacks {lost[:8]}, of the split {split!r} in {kept}')
+                raise DataError(
+                    f'{data} has no {some(lost)}, which {kept} lists under {split!r}: give the '
+                    'data that the run was trained on'
+                )
 
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
@@ -292,12 +366,12 @@ def _volume_source(
             found_volumes = (volumes.with_intensity(volume, measured) for volume in cases)
             return (volumes.with_channels(volume, channels) for volume in found_volumes)
 
-        return [case.patient for case in found], open_folder
+        return [case.patient for case in found], open_folder, False
     else:
         slices, parts = loaded or sources.load(config, kept if kept.exists() else '')
     sources.check_class_names(slices, config)
     if not parts[split]:
-        raise DataError(f'the split {split!r} has no patient in this data set')
+        raise DataError(f'the split {split!r} has no case in this data set: give another --split')
 
     def open_split(patients: Sequence[str] | None = None) -> Iterator[Volume]:
         chosen = parts[split]
@@ -312,4 +386,5 @@ def _volume_source(
             if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
                 yield volumes.with_channels(volume, channels)
 
-    return sorted(parts[split]), open_split
+    own = not data and split == ('test' if parts['test'] else 'validation')
+    return sorted(parts[split]), open_split, own

@@ -17,12 +17,13 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax.data.volumes import Volume, lesion_pixels
-from pspnet_jax.evaluation import charts, metrics, visualize
+from pspnet_jax.evaluation import charts, metrics, scores, visualize
 from pspnet_jax.evaluation.words import Words, words_for
 from pspnet_jax.inference import choice
 from pspnet_jax.runtime import log
 from pspnet_jax.runtime.storage import writing
 
+MOST_CONFUSED = 32  # classes whose confusion matrix is shown
 MOST_SLICES = 48  # of a patient shown
 MOST_PIXELS = 256  # a side of a picture shown
 PICTURE_BYTES = 15_000_000  # of all pictures, as base64
@@ -113,16 +114,17 @@ def write(
     result: dict[str, Any],
     cases: Sequence[tuple[str, Case]],
     command: str = '',
+    folder: str | Path = '',
 ) -> Path:
-    """WORKDIR/report.html of what `protocol.evaluate_checkpoint` found.
+    """FOLDER/report.html, without one WORKDIR's, of what `protocol.evaluate_checkpoint` found.
 
     `cases` are [(role, Case)], `extremes` with their pictures; the run's curves are read from
     WORKDIR/metrics.jsonl. `command` is what makes the same page again. At most PICTURE_BYTES of
     pictures: they are made coarser until they fit.
     """
-    path = Path(workdir) / 'report.html'
+    path = Path(folder or workdir) / 'report.html'
     made = {
-        'run': path.absolute().parent.name,
+        'run': Path(workdir).absolute().name,
         'command': command,
         'date': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }
@@ -169,6 +171,9 @@ def render(
         structure_figures={
             name: of for name, of in _fitting(FIGURES, w).items() if name in structures[0]
         },
+        class_figures={name: FIGURES[name] for name in scores.OF_CLASS},
+        most_confused=MOST_CONFUSED,
+        seen_words=scores.SEEN,
         counts=COUNTS,
         columns=_fitting(FIGURES | COUNTS | SIZES, w),
         pooled={name: of.replace('slice', w.slice) for name, of in POOLED.items()},

@@ -1,8 +1,9 @@
-"""Figures of a network over volumes whose masks are known: per patient first, then over patients.
+"""Figures of a network over volumes whose masks are known: per case first, then over cases.
 
-The figure to quote is Dice over the whole volume of a patient, its mean, median and deviation
-over patients. Per-slice and pooled figures stand under those names only, beside the baseline that
-calls everything background. docs/metrics.md defines each figure.
+A case is a patient's volume, or a picture. The figure to quote is Dice over a whole case, its mean,
+median and deviation over cases, with several classes that of each too. Per-slice and pooled figures
+stand under those names only, beside the baseline that calls everything background. docs/metrics.md
+defines each figure.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,14 +15,20 @@ import numpy as np
 from pspnet_jax.data import pipeline, volumes
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume
 from pspnet_jax.evaluation import metrics
+from pspnet_jax.evaluation.words import Words, words_for
 from pspnet_jax.inference import calibration, choice, postprocess
 from pspnet_jax.runtime import hosts
-from pspnet_jax.runtime.errors import DataError, one_line
+from pspnet_jax.runtime.errors import DataError, one_line, some
 
 PredictFn = Callable[[np.ndarray], np.ndarray]  # B H W C normalised -> B H W K probabilities
 DISTANCES = ('hd95', 'hd95_joined', 'assd', 'surface_dice')  # of `metrics.surface_ratios`
 LESIONS = ('lesion_dice', 'lesion_f1')  # of `metrics.lesion_ratios`
 FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES, *LESIONS)
+OVERLAP = ('dice', 'iou', 'sensitivity', 'precision')  # of `metrics.ratios`
+OF_CLASS = (*OVERLAP, 'hd95')  # figures of each class, by case and over cases
+MOST_CONFUSED = 8  # classes whose confusion matrix fits a console
+TRUTH = 'truth \\ predicted'
+SEEN = {'train': 'trained on', 'validation': 'checkpoint chosen on'}  # of a case, in the table
 COUNTS = (
     'present', 'missed', 'invented', 'lesions_found', 'lesions_missed', 'lesions_false'
 )  # fmt: skip
@@ -42,7 +49,7 @@ class Scoring(NamedTuple):
     """Which classes are scored, and the options of the figures.
 
     `spacing` is of volumes that have none of their own; `lesion_options` are those of
-    `metrics.lesions`.
+    `metrics.lesions`. `class_names` are those of all classes, background first; (): 'class 1'.
     """
 
     num_classes: int
@@ -52,6 +59,18 @@ class Scoring(NamedTuple):
     lesion_options: Mapping[str, Any]
     calibration_bins: int
     bootstrap: int
+    class_names: Sequence[str] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """What each of the K classes is called; those of the same name get their number too."""
+        names = self.class_names or ['background']
+        names = [*names, *[''] * (self.num_classes - len(names))]
+        names = [name or f'class {label}' for label, name in enumerate(names)]
+        return [
+            f'{name} ({label})' if names.count(name) > 1 else name
+            for label, name in enumerate(names)
+        ]
 
     @property
     def structures(self) -> list[int]:
@@ -107,6 +126,7 @@ def evaluate_options(config, intensity: np.ndarray | None) -> dict[str, Any]:
             lesions,
             options.calibration_bins,
             options.bootstrap,
+            config.model.class_names,
         ),
     }
 
@@ -122,14 +142,18 @@ def evaluate_volumes(
     each: Callable[[Volume, np.ndarray], None] = lambda volume, pred: None,
     order: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """{'summary', 'patients', 'baseline', 'calibration', 'data'} over volumes, one at a time.
+    """{'summary', 'patients', 'confusion', 'baseline', 'calibration', 'data'} over volumes, one at
+    a time.
 
     With more than two classes a patient's figure is the mean over the structures 1..K-1 without
-    `ignore_label`. Distances and components are of each scan, so of each picture where a patient
-    has several, and a distance is the mean over these; they are in mm where a volume has its
-    spacing, else in `scoring.spacing`'s unit. Undefined figures are None, and `n` says over how
-    many patients a mean is; `structures` says how many are missed or invented, which no distance
-    shows. Calibration is of the probability of any class but 0, over all counted voxels.
+    `ignore_label`; 'classes' of a patient and of the summary have those of each by name, and
+    'mean_of' of the data says it in words. 'confusion' counts voxels: a row a class of the truth, a
+    column a class of the prediction. Distances and components are of each scan, so of each picture
+    where a patient has several, and a distance is the mean over these; they are in mm where a
+    volume has its spacing, else in `scoring.spacing`'s unit. Undefined figures are None, and `n`
+    says over how many patients a mean is; `structures` says how many are missed or invented, which
+    no distance shows. Calibration is of the probability of any class but 0, over all counted
+    voxels.
     `label_options` are further ones of `predict_foreground`.
     `each(volume, labels_DHW)` is called with every prediction, the volume's ignored voxels as
     IGNORE_LABEL. On several hosts `data` are this one's volumes and `order` the patients of all,
@@ -137,11 +161,14 @@ def evaluate_volumes(
     volume.
     """
     rows, options = [], {'temperature': temperature, **label_options}
+    confusion = np.zeros((scoring.num_classes,) * 2, np.int64)
     for volume in data:
         check_labels(volume, scoring)
         pred, foreground = predict_foreground(predict_fn, volume, batching, **options)
         each(with_ignored(volume, scoring.ignore_label), pred)
-        rows.append(_measure(volume, pred, foreground, scoring))
+        found = metrics.confusion(pred, volume.mask, scoring.num_classes, scoring.ignore_label)
+        confusion += found
+        rows.append(_measure(volume, pred, foreground, metrics.counts_of(found), scoring))
     rows = in_order(hosts.gather(rows), order)
     if not rows:
         raise DataError('there is no volume to evaluate: the split is empty')
@@ -155,6 +182,11 @@ def evaluate_volumes(
     return {
         'summary': _summary(patients, slices, scoring),
         'patients': patients,
+        'confusion': {
+            'of': 'voxels: a row a class of the truth, a column a class of the prediction',
+            'classes': scoring.names,
+            'voxels': np.sum(hosts.gather([confusion.tolist()]), axis=0).tolist(),
+        },
         'baseline': _baseline(empty, scoring),
         'calibration': {
             'of': 'the probability of any class but 0, over all counted voxels',
@@ -167,10 +199,10 @@ def evaluate_volumes(
 
 
 def _measure(
-    volume: Volume, pred: np.ndarray, foreground: np.ndarray, scoring: Scoring
+    volume: Volume, pred: np.ndarray, foreground: np.ndarray, count: np.ndarray, scoring: Scoring
 ) -> list[Any]:
     """[the patient's figures, `metrics.counts` of each slice, the same of all background, those of
-    calibration], as hosts can send it.
+    calibration], as hosts can send it; `count` are those of the volume.
     """
     num_classes, ignore_label = scoring.num_classes, scoring.ignore_label
     counted = volume.mask != ignore_label
@@ -184,7 +216,7 @@ def _measure(
         ]
         for predicted in (pred, np.zeros_like(pred))
     )
-    figures = _patient_row(pred, volume, scoring)
+    figures = _patient_row(pred, volume, count, scoring)
     return [figures, per_slice, empty, np.asarray(calibrated).tolist()]
 
 
@@ -193,10 +225,11 @@ def _summary(
 ) -> dict[str, Any]:
     """The figures over patients, over their slices and over all pixels; `slices` are counts."""
     structures = scoring.structures
-    pooled = np.sum(slices, axis=0)
+    pooled, by_structure = np.sum(slices, axis=0), _over_structures(patients, structures)
     return {
         **{name: _over_patients(patients, name, scoring.bootstrap) for name in FIGURES},
-        'structures': _over_structures(patients, structures),
+        'structures': by_structure,
+        'classes': _over_classes(patients, by_structure, scoring),
         'lesions': {
             what: sum(p[f'lesions_{what}'] for p in patients)
             for what in ('found', 'missed', 'false')
@@ -244,7 +277,31 @@ def _about(
         'spacing': list(scoring.spacing),
         'surface_tolerance': scoring.surface_tolerance,
         'lesion_options': dict(scoring.lesion_options),
+        'mean_of': _mean_of(patients, scoring),
     }
+
+
+def _mean_of(patients: Sequence[dict[str, Any]], scoring: Scoring) -> str:
+    """What the figure to quote is a mean of, in words."""
+    names = [scoring.names[label] for label in scoring.structures]
+    w = words_for({'patients': patients})
+    n = sum(row['dice'] is not None for row in patients)
+    over = f'over {n} of {len(patients)} {w.case}s'
+    left_out = f'{scoring.names[0]} is left out'
+    if 0 < scoring.ignore_label < scoring.num_classes:
+        left_out += f', {scoring.names[scoring.ignore_label]} is ignored'
+    if len(names) == 1:
+        return (
+            f'Dice is that of {names[0]} in each {w.case}, and its mean is {over}; {left_out}. A '
+            f'{w.case} with {names[0]} in neither truth nor prediction does not count; one with it '
+            'in only one of them counts 0.'
+        )
+    return (
+        f'Dice is the mean over {len(names)} classes ({some(names)}) of each {w.case}, then the '
+        f'mean {over}; {left_out}. A class that is in neither truth nor prediction of a {w.case} '
+        f'does not count there, one that is in only one of them counts 0. A {w.case} without any '
+        'class in either does not count.'
+    )
 
 
 def in_order(rows: Sequence[Any], order: Sequence[str]) -> list[Any]:
@@ -272,8 +329,12 @@ def with_ignored(volume: Volume, ignore_label: int) -> Volume:
     return volume._replace(mask=np.where(volume.mask == ignore_label, IGNORE_LABEL, volume.mask))
 
 
-def _patient_row(pred: np.ndarray, volume: Volume, scoring: Scoring) -> dict[str, Any]:
-    """One patient's figures, means over the structures; `structures` has those of each."""
+def _patient_row(
+    pred: np.ndarray, volume: Volume, count: np.ndarray, scoring: Scoring
+) -> dict[str, Any]:
+    """One patient's figures, means over the structures; `structures` and, by name, `classes` have
+    those of each.
+    """
     num_classes, ignore_label = scoring.num_classes, scoring.ignore_label
     spacing = volume.spacing or scoring.spacing
     scans = volumes.scans(volume.scan, len(pred))
@@ -316,7 +377,6 @@ def _patient_row(pred: np.ndarray, volume: Volume, scoring: Scoring) -> dict[str
                 'lesions_false': false,
             }
         )
-    count = metrics.counts(pred, volume.mask, num_classes, ignore_label)
     largest_count = metrics.counts(largest, volume.mask, num_classes, ignore_label)
     ratios = metrics.ratios(count)
     for row in rows:
@@ -334,6 +394,16 @@ def _patient_row(pred: np.ndarray, volume: Volume, scoring: Scoring) -> dict[str
         'spacing': list(map(float, spacing)),
         'in_mm': volume.spacing is not None,
         'structures': rows,
+        'classes': {
+            scoring.names[row['label']]: {
+                'label': row['label'],
+                **{name: _mean([ratios[name][row['label']]]) for name in OVERLAP},
+                'hd95': row['hd95'],
+                'voxels': int(count[row['label'], [0, 2]].sum()),
+                'predicted_voxels': int(count[row['label'], [0, 1]].sum()),
+            }
+            for row in rows
+        },
     }
 
 
@@ -349,6 +419,20 @@ def _over_structures(patients, structures: Sequence[int]) -> list[dict[str, Any]
         }
         numbers = {name: sum(row[name] for row in rows) for name in COUNTS}
         found.append({'label': label, **figures, **numbers})
+    return found
+
+
+def _over_classes(
+    patients, by_structure: Sequence[dict[str, Any]], scoring: Scoring
+) -> dict[str, dict[str, Any]]:
+    """{class: `_over_patients` of each of its figures, and what `_over_structures` counts}."""
+    found = {}
+    for counted in by_structure:
+        name = scoring.names[counted['label']]
+        rows = [patient['classes'][name] for patient in patients]
+        figures = {key: _over_patients(rows, key, scoring.bootstrap) for key in OF_CLASS}
+        numbers = {key: counted[key] for key in ('label', 'present', 'missed', 'invented')}
+        found[name] = numbers | figures
     return found
 
 
@@ -406,27 +490,25 @@ def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What a person reads: a row a patient, then the summary and the baseline."""
-
-    def cell(value, digits=3):
-        return '-' if value is None else f'{value:.{digits}f}'
-
+    """What a person reads: a row a case, then the summary, the classes and the baseline."""
+    patients, summary, w = result['patients'], result['summary'], words_for(result)
     columns = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined')
-    patients, summary = result['patients'], result['summary']
     names = [one_line(p['patient']) for p in patients]
-    wide = max(len('patient'), *map(len, names))
-    head = f'{"patient":{wide}} ' + ' '.join(f'{c:>12}' for c in columns)
+    wide = max(len(w.case), *map(len, names))
+    head = f'{w.case:{wide}} ' + ' '.join(f'{c:>12}' for c in columns)
     head += f' {"missed":>8} {"invented":>8} {"voxels":>9}'
     lines = [head, '-' * len(head)]
     for p, name in zip(patients, names, strict=True):
-        cells = ' '.join(f'{cell(p[c]):>12}' for c in columns)
+        cells = ' '.join(f'{_cell(p[c]):>12}' for c in columns)
         missed = f'{p["missed"]} of {p["present"]}'
+        seen = SEEN.get(p.get('seen'), '')
         lines.append(
             f'{name:{wide}} {cells} {missed:>8} {p["invented"]:>8} {p["lesion_voxels"]:>9,}'
+            + f'  {seen}' * bool(seen)
         )
     lines.append('-' * len(head))
     for statistic in ('mean', 'median', 'sd'):
-        cells = ' '.join(f'{cell(summary[c][statistic]):>12}' for c in columns)
+        cells = ' '.join(f'{_cell(summary[c][statistic]):>12}' for c in columns)
         lines.append(f'{statistic:{wide}} {cells}')
     baseline, calibrated = result['baseline'], result['calibration']
     dice, hd95 = summary['dice'], summary['hd95']
@@ -435,42 +517,104 @@ def table(result: dict[str, Any]) -> str:
         for name in ('present', 'missed', 'invented')
     }
     lines += [
-        f'per-volume Dice {cell(dice["mean"])}, {interval(dice)} '
-        f'(bootstrap over {dice["n"]} of {len(patients)} patients)',
-        f'HD95, the larger of the two directed ones, {cell(hd95["mean"])}, of both surfaces joined '
-        f'{cell(summary["hd95_joined"]["mean"])}, over {hd95["n"]} of {len(patients)} patients',
+        f'per-{w.whole} Dice {_cell(dice["mean"])}, {interval(dice)} '
+        f'(bootstrap over {dice["n"]} of {len(patients)} {w.case}s)',
+        one_line(result['data']['mean_of']),
+        f'HD95, the larger of the two directed ones, {_cell(hd95["mean"])}, of both surfaces '
+        f'joined {_cell(summary["hd95_joined"]["mean"])}, over {hd95["n"]} of {len(patients)} '
+        f'{w.case}s',
         f'{found["missed"]} of {found["present"]} structures are missed and {found["invented"]} '
         'invented; these are in no distance',
     ]
-    if len(summary['structures']) > 1:
-        lines += [
-            f'class {row["label"]}: Dice {cell(row["dice"]["mean"])} over {row["dice"]["n"]}, HD95 '
-            f'{cell(row["hd95"]["mean"])} over {row["hd95"]["n"]}; missed {row["missed"]} of '
-            f'{row["present"]}, invented {row["invented"]}'
-            for row in summary['structures']
-        ]
+    if len(summary['classes']) > 1:
+        lines += [*_class_lines(summary['classes'], w), *_confusion_lines(result['confusion'])]
     lines += [
-        f'pooled Dice {cell(summary["pooled"]["dice"])}; per-slice Dice with empty = 1 '
-        f'{cell(summary["per_slice_dice_empty_is_1"])}',
-        f'all background: per-volume Dice {cell(baseline["dice"])}, per-slice with empty = 1 '
-        f'{cell(baseline["per_slice_dice_empty_is_1"])}, '
-        f'pixel accuracy {cell(baseline["pooled_pixel_accuracy"])}, '
-        f'mean IoU {cell(baseline["pooled_mean_iou"])}',
-        f'ASSD {cell(summary["assd"]["mean"])} over {summary["assd"]["n"]}; surface Dice within '
-        f'{result["data"]["surface_tolerance"]:g} {cell(summary["surface_dice"]["mean"])} over '
+        f'pooled Dice {_cell(summary["pooled"]["dice"])}; per-{w.slice} Dice with empty = 1 '
+        f'{_cell(summary["per_slice_dice_empty_is_1"])}',
+        f'all background: per-{w.whole} Dice {_cell(baseline["dice"])}, per-{w.slice} with empty = '
+        f'1 {_cell(baseline["per_slice_dice_empty_is_1"])}, '
+        f'pixel accuracy {_cell(baseline["pooled_pixel_accuracy"])}, '
+        f'mean IoU {_cell(baseline["pooled_mean_iou"])}',
+        f'ASSD {_cell(summary["assd"]["mean"])} over {summary["assd"]["n"]}; surface Dice within '
+        f'{result["data"]["surface_tolerance"]:g} {_cell(summary["surface_dice"]["mean"])} over '
         f'{summary["surface_dice"]["n"]}',
-        f'lesion-wise as in BraTS 2023: Dice {cell(summary["lesion_dice"]["mean"])}, detection F1 '
-        f'{cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; lesions: '
+        f'{w.lesion} by {w.lesion}, as in BraTS 2023: '
+        f'Dice {_cell(summary["lesion_dice"]["mean"])}, '
+        f'detection F1 {_cell(summary["lesion_f1"]["mean"])} over {summary["lesion_f1"]["n"]}; '
+        f'{w.lesion}s: '
         f'{", ".join(f"{number} {what}" for what, number in summary["lesions"].items())}',
-        f'pooled: frequency_weighted_IU {cell(summary["frequency_weighted_IU"])}, mean_IU '
-        f'{cell(summary["mean_IU"])}, class_wise_IU '
-        f'{" ".join(cell(value) for value in summary["class_wise_IU"])}',
-        f'expected calibration error {cell(calibrated["expected_calibration_error"], 4)} at '
-        f'temperature {cell(calibrated["temperature"])}',
+        f'pooled: frequency_weighted_IU {_cell(summary["frequency_weighted_IU"])}, mean_IU '
+        f'{_cell(summary["mean_IU"])}, class_wise_IU '
+        f'{" ".join(_cell(value) for value in summary["class_wise_IU"])}',
+        f'expected calibration error {_cell(calibrated["expected_calibration_error"], 4)} at '
+        f'temperature {_cell(calibrated["temperature"])}',
+        *seen_lines(result),
     ]
     if chosen := result.get('postprocessing'):
-        lines.append(f'post-processing: {choice.describe(chosen, result["data"]["split"])}')
+        split = result['data'].get('split', '')
+        lines.append(f'post-processing: {choice.describe(chosen, split)}')
     return '\n'.join(lines)
+
+
+def seen_lines(result: dict[str, Any]) -> list[str]:
+    """A sentence for each part of the run's own data that cases are of."""
+    patients, w = result['patients'], words_for(result)
+    words = {
+        'train': 'the run was trained on: these figures are too good',
+        'validation': 'the checkpoint was chosen on: these figures are a little too good',
+    }
+    numbers = {part: sum(row.get('seen') == part for row in patients) for part in words}
+    return [
+        f'{number} of {len(patients)} {w.case}s have pictures that {words[part]}'
+        for part, number in numbers.items()
+        if number
+    ]
+
+
+def _cell(value: float | None, digits: int = 3) -> str:
+    return '-' if value is None else f'{value:.{digits}f}'
+
+
+def _class_lines(classes: Mapping[str, dict[str, Any]], w: Words) -> list[str]:
+    """A row a class: its figures over cases, each with the number of cases that it is over."""
+    wide = max(len('class'), *(len(one_line(name)) for name in classes))
+    head = f'{"class":{wide}} {"Dice":>12} {"median":>7} {"95 % interval":>16} '
+    head += ' '.join(f'{name:>12}' for name in ('IoU', 'sensitivity', 'precision', 'HD95'))
+    head += f' {"missed":>10} {"invented":>8}'
+    lines = ['', head, '-' * len(head)]
+    for name, row in classes.items():
+        dice = row['dice']
+        ends = ' to '.join(map(_cell, dice['ci95'])) if dice['ci95'] else 'none'
+        missed = f'{row["missed"]} of {row["present"]}'
+        cells = ' '.join(
+            f'{_cell(row[key]["mean"])} ({row[key]["n"]})'.rjust(12) for key in OF_CLASS
+        )
+        first, rest = cells[:12], cells[13:]
+        lines.append(
+            f'{one_line(name):{wide}} {first} {_cell(dice["median"]):>7} {ends:>16} {rest} '
+            f'{missed:>10} {row["invented"]:>8}'
+        )
+    return [*lines, f'means over {w.case}s, in brackets over how many', '']
+
+
+def _confusion_lines(confusion: Mapping[str, Any]) -> list[str]:
+    """The matrix where it fits a console, else where it is."""
+    names, voxels = [one_line(name) for name in confusion['classes']], confusion['voxels']
+    if len(names) > MOST_CONFUSED:
+        return [f'the confusion matrix of {len(names)} classes is in evaluation.json']
+    texts = [[f'{number:,}' for number in row] for row in voxels]
+    short = [name if len(name) <= 14 else f'{name[:13]}~' for name in names]
+    widths = [max(len(head), *(len(row[k]) for row in texts)) for k, head in enumerate(short)]
+    wide = max(len(TRUTH), *map(len, short))
+    return [
+        f'{TRUTH:{wide}}  ' + '  '.join(f'{h:>{n}}' for h, n in zip(short, widths, strict=True)),
+        *(
+            f'{name:{wide}}  ' + '  '.join(f'{x:>{n}}' for x, n in zip(row, widths, strict=True))
+            for name, row in zip(short, texts, strict=True)
+        ),
+        'voxels: a row a class of the truth, a column a class of the prediction',
+        '',
+    ]
 
 
 def interval(figures: dict[str, Any], digits: int = 3) -> str:

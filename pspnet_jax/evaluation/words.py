@@ -19,6 +19,6 @@ CASES = Words('case', 'object', 'case', 'picture', 'object size', 'pixel')
 
 def words_for(result: Mapping[str, Any]) -> Words:
     """Those that fit what was evaluated: patients in the LGG data and where there are volumes."""
-    data = result['checkpoint']['config'].get('data', {})
+    data = result.get('checkpoint', {'config': {}})['config'].get('data', {})
     volumes = any(row['slices'] > row['scans'] for row in result['patients'])
     return PATIENTS if volumes or data.get('name') == 'lgg' else CASES

@@ -1,4 +1,4 @@
-"""One temperature for all probabilities, fitted on validation patients and kept with the run.
+"""One temperature for all probabilities, fitted on validation cases and kept with the run.
 
 It is of one checkpoint and of the views that are averaged: scales, mirror images, tiles, CRF.
 
@@ -94,7 +94,7 @@ def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxy
 
     def check(kept: dict[str, Any]) -> None:
         if type(kept['temperature']) not in (int, float):
-            raise TypeError('the temperature is no number')
+            raise TypeError('the temperature is not a number')
         if not BOUNDS[0] * 0.99 <= kept['temperature'] <= BOUNDS[1] * 1.01:
             raise ValueError(f'the temperature is {kept["temperature"]}')
 
@@ -118,7 +118,7 @@ def read_kept(
     if not os.path.lexists(path):
         return None
     again = f'python -m pspnet_jax.evaluate --workdir={path.parent} --split=validation {option}'
-    remedy = f'delete it, or make it anew by {again}'
+    remedy = f'delete it, or make it again with {again}'
     kept = read_json(path, remedy, NOTE)
     try:
         its_step, its_views = kept['step'], kept.get('views', {})
@@ -137,7 +137,7 @@ def read_kept(
         if its_views:
             what = f'was {done} with other views ({", ".join(differ):.200})'
         logger.warning(
-            '%s %s: not applied; %s with the same flags makes it anew', path, what, again
+            '%s %s: not applied; to make it again, add the same flags to %s', path, what, again
         )
         return None
     return kept

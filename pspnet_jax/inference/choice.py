@@ -1,4 +1,4 @@
-"""Post-processing chosen by Dice over the validation patients, and kept with the run.
+"""Post-processing chosen by Dice over the validation cases, and kept with the run.
 
 Mirror image, threshold, smallest and largest component are tried in every combination. A choice is
 of one checkpoint and of the views that it was made with: scales, tiles, CRF.
@@ -17,7 +17,7 @@ OPTIONS = ('flip', 'threshold', 'largest_component', 'min_size')
 
 
 def describe(facts: Mapping[str, Any], split: str = '') -> str:
-    """'flip=True, chosen on 8 validation patients (their Dice ...)', of what `choose` found or
+    """'flip=True, chosen on 8 validation cases (their Dice ...)', of what `choose` found or
     `settings.with_choice` takes; `split` is that of the figures above.
     """
     dice, without = (
@@ -26,10 +26,10 @@ def describe(facts: Mapping[str, Any], split: str = '') -> str:
     options = ', '.join(f'{key}={value}' for key, value in facts['options'].items())
     given = ', '.join(facts.get('given', ()))
     return (
-        f'{options}, chosen on {facts["patients"]} validation patients (their Dice {dice}, '
+        f'{options}, chosen on {facts["patients"]} validation cases (their Dice {dice}, '
         f'{without} without)'
         + (f'; {given} as given' if given else '')
-        + ('; the figures are of these patients, so they are too good' * (split == 'validation'))
+        + ('; the figures are of these cases, so they are too good' * (split == 'validation'))
     )
 
 

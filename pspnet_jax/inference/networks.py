@@ -18,4 +18,4 @@ def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:
         return jax.eval_shape(init, jax.random.key(0), image)
     except Exception as error:  # of each layer its own: the config may be untrusted
         reason = first_line(error)
-        raise ConfigError(f'there is no network of such a model section: {reason}') from error
+        raise ConfigError(f'the model section describes no network: {reason}') from error

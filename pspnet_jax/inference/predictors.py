@@ -123,7 +123,9 @@ def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, 
     """
     image_DHWC = {2: image[None, ..., None], 3: image[None], 4: image}.get(image.ndim)
     if image_DHWC is None or not image.size:
-        raise DataError(f'an array of shape {image.shape} is no image: give H W, H W C or D H W C')
+        raise DataError(
+            f'an array of shape {image.shape} is not an image: give H W, H W C or D H W C'
+        )
     image_DHWC = as_taken(predictor, image_DHWC, f'an array of shape {image.shape}')
     ((labels, prob),) = segment(predictor, [case_of(predictor, image_DHWC)], probabilities=True)
     return (labels, prob) if image.ndim == 4 else (labels[0], prob[0])

@@ -99,7 +99,7 @@ def _open_saved(path: Path, which: str) -> Run:
     variables, metadata = saved.read_params(path)
     config, step = from_dict(metadata['config']), metadata['step']
     if which not in ('', 'best', 'last', str(step)):
-        raise CheckpointError(f'{path} holds step {step} alone: leave out --checkpoint={which}')
+        raise CheckpointError(f'{path} holds only step {step}: leave out --checkpoint={which}')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     model = models.create(**config.model)
     return Run(config, model, variables, metadata['inputs'], step, {}, digest)

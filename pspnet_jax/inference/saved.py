@@ -83,6 +83,6 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except PspnetError:
         raise
     except Exception as error:  # of safetensors, JSON and a stranger's types each its own
-        raise CheckpointError(f'{path} is no exported savedparams: export it again') from error
+        raise CheckpointError(f'{path} is not an exported savedparams: export it again') from error
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
     return unflatten_dict(arrays, sep='/'), metadata

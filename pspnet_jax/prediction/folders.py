@@ -63,6 +63,7 @@ def open_manifest(predictor: Predictor, output: Path, group: str | None) -> mani
         'predict': to_dict(config)['predict'],
         'temperature': predictor.temperature,
         'group': sources.grouping(config, group),
+        **_crf(config),
     }
     return manifest.read(output, options, jax.process_index())
 
@@ -72,10 +73,17 @@ def begin_manifest(predictor: Predictor, book: manifest.Manifest, group: str | N
     config = predictor.config
     writer = ' and '.join(f'{run["workdir"]}, step {run["step"]}' for run in predictor.runs)
     options = to_dict(config)['predict'] | {'group': sources.grouping(config, group)}
+    options |= _crf(config)
     usual = to_dict(from_dict({}))['predict']
     told = ', '.join(f'{key}={x}' for key, x in options.items() if x != usual.get(key, ''))
     about = {'runs': predictor.runs, 'options': options, 'temperature': predictor.temperature}
     manifest.begin(book, f'{writer} ({told})' if told else writer, about)
+
+
+def _crf(config) -> dict[str, Any]:
+    """Its options where there is one: results without are those of before it could be chosen."""
+    found = {f'crf.{key}': value for key, value in to_dict(config)['crf'].items()}
+    return found if config.crf.kernel != 'none' else {}
 
 
 def find_finished(
@@ -257,7 +265,7 @@ def predict_files(
     groups = [some for some in groups if not done.issuperset(some.paths)]
     done = done.difference(*(some.paths for some in groups))  # of these all are done again
     if done:
-        print(f'{len(done)} finished before are left as they are: --overwrite does them again')
+        print(f'{len(done)} finished before are left as they are: --overwrite makes them again')
     groups = hosts.share(groups)
     videos = hosts.share([path for path in stems if is_video(path) and path not in done])
     faults = faults if hosts.is_first() else []  # each has found the same so far
@@ -272,7 +280,9 @@ def predict_files(
         faults += _predict_video(predictor, path, targets[path], save, note_of[targets[path]])
     faults = hosts.gather(faults)
     if hosts.is_first():
-        faults += [f'{path} can not be listed: is it yours?' for path in passed.get(UNLISTED, ())]
+        faults += [
+            f'{path} can not be listed: check its permissions' for path in passed.get(UNLISTED, ())
+        ]
         say(f'{", ".join(save)} are in {output}')
         further = set(there) - set(found)
         print(summary(source, found, done, len(faults), passed, further))

@@ -60,7 +60,7 @@ def take_stock(
     if not found:
         endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
         raise DataError(
-            f'{source} holds no picture: the endings known are {endings}', passed_lines(passed)
+            f'{source} holds no pictures: the known endings are {endings}', passed_lines(passed)
         )
     if root in found:  # a DICOM series itself
         root = root.parent
@@ -81,7 +81,7 @@ def _list_entries(source: str | Path, output: str | Path) -> tuple[Path, set[Pat
         try:  # unlike glob.glob, not into links to folders, which may lead in a circle
             below = list(root.glob(str(source.relative_to(root))))
         except ValueError as error:
-            raise ConfigError(f'--input={source} is no pattern: {error}') from error
+            raise ConfigError(f'--input={source} is not a valid pattern: {error}') from error
     else:
         raise DataError(f'{source} is neither a file nor a folder: give --input=PICTURE_OR_FOLDER')
     results = Path(output).expanduser().resolve()
@@ -234,8 +234,8 @@ def group_inputs(
     grouping = sources.grouping(config, group)
     if group is None and grouping.endswith('.csv') and not os.path.isfile(grouping):
         logger.warning(
-            '%s, by which the pictures of the run were grouped, is not here, so each file is by '
-            'itself: give --group=TABLE.csv for those of these files', grouping,
+            '%s, which grouped the pictures of the run, is not here, so each file is a case of its '
+            'own: to group these files, give --group=TABLE.csv', grouping,
         )  # fmt: skip
         grouping = ''
     rule = pairing.split(Path(config.data.images[0]))[1]

@@ -55,7 +55,9 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
     try:
         text = path.read_text('utf-8', errors='replace')
     except OSError as error:
-        raise DataError(f'{path} can not be read ({error.strerror}): is it yours?') from error
+        raise DataError(
+            f'{path} can not be read ({error.strerror}): check its permissions'
+        ) from error
     for row in text.splitlines():
         try:
             line = parse_json(row)

@@ -158,8 +158,8 @@ def _predict_batches(
         frames = [window[context] for window in windows]
         if running and not seen.count:
             logger.info(
-                '%s: its intensity scale is that of the frames so far, so the first masks have a '
-                'scale that changes', name,
+                '%s: its intensity scale is measured on the frames so far, so that of the first '
+                'masks changes', name,
             )  # fmt: skip
         if running:
             for frame in frames:
