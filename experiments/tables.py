@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import coming_from_keras
 from tests.stress.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
@@ -335,7 +334,6 @@ def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
 
 TABLES = {
     'README.md': {'lgg': lgg, 'architectures': architectures, 'speed': speed},
-    'docs/coming-from-keras.md': {'keras': coming_from_keras.table},
     'docs/reliability.md': {
         'faults': faults,
         'fuzz': fuzz,

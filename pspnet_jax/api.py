@@ -152,17 +152,20 @@ def train(
     from pspnet_jax.training.loop import train_and_evaluate
 
     named = isinstance(config, str)
-    config = own_pictures.get_config(config) if named else config.copy_and_resolve_references()
+    if isinstance(config, str):
+        chosen = own_pictures.get_config(config)
+    else:
+        chosen = config.copy_and_resolve_references()
     if images or masks:
         folders = [images] if isinstance(images, str | Path) else list(images)
-        config.data.name = 'folder'
-        config.data.images = tuple(str(Path(path).absolute()) for path in folders)
-        config.data.masks = str(Path(masks).absolute())
+        chosen.data.name = 'folder'
+        chosen.data.images = tuple(str(Path(path).absolute()) for path in folders)
+        chosen.data.masks = str(Path(masks).absolute())
     elif named:
         raise ConfigError('no images: give train(NAME, images=FOLDER, masks=FOLDER), or a config')
     try:
-        config.update_from_flattened_dict(dict(changes or {}))
+        chosen.update_from_flattened_dict(dict(changes or {}))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'changes: {error}') from error
-    train_and_evaluate(config, str(workdir), **hooks)
+    train_and_evaluate(chosen, str(workdir), **hooks)
     return load(workdir)

@@ -181,7 +181,7 @@ def _parse(told: str, argv: Sequence[str]) -> list[str]:
         argv, unset = prepare(argv)
         rest = flags.FLAGS(argv)
         if unset:
-            flags.FLAGS['config'].value.update_from_flattened_dict(dict.fromkeys(unset))
+            flags.FLAGS.config.update_from_flattened_dict(dict.fromkeys(unset))
     except PspnetError as error:
         _fail(error)
     except (flags.Error, AttributeError, KeyError, TypeError) as error:

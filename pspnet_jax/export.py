@@ -17,6 +17,7 @@ under 'pspnet_jax'. Each file is read again and compared with the model before i
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -25,8 +26,8 @@ from pspnet_jax import cli
 from pspnet_jax.runtime.errors import ConfigError, say
 
 
-def read(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """`serving.read.read`: what was exported, as a function of images."""
+def read(path: str | Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """`serving.read.read`: what was exported, as a function of images, and its metadata."""
     from pspnet_jax.serving import read as reading
 
     return reading.read(path)

@@ -56,7 +56,13 @@ needs_shared = pytest.mark.skipif(
 
 def slow_but(values, *fast):
     """Parameters that are slow, all but these."""
-    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if value in fast else pytest.mark.slow,
+        )
+        for value in values
+    ]
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
-"""A loss, a backbone, a network and a data set from outside the package: a file and a row each."""
+"""A loss, a backbone, a network, a data set and a weight table from outside the package: a row
+each, in a file of one's own, which CONTRIBUTING.md shows.
+"""
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,89 +13,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pspnet_jax import config as rules
 from pspnet_jax import models
 from pspnet_jax.data import sources
 from pspnet_jax.inference.runs import open_run
+from pspnet_jax.models import weights
 from pspnet_jax.models.backbones import BACKBONES
 from pspnet_jax.runtime import log
-from pspnet_jax.runtime.errors import ConfigError
+from pspnet_jax.runtime.errors import ConfigError, PretrainedError
 from pspnet_jax.training import loop, losses, update
 from tests.conftest import ROOT, tiny_config
 
-PAGE = '''
-"""An ablation of one's own, in one file; its config changes what base.py has."""
-
-import flax.linen as nn
-import jax
-import numpy as np
-from pspnet_jax.config import base
-
-from pspnet_jax import models
-from pspnet_jax.training import losses
-from pspnet_jax.data import sources
-from pspnet_jax.data.volumes import Volume, from_volumes, measure_intensity
-from pspnet_jax.models.backbones import BACKBONES
-from pspnet_jax.models.layers import resize
-
-
-def brier(logits_BHWK, labels_BHW, *, ignore_label, axis_name):
-    true_BHWK = jax.nn.one_hot(labels_BHW, logits_BHWK.shape[-1])
-    error_BHW = ((jax.nn.softmax(logits_BHWK) - true_BHWK) ** 2).sum(-1)
-    return losses.mean(error_BHW, labels_BHW != ignore_label, axis_name)
-
-
-class Plain(nn.Module):
-    output_stride: int = 4
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return {32: nn.relu(nn.Conv(8, (4, 4), (4, 4), name='stem')(x))}
-
-
-class OneLayer(nn.Module):
-    num_classes: int
-    backbone: nn.Module
-    gain: float = 1.0
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        x = nn.Conv(self.num_classes, (1, 1), name='classifier')(self.backbone(image, train)[32])
-        return {'logits': resize(self.gain * x, image.shape[1:3])}
-
-
-def read_squares(config):
-    rng = np.random.default_rng(config.seed)
-    volumes = []
-    for n in range(6):
-        mask = np.zeros((4, 32, 32), np.uint8)
-        mask[1:3, 8:20, 4:24] = 1
-        image = (rng.integers(0, 50, (4, 32, 32, 1)) + 100 * mask[..., None]).astype(np.uint8)
-        measured = measure_intensity(image)
-        volumes.append(Volume(f'case{n}', image, mask, np.arange(4), measured))
-    return from_volumes(volumes)
-
-
-losses.TERMS['brier'] = (brier, {})
-BACKBONES['plain'] = (Plain, {})
-models.MODELS['one_layer'] = (OneLayer, 'plain', {'output_stride': 8, 'gain': 2.0})
-sources.SOURCES['squares'] = read_squares
-
-
-def get_config(arg=''):
-    config = base.get_config()
-    config.data.name, config.model.name, config.loss.extra = 'squares', 'one_layer', {'brier': 0.5}
-    config.train.steps, config.train.batch_size, config.train.log_every = 2, 4, 1
-    config.eval.batch_size, config.eval.bootstrap = 4, 50
-    return config
-'''
+# The python blocks of CONTRIBUTING.md, one after the other, are a config page.
+PAGE = '\n\n'.join(
+    re.findall(r'```python\n(.*?)```', (ROOT / 'CONTRIBUTING.md').read_text(), re.DOTALL)
+)
 
 
 @pytest.fixture
 def page(tmp_path):
     """The page's path, and a function that imports it; what it adds is taken away at the end."""
-    tables = (losses.TERMS, BACKBONES, models.MODELS, sources.SOURCES)
+    tables = (losses.TERMS, BACKBONES, models.MODELS, sources.SOURCES, weights.TABLES)
     before = [dict(table) for table in tables]
     path = tmp_path / 'mine.py'
     path.write_text(PAGE)
@@ -203,6 +146,28 @@ def test_the_sum_has_the_losses_that_were_added(page, rng):
     assert one == pytest.approx(plain + (1 + aux) * float(agreement), rel=1e-5)
     nothing = dict.fromkeys(('cross_entropy', 'dice'), 0.0)
     assert total(loss_fn=lambda *_: 2.0, **nothing, aux=0.0) == 2.0
+
+
+def test_a_file_of_weights_is_read_by_a_table_of_ones_own(page, tmp_path, rng):
+    """OIHW of RGB as HWIO of one grey channel, which gets the three filters' red one times 3."""
+    kernel = rng.standard_normal((8, 3, 4, 4)).astype(np.float32)
+    arrays = {'net.0.weight': kernel, 'net.0.bias': np.arange(8, dtype=np.float32)}
+    save_file(arrays | {'fc.weight': np.zeros((10, 8), np.float32)}, tmp_path / 'a.safetensors')
+    where = str(tmp_path / 'a.safetensors')
+    module = page[1]()
+    net = models.create('one_layer', num_classes=2)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    loaded, normalization, report = weights.load_backbone(zeros, where)
+    stem = loaded['params']['backbone']['stem']
+    np.testing.assert_allclose(stem['kernel'][:, :, 0], 3 * kernel[:, 0].transpose(1, 2, 0))
+    np.testing.assert_array_equal(stem['bias'], np.arange(8))
+    assert normalization == weights.IMAGENET
+    assert 'plain of our lab' in report
+    assert module.get_config().model.name == 'one_layer'
+    del weights.TABLES['plain of our lab']
+    with pytest.raises(PretrainedError, match='no known source has these names'):
+        weights.load_backbone(zeros, where)
 
 
 def test_one_loss_has_a_weight():

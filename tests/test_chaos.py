@@ -32,6 +32,7 @@ def test_three_kills_change_nothing(trained, tmp_path):
     assert chaos.faults_of_metrics(tmp_path / 'run') == []
 
 
+@pytest.mark.stress
 def test_differences_are_seen(trained, tmp_path):
     theirs = trained[0]
     copy = shutil.copytree(theirs, tmp_path / 'copy')
@@ -51,6 +52,7 @@ def test_differences_are_seen(trained, tmp_path):
     assert any(fault.startswith('steps [') for fault in chaos.differences(copy, theirs))
 
 
+@pytest.mark.stress
 def test_a_best_step_that_is_lost_or_misjudged_is_seen(trained, tmp_path):
     copy, dice = shutil.copytree(trained[0], tmp_path / 'copy'), chaos.dice_of(trained[0])
     assert (dice.keys(), checkpoint.steps(copy)) == ({2, 4}, [4])

@@ -242,5 +242,5 @@ def test_no_range_is_too_small(points):
 
 def test_matplotlib_and_jinja2_are_imported_only_to_draw():
     for path in test_layering.FILES:
-        names = {name.split('.')[0] for name in test_layering.imports(path)}
+        names = {name.split('.')[0] for name in test_layering.imports(path, inside=False)}
         assert not names & {'matplotlib', 'jinja2', 'markupsafe'}, path

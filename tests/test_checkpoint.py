@@ -66,6 +66,7 @@ def test_the_whole_state_comes_back(trained):
     assert meta['inputs'] == {'channels': 3, 'normalization': None}
 
 
+@pytest.mark.slow
 def test_the_newest_sound_step_is_taken(copy):
     folder = copy / 'checkpoints'
     for path in folder.iterdir():
@@ -271,6 +272,7 @@ def with_steps(copy, **dice):
     )
 
 
+@pytest.mark.slow
 def test_the_last_and_the_best_are_kept_whatever_orbaxs_file_says(copy):
     """Its file of metrics, which earlier versions had written, has no digest."""
     folder, save = with_steps(copy, a=0.6, b=0.2)
@@ -321,6 +323,7 @@ def test_a_reader_takes_the_next_sound_step_and_says_so(copy, damage, which, tak
         open_run(copy, which)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_replaced_while_it_is_read_is_no_damage(copy, monkeypatch):
     """As a run that is still training does between any two looks at its folder."""
     folder, _ = with_steps(copy, a=0.5)
@@ -345,6 +348,7 @@ def test_the_metadata_of_the_step_that_is_taken_is_read_once(copy, monkeypatch):
     assert seen == [4]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_half_deleted_while_it_is_read_is_no_damage(copy, monkeypatch):
     """It is listed until its last file is gone, and another one can be read meanwhile."""
     folder, _ = with_steps(copy, a=0.5, b=0.9, c=0.95)

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pspnet_jax import cli
-from tests.conftest import ROOT, write_case
+from tests.conftest import ROOT, slow_but, write_case
 
 
 def run(module, *arguments):
@@ -29,53 +29,53 @@ PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=
 FEW = ['--config.phantom.volumes=6', '--config.phantom.slices=4']  # made in no time
 
 
-@pytest.mark.parametrize(
-    ('module', 'arguments', 'words'),
-    [
-        ('main', [], '--config is missing'),
-        ('main', ['--config=nowhere.py'], '--config=nowhere.py is not a file'),
-        ('main', [PHANTOM, '--config.model.bacbone=vgg16'], 'did you mean model.backbone?'),
-        ('main', [PHANTOM, '--config.model.width=wide'], 'must be a whole number of at least 4'),
-        ('main', [PHANTOM, '--config.model.output_stride=12'], 'one of 8, 16, 32'),
-        ('main', ['--config=configs/lgg.py:segnext'], "model.name is 'segnext': it must be one of"),
-        ('main', [f'{PHANTOM}:,loud'], "augmentation 'loud' is not one of none, flips"),
-        ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),
-        ('evaluate', ['--workdir=/no'], '/no holds no checkpoint'),
-        ('predict', ['--workdir=/no', '--input=/no', '--output=x'], '/no is neither a file nor'),
-        (
-            'predict',
-            ['--workdir=/no', '--input=/no', '--output=x', '--save=maks'],
-            '--save=maks is not known: give some of mask,probability',
-        ),
-        (
-            'predict',
-            ['--workdir=/no', '--input=/no', '--output=x', '--scales=1,two'],
-            "--scales=1,two: could not convert string to float: 'two'",
-        ),
-        ('export', ['--workdir=/no', '--format=onnx'], '/no holds no checkpoint'),
-        ('export', ['--workdir=/no', '--format=onnx', '--size=9'], '--size=9 is not HEIGHT,WIDTH'),
-        ('build', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
-        ('main', [PHANTOM, '--config.train.steps=None'], '--config.train.steps can not be None'),
-        (
-            'main',
-            [PHANTOM, '--config.augment.crop=500', *FEW],
-            'is larger than the slices, which are 128',
-        ),
-        ('main', ['--config', 'nowhere.py'], '--config=nowhere.py is not a file'),
-        (
-            'main',
-            [PHANTOM, '--config.train.steps=0', '--config.train.epochs=0.001', *FEW],
-            'are 0 steps',
-        ),
-        (
-            'main',
-            [PHANTOM, '--config.parallel=pmap', '--config.train.accumulate=8', TWO_SLICES],
-            'train.batch_size 2 is not a multiple of train.accumulate 8',
-        ),
-        ('evaluate', ['--workdir=gs://bucket/run'], 'is an address (gs://...), not a folder of'),
-        ('evaluate', ['--workdir=~nobody-of-that-name/run'], 'give the path without ~'),
-    ],
-)
+BAD = [
+    ('main', [], '--config is missing'),
+    ('main', ['--config=nowhere.py'], '--config=nowhere.py is not a file'),
+    ('main', [PHANTOM, '--config.model.bacbone=vgg16'], 'did you mean model.backbone?'),
+    ('main', [PHANTOM, '--config.model.width=wide'], 'must be a whole number of at least 4'),
+    ('main', [PHANTOM, '--config.model.output_stride=12'], 'one of 8, 16, 32'),
+    ('main', ['--config=configs/lgg.py:segnext'], "model.name is 'segnext': it must be one of"),
+    ('main', [f'{PHANTOM}:,loud'], "augmentation 'loud' is not one of none, flips"),
+    ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),
+    ('evaluate', ['--workdir=/no'], '/no holds no checkpoint'),
+    ('predict', ['--workdir=/no', '--input=/no', '--output=x'], '/no is neither a file nor'),
+    (
+        'predict',
+        ['--workdir=/no', '--input=/no', '--output=x', '--save=maks'],
+        '--save=maks is not known: give some of mask,probability',
+    ),
+    (
+        'predict',
+        ['--workdir=/no', '--input=/no', '--output=x', '--scales=1,two'],
+        "--scales=1,two: could not convert string to float: 'two'",
+    ),
+    ('export', ['--workdir=/no', '--format=onnx'], '/no holds no checkpoint'),
+    ('export', ['--workdir=/no', '--format=onnx', '--size=9'], '--size=9 is not HEIGHT,WIDTH'),
+    ('build', ['--source=/no'], '/no is not a folder: download https://www.kaggle.com'),
+    ('main', [PHANTOM, '--config.train.steps=None'], '--config.train.steps can not be None'),
+    (
+        'main',
+        [PHANTOM, '--config.augment.crop=500', *FEW],
+        'is larger than the slices, which are 128',
+    ),
+    ('main', ['--config', 'nowhere.py'], '--config=nowhere.py is not a file'),
+    (
+        'main',
+        [PHANTOM, '--config.train.steps=0', '--config.train.epochs=0.001', *FEW],
+        'are 0 steps',
+    ),
+    (
+        'main',
+        [PHANTOM, '--config.parallel=pmap', '--config.train.accumulate=8', TWO_SLICES],
+        'train.batch_size 2 is not a multiple of train.accumulate 8',
+    ),
+    ('evaluate', ['--workdir=gs://bucket/run'], 'is an address (gs://...), not a folder of'),
+    ('evaluate', ['--workdir=~nobody-of-that-name/run'], 'give the path without ~'),
+]
+
+
+@pytest.mark.parametrize(('module', 'arguments', 'words'), slow_but(BAD, *BAD[3::5]))
 def test_bad_input_is_one_line_and_status_1(module, arguments, words, tmp_path):
     workdir = tmp_path / 'run'
     if module == 'main':

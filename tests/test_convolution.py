@@ -13,6 +13,7 @@ import pytest
 
 from pspnet_jax.models import convolution, layers
 from pspnet_jax.runtime.compilation import jit
+from tests.conftest import slow_but
 
 FORMS = [((9, 7), (1, 1)), ((8, 8), (2, 2)), ((13, 10), (4, 4)), ((7, 5), (3, 2)), ((1, 1), (1, 1))]
 
@@ -198,7 +199,7 @@ def value_and_gradients(form):
     return run
 
 
-@pytest.mark.parametrize('kernel', [3, 5])
+@pytest.mark.parametrize('kernel', slow_but([3, 5], 3))
 @pytest.mark.parametrize('dilation', [1, 2, 4])
 @pytest.mark.parametrize('stride', [1, 2, 3])
 def test_a_depthwise_convolution_is_the_plain_one(rng, stride, dilation, kernel):

@@ -428,6 +428,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, name):
         read.read(path)
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_kept(published, tmp_path, monkeypatch):
     serve = export.serve
     monkeypatch.setattr(
@@ -439,6 +440,7 @@ def test_a_file_that_computes_something_else_is_not_kept(published, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_is_there_survives_a_failure(published, tmp_path, monkeypatch):
     output = tmp_path / 'model.safetensors'
     output.write_bytes(b'older')

@@ -33,15 +33,15 @@ def name_of(path):
 NAMES = {name_of(path).removesuffix('.__init__') for path in FILES}
 
 
-def imports(path):
-    """What a file imports, at its top or in a function; ours by our names."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path, inside=True):
+    """What a file imports at its top, and with `inside` in functions too; ours by our names."""
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree) if inside else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            inside = {f'{node.module}.{alias.name}' for alias in node.names}
-            modules = {module for module in inside if module.removeprefix('pspnet_jax.') in NAMES}
+            full = {f'{node.module}.{alias.name}' for alias in node.names}
+            modules = {module for module in full if module.removeprefix('pspnet_jax.') in NAMES}
             found |= modules or {node.module}
     return {module.removeprefix('pspnet_jax.') for module in found}
 

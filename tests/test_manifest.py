@@ -44,6 +44,7 @@ def test_results_do_not_go_among_the_inputs(trained, tmp_path):
     assert written(tmp_path) == {'a.png', 'b.png', 'c.png', 'a_mask.png'}
 
 
+@pytest.mark.slow
 def test_masks_by_hand_are_neither_replaced_nor_taken_for_results(trained, tmp_path):
     source, out = pictures(tmp_path / 'in'), tmp_path / 'out'
     out.mkdir()

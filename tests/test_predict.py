@@ -900,8 +900,8 @@ def test_a_volume_takes_no_more_memory_than_is_asked_for(
         reading = tracemalloc.get_traced_memory()[1]
         held = cases[0].pictures[0].image.nbytes
         tracemalloc.reset_peak()
-        results = predictors.segment(predictor, cases, probabilities='probability' in save)
-        predicted = [(case, *result) for case, result in zip(cases, results, strict=True)]
+        masks = predictors.segment(predictor, cases, probabilities='probability' in save)
+        predicted = [(case, *mask) for case, mask in zip(cases, masks, strict=True)]
         note_of = {stem: lambda state: None for stem in stems.values()}
         results.write_results((1, predicted, []), note_of=note_of, **how)
         working = tracemalloc.get_traced_memory()[1]

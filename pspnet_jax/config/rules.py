@@ -394,7 +394,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
         return text
 
     flat = flatten(config.to_dict())
-    changes = {key: absolute(flat[key]) for key in PATHS if flat[key]}
+    changes: dict[str, Any] = {key: absolute(flat[key]) for key in PATHS if flat[key]}
     if config.data.name == 'folder' and not config.data.source:
         changes['data.images'] = tuple(map(absolute, config.data.images))
         changes['data.masks'] = absolute(config.data.masks)

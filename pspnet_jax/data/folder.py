@@ -142,7 +142,7 @@ def _find_shapes(
     _, odd, small = via.check_drawn({path: found for path, found in shapes.items() if found})
     faults += damaged + wrong + odd
     if rest := small[MOST_LISTED:]:
-        more = f'and {len(rest)} more such lines: python -m pspnet_jax.data.formats.via prints all'
+        more = f'and {len(rest)} more such lines: python -m pspnet_jax.rasterize prints all'
         small = [*small[:MOST_LISTED], more]
     names = dict(classes or drawn.classes) if drawn.attribute else {}
     return shapes, names, drawn.notes + notes + small

@@ -24,14 +24,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image
 
 from pspnet_jax.data import splits, volumes
 from pspnet_jax.data.formats.flat import open_picture
 from pspnet_jax.data.volumes import Slices, Volume
 from pspnet_jax.runtime.errors import DataError, first_line
+
+try:
+    import tensorflow_datasets as tfds
+    from etils import epath
+except ImportError as error:
+    raise DataError(
+        f'LGG, and all data that is laid out as kaggle_3m, needs {error.name}: pip install '
+        '"pspnet_jax[lgg]"; pictures of your own need FOLDER/images and FOLDER/masks instead'
+    ) from error
 
 logger = logging.getLogger(__name__)
 

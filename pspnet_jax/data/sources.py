@@ -60,7 +60,7 @@ def check_class_names(slices: Slices, config) -> None:
         raise DataError(
             f'the annotations name the classes {", ".join(names)}, and the run does not say which '
             'number each had in training: write the masks with these numbers and evaluate on them, '
-            f'python -m pspnet_jax.data.formats.via --classes={told}'
+            f'python -m pspnet_jax.rasterize --classes={told}'
         )
 
 

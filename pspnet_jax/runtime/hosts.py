@@ -45,7 +45,7 @@ def start(
     ends the process, and NOT_TOGETHER is said.
     """
     given = (coordinator, num_processes, process_id)
-    options = {
+    options: dict[str, Any] = {
         'heartbeat_timeout_seconds': timeout,
         'initialization_timeout': START_SECONDS,
         'shutdown_timeout_seconds': END_SECONDS,
@@ -65,7 +65,7 @@ def start(
                 return
             raise HostError(f'{found} starts several processes, but: {error}') from error
     else:
-        if None in given:
+        if coordinator is None or num_processes is None or process_id is None:
             raise ConfigError(
                 '--coordinator, --num_processes and --process_id belong together: give all three'
             )
@@ -116,9 +116,10 @@ def _watch() -> None:
 def _say_at_an_abort(words: str) -> None:
     """One line for the shell, in place of the one before."""
     line = words.replace('\n', ' ').encode(errors='backslashreplace')
-    with contextlib.suppress(BrokenPipeError):  # somebody ended the shell
-        _watcher.stdin.write(line + b'\n')
-        _watcher.stdin.flush()
+    if _watcher and _watcher.stdin:
+        with contextlib.suppress(BrokenPipeError):  # somebody ended the shell
+            _watcher.stdin.write(line + b'\n')
+            _watcher.stdin.flush()
 
 
 def _watch_no_more() -> None:

@@ -67,7 +67,7 @@ def merge(
     A module is taken whole or not at all: a classifier of other classes keeps neither its
     kernel nor its bias. Only the kernel that sees the image may have other channels.
     """
-    ours = flatten_dict(dict(variables), sep='/')
+    ours: dict[str, Any] = flatten_dict(dict(variables), sep='/')
     found = {name: np.asarray(x) for name, x in flatten_dict(dict(theirs), sep='/').items()}
     notes = []
     seen, their_seen = (

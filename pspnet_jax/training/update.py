@@ -5,11 +5,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
@@ -49,7 +49,7 @@ class StepOptions:
     nan_policy: str = 'stop'
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
     evaluated with the live `batch_stats`, of which there is no average.
@@ -109,7 +109,7 @@ def segmentation_loss(
     def one_head(logits_BhwK):
         labels_Bhw = labels_at(labels_BHW, logits_BhwK.shape[1:3])
         shared = {'ignore_label': ignore_label, 'axis_name': axis_name}
-        total = 0.0
+        total: Any = 0.0
         for name, weight in terms.items():
             if weight:
                 loss, own = losses.TERMS[name]

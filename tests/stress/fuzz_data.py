@@ -361,7 +361,7 @@ def read_input(path: Path) -> None:
     predictor = predictors.Predictor(phantom.get_config(), None, None, 1)
     root, found = inputs.find_files(path, path.parent / 'out')
     stems, faults = results.name_results(root, found)
-    pictures = [path for path in stems if not inputs._is_video(path)]
+    pictures = [path for path in stems if not inputs.is_video(path)]
     groups, _ = inputs.group_files(pictures, '(.+)_(?P<slice>[0-9]+)')
     for group in groups:
         _, _, more = folders.read_cases(group, predictor=predictor, stems=stems)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pspnet_jax.inference import choice
+from pspnet_jax.inference import choice, saved
 from pspnet_jax.serving import export, read
 from pspnet_jax.training import update
 from tests.stress import mutate, mutate_state
@@ -270,8 +270,8 @@ def _savedparams(folder: Path) -> list[Path]:
     shapes = abstract_variables(models.create(**from_dict(config).model), CHANNELS)
     values = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
     inputs = {'channels': CHANNELS, 'normalization': None}
-    metadata = {'config': config, 'inputs': inputs, 'crf': 'none'}
-    export._write_params(folder / 'a.safetensors', values, metadata)
+    metadata = {'config': config, 'inputs': inputs, 'crf': 'none', 'step': 0}
+    saved.write(folder / 'a.safetensors', values, metadata)
     return [folder / 'a.safetensors']
 
 
