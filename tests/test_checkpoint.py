@@ -113,7 +113,7 @@ def test_a_flipped_byte_is_noticed(copy, part):
         if count < len(found):
             state, _ = checkpoint.restore(copy, new_state(config), to_dict(config))
             assert int(state.step) < step
-    with pytest.raises(CheckpointError, match='is sound'):
+    with pytest.raises(CheckpointError, match='are corrupted'):
         checkpoint.restore(copy, new_state(config), to_dict(config))
     assert checkpoint.steps(copy) == found  # nothing was deleted
 

@@ -378,7 +378,7 @@ def restore(
             f'--config.train.init_from={workdir}, or the config that the run was trained with'
         )
     for reason in passed_over.values():
-        logger.warning('skipped a checkpoint: %s', reason)
+        logger.warning('%s; this checkpoint is skipped', reason)
     return state.replace(step=jnp.asarray(step, jnp.int32), **parts), meta
 
 

@@ -134,11 +134,13 @@ class Progress:
     def __init__(self, pace: Pace, batch_size: int):
         self.pace, self._batch_size = pace, batch_size
         self._told = None  # when the last line was
+        columns, rows = shutil.get_terminal_size()  # not 0, which a terminal of docker has at first
         self._bar = tqdm(
             total=pace.total,
             initial=pace.step,
             bar_format='{percentage:3.0f}% |{bar}| step {n_fmt} of {total_fmt}{postfix}',
-            ncols=shutil.get_terminal_size().columns,  # 80 where the terminal says 0
+            ncols=columns,
+            nrows=rows,
             mininterval=1,
             disable=not sys.stderr.isatty(),
         )
