@@ -855,7 +855,7 @@ def test_what_the_config_leaves_open_is_found_out_and_kept(tmp_path, caplog):
     assert start.complete(given, slices, 9).optim.learning_rate == 0.5
     pretrained = own_pictures.get_config('pspnet_resnet18')
     assert start.complete(pretrained, slices, 9).optim.learning_rate == start.PRETRAINED_RATE
-    assert start.complete(pretrained, slices, 9).optim.new_layer_factor == 10.0
+    assert start.complete(pretrained, slices, 9).optim.new_layer_factor == start.NEW_LAYERS
 
 
 @pytest.mark.parametrize(
