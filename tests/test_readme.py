@@ -33,7 +33,8 @@ def commands_of(page):
 
 
 COMMANDS = commands_of(README)
-NO_KNOBS = {'data.json', 'data.mean_of', 'model.onnx', 'model.safetensors', 'model.stablehlo'}  # files
+# Files and keys of results.
+NO_KNOBS = {'data.json', 'data.mean_of', 'model.onnx', 'model.safetensors', 'model.stablehlo'}
 ALL_COMMANDS = sorted({command for page in PAGES.values() for command in commands_of(page)})
 
 

@@ -162,8 +162,8 @@ def understand(
             for index, several in file.palette.items()
             if any(color != index * 0x010101 for color in several)  # greys say nothing
         }
-    colors = {label: _hex(color) for label, color in shown.items()}
-    return code._replace(num_classes=num_classes, colors=colors)
+    by_label = {label: _hex(color) for label, color in shown.items()}
+    return code._replace(num_classes=num_classes, colors=by_label)
 
 
 def _understand(
