@@ -29,12 +29,7 @@ from pspnet_jax.runtime.errors import ConfigError, DataError, NonFiniteLossError
 from pspnet_jax.runtime.log import MetricLog, Silent
 from pspnet_jax.training import losses
 from pspnet_jax.training.placement import over_mesh, over_mesh_cached, under_pmap
-from pspnet_jax.training.start import (
-    begin,
-    name_classes,
-    pretrained_file,
-    stored_class_names,
-)
+from pspnet_jax.training.start import begin, name_classes, pretrained_file, stored_class_names
 from pspnet_jax.training.update import AugmentFn, LossFn, TrainState, bind_step
 
 logger = logging.getLogger(__name__)
@@ -52,11 +47,12 @@ def read_metrics(
     rate: Callable,
     train: ConfigDict,
 ) -> tuple[float, int]:
-    """(last loss, updates skipped so far), `loss` and `skipped` before these updates: wait for
-    them, log each `train.log_every`-th.
+    """Wait for `pending` updates, log every `train.log_every`-th, and return (the last loss, the
+    number of updates skipped so far).
 
-    `pending` has the number of the first update of a call, and a vector of each metric. A
-    skipped update is logged with their count so far, and None for what is no number. Raises
+    `loss` and `skipped` are those before these updates. `pending` holds the number of the first
+    update of each call and a vector of each metric. A skipped update is always logged, with None
+    for NaN and infinity. Raises
     NonFiniteLossError where one is not skipped, and where more than `train.max_skipped` were.
     """
     for first, metrics in pending:
