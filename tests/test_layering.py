@@ -97,3 +97,19 @@ def test_what_is_heavy_is_imported_when_it_is_asked_for(module):
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not heavy & set(done.stdout.split())
+
+
+LONGEST, MOST = 80, 10  # lines of a function, and parameters
+LONG = {'config.base.get_config'}  # the list of knobs, see there
+
+
+@pytest.mark.parametrize('path', FILES, ids=name_of)
+def test_functions_are_short_and_take_few_arguments(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            name, given = f'{name_of(path)}.{node.name}', node.args
+            first = min(line.lineno for line in (node, *node.decorator_list))
+            parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            parameters += filter(None, (given.vararg, given.kwarg))
+            assert len(parameters) <= MOST, name
+            assert node.end_lineno - first < LONGEST or name in LONG, name

@@ -1,1 +1,1 @@
-"""Figures of a trained network, by patient, and the report that shows them."""
+"""Scores of a trained network by patient, and the report that shows them."""

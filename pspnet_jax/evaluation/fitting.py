@@ -1,4 +1,4 @@
-"""What is fitted to validation cases: the temperature, and post-processing."""
+"""Fitting on validation cases: the temperature, and the choice of post-processing."""
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

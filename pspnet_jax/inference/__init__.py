@@ -1,1 +1,1 @@
-"""A trained network opened, and what it says of an image: probabilities, then labels."""
+"""Opening a trained network, and going from images to probabilities and labels."""

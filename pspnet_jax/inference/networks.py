@@ -1,4 +1,4 @@
-"""What a network consists of, without computing it."""
+"""The shapes of a network's parameters, without computing them."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Masks of arrays by a trained network."""
+"""Masks for arrays, by one trained network or an ensemble."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""What a config says about how its network predicts, as arguments."""
+"""The arguments of prediction, taken from a config."""
 
 import logging
 from collections.abc import Mapping

@@ -1,1 +1,1 @@
-"""Masks and pictures for files: which are predicted, how, and what is written."""
+"""Masks and pictures for files: finding inputs, predicting, writing results."""

@@ -1,4 +1,4 @@
-"""Which files are predicted, and which of them belong together."""
+"""Finding the files to predict, and which of them belong together."""
 
 import collections
 import glob

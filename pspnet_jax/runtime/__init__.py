@@ -1,3 +1,3 @@
-"""What every part stands on: errors, files and checkpoints, hosts and devices, logs."""
+"""What all other folders use: errors, files, checkpoints, hosts, devices, logs."""
 
 VERSION = '0.1.0'

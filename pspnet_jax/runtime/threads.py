@@ -1,4 +1,4 @@
-"""Work in background threads."""
+"""Work in background threads: results in order, items made ahead."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """function(item) of each, in order, some computed ahead of the one that is asked for."""
+    """Yield function(item) in order, computing up to `threads` items ahead."""
     pool, pending = ThreadPoolExecutor(threads), deque()
     try:
         for item in items:
@@ -22,7 +22,7 @@ def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 def prefetched(items: Iterable) -> Iterator:
-    """The same items, made in a thread of their own before they are asked for."""
+    """Yield the same items, made ahead in a background thread."""
     items, end = iter(items), object()
     made = in_threads(lambda _: next(items, end), itertools.repeat(None), 1)
     with contextlib.closing(made):

@@ -1,1 +1,1 @@
-"""A trained network written for other programs, and read again."""
+"""Exporting a trained network for other programs, and reading exports."""

@@ -1,4 +1,4 @@
-"""A run of published weights."""
+"""Turning published weights into a run."""
 
 import contextlib
 import types

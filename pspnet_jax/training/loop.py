@@ -55,11 +55,12 @@ def read_metrics(
     rate: Callable,
     config: ConfigDict,
 ) -> tuple[float, int]:
-    """(last loss, updates skipped so far), `loss` and `skipped` before these updates: wait for
-    them, log each `train.log_every`-th.
+    """Wait for `pending` updates, log every `train.log_every`-th, and return (the last loss, the
+    number of updates skipped so far).
 
-    `pending` has the number of the first update of a call, and a vector of each metric. A
-    skipped update is logged with their count so far, and None for what is NaN or infinite. Raises
+    `loss` and `skipped` are those before these updates. `pending` holds the number of the first
+    update of each call and a vector of each metric. A skipped update is always logged, with None
+    for NaN and infinity. Raises
     NonFiniteLossError where one is not skipped, and where more than `train.max_skipped` were.
     """
     train = config.train

@@ -1,4 +1,4 @@
-"""How a run starts: from checkpoints, from published weights, or from random ones."""
+"""Starting a run: from its checkpoints, from pretrained weights, or from random ones."""
 
 import contextlib
 import dataclasses
@@ -161,7 +161,7 @@ def start_or_resume(
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run is made of: what no update changes."""
+    """The parts of a run that no update changes."""
 
     model: nn.Module
     tx: optax.GradientTransformation

@@ -1,4 +1,4 @@
-"""One update of a network: the state, the loss, and the pure step from batch to batch."""
+"""One training update: the state, the loss, and the pure step."""
 
 import dataclasses
 import functools
@@ -103,7 +103,6 @@ def segmentation_loss(
     Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
     puts them when it enlarges them: labels are never interpolated.
     """
-
     terms = {name: knobs[name] for name in losses.TERMS if name in knobs} | (extra or {})
 
     def one_head(logits_BhwK):
