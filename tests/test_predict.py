@@ -335,6 +335,7 @@ def test_evaluation_scores_the_masks_that_prediction_writes(
     assert len(rows) == patients
 
 
+@pytest.mark.slow
 def test_a_folder_in_kaggles_layout_is_of_volumes_whatever_the_run(bright_run, tmp_path, caplog):
     for name in ('TCGA_CS_4941_19960909', 'TCGA_DU_5849_19950405'):
         write_case(tmp_path / 'data' / 'kaggle_3m', name, slices=11)

@@ -59,7 +59,8 @@ def augment(
         raise ValueError(f'augment has no {", ".join(unknown)}, it has {", ".join(OFF)}')
     options = OFF | dict(options)
     keys = jax.random.split(key, 8)
-    rows, columns = sampling_grid(keys, mask_HW.shape, options)
+    H, W = mask_HW.shape
+    rows, columns = sampling_grid(keys, (H, W), options)
 
     def sample(picture, order, outside):
         return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)

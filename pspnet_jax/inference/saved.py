@@ -66,7 +66,8 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ValueError('crf or step')
             seen = volumes.channels_seen(metadata['inputs']['channels'], config.data.context)
             tree = abstract_variables(models.create(**config.model), seen)
-            shapes = {name: leaf.shape for name, leaf in flatten_dict(tree, sep='/').items()}
+            leaves: dict[str, Any] = flatten_dict(tree, sep='/')
+            shapes = {name: leaf.shape for name, leaf in leaves.items()}
             names = list(file.keys())
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             faults = [
