@@ -70,6 +70,19 @@ def test_durations_have_two_digits(seconds, words):
     assert progress.duration(seconds) == words
 
 
+@pytest.mark.parametrize(
+    ('steps', 'epochs'), [(3, '0.429'), (40, '5.71'), (1000, '143'), (100_000, '14,286')]
+)
+def test_the_plan_has_epochs_that_can_be_read(told, steps, epochs):
+    config = base.get_config()
+    config.train.batch_size = 4
+    progress.tell_plan(config, 28, steps, 20)
+    assert told() == [
+        f'plan: {steps} steps of 4 images, {epochs} epochs, a validation every {min(steps, 20)} '
+        'steps'
+    ]
+
+
 @pytest.fixture
 def told(caplog):
     caplog.set_level('INFO')

@@ -121,7 +121,7 @@ def test_the_first_kernel_takes_other_channels(rng, here, there):
     np.testing.assert_allclose(merged['params']['first']['kernel'], expected, rtol=1e-6)
     np.testing.assert_array_equal(merged['params']['inner']['kernel'], inner)
     assert f'params/first/kernel from {there} to {here} channels by cycle' in report
-    assert 'of another shape, initialised afresh: none' in report
+    assert 'another shape, initialised afresh: none' in report
 
 
 def test_nothing_that_fits_is_an_error_with_both_sides(trained, tmp_path):

@@ -237,7 +237,7 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
         )
     sealed = found.pop(SEAL, None)  # the first ones have none
     if sealed not in (None, seal(found)):
-        raise CheckpointError(f'{path} is corrupted: the sha256 of its metadata differs')
+        raise CheckpointError(f'{path} has corrupted metadata: its sha256 differs')
     for key, value in found.items():
         if not _allowed(key, value):
             raise CheckpointError(

@@ -98,8 +98,9 @@ def not_finite(step: int, values: dict[str, float], skipped: int, config: Config
     lower = f'--config.optim.learning_rate={config.optim.learning_rate / 10:g}'
     return (
         f'step {step}: the loss or its gradient is NaN or infinite ({", ".join(found)}){count}. '
-        f'Resume from the last checkpoint with a lower rate ({lower}), look for faults in the data '
-        f'(python -m pspnet_jax.check), or {skip}'
+        f'Give the same command with a lower rate ({lower}), which resumes from the last '
+        f'checkpoint if there is one, or {skip}; python -m pspnet_jax.check finds faults in the '
+        'data'
     )
 
 

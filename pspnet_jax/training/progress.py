@@ -44,7 +44,7 @@ def tell_network(config: ConfigDict, size: int, facts: Mapping[str, float]) -> N
     _, backbone, _ = models.resolve(**config.model)
     # XLA counts one device, and the body of a loop once: of micro-batches, and of several updates.
     gflop = facts['gflop'] * config.train.accumulate * jax.device_count()
-    cost = f', {gflop:.3g} GFLOP a training step' if gflop > 0 else ''
+    cost = f', {_digits(gflop)} GFLOP a training step' if gflop > 0 else ''
     logger.info(
         'network: %s%s, %d classes, %s parameters%s; compiled in %.0f s',
         config.model.name,
@@ -60,12 +60,17 @@ def tell_plan(config: ConfigDict, slices: int, total: int, validate_every: int) 
     """One line; how long it takes is not known yet."""
     epochs = total * config.train.batch_size / slices
     logger.info(
-        'plan: %d steps of %d images, %.3g epochs, a validation every %d steps',
+        'plan: %d steps of %d images, %s epochs, a validation every %d steps',
         total,
         config.train.batch_size,
-        epochs,
+        _digits(epochs),
         min(validate_every, total),
     )
+
+
+def _digits(x: float) -> str:
+    """'0.384', '57.1', '14,286': three digits, or all before the point."""
+    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
 
 
 def duration(seconds: float) -> str:
@@ -165,7 +170,7 @@ class Progress:
             self._told = pace.since
         if self._told is not None:
             speed = pace.updates * self._batch_size / pace.seconds
-            told = f'loss {loss:.4f}, {speed:.3g} images/s, {self.left()} left'
+            told = f'loss {loss:.4f}, {_digits(speed)} images/s, {self.left()} left'
             self._bar.set_postfix_str(told, refresh=False)
             if self._bar.disable and pace.since - self._told >= LINE_SECONDS:
                 logger.info('step %d of %d: %s', step, pace.total, told)
