@@ -41,7 +41,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'folder of a training run', required=True)
     flags.DEFINE_enum(
         'split', '', ['', 'train', 'validation', 'test'],
-        "which cases; '': those of test, and of --data all",
+        "which cases; '': those of test (without any, of validation), and of --data all",
     )  # fmt: skip
     flags.DEFINE_string(
         'out', '', "folder for the results; '': in the run, one a split or data set"

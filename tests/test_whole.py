@@ -116,7 +116,9 @@ def write_pictures(root):
 
 
 def figures(workdir):
-    return json.loads((workdir / 'evaluation.json').read_text())['patients']
+    """The rows of a run's evaluation, with the figures of the classes in their order."""
+    rows = json.loads((workdir / 'evaluation.json').read_text())['patients']
+    return [row | {'classes': list(row['classes'].values())} for row in rows]
 
 
 @pytest.fixture(scope='module')
@@ -275,7 +277,7 @@ def other_size(root):
 
 def unknown_label(root):
     Image.fromarray(np.full(SIZE, 7, np.uint8)).save(root / 'masks/p1.png')
-    return 'the masks have values 0, 7, 255, the model has classes 0 to 1'
+    return '--config.data.label_map="{0: 0, 7: 1, 255: 2}"'
 
 
 def only_images(root):

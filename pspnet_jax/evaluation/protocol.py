@@ -1,5 +1,6 @@
 """Which cases of which run are evaluated, with what was fitted for it, and where to."""
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -73,8 +74,8 @@ def evaluate_checkpoint(
     `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
     without it, the data set that the run was trained on, if this user did so on this machine or
     says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
-    patients as WORKDIR/splits.json has them: '' takes those of 'test', and of `data` all. `group`
-    says whose pictures of such a folder belong together, in place of the run's `data.group`.
+    patients as WORKDIR/splits.json has them: '' takes those of 'test', where it is empty those of
+    'validation', and of `data` all. `group` says whose pictures of such a folder belong together, in place of the run's `data.group`.
     `changes` are to the config, as `with_prediction`; evaluation.json has the config as used. With
     `choose`, post-processing is chosen on the validation patients first and kept in
     WORKDIR/postprocessing.json; `with_choice` says what this and later calls make of it. With `fit`
@@ -89,7 +90,7 @@ def evaluate_checkpoint(
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
     if not data:
-        split = split or 'test'
+        split = split or _own_part(workdir)
         if not trusted:
             _check_known(config, split)
     if group is not None and not _is_folder(config, data):
@@ -315,6 +316,15 @@ def _is_folder(config, data: str) -> bool:
     """Whether --data holds the config's folder of images, and is not in Kaggle's layout."""
     place = Path(data).expanduser() / sources.elsewhere(config, data)['images'][0]
     return bool(data) and pairing.split(place)[0].is_dir()
+
+
+def _own_part(workdir: Path) -> str:
+    """The part that training evaluates: 'test', or where it is empty 'validation'."""
+    with contextlib.suppress(DataError):  # which is said where the split is read for the data
+        parts, _ = splits.listed(workdir / splits.KEPT)
+        if not parts['test'] and parts['validation']:
+            return 'validation'
+    return 'test'
 
 
 def _check_known(config, split: str) -> None:
