@@ -187,7 +187,8 @@ def test_metrics_on_a_read_only_disk(disk):
 @pytest.mark.slow
 @pytest.mark.parametrize('state', STATES)
 def test_reports_of_before_stay(trained, disk, state):
-    workdir = shutil.copytree(trained[0], disk / trained[0].name)
+    workdir = shutil.copytree(trained[0], disk / 'run')
+    evaluate_checkpoint(workdir)
     before = content(workdir)
     spoil(disk, state)
     with pytest.raises(DataError, match=rf'can not be written \({STATES[state]}\): free'):

@@ -259,7 +259,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def timeless(path: Path) -> bytes:
-    """The bytes of a file; of a report without when it was made and for which folder."""
+    """The bytes of a file; of a report without the time and folder in its head."""
     found = path.read_bytes()
     if path.name == 'report.html':
         found = re.sub(rb', evaluated [^<]*|--workdir=[^ <]*', b'', found)
