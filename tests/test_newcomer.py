@@ -1,6 +1,6 @@
-"""The commands of the README and of the pages that it leads to, word for word, in a folder with
-what they name: own, other, FOLDER/kaggle_3m. Its configs are forks of ours that train a tiny network
-in two steps from random weights, as the README tells you to fork them.
+"""The commands of the README and of docs/, run word for word in a folder with the data they name.
+
+Its configs are forks of ours that train a tiny network for two steps from random weights.
 """
 
 import importlib.util
@@ -92,7 +92,8 @@ def test_the_commands_of_the_readme(place):
     assert 'no fault found' in check
     assert '3 classes, from the masks: background, 1, 2' in train
     assert '12 predicted' in predict
-    assert 'truth' in evaluate and 'class 2' in evaluate
+    assert 'truth' in evaluate
+    assert 'class 2' in evaluate
     assert '2 predicted' in lgg
     for stem, size in (('a', (40, 48)), ('b', (48, 48))):
         assert Image.open(place / f'runs/own/out/{stem}_mask.png').size == size
