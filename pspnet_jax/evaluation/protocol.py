@@ -75,12 +75,13 @@ def evaluate_checkpoint(
     without it, the data set that the run was trained on, if this user did so on this machine or
     says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
     patients as WORKDIR/splits.json has them: '' takes those of 'test', where it is empty those of
-    'validation', and of `data` all. `group` says whose pictures of such a folder belong together, in place of the run's `data.group`.
-    `changes` are to the config, as `with_prediction`; evaluation.json has the config as used. With
-    `choose`, post-processing is chosen on the validation patients first and kept in
-    WORKDIR/postprocessing.json; `with_choice` says what this and later calls make of it. With `fit`
-    the temperature is then fitted on these patients and kept in WORKDIR/temperature.json; this and
-    every later call of the same `views` applies it to the probabilities of that checkpoint.
+    'validation', and of `data` all. `group` says whose pictures of such a folder belong together,
+    in place of the run's `data.group`. `changes` are to the config, as `with_prediction`;
+    evaluation.json has the config as used. With `choose`, post-processing is chosen on the
+    validation patients first and kept in WORKDIR/postprocessing.json; see `with_choice` for when it
+    is applied. With `fit` the temperature is then fitted on these patients and kept in
+    WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
+    probabilities of that checkpoint.
     `loaded` is what `sources.load` gave for that data set, where the caller has it. Returns what
     evaluation.json holds.
     """
