@@ -6,9 +6,9 @@
 
 The default is a U-Net on MobileNetV2: a tenth of PSPNet's operations, and the best outlines on LGG
 (docs/results.md). The argument names another network and a recipe of augmentation, as in
-configs/lgg.py: `pspnet_resnet50`, or `unet,strong`. Backbones start from ImageNet weights, with
---config.model.pretrained='' from random ones. `python -m pspnet_jax.check` with the same flags finds
-what is wrong with the data before training.
+configs/lgg.py: `pspnet_resnet50`, or `unet,strong`. Backbones start from ImageNet weights, or from
+random ones with --config.model.pretrained=''. `python -m pspnet_jax.check` with the same flags
+finds what is wrong with the data before training.
 """
 
 from ml_collections.config_dict import placeholder
