@@ -55,19 +55,26 @@ def make_line(
     if choose:
         evaluate_checkpoint(workdir, split='validation', choose=True, trusted=True)
         result = evaluate_checkpoint(workdir, split=result['data']['split'], trusted=True)
-    return {
+    about = {
         'experiment': Path(workdir).name,
         'config': name,
         'overrides': changes,
         'commit': made_by,
         'seed': config.seed,
-        'device': device(),
         'seconds': round(time.time() - start, 1),
         'first_step': first_step,
+    }
+    return about | found(result, config.data.name)
+
+
+def found(result: dict[str, Any], source: str) -> dict[str, Any]:
+    """What a line has of an evaluation, and of where it was made."""
+    return {
+        'device': device(),
         'versions': {'python': platform.python_version(), 'jax': jax.__version__},
         'step': result['checkpoint']['step'],
         'postprocessing': result['postprocessing'],
-        'data': {**result['data'], 'source': config.data.name},
+        'data': {**result['data'], 'source': source},
         'summary': result['summary'],
         'baseline': result['baseline'],
         'patients': result['patients'],

@@ -125,11 +125,15 @@ def load(
 ) -> Model:
     """The model of a training run, or of several runs as one: the mean of their probabilities.
 
+    A name such as 'lgg' that is no folder is a network that comes with the package, 'zoo:lgg'.
     `checkpoint` is 'best', 'last' or a step. `options` are those of the config's `predict`
     section: flip=True, threshold=0.4, window=512 and on. Raises CheckpointError, ConfigError.
     """
     from pspnet_jax.inference import predictors
+    from pspnet_jax.runtime import paths
 
+    if workdir in paths.zoo() and not Path(workdir).exists():
+        workdir = f'zoo:{workdir}'
     return Model(predictors.load(workdir, checkpoint, options), workdir)
 
 

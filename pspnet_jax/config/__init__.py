@@ -12,6 +12,7 @@ from pspnet_jax.config.rules import (
     validate,
     with_absolute_paths,
     with_prediction,
+    without_paths,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     'validate',
     'with_absolute_paths',
     'with_prediction',
+    'without_paths',
 ]

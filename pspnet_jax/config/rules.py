@@ -6,6 +6,7 @@ asks for more memory or time than a command can give.
 
 import difflib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -406,6 +407,18 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
         changes['data.images'] = tuple(map(absolute, config.data.images))
         changes['data.masks'] = absolute(config.data.masks)
     config.update_from_flattened_dict(changes)
+    return config
+
+
+def without_paths(config: ConfigDict) -> ConfigDict:
+    """A copy for other machines: absolute paths are replaced by the knobs' defaults."""
+    config = config.copy_and_resolve_references()
+    defaults = flatten(base.get_config().to_dict())
+    flat = flatten(config.to_dict())
+    for key in (*PATHS, 'data.images', 'data.masks'):
+        values = flat[key] if isinstance(flat[key], tuple | list) else [flat[key]]
+        if any(os.path.isabs(str(value)) for value in values):
+            config.update_from_flattened_dict({key: defaults[key]})
     return config
 
 

@@ -87,7 +87,12 @@ def evaluate_checkpoint(
     """
     if fit or choose:
         _check_validation(split, data, '--choose_postprocessing' if choose else '--fit_temperature')
-    workdir, data = paths.local(workdir), data and os.path.abspath(paths.local(data))
+    if not out:
+        paths.writable(workdir, '--out')
+    if fit or choose:
+        paths.writable(workdir, 'a run of your own')
+    named, workdir = workdir, paths.local(workdir)
+    data = data and os.path.abspath(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
     if not data:
@@ -136,7 +141,7 @@ def evaluate_checkpoint(
         given = {'batching': options['batching'], 'temperature': temperature, **labels}
         predict = functools.partial(predict_foreground, predict_fn, **given)
         given = {'split': split or None, 'data': data or None, 'checkpoint': which or None}
-        command = _command(workdir, given | {'group': group, 'out': out or None} | changes)
+        command = _command(named, given | {'group': group, 'out': out or None} | changes)
         _write(workdir, folder, result, predict, open_volumes, config.loss.ignore_label, command)
         if own and not out:
             for name in ('evaluation.json', 'report.html'):
@@ -287,7 +292,7 @@ def tell_overlap(
     """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
     log says; None where that is not known of all.
     """
-    kept = [Path(workdir) / splits.KEPT for workdir in workdirs]
+    kept = [paths.local(workdir) / splits.KEPT for workdir in workdirs]
     found = [splits.overlap(path, digests) for path in kept]
     for path, one in zip(kept, found, strict=True):
         if one is None and hosts.is_first():

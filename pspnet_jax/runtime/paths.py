@@ -8,16 +8,23 @@ from pathlib import Path
 
 from pspnet_jax.runtime.errors import ConfigError
 
+ZOO = Path(__file__).parent.parent / 'zoo'  # networks that come with the package
 KNOWN_DATA = 'data_read.txt'  # in the cache
 MOST_KNOWN = 1000
 
 
 def local(path: str | Path) -> Path:
-    """`path` with ~ expanded. Raises ConfigError for the address of a bucket or server.
+    """`path` with ~ expanded; zoo:NAME is a network that comes with the package.
 
-    Only folders of this machine are read and written: gs://... would become a folder called gs:.
+    Raises ConfigError for a NAME that is not there, and for the address of a bucket or server: only
+    folders of this machine are read and written, gs://... would become a folder called gs:.
     """
     text = str(path)
+    if text.startswith('zoo:'):
+        name = text.removeprefix('zoo:')
+        if name not in zoo():
+            raise ConfigError(f'{text} is not one of {", ".join(f"zoo:{name}" for name in zoo())}')
+        return ZOO / name
     if scheme := re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', text):
         raise ConfigError(
             f'{text} is an address ({scheme[0]}/...), not a folder of this machine: mount or copy '
@@ -27,6 +34,18 @@ def local(path: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:  # no home
         raise ConfigError(f'{text}: {error}: give the path without ~') from error
+
+
+def zoo() -> list[str]:
+    """The names of the networks that come with the package."""
+    return sorted(path.name for path in ZOO.glob('*') if path.is_dir())
+
+
+def writable(path: str | Path, what: str) -> Path:
+    """`local`. Raises ConfigError for a network of the package, where `what` would be written."""
+    if str(path).startswith('zoo:'):
+        raise ConfigError(f'{path} comes with the package and is not written to: give {what}')
+    return local(path)
 
 
 def cache() -> Path | None:

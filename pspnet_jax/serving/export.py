@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspnet_jax import models
-from pspnet_jax.config import from_dict, to_dict
+from pspnet_jax.config import from_dict, to_dict, without_paths
 from pspnet_jax.inference import infer, saved, settings
 from pspnet_jax.inference.runs import open_run
 from pspnet_jax.inference.settings import with_choice
@@ -226,7 +226,7 @@ def describe(
         'context': context,
         'crf': crf,
         'inputs': inputs,
-        'config': to_dict(config),
+        'config': to_dict(without_paths(config)),
     }
 
 
@@ -249,7 +249,7 @@ def export_checkpoint(
     """
     if min(size) < SMALLEST:
         raise ConfigError(f'size {size[0]} x {size[1]} is too small: {SMALLEST} x {SMALLEST} is')
-    target = paths.local(output) if output else paths.local(workdir) / FILES[fmt]
+    target = paths.local(output) if output else paths.writable(workdir, '--output') / FILES[fmt]
     run = open_run(workdir, which)
     config, model, variables, inputs = run.config, run.model, run.variables, run.inputs
     crf_options = settings.crf_options(config) | ({} if crf else {'kernel': 'none'})

@@ -212,7 +212,7 @@ def train_and_evaluate(
     """
     validate(config)
     check_losses(config, own_loss=loss_fn is not None)
-    config, workdir = with_absolute_paths(config), str(paths.local(workdir))
+    config, workdir = with_absolute_paths(config), str(paths.writable(workdir, 'a folder'))
     tell_config(config, workdir)
     batch_size = config.train.batch_size
     if batch_size % jax.device_count():

@@ -1,0 +1,53 @@
+"""Evaluate a finished run, or a network of the zoo, and add its line to a results file.
+
+  python -m experiments.score --workdir=zoo:lgg --data=FOLDER/kaggle_3m --split=test \\
+      --out=runs/zoo_lgg --results=experiments/results/zoo.jsonl
+
+The line has the commit and the device of the evaluation; --trained names the line of the training.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from experiments.provenance import commit
+from experiments.run import found, overrides
+from pspnet_jax import cli
+from pspnet_jax.evaluation.protocol import evaluate_checkpoint
+
+
+def main() -> None:
+    options, start, made_by = flags.FLAGS, time.time(), commit()
+    where = {'data': options.data, 'out': options.out}
+    if options.choose_postprocessing:
+        evaluate_checkpoint(options.workdir, split='validation', choose=True, **where)
+    result = evaluate_checkpoint(options.workdir, split=options.split, **where)
+    config = result['checkpoint']['config']
+    line = {
+        'experiment': options.name or options.workdir,
+        'config': f'{config["model"]["name"]}:{config["model"]["backbone"]}',
+        'overrides': overrides(sys.argv),
+        'commit': made_by,
+        'seed': config['seed'],
+        'trained': options.trained,
+        'seconds': round(time.time() - start, 1),
+        **found(result, config['data']['name']),
+    }
+    with Path(options.results).open('a') as file:
+        file.write(json.dumps(line) + '\n')
+    print(f'line added to {options.results}')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'a run, or zoo:NAME', required=True)
+    flags.DEFINE_string('results', None, 'the .jsonl that gets the line', required=True)
+    flags.DEFINE_string('data', '', 'kaggle_3m, or a folder with images/ and masks/')
+    flags.DEFINE_enum('split', '', ['', 'train', 'validation', 'test'], 'which cases')
+    flags.DEFINE_string('out', '', 'folder for the report')
+    flags.DEFINE_string('name', '', "the experiment's name in the line; '': the workdir")
+    flags.DEFINE_string('trained', '', 'the line of the training: FILE, experiment NAME')
+    flags.DEFINE_bool('choose_postprocessing', False, 'on the validation cases first')
+    cli.run(main)
