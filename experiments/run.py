@@ -53,7 +53,7 @@ def make_line(
     first_step = max(checkpoint.steps(workdir), default=0)  # above 0: a run that was resumed
     result = train_and_evaluate(config, str(workdir), **hooks)
     if choose:
-        evaluate_checkpoint(workdir, split='validation', choose=True, trusted=True)
+        evaluate_checkpoint(workdir, split='validation', fit=['postprocessing'], trusted=True)
         result = evaluate_checkpoint(workdir, split=result['data']['split'], trusted=True)
     return {
         'experiment': Path(workdir).name,

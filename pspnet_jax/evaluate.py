@@ -24,13 +24,16 @@ def main() -> None:
     from pspnet_jax.evaluation.protocol import evaluate_checkpoint
 
     options = flags.FLAGS
+    fitted = {
+        'postprocessing': options.choose_postprocessing,
+        'temperature': options.fit_temperature,
+    }
     evaluate_checkpoint(
         options.workdir,
         split=options.split,
         data=options.data,
         which=options.checkpoint,
-        fit=options.fit_temperature,
-        choose=options.choose_postprocessing,
+        fit=[name for name, asked in fitted.items() if asked],
         group=options.group,
         out=options.out,
         changes=prediction_changes(),

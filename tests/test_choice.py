@@ -162,7 +162,7 @@ def test_a_threshold_is_refused_for_more_than_two_classes(tmp_path):
 def chosen(trained, tmp_path, monkeypatch):
     """(workdir, evaluation, postprocessing.json) of a run whose choice departs from the config."""
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
-    result = protocol.evaluate_checkpoint(workdir, split='validation', choose=True)
+    result = protocol.evaluate_checkpoint(workdir, split='validation', fit=['postprocessing'])
     return workdir, result, json.loads((workdir / choice.KEPT).read_text())
 
 
@@ -268,7 +268,9 @@ def test_an_exported_file_says_what_was_chosen_and_is_not_in_it(chosen):
 def test_options_that_are_given_are_not_chosen(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     given = {'flip': True, 'threshold': 0.35, 'largest_component': True}
-    result = protocol.evaluate_checkpoint(workdir, split='validation', choose=True, changes=given)
+    result = protocol.evaluate_checkpoint(
+        workdir, split='validation', fit=['postprocessing'], changes=given
+    )
     kept = json.loads((workdir / choice.KEPT).read_text())
     assert kept['options'] == given | {'min_size': kept['options']['min_size']}
     assert {row['of'] for row in kept['best']} == {'min_size'}
@@ -278,7 +280,7 @@ def test_options_that_are_given_are_not_chosen(trained, tmp_path):
 @pytest.mark.slow
 def test_a_temperature_fitted_without_the_chosen_flip_is_not_applied(trained, tmp_path, caplog):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
-    protocol.evaluate_checkpoint(workdir, split='validation', fit=True)
+    protocol.evaluate_checkpoint(workdir, split='validation', fit=['temperature'])
     step = json.loads((workdir / calibration.KEPT).read_text())['step']
     views = settings.choice_views(tiny_config())
     options = OWN | {'flip': True}
@@ -287,7 +289,9 @@ def test_a_temperature_fitted_without_the_chosen_flip_is_not_applied(trained, tm
     assert predictor.config.predict.flip
     assert predictor.temperature == 1
     assert 'was fitted with other views (flip): not applied' in caplog.text
-    protocol.evaluate_checkpoint(workdir, split='validation', fit=True)  # with the chosen flip
+    protocol.evaluate_checkpoint(
+        workdir, split='validation', fit=['temperature']
+    )  # with the chosen flip
     assert json.loads((workdir / calibration.KEPT).read_text())['views']['flip']
     assert predictors.load(workdir).temperature != 1
 
@@ -310,4 +314,4 @@ def test_the_network_sees_each_slice_once_a_flip(rng):
 @pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
 def test_post_processing_is_chosen_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--choose_postprocessing is for'):
-        protocol.evaluate_checkpoint(tmp_path, choose=True, **where)
+        protocol.evaluate_checkpoint(tmp_path, fit=['postprocessing'], **where)

@@ -700,7 +700,7 @@ def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_pat
     workdir = tmp_path / 'run'
     shutil.copytree(trained[0], workdir)
     plain = protocol.evaluate_checkpoint(workdir, split='validation')
-    fitted = protocol.evaluate_checkpoint(workdir, split='validation', fit=True)
+    fitted = protocol.evaluate_checkpoint(workdir, split='validation', fit=['temperature'])
     kept = json.loads((workdir / 'temperature.json').read_text())
     assert kept['step'] == fitted['checkpoint']['step']
     assert kept['negative_log_likelihood'] < kept['without']
@@ -737,7 +737,7 @@ def test_views_are_what_changes_probabilities():
 @pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
 def test_a_temperature_is_fitted_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--fit_temperature is for'):
-        protocol.evaluate_checkpoint(tmp_path, fit=True, **where)
+        protocol.evaluate_checkpoint(tmp_path, fit=['temperature'], **where)
 
 
 def test_a_slice_of_nothing_but_ignored_pixels_counts_nowhere():

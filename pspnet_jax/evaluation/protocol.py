@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,37 +56,30 @@ def evaluate_checkpoint(
     split: str = '',
     data: str = '',
     which: str = '',
-    fit: bool = False,
-    choose: bool = False,
+    fit: Collection[str] = (),
     changes: Mapping[str, Any] = MappingProxyType({}),
     group: str | None = None,
     trusted: bool = False,
     loaded: Loaded | None = None,
     out: str | Path = '',
 ) -> dict[str, Any]:
-    """Evaluate; write evaluation.json, report.html and pictures; print the table.
+    """Evaluate; write evaluation.json, report.html and pictures to a folder; print the table.
 
-    They go to `out`, or to a folder a split or data set: WORKDIR/evaluation/test, or the name of
-    the folder `data`. What is in a folder is never replaced by the evaluation of other data. Of the
-    part that training evaluates, 'test' or where it is empty 'validation', evaluation.json and
-    report.html are copied to WORKDIR.
+    `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout.
+    Without it the data of the training are read, if this user trained on them on this machine or
+    says that the run is `trusted`: a run from elsewhere may name any folder. `split` is a part of
+    WORKDIR/splits.json; '' takes all of `data`, or 'test', or where that is empty 'validation'.
+    `group` replaces the run's `data.group`. `changes` to the config are those of `with_prediction`.
+    The folder is `out`, or that of `_results_folder`; evaluation.json and report.html of the part
+    that training evaluates are copied to WORKDIR.
 
-    `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
-    without it, the data set that the run was trained on, if this user did so on this machine or
-    says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
-    patients as WORKDIR/splits.json has them: '' takes those of 'test', where it is empty those of
-    'validation', and of `data` all. `group` says whose pictures of such a folder belong together,
-    in place of the run's `data.group`. `changes` are to the config, as `with_prediction`;
-    evaluation.json has the config as used. With `choose`, post-processing is chosen on the
-    validation patients first and kept in WORKDIR/postprocessing.json; see `with_choice` for when it
-    is applied. With `fit` the temperature is then fitted on these patients and kept in
-    WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
-    probabilities of that checkpoint.
-    `loaded` is what `sources.load` gave for that data set, where the caller has it. Returns what
-    evaluation.json holds.
+    `fit` lists what is fitted on the validation patients first, kept with the run, and applied to
+    that checkpoint by this and later calls: 'postprocessing' (`with_choice`, postprocessing.json)
+    and 'temperature' (temperature.json, for the same `views`). `loaded` is what `sources.load` gave
+    for that data set, where the caller has it. Returns what evaluation.json holds.
     """
-    if fit or choose:
-        _check_validation(split, data, '--choose_postprocessing' if choose else '--fit_temperature')
+    if fit:
+        _check_validation(fit, split, data)
     workdir, data = paths.local(workdir), data and os.path.abspath(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
@@ -94,8 +87,6 @@ def evaluate_checkpoint(
         split = split or _own_part(workdir)
         if not trusted:
             _check_known(config, split)
-    if group is not None and not _is_folder(config, data):
-        raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
     names, open_volumes, own = _volume_source(
         config, workdir, split, data, run.channels, run.measured, group, loaded
     )
@@ -103,7 +94,7 @@ def evaluate_checkpoint(
     folder = _results_folder(workdir, out, about | {'digest': run.digest}, bool(data))
     digests, program = [], _programs(run, config)
     options = evaluate_options(config, run.intensity)
-    if choose:
+    if 'postprocessing' in fit:
         tried = fitting.grid(config.predict, config.model.num_classes, given=changes)
         part = open_volumes(hosts.share(names))
         facts = choose_postprocessing(program, part, tried=tried, order=names, **options)
@@ -111,7 +102,7 @@ def evaluate_checkpoint(
         print(f'post-processing for step {step}: {choice.describe(facts)}')
     config, chosen = with_choice(run.config, workdir, step, changes)
     predict_fn = program(config.predict.flip)
-    if fit:
+    if 'temperature' in fit:
         facts = fit_temperature(predict_fn, open_volumes(), **options)
         _keep(calibration.save, workdir, step, views(config), split, facts)
         print(calibration.describe(facts, step))
@@ -139,18 +130,18 @@ def evaluate_checkpoint(
         command = _command(workdir, given | {'group': group, 'out': out or None} | changes)
         _write(workdir, folder, result, predict, open_volumes, config.loss.ignore_label, command)
         if own and not out:
-            for name in ('evaluation.json', 'report.html'):
-                with writing(workdir / name) as aside:
-                    shutil.copyfile(folder / name, aside)
+            _copy_to(workdir, folder)
     return result
 
 
 def _results_folder(
     workdir: Path, out: str | Path, about: Mapping[str, str], is_other: bool
 ) -> Path:
-    """The folder for what is evaluated, the same on all hosts, with ABOUT in it.
+    """The folder for what is evaluated, the same on all hosts, with ABOUT in it: `out`,
+    WORKDIR/evaluation/test or another part, or WORKDIR/evaluation/NAME of the folder of the data.
 
-    Raises ConfigError where `out` holds the evaluation of something else.
+    What is in a folder is never replaced by the evaluation of other data. Raises ConfigError where
+    `out` holds the evaluation of something else.
     """
     if not hosts.is_first():
         return Path(*hosts.gather([]))
@@ -198,12 +189,15 @@ def mark_seen(result: dict[str, Any]) -> None:
             row['seen'] = parts[0]
 
 
-def _check_validation(split: str, data: str, asked: str) -> None:
-    """Raise ConfigError where what is `asked` for would be fitted on other patients."""
+def _check_validation(fit: Collection[str], split: str, data: str) -> None:
+    """Raise ConfigError where `fit` would be fitted on other patients, and for an unknown one."""
+    flags = {'postprocessing': '--choose_postprocessing', 'temperature': '--fit_temperature'}
+    if isinstance(fit, str) or not set(fit) <= set(flags):
+        raise ConfigError(f'fit is {fit!r}: give a list of {" and ".join(map(repr, flags))}')
     if data or split != 'validation':
         raise ConfigError(
-            f'{asked} is for --split=validation only: what is fitted on other cases would be '
-            'tested on them'
+            f'{flags[min(fit)]} is for --split=validation only: what is fitted on other cases '
+            'would be tested on them'
         )
 
 
@@ -266,6 +260,12 @@ def _write(
     page = report.write(workdir, result, shown, command, folder=folder)
     print(table(result))
     say(f'written to {path} and {page}; pictures in {folder / "pictures"}')
+
+
+def _copy_to(workdir: Path, folder: Path) -> None:
+    for name in ('evaluation.json', 'report.html'):
+        with writing(workdir / name) as aside:
+            shutil.copyfile(folder / name, aside)
 
 
 def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
@@ -353,6 +353,8 @@ def _volume_source(
     time, or those of these, with the network's channels and intensities as `measured` says; and
     whether they are the part that training evaluates.
     """
+    if group is not None and not _is_folder(config, data):
+        raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
     kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
         where = sources.elsewhere(config, data) | {'group': sources.grouping(config, group)}

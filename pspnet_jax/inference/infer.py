@@ -188,6 +188,30 @@ def slide(
     return total_BHWK[:, top : top + H, left : left + W]
 
 
+def at_size(
+    program: Callable, refined: Callable | None, size: tuple[int, ...], boxed: bool
+) -> Callable[[dict[str, Any], np.ndarray], np.ndarray]:
+    """`program(variables, image_BHWC)` of images resized to `size`; what it gives is resized back.
+
+    `boxed` images keep their proportion and are padded; `refined` then refines what is inside.
+    """
+    # By half-pixel centres, as `volumes.resize_image`.
+    back = compilation.jit(functools.partial(resize, align_corners=False), static_argnums=1)
+
+    def predict(variables, image_BHWC):
+        own = image_BHWC.shape[1:3]
+        top, left, height, width = volumes.letterbox(own, size) if boxed else (0, 0, *size)
+        seen = np.stack([volumes.resize_image(x, (height, width)) for x in image_BHWC])
+        around = [(top, size[0] - top - height), (left, size[1] - left - width)]
+        prob_BHWK = program(variables, np.pad(seen, [(0, 0), *around, (0, 0)]))
+        prob_BHWK = prob_BHWK[:, top : top + height, left : left + width]
+        if boxed and refined:
+            prob_BHWK = refined(prob_BHWK, seen)
+        return np.asarray(back(prob_BHWK, own))
+
+    return predict
+
+
 def compile_predict(
     model: nn.Module,
     *,
@@ -233,34 +257,17 @@ def compile_predict(
     network = functools.partial(
         probabilities, model=model, ensemble=ensemble, scales=scales, flip=flip
     )
+    refined = on_devices(functools.partial(refine, **behind), split, split) if behind else None
     if not window:
         boxed = bool(size) and fit != 'stretch'  # then the CRF sees nothing of what is around them
-        program = on_devices(
-            functools.partial(network, crf_options=None if boxed else behind), whole, split
+        inside = None if boxed else behind
+        program = on_devices(functools.partial(network, crf_options=inside), whole, split)
+        return (
+            at_size(program, refined, size, boxed)
+            if size
+            else (lambda variables, image_BHWC: np.asarray(program(variables, image_BHWC)))
         )
-        crf_inside = (
-            on_devices(functools.partial(refine, **behind), split, split) if behind else None
-        )
-        back = compilation.jit(
-            functools.partial(resize, align_corners=False), static_argnums=1
-        )  # by half-pixel centres, as `volumes.resize_image` made it
-
-        def predict_whole(variables, image_BHWC):
-            if not size:
-                return np.asarray(program(variables, image_BHWC))
-            own = image_BHWC.shape[1:3]
-            top, left, height, width = volumes.letterbox(own, size) if boxed else (0, 0, *size)
-            seen = np.stack([volumes.resize_image(x, (height, width)) for x in image_BHWC])
-            around = [(top, size[0] - top - height), (left, size[1] - left - width)]
-            prob_BHWK = program(variables, np.pad(seen, [(0, 0), *around, (0, 0)]))
-            prob_BHWK = prob_BHWK[:, top : top + height, left : left + width]
-            if boxed and crf_inside:
-                prob_BHWK = crf_inside(prob_BHWK, seen)
-            return np.asarray(back(prob_BHWK, own))
-
-        return predict_whole
     on_tiles = on_devices(network, whole, split)
-    on_images = on_devices(functools.partial(refine, **behind), split, split) if behind else None
 
     def predict(variables, image_BHWC):
         prob_BHWK = slide(
@@ -270,6 +277,6 @@ def compile_predict(
             overlap=overlap,
             batch_size=batch_size,
         )
-        return np.asarray(on_images(prob_BHWK, image_BHWC)) if on_images else prob_BHWK
+        return np.asarray(refined(prob_BHWK, image_BHWC)) if refined else prob_BHWK
 
     return predict

@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,7 @@ from pspnet_jax.training.progress import (
     tell_network,
     tell_plan,
 )
-from pspnet_jax.training.start import (
-    as_before,
-    begin,
-    complete,
-    pretrained_file,
-)
+from pspnet_jax.training.start import Start, as_before, begin, complete, pretrained_file
 from pspnet_jax.training.update import AugmentFn, LossFn, TrainState, bind_step
 
 logger = logging.getLogger(__name__)
@@ -335,6 +330,24 @@ class Window:
         }
 
 
+def bind_hooks(config: ConfigDict, begun: Start, hooks: Hooks) -> Callable:
+    """`update.train_step` of the config, with the caller's functions."""
+    ours = {'augment_fn': hooks.augment_fn, 'loss_fn': hooks.loss_fn, 'teacher': begun.teacher}
+    return bind_step(config, begun.model, begun.tx, **ours)
+
+
+def compiled(
+    config: ConfigDict, size: int, placed, state: TrainState, batch, *, first: bool
+) -> tuple[Any, float]:
+    """The step for such a batch, and the MB it needs; the first one of a run is logged."""
+    if first:
+        logger.info('compiling the training step')
+    program, facts = placed.compile(state, batch)
+    if first:
+        tell_network(config, size, facts)
+    return program, facts['needed_mb']
+
+
 def run_steps(
     config: ConfigDict,
     workdir: str,
@@ -355,32 +368,27 @@ def run_steps(
     split = split | {name: volumes.measured(split[name], how) for name in ('train', 'validation')}
 
     # The step on all devices, the batches it eats, and what the loop carries.
-    given = {'augment_fn': hooks.augment_fn, 'loss_fn': hooks.loss_fn, 'teacher': begun.teacher}
-    step_fn, unread = bind_step(config, begun.model, begun.tx, **given), {}
+    step_fn, unread = bind_hooks(config, begun, hooks), {}
     placed, next_batch = loader(config, split['train'], step_fn, intensity, step, unread)
     predict = infer.compile_predict(begun.model, size=config.data.size, fit=config.data.fit)
     state, programs, needed = placed.put_state(state), {}, math.nan
+    tell_plan(config, len(split['train']), total, validate_every)
     pending, loss, skipped = [], math.nan, progress.get('skipped', 0)
 
-    # However the loop ends: closing waits for a checkpoint that is still being written, and
-    # the curves are drawn last, also those of a run that diverged.
+    # However the loop ends, the last checkpoint is written, and then the curves are drawn.
     with (
         contextlib.ExitStack() as end,
         faults.memory_explained(lambda: what_takes_memory(config, needed)),
         contextlib.closing(checkpoint.Writer(workdir)) as writer,
-        contextlib.closing(open_log(workdir, step, hooks.on_log)) as log,
+        contextlib.closing(open_log(workdir, step, hooks.on_log, begun.changed)) as log,
         faults.signals() as asked_to_stop,
         Progress(Pace(total, validate_every, step), train.batch_size) as shown,
     ):
         read = functools.partial(read_metrics, log=log, rate=begun.rate, config=config)
         save = functools.partial(checkpoint.save, writer, config=to_dict(config), inputs=inputs)
         end.callback(draw_curves, workdir)
-        if begun.changed:
-            log.scalars(step, {'config_changes': len(begun.changed)})
         end.callback(warn_of_unread, unread)
         window = Window(step)
-        if step >= total:
-            logger.info('training is complete: step %d of %d', step, total)
         while step < total and not out_of_patience(config, progress):
             # Start these updates, then read those before: the device never waits for the host.
             stops = (total, *((step // n + 1) * n for n in (validate_every, checkpoint_every)))
@@ -388,13 +396,9 @@ def run_steps(
             batch = placed.put_batch(next_batch(count))
             window.waited += time.perf_counter() - start
             if count not in programs:
-                if not programs:
-                    logger.info('compiling the training step')
-                programs[count], facts = placed.compile(state, batch)
-                if len(programs) == 1:
-                    tell_network(config, begun.size, facts)
-                    tell_plan(config, len(split['train']), total, validate_every)
-                needed, window = facts['needed_mb'], Window(step)
+                given = config, begun.size, placed, state, batch
+                programs[count], needed = compiled(*given, first=not programs)
+                window = Window(step)
                 shown.pace.skip(step)
             state, metrics = programs[count](state, batch)
             loss, skipped = read(pending, loss, skipped)
@@ -413,12 +417,10 @@ def run_steps(
             pending, dice, whole = [], None, placed.get_state(state)
             if validates and len(split['validation']):
                 dice = validate_volumes(predict, whole, split['validation'], intensity, config, log)
-                shown.pace.finish_validation()
                 progress = ranked(progress, dice, step)
                 shown.tell_validation(step, dice, progress)
-            progress = {**progress, 'skipped': skipped}
             log.flush()
-            save(step, whole, progress=progress, dice=dice)
+            save(step, whole, progress={**progress, 'skipped': skipped}, dice=dice)
             if dice is not None:
                 hooks.on_validation(step, dice, whole)
             if stop:
@@ -428,8 +430,12 @@ def run_steps(
             shown.pace.skip(step)
 
 
-def open_log(workdir: str, first_step: int, on_log: Callable) -> MetricLog | Silent:
-    return MetricLog(workdir, first_step, on_log) if hosts.is_first() else Silent()
+def open_log(workdir: str, step: int, on_log: Callable, changed: Mapping) -> MetricLog | Silent:
+    """The log from `step` on, with the number of knobs that were `changed` since the checkpoint."""
+    log = MetricLog(workdir, step, on_log) if hosts.is_first() else Silent()
+    if changed:
+        log.scalars(step, {'config_changes': len(changed)})
+    return log
 
 
 def ranked(progress: dict[str, Any], dice: float, step: int) -> dict[str, Any]:

@@ -186,6 +186,7 @@ class Progress:
         best, at = f'best {progress["best_dice"]:.4f}', progress.get('best_step')
         if at is not None:  # older checkpoints do not say
             best = 'the best so far' if at == step else f'{best} at step {at}'
+        self.pace.finish_validation()
         found = f'{dice:.4f}, {best}' if dice >= 0 else 'undefined: no case has a structure'
         left = '' if step == self.pace.total else f'; {self.left()} left'
         logger.info('step %d of %d: validation Dice %s%s', step, self.pace.total, found, left)

@@ -196,7 +196,8 @@ def begin(
     )
     step, now = int(state.step), to_dict(config)
     if before is not None:
-        logger.info('resuming at step %d of %d', step, steps)
+        told = 'resuming at' if step < steps else 'training is complete:'
+        logger.info('%s step %d of %d', told, step, steps)
     hosts.check_same({'the first step': step, **now})
     teacher = taught = None
     if config.distill.teacher:
