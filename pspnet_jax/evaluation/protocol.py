@@ -78,15 +78,13 @@ def evaluate_checkpoint(
     and 'temperature' (temperature.json, for the same `views`). `loaded` is what `sources.load` gave
     for that data set, where the caller has it. Returns what evaluation.json holds.
     """
-    if fit:
-        _check_validation(fit, split, data)
+    _check_validation(fit, split, data)
     workdir, data = paths.local(workdir), data and os.path.abspath(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
-    if not data:
-        split = split or _own_part(workdir)
-        if not trusted:
-            _check_known(config, split)
+    split = split or ('' if data else _own_part(workdir))
+    if not (data or trusted):
+        _check_known(config, split)
     names, open_volumes, own = _volume_source(
         config, workdir, split, data, run.channels, run.measured, group, loaded
     )
@@ -117,12 +115,12 @@ def evaluate_checkpoint(
         order=names,
     )
     result['data'] |= about
+    result['postprocessing'] = chosen
     if data:
         result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)), words_for(result))
     mark_seen(result)
-    result['postprocessing'] = chosen
-    passed_over = {str(n): reason for n, reason in run.passed_over.items()}
-    result['checkpoint'] = {'step': step, 'passed_over': passed_over, 'config': to_dict(config)}
+    passed = {str(n): reason for n, reason in run.passed_over.items()}
+    result['checkpoint'] = {'step': step, 'passed_over': passed, 'config': to_dict(config)}
     if hosts.is_first():
         given = {'batching': options['batching'], 'temperature': temperature, **labels}
         predict = functools.partial(predict_foreground, predict_fn, **given)
@@ -194,7 +192,7 @@ def _check_validation(fit: Collection[str], split: str, data: str) -> None:
     flags = {'postprocessing': '--choose_postprocessing', 'temperature': '--fit_temperature'}
     if isinstance(fit, str) or not set(fit) <= set(flags):
         raise ConfigError(f'fit is {fit!r}: give a list of {" and ".join(map(repr, flags))}')
-    if data or split != 'validation':
+    if fit and (data or split != 'validation'):
         raise ConfigError(
             f'{flags[min(fit)]} is for --split=validation only: what is fitted on other cases '
             'would be tested on them'
