@@ -152,7 +152,7 @@ def test_evaluation_changes_memory_spacing_and_tolerance_of_a_runs_config(monkey
         ('--config.model.width=4', 'model.width is fixed by training: you can change eval.batch'),
         (
             '--config.eval.checkpoint=last',
-            'eval.checkpoint has a flag of its own: give --checkpoint',
+            'eval.checkpoint has its own flag: give --checkpoint',
         ),
         ('--config=lgg', '--config is fixed by training'),
         ('--config.eval.batchsize=4', 'eval.batchsize is not a key: did you mean eval.batch_size'),

@@ -64,7 +64,7 @@ def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
     ('key', 'value', 'words'),
     [
         ('data.threads', 0, 'data.threads is 0: it must be a whole number of at least 1'),
-        ('model.num_classes', 1, 'background is a class too, one structure needs 2'),
+        ('model.num_classes', 1, 'background is a class too, so one structure needs 2'),
         ('train.batch_size', 0, 'train.batch_size is 0: it must be a whole number of at least 1'),
         ('augment.flip', 1.5, 'augment.flip is 1.5: it must be a number from 0 to 1'),
         ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),

@@ -1,12 +1,12 @@
-"""Your own pictures and masks: FOLDER/images and FOLDER/masks, paired by name.
+"""Your own images and masks: FOLDER/images and FOLDER/masks, paired by name.
 
   python -m pspnet_jax.main --config=configs/folder.py --config.data.source=FOLDER
   python -m pspnet_jax.main --config=configs/folder.py:unet --config.data.source=FOLDER \\
       --config.data.group='(.+)_[0-9]+' --config.train.epochs=100
 
-The argument is a network's name and a recipe of augmentation, as in configs/lgg.py; backbones start
-from ImageNet weights, as there, with --config.model.pretrained='' from random ones. `python -m
-pspnet_jax.check` with the same flags says what is wrong with the data before training.
+The argument is a network's name and an augmentation recipe, as in configs/lgg.py. Backbones start
+from ImageNet weights, or from random ones with --config.model.pretrained=''. `python -m
+pspnet_jax.check` with the same flags prints what is wrong with the data before training.
 """
 
 from ml_collections.config_dict import placeholder
@@ -19,7 +19,7 @@ def get_config(arg: str = ''):
     config.data.name = 'folder'
     lgg.choose_network(config, arg)
     config.train.batch_size = 8
-    # Found out at the start, printed, and kept with the run (training/start.py).
+    # Chosen from the data at the start, printed, and stored with the run (training/start.py).
     config.model.num_classes = placeholder(int)
     config.train.epochs = placeholder(float)
     config.optim.learning_rate = placeholder(float)
