@@ -229,8 +229,8 @@ def test_every_knob_is_described_where_it_is_defined():
     assert set(told) == set(rules.RULES)
     assert all(told.values())
     assert told['model.pretrained'].startswith('Weights of the backbone')
-    assert told['data.images'].endswith('of a folder those of such names')
-    assert told['predict.overlap'] == 'of neighbouring tiles, share of the window'
+    assert told['data.images'].endswith('selects files of a folder by name')
+    assert told['predict.overlap'] == 'of neighbouring tiles, as a share of the window'
 
 
 def test_a_limit_is_of_a_knob():

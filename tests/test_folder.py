@@ -715,7 +715,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
         write(tmp_path, f'p{n}')
     check.check(config_of(tmp_path), tmp_path / 'out')
     printed = capsys.readouterr().out
-    assert 'no fault found' in printed
+    assert 'no faults found' in printed
     assert '40x48x3 uint8: 8' in printed
     sheet = np.array(Image.open(tmp_path / 'out' / 'contact_sheet.png'))
     assert sheet.shape[0] > 3 * (check.CELL + check.NAME)
@@ -724,7 +724,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
     image = np.array(Image.open(tmp_path / 'images' / f'{a}.png')).astype(int)
     noisy = np.clip(image + rng.integers(-3, 4, image.shape), 0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(tmp_path / 'images' / f'{b}.png')
-    with pytest.raises(DataError, match=f'{a} and {b} are in two parts'):
+    with pytest.raises(DataError, match=f'{a} and {b} are in different parts'):
         check.check(config_of(tmp_path), tmp_path / 'out')
 
 
@@ -833,7 +833,7 @@ def test_three_classes_and_two_sizes_pass_the_check_with_no_option(tmp_path, cap
         image = np.random.default_rng(n).integers(0, 255, (*size, 3)).astype(np.uint8)
         write(tmp_path, f'p{n:02}', image, LABELS if n % 2 else LABELS.T)
     check.check(own_config(tmp_path), tmp_path / 'out')
-    assert 'no fault found' in capsys.readouterr().out
+    assert 'no faults found' in capsys.readouterr().out
 
 
 def test_what_the_config_leaves_open_is_found_out_and_kept(tmp_path, caplog):
@@ -896,7 +896,7 @@ def test_an_expression_that_never_ends_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ('pixels', 'classes', 'words'),
     [
-        ({0: 9}, 2, 'of any class but 0: look at a mask, and say what its values are'),
+        ({0: 9}, 2, 'all pixels are of class 0: look at a mask, and describe its values'),
         ({0: 9, 2: 1}, 3, 'class 1: if there is none, number the others without a gap, '
          'data.label_map="{2: 1}" with model.num_classes=2'),
         ({0: 9, 1: 1, 255: 3}, 3, 'class 2: lower model.num_classes to 2'),
