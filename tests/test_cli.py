@@ -73,7 +73,7 @@ BAD = [
         [PHANTOM, '--config.parallel=pmap', '--config.train.accumulate=8', TWO_SLICES],
         'train.batch_size 2 is not a multiple of train.accumulate 8',
     ),
-    ('evaluate', ['--workdir=gs://bucket/run'], 'is an address (gs://...), not a folder of'),
+    ('evaluate', ['--workdir=gs://bucket/run'], 'is an address (gs://...), not a local folder'),
     ('evaluate', ['--workdir=~nobody-of-that-name/run'], 'give the path without ~'),
 ]
 

@@ -80,7 +80,7 @@ def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
         (
             'model.dropout',
             2.0,
-            'model.dropout is 2.0: it must be None (pspnet_jax/config/base.py says what that is)',
+            'model.dropout is 2.0: it must be None (see pspnet_jax/config/base.py)',
         ),
         (
             'loss.top_k_share',
@@ -89,7 +89,7 @@ def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
         ),
         ('model.deep_supervision', True, 'deep_supervision is of U-Nets, not of pspnet: leave it'),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
-        ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and goes before it'),
+        ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and takes precedence'),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
@@ -115,10 +115,10 @@ def test_a_label_map_is_a_knob_of_the_command_line_and_survives_json(monkeypatch
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'data.label_map': {'a': 1}}, "data.label_map is {'a': 1}: it must be None or values of"),
-        ({'data.label_map': '{4: 3'}, "data.label_map is '{4: 3': it must be None or values of"),
-        ({'data.label_map': {4: 300}}, 'it must be None or values of the masks'),
-        ({'data.label_map': {}}, 'it must be None or values of the masks'),
+        ({'data.label_map': {'a': 1}}, "data.label_map is {'a': 1}: it must be None or a mapping from"),
+        ({'data.label_map': '{4: 3'}, "data.label_map is '{4: 3': it must be None or a mapping from"),
+        ({'data.label_map': {4: 300}}, 'it must be None or a mapping from mask values'),
+        ({'data.label_map': {}}, 'it must be None or a mapping from mask values'),
         ({'data.mask_name': '*'}, 'data.mask_name is'),
         (
             {'data.label_map': {4: 3}, 'data.mask_colors': ('#000000', '#ffffff')},
@@ -136,7 +136,7 @@ def test_a_threshold_is_for_two_classes():
     config = tiny_config(**{'predict.threshold': 0.4})
     rules.validate(config)
     config.model.num_classes = 3
-    with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, the model has 3'):
+    with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, but the model has 3'):
         rules.validate(config)
 
 

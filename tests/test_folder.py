@@ -897,7 +897,7 @@ def test_an_expression_that_never_ends_is_refused(monkeypatch):
     ('pixels', 'classes', 'words'),
     [
         ({0: 9}, 2, 'all pixels are of class 0: look at a mask, and describe its values'),
-        ({0: 9, 2: 1}, 3, 'class 1: if there is none, number the others without a gap, '
+        ({0: 9, 2: 1}, 3, 'class 1: if there is no such class, number the others without a gap, '
          'data.label_map="{2: 1}" with model.num_classes=2'),
         ({0: 9, 1: 1, 255: 3}, 3, 'class 2: lower model.num_classes to 2'),
     ],

@@ -78,8 +78,7 @@ def test_the_plan_has_epochs_that_can_be_read(told, steps, epochs):
     config.train.batch_size = 4
     progress.tell_plan(config, 28, steps, 20)
     assert told() == [
-        f'plan: {steps} steps of 4 images, {epochs} epochs, validation every {min(steps, 20)} '
-        'steps'
+        f'plan: {steps} steps of 4 images, {epochs} epochs, validation every {min(steps, 20)} steps'
     ]
 
 
