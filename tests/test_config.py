@@ -115,8 +115,14 @@ def test_a_label_map_is_a_knob_of_the_command_line_and_survives_json(monkeypatch
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'data.label_map': {'a': 1}}, "data.label_map is {'a': 1}: it must be None or a mapping from"),
-        ({'data.label_map': '{4: 3'}, "data.label_map is '{4: 3': it must be None or a mapping from"),
+        (
+            {'data.label_map': {'a': 1}},
+            "data.label_map is {'a': 1}: it must be None or a mapping from",
+        ),
+        (
+            {'data.label_map': '{4: 3'},
+            "data.label_map is '{4: 3': it must be None or a mapping from",
+        ),
         ({'data.label_map': {4: 300}}, 'it must be None or a mapping from mask values'),
         ({'data.label_map': {}}, 'it must be None or a mapping from mask values'),
         ({'data.mask_name': '*'}, 'data.mask_name is'),
@@ -136,7 +142,9 @@ def test_a_threshold_is_for_two_classes():
     config = tiny_config(**{'predict.threshold': 0.4})
     rules.validate(config)
     config.model.num_classes = 3
-    with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, but the model has 3'):
+    with pytest.raises(
+        ConfigError, match=r'predict.threshold is for two classes, but the model has 3'
+    ):
         rules.validate(config)
 
 

@@ -764,10 +764,10 @@ def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained,
         predictors.load([trained[0], other])
     imagenet = {'mean': [1.0] * 3, 'std': [1.0] * 3, 'trained_order': 'RGB'}
     other = save_run(tmp_path / 'weights', tiny_config(), imagenet)
-    with pytest.raises(CheckpointError, match='normalised in two ways'):
+    with pytest.raises(CheckpointError, match='normalised differently'):
         predictors.load([trained[0], other])
     other = save_run(tmp_path / 'buda', tiny_config(), 'buda')
-    with pytest.raises(CheckpointError, match='normalised in two ways'):
+    with pytest.raises(CheckpointError, match='normalised differently'):
         predictors.load([trained[0], other])
     names = tiny_config(**{'model.class_names': ('background', 'lesion')})
     named = save_run(tmp_path / 'names', names)
