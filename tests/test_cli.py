@@ -292,7 +292,7 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     assert len(list((tmp_path / 'three').rglob('*_outline.png'))) == 4
     done = run('predict', *three, '--save=outline', f'--input={tmp_path}/raw/*/*_1.tif')
     assert done.returncode == 0, done.stderr
-    assert '2 finished before are left as they are' in done.stdout
+    assert '2 file(s) were finished before' in done.stdout
 
 
 def test_a_config_of_the_package_is_named_without_a_path(monkeypatch, tmp_path):
