@@ -764,7 +764,7 @@ def test_mixed_sizes_get_one_near_their_median(tmp_path, caplog):
     write(tmp_path, 'wide', np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), np.uint8))
     with caplog.at_level('INFO'):
         check.check(config_of(tmp_path), tmp_path / 'out')
-    assert 'images of 2 sizes are resized to 32x64, in proportion' in caplog.text
+    assert 'images of 2 sizes are resized to 32x64 for the network, keeping their' in caplog.text
     caplog.clear()
     check.check(config_of(tmp_path, **{'data.size': (32, 32)}), tmp_path / 'out')
     assert 'sizes are resized' not in caplog.text
@@ -897,7 +897,7 @@ def test_an_expression_that_never_ends_is_refused(monkeypatch):
     ('pixels', 'classes', 'words'),
     [
         ({0: 9}, 2, 'all pixels are of class 0: look at a mask, and describe its values'),
-        ({0: 9, 2: 1}, 3, 'class 1: if there is no such class, number the others without a gap, '
+        ({0: 9, 2: 1}, 3, 'class 1: if there is no such class, number the others without a gap: '
          'data.label_map="{2: 1}" with model.num_classes=2'),
         ({0: 9, 1: 1, 255: 3}, 3, 'class 2: lower model.num_classes to 2'),
     ],
