@@ -193,7 +193,7 @@ def test_a_choice_is_kept_with_the_run_applied_and_reported(chosen, capsys, capl
     assert f'{workdir / choice.KEPT}: ' in caplog.text
     assert words in capsys.readouterr().out.splitlines()[-2]
     assert words in (workdir / 'report.html').read_text()
-    assert 'too good' not in (workdir / 'report.html').read_text()
+    assert 'too optimistic' not in (workdir / 'report.html').read_text()
     written = json.loads((workdir / 'evaluation.json').read_text())
     assert written['postprocessing'] == test['postprocessing']
 

@@ -287,7 +287,7 @@ def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
     paths.remember(sources.places(config))  # as training does
     assert patients() == (['c', 'd'], 'test')
     paths.remember([str(n) for n in range(paths.MOST_KNOWN)])
-    with pytest.raises(DataError, match='no training of yours on this machine has read: if'):
+    with pytest.raises(DataError, match='you have not used for training on this machine: if'):
         patients()
 
 

@@ -29,7 +29,7 @@ def describe(facts: Mapping[str, Any], split: str = '') -> str:
         f'{options}, chosen on {facts["patients"]} validation cases (their Dice {dice}, '
         f'{without} without)'
         + (f'; {given} as given' if given else '')
-        + ('; the metrics are of these cases, so they are too good' * (split == 'validation'))
+        + ('; the results are of these cases, so too optimistic' * (split == 'validation'))
     )
 
 
