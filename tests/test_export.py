@@ -305,7 +305,7 @@ def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fm
     save_published(tmp_path / 'eight')
     np.testing.assert_allclose(expected_of(tmp_path / 'eight', eight), expected, atol=1e-4)
     if fmt == 'savedparams':
-        with pytest.raises(DataError, match='the image has 8 bits, the run was trained on'):
+        with pytest.raises(DataError, match='the image has 8 bits, but the run was trained on'):
             predict(eight)
 
 

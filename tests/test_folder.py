@@ -212,7 +212,7 @@ def test_masks_of_other_names_are_hinted_at_and_paired_by_the_rule(tmp_path, rul
     with pytest.raises(DataError) as caught:
         folder.load(tmp_path)
     (fault,) = caught.value.faults
-    assert 'no picture of' in fault
+    assert 'no image in' in fault
     assert f'{rule.removesuffix(".png")}' in fault
     slices = folder.load(tmp_path, mask_name=rule)
     assert slices.patient.tolist() == ['a1', 'b2', 'c3']
@@ -225,7 +225,7 @@ def test_pictures_and_masks_in_one_folder(tmp_path):
     for path in (tmp_path / 'masks').iterdir():
         path.rename(tmp_path / 'images' / path.name)
     options = {'images': ('.',), 'masks': '.'}
-    with pytest.raises(DataError, match=r'holds pictures and masks: say how.*{stem}_mask'):
+    with pytest.raises(DataError, match=r'holds both images and masks: tell how.*{stem}_mask'):
         folder.load(tmp_path / 'images', **options)
     slices = folder.load(tmp_path / 'images', **options, mask_name='{stem}_mask')
     assert slices.patient.tolist() == ['a1', 'b2']
@@ -260,7 +260,7 @@ def test_channels_in_one_folder_by_their_names(tmp_path, rng):
     assert slices.patient.tolist() == ['liver_1', 'liver_2']
     both = np.dstack([images['liver_2_0000'], images['liver_2_0001']])
     np.testing.assert_array_equal(slices.read(1)[0], both)
-    with pytest.raises(DataError, match=r'{stem}_x names no picture of .*images'):
+    with pytest.raises(DataError, match=r'{stem}_x matches no image in .*images'):
         folder.load(tmp_path, images=('images/{stem}_x',))
 
 
@@ -293,7 +293,7 @@ def test_grey_pictures_among_rgb_ones_have_three_equal_channels(tmp_path, rng, c
     write(tmp_path, 'p2', image=colour.astype(np.uint8))
     with caplog.at_level('INFO'):
         slices = folder.load(tmp_path, group=group)
-    assert 'grey is taken as three equal channels' in caplog.text
+    assert 'grey becomes three equal channels' in caplog.text
     assert slices.channels == 3
     np.testing.assert_array_equal(slices.read(0)[0], np.dstack([grey] * 3))
     np.testing.assert_array_equal(slices.read(1)[0], colour)
@@ -331,7 +331,7 @@ def test_where_turned_and_unturned_are_of_one_size_it_is_said(tmp_path, caplog):
     turn(tmp_path, 'a', 3)
     folder.load(tmp_path)
     assert '1 pictures' in caplog.text
-    assert 'turned or mirrored by their EXIF orientation and read upright' in caplog.text
+    assert 'rotated or mirrored by their EXIF orientation and read upright' in caplog.text
 
 
 def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
@@ -341,8 +341,8 @@ def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
         folder.load(tmp_path, group='(.+)_')
         assert not caplog.records
         folder.load(tmp_path)
-    assert 'no data.group: each of 2 pictures counts as a patient of its own' in caplog.text
-    assert 'the figures will be too good' in caplog.text
+    assert 'no data.group: each of 2 images counts as a separate patient' in caplog.text
+    assert 'results will be too optimistic' in caplog.text
 
 
 def scans_of(slices):
@@ -358,7 +358,7 @@ def test_pictures_of_a_patient_are_a_volume_where_their_slices_are_numbered(tmp_
         write(tmp_path, name, image=np.full((40, 48, 3), int(name[2:]), np.uint8))
     apart = folder.load(tmp_path, group='(.)_')
     assert scans_of(apart) == {'p': [[0], [1], [2]], 'q': [[0], [1], [2]]}
-    assert '2 of 2 patients have several files; distances and components are of each' in caplog.text
+    assert '2 of 2 patients have several files; distances and components are per' in caplog.text
     assert 'data.group="(.+)_(?P<slice>[0-9]+)"' in caplog.text
     alone = folder.load(tmp_path)
     assert all(rows == [[0]] for rows in scans_of(alone).values())
@@ -369,7 +369,7 @@ def test_pictures_of_a_patient_are_a_volume_where_their_slices_are_numbered(tmp_
     assert p.image[:, 0, 0, 0].tolist() == [1, 2, 10]  # in the order of their numbers
     assert scans_of(numbered) == {'p': [[0, 1], [2]], 'q': [[0, 1], [2]]}  # gaps part them
     assert q.mask.shape[0] == 3
-    assert 'slices of 2 volumes, by their numbers; 2 lack some' in caplog.text
+    assert 'numbered slices of 2 volumes; 2 of them have gaps' in caplog.text
 
     table = tmp_path / 'patients.csv'
     rows = [f'{patient}_{n},{patient},{i}' for patient, numbers in
@@ -386,7 +386,7 @@ def test_slices_that_are_no_number_or_there_twice_are_named(tmp_path):
     with pytest.raises(DataError) as caught:
         folder.load(tmp_path, group='(.)_(?P<slice>.+)')
     assert 'p_01 and p_1 are both slice 1' in str(caught.value)
-    assert "p_x is slice 'x' by data.group: it must be a number" in str(caught.value)
+    assert "p_x has the slice number 'x' by data.group, which is not a number" in str(caught.value)
 
 
 def test_each_volume_of_a_patient_is_a_scan(tmp_path):
@@ -423,7 +423,7 @@ def test_patients_by_expression_and_by_table(tmp_path):
     table.write_text('stem,patient\np1_a,x\n')
     with pytest.raises(DataError, match='p1_b has no patient'):
         folder.load(tmp_path, group=str(table))
-    for group, words in (('(', 'no regular expression'), ('p', 'has no group')):
+    for group, words in (('(', 'is not a regular expression'), ('p', 'has no group')):
         with pytest.raises(DataError, match=words):
             folder.load(tmp_path, group=group)
 
@@ -436,7 +436,7 @@ def test_folders_stack_as_channels(tmp_path, rng):
     image, _ = folder.load(tmp_path, images=('flair', 't1')).read(0)
     np.testing.assert_array_equal(image, np.dstack([images['flair'], images['t1']]))
     Image.new('L', (48, 40)).save(tmp_path / 't1' / 'b.png')
-    with pytest.raises(DataError, match=r'b is in .*t1 and not in .*flair'):
+    with pytest.raises(DataError, match=r'b is in .*t1 but not in .*flair'):
         folder.load(tmp_path, images=('flair', 't1'))
 
 
@@ -625,7 +625,7 @@ def test_regions_on_a_stack_of_pages_are_refused(tmp_path):
     pages[0].save(tmp_path / 'images' / 'a.tif', save_all=True, append_images=pages[1:])
     text = (tmp_path / masks).read_text()
     (tmp_path / masks).write_text(text.replace('a.png', 'a.tif'))
-    with pytest.raises(DataError, match=r'a\.tif has 3 slices, and regions are drawn on one'):
+    with pytest.raises(DataError, match=r'a\.tif has 3 slices, but regions are drawn on one'):
         folder.load(tmp_path, masks=masks, num_classes=4)
 
 
@@ -664,7 +664,7 @@ def test_the_range_of_what_has_not_8_bits_is_measured(tmp_path, rng):
 
 
 def test_missing_folders_and_empty_ones_are_named(tmp_path):
-    with pytest.raises(DataError, match='put the pictures into'):
+    with pytest.raises(DataError, match='put the images into'):
         folder.load(tmp_path)
     (tmp_path / 'images').mkdir()
     with pytest.raises(DataError, match='neither a folder of masks nor a file'):
@@ -871,9 +871,7 @@ def test_images_of_two_kinds_have_no_one_scale(tmp_path, rng):
         write(tmp_path, f'p{n}', rng.integers(0, 255, (40, 48)).astype(np.uint8))
     write(tmp_path, 'deep', rng.integers(0, 4096, (40, 48)).astype(np.uint16))
     check.check(config_of(tmp_path), tmp_path / 'out')
-    with pytest.raises(
-        DataError, match=r'6 of 7 patients have images of 8 bits \(p0\), the others'
-    ):
+    with pytest.raises(DataError, match=r'6 of 7 patients have 8-bit images \(p0\), the others'):
         check.check(config_of(tmp_path, **{'data.normalize': 'weights'}), tmp_path / 'out')
 
 

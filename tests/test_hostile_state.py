@@ -297,7 +297,7 @@ def test_a_built_data_set_names_code_in_vain_and_is_refused_where_damaged(
     refused(lgg.load, '', str(copied), kind=DataError, match='remove the folder')
     record.write_bytes(data)
     os.mkfifo(features.with_name('pipe'))
-    refused(lgg.load, '', str(copied), kind=DataError, match='pipe is no file')
+    refused(lgg.load, '', str(copied), kind=DataError, match='pipe is not a file')
 
 
 @pytest.mark.parametrize(

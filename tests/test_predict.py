@@ -581,7 +581,7 @@ def test_channels_are_stacked_as_the_run_reads_them(predictor, tmp_path, rng):
         stems={path: path for path in first},
         channels=stacks,
     )
-    assert 'has 1 channels, the network takes 2' in fault
+    assert 'has 1 channels, but the network takes 2' in fault
 
 
 def test_channels_by_name_are_grouped_by_the_cases_name_and_counted(bright_run, tmp_path, capsys):
@@ -781,12 +781,12 @@ def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained,
 def test_channels_that_do_not_fit_are_named(trained, tmp_path, predictor):
     np.save(tmp_path / 'four.npy', np.zeros((1, 32, 32, 4), np.uint8))
     (fault,) = folders.predict_files(trained[0], tmp_path, tmp_path / 'out')
-    assert 'four.npy has 4 channels, the network takes 3' in fault
+    assert 'four.npy has 4 channels, but the network takes 3' in fault
     grey = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1)
     colour = volumes.fit_channels(grey, 3, 'x')
     assert (colour == grey).all()
     np.testing.assert_array_equal(volumes.fit_channels(colour, 1, 'x'), grey)
-    with pytest.raises(DataError, match='x has 3 channels, the network takes 1'):
+    with pytest.raises(DataError, match='x has 3 channels, but the network takes 1'):
         volumes.fit_channels(colour * np.uint8([1, 2, 1]), 1, 'x')
     with pytest.raises(DataError, match='is not an image'):
         predictors.predict_array(predictor, np.zeros(5))
@@ -856,13 +856,13 @@ def test_a_run_on_12_bits_by_weights_keeps_their_range_and_takes_no_others(tmp_p
     np.testing.assert_array_equal(predictor.intensity, IMAGENET.intensity(1, scale))
     noise(tmp_path / 'eight.png', (48, 48))
     (fault,) = folders.predict_files(workdir, tmp_path / 'eight.png', tmp_path / 'out')
-    assert 'eight.png has 8 bits, the run was trained on images with values of about' in fault
+    assert 'eight.png has 8 bits, but the run was trained on images with values of about' in fault
     with pytest.raises(DataError, match=r'an array of shape \(48, 48\) has 8 bits'):
         predictors.predict_array(predictor, np.zeros((48, 48), np.uint8))
     for n in range(3):
         (root / 'images' / f'p{n}.png').unlink()
         noise(root / 'images' / f'p{n}.png', (48, 48))
-    with pytest.raises(DataError, match=r'3 of 8 patients have images of 8 bits \(p'):
+    with pytest.raises(DataError, match=r'3 of 8 patients have 8-bit images \(p'):
         loop.train_and_evaluate(config, str(tmp_path / 'mixed'))
 
 
