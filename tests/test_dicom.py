@@ -79,7 +79,7 @@ def test_a_dicom_series_is_a_volume(tmp_path, rng):
     with pytest.raises(DataError, match='2 DICOM series'):
         formats.read(folder)
     save_dicom(folder / 'IM0', stored[3], position=(-10.0, 20.0, 110.0))
-    with pytest.raises(DataError, match='the same place'):
+    with pytest.raises(DataError, match='the same position'):
         formats.read(folder)
 
 

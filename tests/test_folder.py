@@ -124,7 +124,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
         folder.load(tmp_path)
     message = str(caught.value)
     assert message.startswith('4 fault(s)')
-    for words in ('a.png has no mask', 'z.png has no image', 'b.png', 'c.png are not of one size'):
+    for words in ('a.png has no mask', 'z.png has no image', 'b.png', 'c.png have different sizes'):
         assert words in message
 
 
@@ -144,7 +144,7 @@ def test_a_fault_in_the_values_hides_no_other(tmp_path):
         'masks have the values 0, 7, 255',
         'b.png is not a readable picture',
         'c.png is not a readable picture',
-        'd.png are not of one size',
+        'd.png have different sizes',
         'e.png has no mask',
     ):
         assert words in str(caught.value)
@@ -316,7 +316,7 @@ def turn(root, name, orientation):
 def test_a_mask_that_is_not_turned_as_its_picture_names_exif(tmp_path):
     write(tmp_path, 'a')
     turn(tmp_path, 'a', 6)
-    with pytest.raises(DataError, match=r'a\.png is turned by its EXIF orientation \(6\)') as told:
+    with pytest.raises(DataError, match=r'a\.png is rotated by its EXIF orientation \(6\)') as told:
         folder.load(tmp_path)
     assert 'exiftool -Orientation=' in str(told.value)
     upright = np.rot90(LABELS == 1, -1) * np.uint8(255)
@@ -582,9 +582,9 @@ def test_a_json_beside_masks_is_not_taken_for_annotations(tmp_path, caplog):
     with caplog.at_level('INFO'):
         (mask,) = masks_of(folder.load(tmp_path))
     np.testing.assert_array_equal(mask, LABELS == 1)
-    assert "passed over: other .json beside masks (2): 'a.json', 'dataset.json'" in caplog.text
+    assert "skipped: other .json files among masks (2): 'a.json', 'dataset.json'" in caplog.text
     (tmp_path / 'masks' / 'a.png').unlink()
-    with pytest.raises(DataError, match='none of VIA 1 or 2'):
+    with pytest.raises(DataError, match='is not VIA 1 or 2'):
         folder.load(tmp_path)
 
 
@@ -595,11 +595,11 @@ def test_pictures_beside_labelme_files_are_counted_unless_they_are_the_images(tm
     with caplog.at_level('INFO'):
         slices = folder.load(tmp_path, masks='images')
     np.testing.assert_array_equal(masks_of(slices)[0], squares('tumor') > 0)
-    assert 'passed over: pictures' not in caplog.text
+    assert 'skipped: images' not in caplog.text
     Image.new('L', (48, 40)).save(tmp_path / 'drawn' / 'reader' / 'a.png')
     with caplog.at_level('INFO'):
         folder.load(tmp_path, masks='drawn')
-    assert "passed over: pictures beside labelme files (1): 'a.png'" in caplog.text
+    assert "skipped: images among labelme files (1): 'a.png'" in caplog.text
 
 
 def test_what_is_odd_in_a_drawing_is_in_the_log(tmp_path, caplog):
@@ -611,9 +611,9 @@ def test_what_is_odd_in_a_drawing_is_in_the_log(tmp_path, caplog):
     with caplog.at_level('INFO'):
         folder.load(tmp_path, masks=masks, num_classes=4)
     for words in (
-        "'a.png', annotation 1 reaches 9.0 pixels out of the picture: clipped",
+        "'a.png', annotation 1 reaches 9.0 pixels out of the image: clipped",
         "or without area (1): 'a.png', annotation 1",
-        "without an outline, as a box is none (1): 'b.png', annotation 2",
+        "without an outline (a box is not an outline) (1): 'b.png', annotation 2",
     ):
         assert words in caplog.text
 
@@ -670,7 +670,7 @@ def test_missing_folders_and_empty_ones_are_named(tmp_path):
     with pytest.raises(DataError, match='neither a folder of masks nor a file'):
         folder.load(tmp_path)
     (tmp_path / 'masks').mkdir()
-    with pytest.raises(DataError, match='holds no picture'):
+    with pytest.raises(DataError, match='holds no images'):
         folder.load(tmp_path)
 
 

@@ -360,7 +360,7 @@ def test_a_picture_with_its_mask_as_alpha_is_no_list_of_colours(tmp_path, rng):
     values = rng.integers(0, 255, (9, 9, 4), np.uint8)
     Image.fromarray(values).save(tmp_path / 'a.png')
     there = {tmp_path / 'a.png': masks.look(tmp_path / 'a.png')}
-    with pytest.raises(DataError, match=r"a picture.*alpha channel.*getchannel\('A'\)"):
+    with pytest.raises(DataError, match=r"so they are images.*alpha channel.*getchannel\('A'\)"):
         masks.understand(there)
 
 

@@ -173,7 +173,7 @@ DEEP = IMAGENET.intensity(1, np.array([[0.0], [4000.0]]))
             'x holds uint16 values from 0 to 256, but the run was trained on',
         ),
         (np.float32([-1, 3]), FIXED, 'float32 values from -1 to 3'),
-        (np.float32([0, 1]), FIXED, 'float32 values from 0 to 1, .* \(black 0, white 255\)'),
+        (np.float32([0, 1]), FIXED, r'float32 values from 0 to 1, .* \(black 0, white 255\)'),
         (np.float32([0, 3.5]), FIXED, 'float32 values from 0 to 3.5'),
         (np.uint16([0, 200]), DEEP, ''),
         (np.float32([-9, 1e6]), DEEP, ''),
