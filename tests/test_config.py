@@ -76,7 +76,7 @@ def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
         ('model.class_names', ('lesion',), 'it must have one for each of 2 classes, background'),
         ('predict.overlap', 0.95, 'predict.overlap is 0.95: it must be a number from 0 to 0.9'),
-        ('model.name', 'vgg_unet', 'vgg_unet stands on vgg16, not on resnet18'),
+        ('model.name', 'vgg_unet', 'vgg_unet uses vgg16, not resnet18'),
         (
             'model.dropout',
             2.0,
@@ -87,7 +87,11 @@ def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
             0.0,
             'loss.top_k_share is 0.0: it must be a number above 0, at most 1',
         ),
-        ('model.deep_supervision', True, 'deep_supervision is of U-Nets, not of pspnet: leave it'),
+        (
+            'model.deep_supervision',
+            True,
+            'deep_supervision is for U-Nets, not for pspnet: leave it',
+        ),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
         ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and takes precedence'),
     ],

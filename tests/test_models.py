@@ -334,7 +334,7 @@ def test_the_keras_tools_names_are_known():
     for name in THEIRS:
         models.create(name, num_classes=2)
     assert models.resolve('vgg_unet')[1] == 'vgg16'
-    with pytest.raises(ValueError, match='vgg_unet stands on vgg16, not on resnet50'):
+    with pytest.raises(ValueError, match='vgg_unet uses vgg16, not resnet50'):
         models.create('vgg_unet', num_classes=2, backbone='resnet50')
 
 

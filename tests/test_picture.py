@@ -182,7 +182,7 @@ HOSTILE = {
     'short.nii': (nifti_bytes((1000, 1000, 100)), 'is too short for'),
     'short.nii.gz': (gzip.compress(nifti_bytes((1000, 1000, 100))), 'is too short for'),
     'cut.nii.gz': (gzip.compress(nifti_bytes((20, 20, 20), after=bytes(900))), 'not a readable'),
-    'negative.nii': (nifti_bytes((-5, 5, 5), after=bytes(1000)), 'no size'),
+    'negative.nii': (nifti_bytes((-5, 5, 5), after=bytes(1000)), 'invalid size'),
     'offset.nii.gz': (
         gzip.compress(nifti_bytes((5, 5, 5), vox_offset=2.0**40, after=bytes(2**24))),
         'limit is 16777216',
@@ -191,7 +191,7 @@ HOSTILE = {
     'kind.nii': (nifti_bytes((5, 5, 5), datatype=(999, 32), after=bytes(1000)), 'readable'),
     'empty.dcm': (b'', 'not a readable DICOM'),
     'text.dcm': (b'no dicom' * 40, 'not a readable DICOM'),
-    'what.xyz': (b'', 'endings known'),
+    'what.xyz': (b'', 'known endings'),
 }
 
 

@@ -85,7 +85,7 @@ def test_a_site_is_left_out_whole():
     parts = splits.leave_site_out(PATIENTS, left_out='CS', test_patients=HOLDOUT)
     assert parts['test'] == sorted(p for p in PATIENTS if splits.site(p) == 'CS')
     assert 'CS' not in {splits.site(p) for p in parts['train'] + parts['validation']}
-    with pytest.raises(DataError, match=r"data\.site is one of .*'DU'"):
+    with pytest.raises(DataError, match=r"data\.site must be one of .*'DU'"):
         splits.leave_site_out(PATIENTS, left_out='XX')
 
 
