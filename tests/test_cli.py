@@ -28,7 +28,7 @@ def run(module, *arguments):
     )
 
 
-PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=2'
+PHANTOM, TWO_SLICES = '--config=phantom', '--config.train.batch_size=2'
 FEW = ['--config.phantom.volumes=6', '--config.phantom.slices=4']  # made in no time
 
 
@@ -286,7 +286,7 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     ]  # fmt: skip
     done = run('predict', *three, '--save=mask,outline', f'--input={tmp_path / "raw"}')
     assert done.returncode == 1
-    assert 'error: 1 file(s) left out:' in done.stderr
+    assert 'error: 1 file(s) failed:' in done.stderr
     assert 'bad.png is not a readable picture' in done.stderr
     assert 'Traceback' not in done.stderr
     assert len(list((tmp_path / 'three').rglob('*_outline.png'))) == 4
