@@ -28,7 +28,7 @@ def run(module, *arguments):
     )
 
 
-PHANTOM, TWO_SLICES = '--config=phantom', '--config.train.batch_size=2'
+PHANTOM, TWO_SLICES = '--config=configs/phantom.py', '--config.train.batch_size=2'
 FEW = ['--config.phantom.volumes=6', '--config.phantom.slices=4']  # made in no time
 
 

@@ -85,7 +85,7 @@ def test_every_kind_of_mask_becomes_the_same_classes(tmp_path, mask, classes, op
         ((LABELS > 0) * np.uint8(128), 2, 'values 0, 128, but model.num_classes is 2'),
         (LABELS, 2, r'have 3 classes \(0, 1, 2\) but .* is 2: add --config.model.num_classes=3'),
         ((LABELS > 0) * np.uint8(255), 4, 'data.mask_format="binary"'),
-        (TABLE[LABELS], 3, r'the masks have 3 colours .*data.mask_colors=.\("#000000", "#00ff80"'),
+        (TABLE[LABELS], 3, r'the masks have 3 colours.*data.mask_colors=.\("#000000", "#00ff80"'),
     ],
 )
 def test_what_could_mean_two_things_is_refused_with_the_choices(tmp_path, mask, classes, words):
@@ -330,7 +330,7 @@ def test_where_turned_and_unturned_are_of_one_size_it_is_said(tmp_path, caplog):
         write(tmp_path, name)
     turn(tmp_path, 'a', 3)
     folder.load(tmp_path)
-    assert '1 pictures' in caplog.text
+    assert '1 images' in caplog.text
     assert 'rotated or mirrored by their EXIF orientation and read upright' in caplog.text
 
 
@@ -531,7 +531,7 @@ def test_the_numbers_of_classes_do_not_depend_on_which_of_them_occur(tmp_path, t
         np.testing.assert_array_equal(masks_of(alone)[0], squares('muscle', 'tumor'))
     else:
         assert alone.class_names == ('background', 'muscle', 'tumor', 'class 3')
-    with pytest.raises(DataError, match=r"no class: 'tumor' \(6 regions\); known are 'background', "
+    with pytest.raises(DataError, match=r"not classes: 'tumor' \(6 regions\); known are 'background', "
                                         "'bone', 'muscle': rename or remove"):  # fmt: skip
         folder.load(tmp_path / 'test', masks=masks, classes={'bone': 1, 'muscle': 2}, num_classes=3)
 

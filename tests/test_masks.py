@@ -56,7 +56,7 @@ def test_255_beside_class_1_is_ignored_unless_another_file_makes_it_doubtful():
     both = found(a=[0, 1, 255], b=[0, 1], c=[0])
     code = masks.understand(both)
     assert tables(code)['a'] == {0: 0, 1: 1, 255: 255}
-    assert '255 counts nowhere' in code.meaning
+    assert '255 is ignored' in code.meaning
     doubtful = both | found(d=[0, 255])
     with pytest.raises(DataError, match=r'255 is ambiguous: a\.png.*ignored there; d\.png') as told:
         masks.understand(doubtful)
@@ -68,7 +68,7 @@ def test_255_beside_class_1_is_ignored_unless_another_file_makes_it_doubtful():
 
 def test_255_alone_is_no_ignored_class_of_several():
     with pytest.raises(
-        DataError, match=r'255 is to be ignored.*--config\.model\.num_classes=2; if'
+        DataError, match=r'255 is the ignored label.*--config\.model\.num_classes=2; if'
     ):
         masks.understand(found(a=[0, 255], b=[0]), num_classes=3)
     code = masks.understand(found(a=[0, 2, 255], b=[0, 255]), num_classes=3)  # a shows it is
@@ -374,7 +374,7 @@ def test_several_masks_mark_what_any_of_them_marks():
     expected = np.where((a == 1) | (b == 1), 1, a)
     np.testing.assert_array_equal(masks.merged([a, b], [Path('a'), Path('b')]), expected)
     b[0, 1, 1] = 2
-    with pytest.raises(DataError, match='a and b mark 1 pixels as classes 1 and 2'):
+    with pytest.raises(DataError, match='a and b mark 1 of the same pixels as classes 1 and 2'):
         masks.merged([a, b], [Path('a'), Path('b')])
 
 
