@@ -557,7 +557,7 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
 
 
 def test_labels_outside_the_model_and_no_volume_are_errors():
-    with pytest.raises(DataError, match=r'a has labels \[2\], the model has classes 0 to 1'):
+    with pytest.raises(DataError, match=r'a has labels \[2\], but the model has classes 0 to 1'):
         scores.evaluate_volumes(oracle, [volume('a', 2 * MASK)], **OPTIONS)
     with pytest.raises(DataError, match='no volume'):
         scores.evaluate_volumes(oracle, [], **OPTIONS)
@@ -647,7 +647,9 @@ def test_each_split_and_data_set_has_a_folder_of_its_own(tmp_path):
     for _ in range(2):
         assert folder('/a/clinic', out=out) == 'mine'
     for other in ({'source': '/b/clinic'}, {'split': 'test'}, {'digest': 'other'}):
-        with pytest.raises(ConfigError, match=r'mine holds another evaluation.*another --out'):
+        with pytest.raises(
+            ConfigError, match=r'mine holds an evaluation of other data.*another --out'
+        ):
             folder(**{'source': '/a/clinic', 'out': out} | other)
     (tmp_path / 'run' / 'evaluation.json').touch()
     with pytest.raises(ConfigError, match='give another --out'):

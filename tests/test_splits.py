@@ -90,7 +90,7 @@ def test_a_site_is_left_out_whole():
 
 
 def test_more_folds_than_patients_are_refused():
-    with pytest.raises(DataError, match='data.folds is 3, but there are only 2 patients'):
+    with pytest.raises(DataError, match=r'data\.folds is 3, but there are only 2 patients'):
         splits.kfold(['a', 'b'], folds=3, fold=0)
 
 

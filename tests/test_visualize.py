@@ -141,7 +141,7 @@ def test_the_legend_of_a_difference_names_each_colour_that_is_there(rng):
         'core, right': SHOWN['class 2'],
         'missed': SHOWN['missed'],
         'false': SHOWN['false'],
-        'wrong class': SHOWN['taken for another class'],
+        'wrong class': SHOWN['wrong class'],
     }
     assert visualize.difference_keys(np.zeros((2, 2), np.uint8), ()) == []
 
