@@ -532,7 +532,7 @@ def test_the_numbers_of_classes_do_not_depend_on_which_of_them_occur(tmp_path, t
     else:
         assert alone.class_names == ('background', 'muscle', 'tumor', 'class 3')
     with pytest.raises(DataError, match=r"not classes: 'tumor' \(6 regions\); the classes are "
-                                        "'background', 'bone', 'muscle': rename or remove"):  # fmt: skip
+                       "'background', 'bone', 'muscle': rename or remove"):  # fmt: skip
         folder.load(tmp_path / 'test', masks=masks, classes={'bone': 1, 'muscle': 2}, num_classes=3)
 
 
