@@ -315,7 +315,7 @@ def time_torch(case: dict[str, Any]) -> dict[str, Any]:
     labels = torch.randint(0, case['classes'], shape, device=device)
     options = {'train': case['train'], 'dtype': case['dtype'], 'mode': case['variant']}
     step, uncompiled = peers.make_step(module, image, labels, **options)
-    with on_gpu(case, alone=case['number'] > 0):  # the first one compiles beside the checks
+    with on_gpu(case, alone=case['number'] > 0):  # the first compiles during the checks
         _, compile_seconds = clocked(lambda: (step(), peers.synchronize()))
     with on_gpu(case):
         line = timed(step, peers.synchronize)

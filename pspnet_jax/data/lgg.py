@@ -374,7 +374,7 @@ def fetch() -> Path:
 
 
 def load(source: str, root: str) -> Slices:
-    """Every slice of the data set, whatever its split; `splits` picks patients."""
+    """Every slice of the data set, of all splits; `splits` selects patients."""
     builder = build(source, root)
     skip = {'image': tfds.decode.SkipDecoding(), 'mask': tfds.decode.SkipDecoding()}
     rows = []

@@ -268,7 +268,7 @@ def _about(
     in_mm = [row['in_mm'] for row in patients]
     steps = f'steps of (slice, row, column) = {tuple(scoring.spacing)}'
     if any(in_mm):
-        steps = f'mm where the file says its spacing, else {steps}'
+        steps = f'mm if the file has a spacing, else {steps}'
     return {
         'patients': len(patients),
         'scans': sum(row['scans'] for row in patients),
@@ -294,15 +294,15 @@ def _mean_of(patients: Sequence[dict[str, Any]], scoring: Scoring) -> str:
         left_out += f', {scoring.names[scoring.ignore_label]} is ignored'
     if len(names) == 1:
         return (
-            f'Dice is that of {names[0]} in each {w.case}, and its mean is {over}; {left_out}. A '
-            f'{w.case} with {names[0]} in neither truth nor prediction does not count; one with it '
-            'in only one of them counts 0.'
+            f'Dice is that of {names[0]} in each {w.case}, averaged {over}; {left_out}. A {w.case} '
+            f'without {names[0]} in both truth and prediction does not count; one with '
+            f'{names[0]} in only one of them counts 0.'
         )
     return (
-        f'Dice is the mean over {len(names)} classes ({some(names)}) of each {w.case}, then the '
-        f'mean {over}; {left_out}. A class that is in neither truth nor prediction of a {w.case} '
-        f'does not count there, one that is in only one of them counts 0. A {w.case} without any '
-        'class in either does not count.'
+        f'Dice is the mean over {len(names)} classes ({some(names)}) of each {w.case}, then '
+        f'averaged {over}; {left_out}. A class that is in neither truth nor prediction of a '
+        f'{w.case} does not count there; one that is in only one of them counts 0. A {w.case} '
+        'without any class in either does not count.'
     )
 
 

@@ -1,11 +1,11 @@
 """Converts a traced inference function to an ONNX graph, for the primitives of our networks.
 
-Every equation of the jaxpr whose inputs are known is computed here, so that kernels are
-stored in ONNX's order and BatchNorm is a product and a sum; each other one becomes the ONNX
-operator in RULES. Images stay B H W C, with a transposition around what ONNX has for B C H W
-only; onnxruntime moves them together. The batch is a symbol, all other sizes are numbers.
+Every equation of the jaxpr whose inputs are known is computed here, so that kernels are stored in
+ONNX's order and BatchNorm is a product and a sum; every other equation becomes the ONNX operator in
+RULES. Images stay B H W C, with transpositions around operators that need B C H W; onnxruntime
+merges these. The batch is a symbol, all other sizes are numbers.
 
-jax2onnx, which does this for any function, can't be installed beside the Orbax we need.
+jax2onnx, which does this for any function, can't be installed together with the Orbax we need.
 """
 
 import dataclasses

@@ -152,7 +152,7 @@ _shorten.maxlevel, _shorten.maxstring, _shorten.maxother = 2, 120, 80
 
 
 def show(value: Any) -> str:
-    """One short printable line, whatever the value."""
+    """One short printable line for any value."""
     return _shorten.repr(value)
 
 
