@@ -78,7 +78,7 @@ def test_distances_are_in_mm_where_the_volume_has_its_spacing():
     assert mm['data']['hd95_unit'] == 'mm'
     both = [moved, moved._replace(patient='b', spacing=(3.0, 0.5, 0.7))]
     unit = scores.evaluate_volumes(oracle, both, **OPTIONS)['data']['hd95_unit']
-    assert 'where the file says' in unit
+    assert 'if the file has' in unit
 
 
 def pictures(rng, count=3, size=40):

@@ -251,14 +251,14 @@ def test_a_mask_must_lie_where_its_image_lies(tmp_path, rng):
     moved[0, 3] += 1.0
     for name, mask, where, word in (
         ('moved', values, moved, 'apart'),
-        ('cropped', values[1:], affine, 'one size'),
+        ('cropped', values[1:], affine, 'different sizes'),
         ('coarse', values, affine @ np.diag([2, 1, 1, 1.0]), 'voxels of'),
     ):
         path = save_nifti(tmp_path / f'{name}.nii', mask, where)
         with pytest.raises(DataError, match=rf'{name}\.nii and .*image\.nii\.gz.*{word}'):
             formats.read_labels(path, like=picture)
     half = save_nifti(tmp_path / 'half.nii', values * np.float32(0.5), affine)
-    with pytest.raises(DataError, match=r'half\.nii holds 0\.5, labels are whole'):
+    with pytest.raises(DataError, match=r'half\.nii holds 0\.5, but labels are whole'):
         formats.read_labels(half)
 
 

@@ -203,9 +203,9 @@ SQUARE = [(2, 2), (8, 2), (8, 8), (2, 8)]
     ('shape', 'fault', 'note'),
     [
         (polygon(*SQUARE), '', ''),
-        (polygon(*SQUARE[:2]), 'only 2 points, a polygon needs 3', ''),
+        (polygon(*SQUARE[:2]), 'only 2 points, but a polygon needs 3', ''),
         (polygon(), 'only 0 points', ''),
-        (Shape('polyline', np.array([(1.0, 1.0)])), 'only 1 points, a polyline needs 2', ''),
+        (Shape('polyline', np.array([(1.0, 1.0)])), 'only 1 points, but a polyline needs 2', ''),
         (Shape('polyline', np.array([(1.0, 1.0)] * 3)), 'no area', ''),
         (polygon((1, 1), (3, 3), (7, 7)), 'no area', ''),
         (polygon((1, 1), (1, 1), (1, 1)), 'no area', ''),

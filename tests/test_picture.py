@@ -87,7 +87,7 @@ def test_flat_and_paged_results(tmp_path, rng):
 
     with pytest.raises(DataError, match=r'must end in \.tif'):
         formats.write_labels(tmp_path / 'm.png', labels, picture)
-    with pytest.raises(DataError, match='which has'):
+    with pytest.raises(DataError, match='results have the size'):
         formats.write_labels(tmp_path / 'm.tif', labels[1:], picture)
     with pytest.raises(DataError, match='do not fit'):
         formats.write_labels(tmp_path / 'm.tif', labels.astype(int) - 70000, picture)

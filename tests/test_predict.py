@@ -348,7 +348,7 @@ def test_a_folder_in_kaggles_layout_is_of_volumes_whatever_the_run(bright_run, t
         )  # fmt: skip
     assert len(rows) == 2
     assert "22 files belong to 2 patients by Kaggle's layout" in caplog.text
-    assert 'and 2 are volumes of numbered slices' in caplog.text
+    assert 'and 2 patients are volumes of numbered slices' in caplog.text
 
 
 def test_volumes_of_one_patient_share_their_scale_as_in_training(bright_run, tmp_path):

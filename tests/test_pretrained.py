@@ -303,7 +303,9 @@ def test_without_network_it_says_which_file_to_fetch(monkeypatch):
         raise ConnectionError('no route')
 
     monkeypatch.setattr(hub, 'hf_hub_download', offline)
-    with pytest.raises(PretrainedError, match=r'download w\.npz of https://huggingface\.co/a/b in'):
+    with pytest.raises(
+        PretrainedError, match=r'download w\.npz from https://huggingface\.co/a/b in'
+    ):
         weights.fetch('hf:a/b/w.npz')
     monkeypatch.setattr(hub, 'hf_hub_download', lambda repo, file: f'/{repo}/{file}')
     assert str(weights.fetch('hf:timm/resnet18')) == '/timm/resnet18/model.safetensors'
@@ -760,7 +762,7 @@ def test_a_resnet_of_keras_1_has_old_names_and_biases(tmp_path, rng):
         here, there = (tree[name][norm] for tree in statistics)
         np.testing.assert_allclose(here['mean'], there['mean'] - 0.5, rtol=1e-6)
         np.testing.assert_allclose(here['var'] + 1e-5, there['var'] + 1e-3, atol=1e-6)
-    with pytest.raises(PretrainedError, match=r'needs model\.stride_in_1x1=True'):
+    with pytest.raises(PretrainedError, match=r'needs --config\.model\.stride_in_1x1=True'):
         weights.load_backbone(shapes, str(tmp_path / 'w.h5'), options={'stride_in_1x1': None})
 
 

@@ -83,7 +83,9 @@ def test_axes_are_those_of_the_metadata(tmp_path, volume, tifffile, kind, axes):
 def test_frames_of_volumes_are_refused_and_so_are_several_images(tmp_path, volume, tifffile, kind):
     path = tmp_path / 'a.tif'
     tifffile.imwrite(path, np.stack([volume[:, 0]] * 2), metadata={'axes': 'TZYX'}, **KINDS[kind])
-    with pytest.raises(DataError, match=r'a\.tif has the axes TZYX .* save each step of T as a f'):
+    with pytest.raises(
+        DataError, match=r'a\.tif has the axes TZYX .* save each step of T as a separate f'
+    ):
         formats.read(path)
 
 

@@ -325,7 +325,7 @@ def test_the_group_that_roboflow_writes_as_category_0_is_no_class(tmp_path):
     assert labels_of(path) == [1, 2]
     tree['annotations'][0]['category_id'] = 0
     told = fault(read_annotations, write(path, tree))
-    assert "no class: 'cells' (1 region); known are 'background', 'red', 'white'" in told
+    assert "not classes: 'cells' (1 region); the classes are 'background', 'red', 'white'" in told
 
 
 def test_coco_without_categories_is_one_class_or_refused(tmp_path):
@@ -383,7 +383,7 @@ def test_regions_without_a_class_are_refused_with_what_there_is(tmp_path):
     assert 'model.class_names, or --classes' in unknown
     assert 'values that are not names' in message(region(t='a\nb'))
     assert 'values that are not names' in message(region(t='a' * 201))
-    assert 'apart' in message(region(), classes={'a': 1, 'b': 2})
+    assert 'distinguishes a, b' in message(region(), classes={'a': 1, 'b': 2})
     assert '254' in message(*(region(t=str(n)) for n in range(255)))
     for number in (256, -1, True, 1.0, '1'):
         with pytest.raises(ConfigError, match='0 to 255'):
@@ -446,7 +446,7 @@ def test_every_fault_is_listed_at_once_and_nothing_is_written(tmp_path, images):
     )
     for words in (
         'missing.png', "the image name is ''", 'region 4 is outside', 'region 5 has only 2',
-        'region 6 has no area', "its shape is 'bezier'", "y is 'left'", 'width is -3',
+        'region 6 has no area', "its shape 'bezier'", "y is 'left'", 'width is -3',
         'share the mask', 'not a readable picture',
     ):  # fmt: skip
         assert sum(words in line for line in message.split('\n')) == 1, (words, message)
@@ -478,7 +478,7 @@ def test_a_name_is_matched_with_the_pictures_that_are_there(tmp_path):
     names = ('b.png', 'two/a.png', 'train/one/a.png', './e\u0301.png', '\xfc.png')
     ways = ('one/b.png', 'two/a.png', 'one/a.png', 'é.png', 'u\u0308.png')
     assert match(*names) == (dict(zip(ways, names, strict=True)), [])
-    assert "can be 'one/a.png', 'two/a.png'" in match('a.png')[1][0]
+    assert "may be 'one/a.png', 'two/a.png'" in match('a.png')[1][0]
     assert 'keep one' in match('b.png', 'one/b.png')[1][0]
     for name in ('c.png', 'three/b.png', 'xb.png', 'png'):
         assert f"lacks 1 picture of the annotations: '{name}'" in match(name)[1][0]
@@ -628,8 +628,8 @@ def test_damaged_csv_is_said_by_line(tmp_path):
         ('a.png,99,"{}",0,0,"{}","{}"', "line 7: 'a.png' has two file sizes"),
         ('d.png,1,"{}",0,0,"{","{}"', 'line 7: not readable as JSON'),
         ('d.png,1,"{}",1,0,"[1]","{}"', 'line 7: its shape_attributes is [1]'),
-        ('d.png,1,"{}",0,0,"{}"x,"{}"', 'line 7 is damaged'),
-        ('d.png,1,"{}",0,0,"{}","{}', 'line 7 is damaged'),
+        ('d.png,1,"{}",0,0,"{}"x,"{}"', 'line 7 is corrupted'),
+        ('d.png,1,"{}",0,0,"{}","{}', 'line 7 is corrupted'),
     ):
         message = fault(read_annotations, write(tmp_path / 'f.csv', f'{good}\n{line}\n'))
         assert words in message
@@ -642,7 +642,11 @@ def test_damaged_csv_is_said_by_line(tmp_path):
     ('key', 'value', 'words'),
     [
         ('segmentation', {'counts': [1, 2], 'size': [20, 24]}, 'add up to 3, not 20 x 24'),
-        ('segmentation', {'counts': [480], 'size': [24, 20]}, 'its mask is 20 x 24 pixels, the'),
+        (
+            'segmentation',
+            {'counts': [480], 'size': [24, 20]},
+            'its mask is 20 x 24 pixels, but the',
+        ),
         ('segmentation', {'counts': [481], 'size': [20, 24]}, 'one of its run lengths is 481'),
         ('segmentation', {'counts': 'P', 'size': [20, 24]}, 'its run lengths are cut off'),
         ('segmentation', {'counts': ' ', 'size': [20, 24]}, "its run lengths have ' '"),
@@ -851,7 +855,7 @@ def test_rectangles_of_four_corners_and_turned_ones(tmp_path):
     for kind in ('rotation', 'rectangle'):
         assert (drawn(kind, *diamond) == turned).all()
     path = write(tmp_path / 'l.json', labelme('a.png', [('rectangle', corners[:3], 'x')]))
-    assert 'it is a rectangle of 3 points, not two' in fault(read_annotations, path)
+    assert 'it is a rectangle with 3 points, not two' in fault(read_annotations, path)
 
 
 def test_labelme_files_in_sub_folders_belong_to_the_pictures_of_theirs(tmp_path):

@@ -213,10 +213,10 @@ def test_a_video_that_was_cut_off_is_an_error_with_its_frames_counted(
     assert len(read(path)[2]) == 60
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(
-        DataError, match=r'ends early: (\d+) of (60|an unknown number of) frames'
+        DataError, match=r'ends early: it has (\d+) of (60|an unknown number of) frames'
     ) as e:
         videos.predict_video(BRIGHT, path, tmp_path / 'out' / 'x', save=['mask'])
-    there = int(re.search(r'early: (\d+)', str(e.value))[1])
+    there = int(re.search(r'early: it has (\d+)', str(e.value))[1])
     assert 60 * share - 12 < there < 60 * share + 4
     assert not (tmp_path / 'out').exists()
 
@@ -235,7 +235,7 @@ def test_a_video_whose_end_is_zeros_is_an_error_too(tmp_path, name, codec, kind)
     data = path.read_bytes()
     half = len(data) // 2
     path.write_bytes(data[:half] + bytes(len(data) - half))
-    with pytest.raises(DataError, match=r'ends early: [34]\d of 80 frames are there'):
+    with pytest.raises(DataError, match=r'ends early: it has [34]\d of 80 frames'):
         read(path)
 
 
