@@ -377,7 +377,7 @@ TABLES = {
     'docs/models.md': {'architectures': architectures},
     'docs/speed.md': {'speed': speed},
     'docs/configs.md': {'knobs': knobs},
-    'docs/reliability.md': {
+    'tests/stress/README.md': {
         'faults': faults,
         'fuzz': fuzz,
         'fuzz_guided': fuzz_guided,

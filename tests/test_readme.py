@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), ROOT / 'experiments/README.md')
+    for path in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('[et]*/**/README.md'))
 }
 README = PAGES['README.md']
 

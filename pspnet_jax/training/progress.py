@@ -25,10 +25,14 @@ TIMED = 3  # updates before the first estimate
 
 
 def tell_config(config: ConfigDict, workdir: str) -> None:
-    """Log one line with what differs from the defaults."""
+    """Log one line with what differs from the defaults, without None: that is left to the data."""
     defaults = flatten(base.get_config().to_dict())
     values = flatten(config.to_dict())
-    changed = [f'{key}={value}' for key, value in values.items() if value != defaults.get(key)]
+    changed = [
+        f'{key}={value}'
+        for key, value in values.items()
+        if value is not None and value != defaults.get(key)
+    ]
     listed, path = ', '.join(changed) or 'all defaults', Path(workdir) / 'config.json'
     logger.info('config: %s (full config in %s)', listed, path)
 
