@@ -295,7 +295,7 @@ def _mean_of(patients: Sequence[dict[str, Any]], scoring: Scoring) -> str:
     if len(names) == 1:
         return (
             f'Dice is that of {names[0]} in each {w.case}, averaged {over}; {left_out}. A {w.case} '
-            f'without {names[0]} in both truth and prediction does not count; one with '
+            f'with {names[0]} in neither truth nor prediction does not count; one with '
             f'{names[0]} in only one of them counts 0.'
         )
     return (

@@ -248,9 +248,7 @@ def export_checkpoint(
     something else, and then leaves no file.
     """
     if min(size) < SMALLEST:
-        raise ConfigError(
-            f'size {size[0]} x {size[1]} is too small: the smallest is {SMALLEST} x {SMALLEST}'
-        )
+        raise ConfigError(f'size {size[0]} x {size[1]} is too small: use at least {SMALLEST}')
     target = paths.local(output) if output else paths.local(workdir) / FILES[fmt]
     run = open_run(workdir, which)
     config, model, variables, inputs = run.config, run.model, run.variables, run.inputs

@@ -204,7 +204,6 @@ def train_and_evaluate(
     to the loss of the main output and (times loss.aux) of each auxiliary one. It sees the whole
     batch on any number of devices, and is the only loss with loss.cross_entropy=0 and loss.dice=0.
     For a loss with a weight in the config, add an entry to `losses.TERMS`.
-
     `on_log(step, values)` gets every record of metrics.jsonl. `on_validation(step, dice, state)`
     gets every validated state after its checkpoint was started; the next step reuses its arrays,
     so copy what you keep.
