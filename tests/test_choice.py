@@ -129,9 +129,12 @@ def test_a_choice_is_of_one_checkpoint_and_its_views(tmp_path, caplog):
     assert choice.load(tmp_path, config, 8, VIEWS) == FACTS
     assert not caplog.messages
     assert choice.load(tmp_path, config, 9, VIEWS) is None
-    assert 'is of step 8, this is step 9: not applied' in caplog.messages[-1]
+    assert 'is for step 8, this is step 9: not applied' in caplog.messages[-1]
     assert choice.load(tmp_path, config, 8, VIEWS | {'window': 64, 'overlap': 0.5}) is None
-    assert 'was chosen with other views (overlap, window): not applied' in caplog.messages[-1]
+    assert (
+        'was chosen with other prediction settings (overlap, window): not applied'
+        in caplog.messages[-1]
+    )
     assert 'to make it again, add the same flags to python -m' in caplog.messages[-1]
 
 
@@ -190,7 +193,7 @@ def test_a_choice_is_kept_with_the_run_applied_and_reported(chosen, capsys, capl
     assert f'{workdir / choice.KEPT}: ' in caplog.text
     assert words in capsys.readouterr().out.splitlines()[-2]
     assert words in (workdir / 'report.html').read_text()
-    assert 'too good' not in (workdir / 'report.html').read_text()
+    assert 'too optimistic' not in (workdir / 'report.html').read_text()
     written = json.loads((workdir / 'evaluation.json').read_text())
     assert written['postprocessing'] == test['postprocessing']
 
@@ -238,10 +241,10 @@ def test_a_choice_of_other_views_or_another_step_is_not_applied(chosen, caplog):
     assert predictor.chosen is None
     assert predictor.config == with_prediction(predictors.load(workdir, changes=OWN).config,
                                                {'window': 32})  # fmt: skip
-    assert 'was chosen with other views (overlap, window): not applied' in caplog.text
+    assert 'was chosen with other prediction settings (overlap, window): not applied' in caplog.text
     choice.save(workdir, kept | {'step': 3})
     assert predictors.load(workdir).chosen is None
-    assert f'is of step 3, this is step {kept["step"]}: not applied' in caplog.text
+    assert f'is for step 3, this is step {kept["step"]}: not applied' in caplog.text
 
 
 @pytest.mark.slow
@@ -250,7 +253,7 @@ def test_a_choice_of_one_run_is_not_applied_to_a_mean(chosen, trained, caplog):
     with caplog.at_level(logging.INFO):
         predictor = predictors.load([trained[0], workdir])
     assert {key: predictor.config.predict[key] for key in choice.OPTIONS} == OWN
-    assert 'postprocessing.json is chosen for one run by itself: not applied' in caplog.text
+    assert 'postprocessing.json was chosen for a single run: not applied' in caplog.text
 
 
 @pytest.mark.slow
@@ -288,10 +291,8 @@ def test_a_temperature_fitted_without_the_chosen_flip_is_not_applied(trained, tm
     predictor = predictors.load(workdir)
     assert predictor.config.predict.flip
     assert predictor.temperature == 1
-    assert 'was fitted with other views (flip): not applied' in caplog.text
-    protocol.evaluate_checkpoint(
-        workdir, split='validation', fit=['temperature']
-    )  # with the chosen flip
+    assert 'was fitted with other prediction settings (flip): not applied' in caplog.text
+    protocol.evaluate_checkpoint(workdir, split='validation', fit=['temperature'])  # chosen flip
     assert json.loads((workdir / calibration.KEPT).read_text())['views']['flip']
     assert predictors.load(workdir).temperature != 1
 

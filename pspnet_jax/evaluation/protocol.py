@@ -1,4 +1,4 @@
-"""Which cases of which run are evaluated, with what was fitted for it, and where to."""
+"""Evaluates a checkpoint on a split or data set and writes the results."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 Loaded = tuple[volumes.Slices, dict[str, list[str]]]  # `sources.load`'s
 SPLITS = ('train', 'validation', 'test')
-ABOUT = 'source.json'  # in a folder of results: what they are of
+ABOUT = 'source.json'  # in a folder of results: what was evaluated
 
 
 def evaluate_checkpoint(
@@ -135,18 +135,18 @@ def evaluate_checkpoint(
 def _results_folder(
     workdir: Path, out: str | Path, about: Mapping[str, str], is_other: bool
 ) -> Path:
-    """The folder for what is evaluated, the same on all hosts, with ABOUT in it: `out`,
-    WORKDIR/evaluation/test or another part, or WORKDIR/evaluation/NAME of the folder of the data.
+    """Return the results folder, the same on all hosts, with the file ABOUT in it.
 
-    What is in a folder is never replaced by the evaluation of other data. Raises ConfigError where
-    `out` holds the evaluation of something else.
+    It is `out`, WORKDIR/evaluation/SPLIT, or WORKDIR/evaluation/NAME of the data's folder. What it
+    holds is never replaced by the evaluation of other data. Raises ConfigError if `out` holds
+    another evaluation.
     """
     if not hosts.is_first():
         return Path(*hosts.gather([]))
     folder, base = paths.local(out) if out else None, workdir / 'evaluation'
     if folder and not _is_free(folder, about):
         raise ConfigError(
-            f'{folder} holds another evaluation, of other data or another checkpoint: give another '
+            f'{folder} holds an evaluation of other data or another checkpoint: give another '
             '--out, or remove the folder'
         )
     if not folder and not is_other:
@@ -163,7 +163,7 @@ def _results_folder(
 
 
 def _is_free(folder: Path, about: Mapping[str, str]) -> bool:
-    """Whether a folder has no evaluation yet, or one of this."""
+    """Whether a folder holds no evaluation, or one of the same data."""
     if not (folder / ABOUT).exists():
         return not (folder / 'evaluation.json').exists()
     try:
@@ -174,7 +174,7 @@ def _is_free(folder: Path, about: Mapping[str, str]) -> bool:
 
 
 def mark_seen(result: dict[str, Any]) -> None:
-    """Set 'seen' of each case that the run was trained or validated on to that part's name."""
+    """Set 'seen' of each case that the run was trained or validated on to the name of that part."""
     data = result['data']
     overlap = data.get('overlap') or {}
     for row in result['patients']:
@@ -188,19 +188,19 @@ def mark_seen(result: dict[str, Any]) -> None:
 
 
 def _check_validation(fit: Collection[str], split: str, data: str) -> None:
-    """Raise ConfigError where `fit` would be fitted on other patients, and for an unknown one."""
+    """Raise ConfigError if `fit` is unknown, or would not be fitted on the validation patients."""
     flags = {'postprocessing': '--choose_postprocessing', 'temperature': '--fit_temperature'}
     if isinstance(fit, str) or not set(fit) <= set(flags):
         raise ConfigError(f'fit is {fit!r}: give a list of {" and ".join(map(repr, flags))}')
     if fit and (data or split != 'validation'):
         raise ConfigError(
-            f'{flags[min(fit)]} is for --split=validation only: what is fitted on other cases '
-            'would be tested on them'
+            f'{flags[min(fit)]} is for --split=validation only: fitted on other cases, it would be '
+            'tested on the same cases'
         )
 
 
 def _programs(run: Run, config) -> Callable[[bool], PredictFn]:
-    """The network's compiled program, with the mirror image (True) or without."""
+    """A function that compiles the network with the mirror image (True) or without."""
     variables, options = jax.device_put(run.variables), program_options(config)
 
     @functools.cache
@@ -219,7 +219,7 @@ def _keep(
     split: str,
     facts: Mapping[str, Any],
 ) -> None:
-    """`save` on the first host, before any reads it, what was fitted for a step and its views."""
+    """`save` what was fitted for a step and its views, on the first host, before any reads it."""
     if hosts.is_first():
         save(workdir, {'step': step, 'views': seen, 'split': split, **facts})
     hosts.wait_for_all()
@@ -248,7 +248,7 @@ def _write(
     path = folder / 'evaluation.json'
     write_json(path, result)
 
-    # Which patient is the median is known only now: the few shown are predicted again.
+    # The median patient is known only now: the few that are shown are predicted again.
     roles = {row['patient']: role for role, row in report.extremes(result['patients'])}
     cases = {}
     for volume in open_volumes(list(roles)):
@@ -267,7 +267,7 @@ def _copy_to(workdir: Path, folder: Path) -> None:
 
 
 def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
-    """What makes the same page again, to be pasted into a shell."""
+    """The shell command that makes the same page again."""
     flags = {'workdir': workdir} | {
         key: value for key, value in options.items() if value is not None
     }
@@ -282,16 +282,17 @@ def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
 def tell_overlap(
     workdirs: Sequence[str | Path], digests: Mapping[str, Sequence[str]], w: Words
 ) -> dict[str, dict[str, list[str]] | None]:
-    """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
-    log says; None where that is not known of all.
+    """{'overlap': `splits.overlap` with the runs' training and validation cases}; logs it.
+
+    The overlap is None if it is unknown for a run.
     """
     kept = [Path(workdir) / splits.KEPT for workdir in workdirs]
     found = [splits.overlap(path, digests) for path in kept]
     for path, one in zip(kept, found, strict=True):
         if one is None and hosts.is_first():
             logger.warning(
-                'it is not known whether the run was trained on these pictures: %s is missing, '
-                'damaged, or has no digests of pictures', path,
+                'it is not known whether the run was trained on these images: %s is missing, '
+                'corrupted, or has no digests of images', path,
             )  # fmt: skip
     if None in found:
         return {'overlap': None}
@@ -300,9 +301,9 @@ def tell_overlap(
         for key in ('train', 'validation', 'same_name')
     }
     said = {
-        'train': 'have pictures that the run was trained on: these figures are too good',
-        'validation': 'have pictures of its validation set, by which its checkpoint was chosen',
-        'same_name': 'have the name of one of these, but other pictures',
+        'train': 'have images that the run was trained on: these results are too optimistic',
+        'validation': 'have images of its validation set, by which its checkpoint was chosen',
+        'same_name': 'have the name of one of these, but other images',
     }
     for key, finding in said.items():
         if (names := together[key]) and hosts.is_first():
@@ -318,8 +319,8 @@ def _is_folder(config, data: str) -> bool:
 
 
 def _own_part(workdir: Path) -> str:
-    """The part that training evaluates: 'test', or where it is empty 'validation'."""
-    with contextlib.suppress(DataError):  # which is said where the split is read for the data
+    """The part that training evaluates: 'test', or 'validation' if that is empty."""
+    with contextlib.suppress(DataError):  # reported later, when the split is read for the data
         parts, _ = splits.listed(workdir / splits.KEPT)
         if not parts['test'] and parts['validation']:
             return 'validation'
@@ -327,13 +328,12 @@ def _own_part(workdir: Path) -> str:
 
 
 def _check_known(config, split: str) -> None:
-    """Raise DataError for a run that names data which this user has not trained on here."""
+    """Raise DataError if the run names data that this user has not trained on here."""
     places = sources.places(config)
     if places and not paths.are_known(places):
         raise DataError(
-            f'the run was trained on {", ".join(places)}, which no training of yours on this '
-            f'machine has read: if it is the data you expect, add --data={places[0]} '
-            f'--split={split}'
+            f'the run was trained on {", ".join(places)}, which you have not used for training on '
+            f'this machine: if that is the data you expect, add --data={places[0]} --split={split}'
         )
 
 
@@ -347,9 +347,10 @@ def _volume_source(
     group: str | None,
     loaded: Loaded | None,
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]], bool]:
-    """The patients in order; `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these, with the network's channels and intensities as `measured` says; and
-    whether they are the part that training evaluates.
+    """(patients in order, `open_volumes`, whether they are the part that training evaluates).
+
+    `open_volumes(patients=None)` yields the volumes to evaluate, or those of these patients, with
+    the network's channels and with intensities measured as `measured` names it.
     """
     if group is not None and not _is_folder(config, data):
         raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
@@ -386,7 +387,7 @@ def _volume_source(
 
     def open_split(patients: Sequence[str] | None = None) -> Iterator[Volume]:
         chosen = parts[split]
-        if patients is not None:  # one whose slices have several sizes is several, 'NAME 32x40'
+        if patients is not None:  # a case with slices of several sizes is split: 'NAME 32x40'
             begin = tuple(f'{name} ' for name in chosen)
             found = {
                 name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients
