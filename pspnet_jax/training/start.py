@@ -233,7 +233,7 @@ FOUND_OUT = {
     'optim.new_layer_factor': None,
     'train.epochs': None,
 }
-PASSES, FEWEST_STEPS, MOST_STEPS = 50, 600, 10_000  # if neither epochs nor steps are given
+PASSES, FEWEST_STEPS, MOST_STEPS = 50, 400, 10_000  # if neither epochs nor steps are given
 PRETRAINED_RATE, RANDOM_RATE = 3e-4, 1e-3
 NEW_LAYERS = 3.0  # times PRETRAINED_RATE
 
