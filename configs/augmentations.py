@@ -1,1 +1,1 @@
-"""Recipes are in pspnet_jax/config/augmentations.py; this is for configs that import them here."""
+"""For configs that import the recipes of pspnet_jax/config/augmentations.py from here."""

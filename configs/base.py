@@ -1,1 +1,1 @@
-"""The home of every knob is pspnet_jax/config/base.py; this is for configs that import it here."""
+"""Every key is in pspnet_jax/config/base.py; this file is for configs that import it from here."""

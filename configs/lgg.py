@@ -1,12 +1,12 @@
-"""Low-grade glioma on brain MRI: a page to copy, for changes of your own.
+"""Low-grade glioma on brain MRI: copy this file to change the config.
 
   python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/vgg
 
-pspnet_jax/config/lgg.py says what the argument may be, pspnet_jax/config/base.py what may be set.
+pspnet_jax/config/lgg.py describes the argument, pspnet_jax/config/base.py lists every key.
 """
 
 from pspnet_jax.config import lgg
 
 
 def get_config(arg: str = ''):
-    return lgg.get_config(arg)  # config = ...; then lines such as config.train.epochs = 100.0
+    return lgg.get_config(arg)  # or: config = ...; config.train.epochs = 100.0; return config

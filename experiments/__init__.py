@@ -1,1 +1,1 @@
-"""Lists of config overrides plus one call; what came out is in results/*.jsonl."""
+"""Experiments: config overrides and one call each; their results are in results/*.jsonl."""

@@ -1,15 +1,15 @@
-"""Studies of one change at a time: the same protocol, the same patients, several seeds.
+"""Ablation studies: one change at a time, with the same protocol and patients and several seeds.
 
   python -m experiments.ablation --list
   python -m experiments.ablation --study=bins --source=FOLDER --workdir=runs/ablation
 
-Each variant of a study and seed is a run of `experiments.run` in WORKDIR/STUDY/VARIANT_SEED. Its
-line, with the names of both, goes to --results; a run whose line is there is not done again, one
-that was stopped is resumed. --study takes several names, 'all' takes all. The studies of PSPNet
-have one base, whose runs serve them all.
+Each variant and seed is a run of `experiments.run` in WORKDIR/STUDY/VARIANT_SEED. Its line, with
+the names of study and variant, is added to --results; a finished run is not repeated, and a stopped
+one is resumed. --study takes several names, or 'all'. The studies of PSPNet share one base, which
+runs only once.
 
-All figures are of one quarter of the 78 patients that are not in the public hold-out (the test part
-of fold 0 of 4), by a network that never saw them: what is chosen here has not seen the hold-out.
+All metrics are for one quarter of the 78 patients outside the public hold-out (the test part of
+fold 0 of 4), by a network that never saw them: choices made here do not depend on the hold-out.
 """
 
 import json
@@ -27,7 +27,7 @@ from pspnet_jax.runtime.errors import ConfigError
 
 RESULTS = Path(__file__).parent / 'results' / 'ablation.jsonl'
 
-# Slices at half resolution, some minutes a run on one core.
+# Slices at half resolution; a run takes minutes on one core.
 QUICK = {
     'data.split': 'kfold',
     'data.folds': 4,
@@ -48,8 +48,9 @@ PSPNET = QUICK | {'model.backbone': 'mobilenet_v2', 'model.output_stride': 8}
 
 
 class Study(NamedTuple):
-    """`variants` are {name: what it changes}, of which the first changes nothing. The key 'page'
-    is the argument of configs/lgg.py in place of the study's.
+    """`variants` are {name: its changes}; the first changes nothing.
+
+    The key 'page' replaces the study's argument of configs/lgg.py.
     """
 
     question: str
@@ -111,12 +112,12 @@ STUDIES = {
         },
     ),
     'sampling': pspnet(
-        'Are slices with lesion to be drawn more often?',
+        'Should slices with lesions be drawn more often?',
         **one_knob('data.sampling', 'uniform'),
         **one_knob('data.lesion_floor', 0.3),
     ),
     'normalize': pspnet(
-        'On which scale are intensities?',
+        'Which normalisation?',
         **one_knob('data.normalize', 'weights', 'buda'),
     ),
     'context': pspnet('Do neighbouring slices help?', **one_knob('data.context', 1)),
@@ -185,7 +186,7 @@ def main() -> None:
 
 
 def run_one(name: str, variant: str, seed: int, local: Mapping[str, Any]) -> None:
-    """Train and test one variant, unless its line is there."""
+    """Train and test one variant, unless its line exists."""
     options, study = flags.FLAGS, STUDIES[name]
     if study.page == 'pspnet' and variant == BASE:
         name = BASE
@@ -213,7 +214,7 @@ if __name__ == '__main__':
     flags.DEFINE_list('study', [], "names of --list; 'all'")
     flags.DEFINE_bool('list', False, 'print the studies and their variants')
     flags.DEFINE_string('workdir', '', 'a folder for each run')
-    flags.DEFINE_string('source', '', 'the folder with kaggle_3m; without, it is fetched')
-    flags.DEFINE_string('root', '', "where the built data set is kept; without, tfds' own folder")
+    flags.DEFINE_string('source', '', 'the folder with kaggle_3m; default: download it')
+    flags.DEFINE_string('root', '', "folder of the built data set; default: tfds' own folder")
     flags.DEFINE_string('results', str(RESULTS), 'the .jsonl that gets the lines')
     cli.run(main)

@@ -1,12 +1,12 @@
-"""Every network under one protocol: trained, and what it costs.
+"""Trains every network by the same protocol, and measures its cost.
 
   python -m experiments.architectures --quick            on the phantoms, minutes each
   python -m experiments.architectures --config.data.source=FOLDER ...   on LGG
-  python -m experiments.architectures --cost             parameters, FLOPs, ms a slice
+  python -m experiments.architectures --cost             parameters, FLOPs, ms per slice
 
-Each training is `experiments.run` with configs/phantom.py:NAME or configs/lgg.py:NAME in a
-process of its own; flags that are not known here are passed on to it. Lines are added to
-experiments/results/architectures.jsonl and costs.jsonl; names that are there are not run again.
+Each training is `experiments.run` with configs/phantom.py:NAME or configs/lgg.py:NAME in a separate
+process, which gets all unknown flags. Lines are added to experiments/results/architectures.jsonl
+and costs.jsonl; names that are listed there are not run again.
 """
 
 import functools
@@ -33,7 +33,7 @@ RESULTS = Path('experiments/results')
 
 
 def done(path: Path, key: str) -> set[str]:
-    """The values of `key` in the lines that are there."""
+    """The values of `key` in the existing lines."""
     return (
         {json.loads(line)[key] for line in path.read_text().splitlines()}
         if path.exists()
@@ -57,9 +57,9 @@ def train(name: str, passed_on: list[str]) -> None:
 
 
 def cost(name: str, *, size: int = 256, batch: int = 4, repeats: int = 5) -> dict[str, Any]:
-    """Parameters for 2 and 21 classes; FLOPs and milliseconds a slice of inference.
+    """Parameters for 2 and 21 classes; FLOPs and milliseconds per slice of inference.
 
-    The FLOPs are those of the plain convolutions, which other platforms are given.
+    The FLOPs are those of the plain convolutions, which platforms other than the CPU use.
     """
     image = jnp.zeros((batch, size, size, 3))
     counts = {}
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
             train(name, argv[1:])
         elif name not in done(RESULTS / 'costs.jsonl', 'name'):
             line = cost(name)
-            print(f'{name:18} {line["gflop"]:8.1f} GFLOP {line["ms"]:8.1f} ms a slice', flush=True)
+            print(f'{name:18} {line["gflop"]:8.1f} GFLOP {line["ms"]:8.1f} ms/slice', flush=True)
             with open(RESULTS / 'costs.jsonl', 'a') as file:
                 file.write(json.dumps(line) + '\n')
 

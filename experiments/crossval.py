@@ -3,12 +3,12 @@
   python -m experiments.crossval --config=configs/lgg.py --workdir=runs/cv [--folds=5] \\
       [--results=FILE] [--config.data.source=FOLDER ...]
 
-Fold n is the run of `experiments.run` with data.split 'kfold' and data.fold n, in WORKDIR/fold_n;
-its line goes to WORKDIR/folds.jsonl. A fold whose line is there is not run again; one that was
-stopped is resumed. At the end the line over all patients is printed and, if asked for, added to
-FILE. With --most_seconds=150 and a number of steps, --config.train.steps, all folds get fewer
-steps where the first one shows that training would take longer. With --choose_postprocessing each
-fold is tested with what its own validation patients chose.
+Fold n is a run of `experiments.run` with data.split 'kfold' and data.fold n in WORKDIR/fold_n; its
+line is added to WORKDIR/folds.jsonl. A finished fold is not run again; a stopped one is resumed. At
+the end the line over all patients is printed and, with --results, added to FILE. With
+--most_seconds=150 and a number of steps (--config.train.steps), all folds get fewer steps if the
+first one shows that training would take longer. With --choose_postprocessing, each fold is tested
+with the post-processing that was chosen on its own validation patients.
 """
 
 import json
@@ -29,11 +29,11 @@ from pspnet_jax.runtime.errors import ConfigError
 
 
 class TooSlowError(Exception):
-    """Its argument is the number of steps that the time allows."""
+    """Training would take too long; the argument is the number of steps that fits."""
 
 
 def raise_if_slow(steps: int, most_seconds: float) -> Callable[[int, dict[str, Any]], None]:
-    """An `on_log` hook: from the second to the fourth record of losses it measures the pace."""
+    """An `on_log` hook that measures the pace from the second to the fourth record of losses."""
     seen: list[tuple[int, float]] = []
 
     def on_log(step: int, values: dict[str, Any]) -> None:
@@ -49,14 +49,14 @@ def raise_if_slow(steps: int, most_seconds: float) -> Callable[[int, dict[str, A
 
 
 def over_patients(lines: list[dict[str, Any]], bootstrap: int = 10_000) -> dict[str, Any]:
-    """One line of the folds' lines: each statistic over all patients, not over folds."""
+    """Join the folds' lines into one, with statistics over all patients, not over folds."""
     patients = [patient for line in lines for patient in line['patients']]
     names = [patient['patient'] for patient in patients]
     if len(set(names)) < len(names):
         raise ValueError(f'a patient was tested twice: {sorted(names)}')
     summary = {}
     for name in ('dice', 'dice_largest', 'iou', 'hd95', 'hd95_joined', 'lesion_dice', 'lesion_f1'):
-        found = [p.get(name) for p in patients]  # lines of before lack the last three
+        found = [p.get(name) for p in patients]  # old lines lack the last three
         values = np.array([value for value in found if value is not None], np.float64)
         summary[name] = {
             'mean': float(values.mean()) if len(values) else None,
@@ -80,7 +80,7 @@ def run_fold(
     config: Any, folder: Path, fold: int, folds: int, most_seconds: float, choose: bool
 ) -> None:
     """Train and test one fold, and add its line to FOLDER/folds.jsonl."""
-    fewer = folder / 'steps'  # kept for the other folds, and for this one when it is resumed
+    fewer = folder / 'steps'  # for the other folds, and for this one if it is resumed
     changes = {'data.split': 'kfold', 'data.folds': folds, 'data.fold': fold}
     if fewer.exists():
         changes['train.steps'] = int(fewer.read_text())
@@ -92,7 +92,7 @@ def run_fold(
         kept = folder / 'folds.jsonl'
         run.add_line(config, folder / f'fold_{fold}', kept, texts, choose, **hooks)
     except TooSlowError as too_slow:
-        logging.warning('%d steps fit into --most_seconds: all folds get these', *too_slow.args)
+        logging.warning('only %d steps fit into --most_seconds: all folds use that', *too_slow.args)
         fewer.write_text(str(*too_slow.args))
         run_fold(config, folder, fold, folds, most_seconds, choose)
 
@@ -130,9 +130,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'what to run: FILE or FILE:ARGUMENT')
-    flags.DEFINE_string('workdir', None, 'a folder a fold, and their lines', required=True)
-    flags.DEFINE_integer('folds', 5, 'parts of the patients', lower_bound=2)
-    flags.DEFINE_float('most_seconds', 0, "of a fold's training; 0: as many as it takes")
+    flags.DEFINE_string('workdir', None, 'gets one folder per fold, and their lines', required=True)
+    flags.DEFINE_integer('folds', 5, 'number of parts of the patients', lower_bound=2)
+    flags.DEFINE_float('most_seconds', 0, "limit of a fold's training; 0: none")
     flags.DEFINE_bool('choose_postprocessing', False, "on each fold's validation patients")
     flags.DEFINE_string('results', '', 'a .jsonl that gets the line over all folds')
     cli.run(main)

@@ -1,4 +1,4 @@
-"""What made a result: the commit and the device."""
+"""The origin of a result: commit and device."""
 
 import os
 import platform
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import jax
 
-RESULTS = ':!experiments/results'  # each line that is written there changes a tracked file
+RESULTS = ':!experiments/results'  # tracked files that each result changes
 
 
 def commit() -> str:
-    """The checked-out commit; '+changes' where tracked files other than results differ from it.
+    """The checked-out commit, with '+changes' if tracked files other than results differ from it.
 
-    $COMMIT, where it is set, is taken in its place: a copy of the files alone needs it. Raises
-    SystemExit without either.
+    $COMMIT replaces it; a copy of the files without .git needs that. Raises SystemExit without
+    either.
     """
     if given := os.environ.get('COMMIT'):
         return given

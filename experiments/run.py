@@ -3,10 +3,10 @@
   python -m experiments.run --config=configs/lgg.py:vgg_pspnet --workdir=runs/vgg \\
       --results=experiments/results/lgg.jsonl --config.data.source=FOLDER ...
 
-The line says what was run (config, overrides, commit, seed, device, seconds of
-training and evaluation) and what came out (summary, patients). A run from a changed
-working tree is marked '+changes' behind the commit. With --choose_postprocessing the figures are
-those with what was chosen on the validation patients, which the line says.
+The line holds what was run (config, overrides, commit, seed, device, seconds of training and
+evaluation) and the results (summary, patients). For a changed working tree, '+changes' follows the
+commit. With --choose_postprocessing, the results use the post-processing that was chosen on the
+validation patients, and the line contains it.
 """
 
 import json
@@ -27,13 +27,13 @@ from pspnet_jax.evaluation.protocol import evaluate_checkpoint
 from pspnet_jax.runtime import checkpoint
 from pspnet_jax.training.loop import train_and_evaluate
 
-LOCAL_PATHS = (  # this machine's business
+LOCAL_PATHS = (  # keys with paths that only make sense on this machine
     'data.source', 'data.root', 'model.pretrained', 'train.init_from', 'distill.teacher',
 )  # fmt: skip
 
 
 def overrides(argv: list[str]) -> dict[str, str]:
-    """What the command line changed in the config; local paths by their last part."""
+    """The config changes of the command line; of local paths only the last part."""
     pairs = (re.fullmatch(r'--?config\.([\w.]+)=(.*)', argument) for argument in argv)
     found = {pair[1]: pair[2] for pair in pairs if pair}
     return {
@@ -46,14 +46,15 @@ def make_line(
     config: Any, workdir: str | Path, name: str, changes: dict[str, str], choose: bool = False,
     **hooks: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train and evaluate; `name` and `changes` say which config this is. With `choose`,
-    post-processing is chosen on validation, and evaluated with it.
+    """Train, evaluate and return the result line; `name` and `changes` describe the config.
+
+    With `choose`, post-processing is chosen on validation and used in the evaluation.
     """
     start, made_by = time.time(), commit()
-    first_step = max(checkpoint.steps(workdir), default=0)  # above 0: a run that was resumed
+    first_step = max(checkpoint.steps(workdir), default=0)  # above 0 if the run is resumed
     result = train_and_evaluate(config, str(workdir), **hooks)
     if choose:
-        evaluate_checkpoint(workdir, split='validation', choose=True, trusted=True)
+        evaluate_checkpoint(workdir, split='validation', fit=['postprocessing'], trusted=True)
         result = evaluate_checkpoint(workdir, split=result['data']['split'], trusted=True)
     about = {
         'experiment': Path(workdir).name,
@@ -85,7 +86,7 @@ def add_line(
     config: Any, workdir: str | Path, results: str | Path, changes: dict[str, str],
     choose: bool = False, **hooks: Any,
 ) -> None:  # fmt: skip
-    """Run what the command line says; `changes` are overrides that it does not show."""
+    """Run and add the line; `changes` are overrides that are not on the command line."""
     name = next(a.split('=', 1)[1] for a in sys.argv if re.match(r'--?config=', a))
     line = make_line(config, workdir, name, overrides(sys.argv) | changes, choose, **hooks)
     with open(results, 'a') as file:

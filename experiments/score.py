@@ -23,7 +23,7 @@ def main() -> None:
     options, start, made_by = flags.FLAGS, time.time(), commit()
     where = {'data': options.data, 'out': options.out}
     if options.choose_postprocessing:
-        evaluate_checkpoint(options.workdir, split='validation', choose=True, **where)
+        evaluate_checkpoint(options.workdir, split='validation', fit=['postprocessing'], **where)
     result = evaluate_checkpoint(options.workdir, split=options.split, **where)
     config = result['checkpoint']['config']
     line = {

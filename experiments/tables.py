@@ -1,9 +1,9 @@
-"""Write the tables of results from the committed lines in experiments/results.
+"""Write the tables in the docs from the committed lines in experiments/results.
 
   python -m experiments.tables
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_readme.py
-holds that the pages have what this makes.
+Each table is between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_readme.py checks that
+the pages are up to date.
 """
 
 import json
@@ -20,13 +20,13 @@ RESULTS = ROOT / 'experiments/results'
 
 
 def read_lines(name: str) -> list[dict[str, Any]]:
-    """The lines of results/NAME.jsonl, none where there is no such file."""
+    """The lines of results/NAME.jsonl, none if there is no such file."""
     path = RESULTS / f'{name}.jsonl'
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def lgg() -> str:
-    """Dice and HD95 on the ten held-out patients, a row a run, and the command of each."""
+    """Dice and HD95 on the ten held-out patients, one row per run, and each run's command."""
     rows = [
         '| config | Dice mean | median | 95 % interval | largest component | HD95, voxel steps |',
         '|---|---:|---:|---:|---:|---:|',
@@ -53,7 +53,7 @@ def lgg() -> str:
     return '\n'.join([*rows, '', *notes])
 
 
-# Parameters that are published for 21 classes, to which digit, and where.
+# Published parameters for 21 classes, their precision, and the source.
 PUBLISHED = {
     'fcn32s': (134e6, 1e6, 'Long 2015, table 3'),
     'fcn': (35_322_218, 1, 'torchvision, fcn_resnet50'),
@@ -107,7 +107,7 @@ def architectures() -> str:
 
 
 def speed() -> str:
-    """Images a second of ours and of the peer, the newest line of each case and device."""
+    """Images per second of ours and of the peer, the newest line of each case and device."""
     newest = {(line['case'], line['device']): line for line in read_lines('speed')}
     rows = [
         '| case | ours, images/s | peer | ratio | p95 of a step, s, ours and peer | '
@@ -136,7 +136,7 @@ def speed() -> str:
 
 
 def forms() -> str:
-    """The training step with each form that is there for speed, and without: the newest lines."""
+    """The training step with and without each optimised form: the newest lines."""
     rows = ['| step | s | compiled in, s | GFLOP | temporaries, MB |', '|---|---:|---:|---:|---:|']
     lines = list({line['variant']: line for line in read_lines('forms')}.values())
     for line in lines:
@@ -148,7 +148,7 @@ def forms() -> str:
 
 
 def input_rates() -> str:
-    """The loader against the step, and as the data grow: the newest lines."""
+    """The loader compared with the step, and with growing data: the newest lines."""
     rows = [
         '| | cache | loader, slices/s | step, slices/s | waiting | volumes, slices/s | peak MB |',
         '|---|---|---:|---:|---:|---:|---:|',
@@ -195,7 +195,7 @@ LINKS = {'NVLink, 450': 450, '400 Gbit/s, 50': 50, '25 Gbit/s, 3.1': 3.1}  # GB/
 
 
 def scale() -> str:
-    """What a step moves between devices, in what time by which link, and what a save takes."""
+    """The bytes that a step moves between devices, the time by link, and the time of a save."""
     lines = read_lines('scale')
     rows = [
         '| network | parameters, MB | all-reduced a step, MB | '
@@ -216,9 +216,9 @@ def scale() -> str:
 
 
 def faults() -> str:
-    """Each fault: how often it was tried, what was lost, the command that tries it again."""
+    """Each fault: how often it was tried, what was lost, and the command that repeats it."""
     rows = ['| fault | tried | lost | seconds | again by |', '|---|---:|---|---:|---|']
-    today = {fault.fault: fault.command() for fault in FAULTS}  # a line keeps that of its day
+    today = {fault.fault: fault.command() for fault in FAULTS}  # a line may hold an old command
     for line in (chaos := read_lines('chaos')):
         command = line['command'].replace('experiments.chaos', 'tests.stress.chaos')
         phases = ', '.join(f'{name} {count}' for name, count in sorted(line['by_phase'].items()))
@@ -236,12 +236,12 @@ def faults() -> str:
 
 
 def fuzz() -> str:
-    """Mutated inputs of each reader, and what became of them."""
+    """Mutated inputs of each reader, and their outcomes."""
     return _fuzz([line for line in read_lines('fuzz') if 'new' not in line])
 
 
 def fuzz_guided() -> str:
-    """The same with inputs that atheris chose."""
+    """The same for inputs chosen by atheris."""
     return _fuzz([line for line in read_lines('fuzz') if 'new' in line], guided=True)
 
 
@@ -260,7 +260,7 @@ def _fuzz(lines: list[dict[str, Any]], *, guided: bool = False) -> str:
 
 
 def soak() -> str:
-    """Memory and what is open along the newest soak."""
+    """Memory and open resources in the newest soak test."""
     lines = read_lines('soak')[-1:]
     rows = ['| | early | late |', '|---|---:|---:|']
     for line in lines:
@@ -289,7 +289,7 @@ def soak() -> str:
 
 
 def gpu() -> str:
-    """Images a second on a GPU: each form of ours beside PyTorch's, and the checks in front."""
+    """Images per second on a GPU: each of our forms next to PyTorch's, and the checks before."""
     lines = read_lines('gpu_speed')
     checks = [line for line in lines if 'check' in line and 'logits' in line]
     timed = {line['case']: line for line in lines if 'case' in line}  # the newest of each
@@ -335,7 +335,7 @@ def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
 
 
 def knobs() -> str:
-    """Every knob with its default and what pspnet_jax/config/base.py says about it, by section."""
+    """Every key of the config with its default and its comment in base.py, by section."""
     told, config = base.comments(), base.get_config()
     rows, section = [], None
     for key, value in flatten(config.to_dict()).items():
@@ -349,7 +349,7 @@ def knobs() -> str:
 
 
 def gpu_lgg() -> str:
-    """The newest line of each run of gpu_lgg.sh, and one over its folds."""
+    """One row for the newest line of each run of gpu_lgg.sh, and one over its folds."""
     lines = {line['experiment']: line for line in read_lines('gpu_lgg')}
     folds = [line for name, line in lines.items() if name.startswith('fold_')]
     rows = ['| tested | patients | Dice mean | median | largest component | commit |',
@@ -394,7 +394,7 @@ TABLES = {
 
 
 def fill(page: str, text: str) -> str:
-    """`text` of the page with every marked table made anew."""
+    """The page's `text` with every marked table made again."""
     for name, make in TABLES[page].items():
         before, after = f'<!-- table: {name} -->\n', '<!-- end -->'
         table = f'{before}{make()}\n{after}'

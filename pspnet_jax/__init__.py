@@ -1,11 +1,11 @@
-"""PSPNet and its kin for medical image segmentation, in JAX and Flax.
+"""PSPNet and related networks for medical image segmentation, in JAX and Flax.
 
-Dimension letters, wherever a name carries its shape (logits_BHWK, labels_BHW):
+Dimension letters in names that contain a shape (logits_BHWK, labels_BHW):
 
   B batch        H W pixels     h w feature cells   C channels
   K classes      D slices       N slices or patients of a list
 
-Folders import downwards only, held by tests/test_layering.py:
+Folders import downwards only; tests/test_layering.py checks it:
 
   main, check, evaluate, predict, export, convert: the commands, on cli; api: train, load, Model
   training, prediction, serving
@@ -27,10 +27,10 @@ from pspnet_jax.runtime import VERSION
 __all__ = ['Model', 'load', 'train']
 __version__ = VERSION
 
-if 'ipykernel' in sys.modules:  # in a notebook, where Python prints warnings alone
+if 'ipykernel' in sys.modules:  # in a notebook, where Python prints only warnings
     _logger = logging.getLogger(__name__)
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)
         _handler = logging.StreamHandler(sys.stdout)
-        _handler.addFilter(lambda record: not logging.getLogger().handlers)  # these print it
+        _handler.addFilter(lambda record: not logging.getLogger().handlers)  # avoid printing twice
         _logger.addHandler(_handler)

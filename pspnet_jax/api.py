@@ -1,4 +1,4 @@
-"""The calls that people know, for scripts and notebooks.
+"""Python functions for scripts and notebooks.
 
   import pspnet_jax
   model = pspnet_jax.train('vgg_pspnet', images='own/images', masks='own/masks', workdir='runs/own')
@@ -6,7 +6,7 @@
   mask = model.predict('picture.png')
   figures = model.evaluate('other/images', 'other/masks')
 
-They are the commands' own functions; whatever a call lacks is a knob of the config.
+They are the commands' own functions; all other options are keys of the config.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# JAX and what stands on it are imported by the calls: `import pspnet_jax` and --help are quick.
+# The functions import JAX and all that needs it, so `import pspnet_jax` and --help are fast.
 if TYPE_CHECKING:
     import numpy as np
     from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained network with what it needs to know of images; made by `load` and `train`."""
+    """A trained network, made by `load` and `train`."""
 
     predictor: Predictor
     workdir: str | Path | Sequence[str | Path]
@@ -42,21 +42,21 @@ class Model:
         return self.predictor.config
 
     def predict(self, image: np.ndarray | str | Path) -> np.ndarray:
-        """H W uint8 class numbers of a picture: a file, or an array H W or H W C.
+        """H W uint8 class numbers of an image: a file, or an array H W or H W C.
 
-        Its intensities are taken as a volume of its own: slices of one volume belong into
-        `predict_volume`. Raises DataError.
+        Its intensities are measured as those of a whole volume: use `predict_volume` for the slices
+        of a volume. Raises DataError.
         """
         return self._labels_and_probabilities(image)[0]
 
     def predict_probabilities(self, image: np.ndarray | str | Path) -> np.ndarray:
-        """H W K float32, of a picture as `predict` takes it."""
+        """H W K float32 probabilities of an image as in `predict`."""
         return self._labels_and_probabilities(image)[1]
 
     def predict_volume(self, volume: np.ndarray | str | Path) -> np.ndarray:
-        """D H W uint8 of a volume: a file (NIfTI, TIFF, DICOM), or an array D H W C.
+        """D H W uint8 class numbers of a volume: a file (NIfTI, TIFF, DICOM), or an array D H W C.
 
-        Of a file in the orientation that `data.formats.read` turns it into.
+        A file's mask has the orientation of `data.formats.read`.
         """
         from pspnet_jax.data import formats
         from pspnet_jax.inference import predictors
@@ -67,10 +67,10 @@ class Model:
     def evaluate(
         self, images: str | Path, masks: str | Path, *, group: str | None = None
     ) -> dict[str, Any]:
-        """`evaluation.scores.evaluate_volumes`'s figures over a folder of images and one of masks.
+        """The metrics of `evaluation.scores.evaluate_volumes` for folders of images and masks.
 
-        `group` says whose pictures belong together, in place of the run's `data.group`. The log,
-        'overlap' of the figures' 'data' and 'seen' of each case say which the run was trained on.
+        `group` replaces the run's `data.group`, which tells which images belong together. The log,
+        'overlap' of 'data' and 'seen' of each case tell which cases the run was trained on.
         """
         from pspnet_jax.data import pairing, sources, volumes
         from pspnet_jax.evaluation.protocol import mark_seen, tell_overlap
@@ -123,11 +123,11 @@ def load(
     checkpoint: str = '',
     **options: Any,
 ) -> Model:
-    """The model of a training run, or of several runs as one: the mean of their probabilities.
+    """Load the model of a training run, or an ensemble that averages several runs' probabilities.
 
-    A name such as 'lgg' that is no folder is a network that comes with the package, 'zoo:lgg'.
-    `checkpoint` is 'best', 'last' or a step. `options` are those of the config's `predict`
-    section: flip=True, threshold=0.4, window=512 and on. Raises CheckpointError, ConfigError.
+    A name such as 'lgg' that is not a folder is a network that comes with the package, 'zoo:lgg'.
+    `checkpoint` is 'best', 'last' or a step. `options` are keys of the config's `predict` section,
+    such as flip=True, threshold=0.4 or window=512. Raises CheckpointError, ConfigError.
     """
     from pspnet_jax.inference import predictors
     from pspnet_jax.runtime import paths
@@ -146,11 +146,12 @@ def train(
     changes: Mapping[str, Any] | None = None,
     **hooks: Any,
 ) -> Model:
-    """Train, and load what was trained; a run that was stopped is resumed.
+    """Train a model, or resume a stopped run, and load it.
 
-    `config` is a config, or the name of a network for pictures in `images` and `masks` (several
-    folders of images stack as channels). `changes` are by dotted key, {'train.epochs': 20}.
-    `hooks` are `training.loop.train_and_evaluate`'s. Raises what that raises.
+    `config` is a config, or the name of a network for images in `images` and `masks` (several
+    folders of images are stacked as channels). `changes` are config values by dotted key,
+    {'train.epochs': 20}. `hooks` are those of `training.loop.train_and_evaluate`, which also
+    describes the errors.
     """
     from pspnet_jax.config import folder as own_pictures
     from pspnet_jax.runtime.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Build the LGG data set for TensorFlow Datasets, which training otherwise does by itself.
+"""Build the LGG data set for TensorFlow Datasets; training does this automatically.
 
 python -m pspnet_jax.build --source=FOLDER --out=FOLDER
 """
@@ -19,6 +19,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('source', '', 'folder that holds kaggle_3m; empty: fetch it from Kaggle')
+    flags.DEFINE_string('source', '', 'folder that holds kaggle_3m; empty: download from Kaggle')
     flags.DEFINE_string('out', '', "where to build; empty: tfds' own folder")
     cli.run(main)

@@ -1,12 +1,12 @@
-"""Look at a data set before training on it: every fault, what is in it, leaks, a contact sheet.
+"""Check a data set before training: list its faults, contents and leaks, and make a contact sheet.
 
   python -m pspnet_jax.check --config=configs/folder.py --config.data.source=FOLDER --out=CHECK
 
-Unreadable files, missing masks, sizes and labels that do not fit are listed at once, with the
-remedy of each. Then: patients, sizes, share of each class, and pictures that are nearly the same in
-two parts of the split, which makes figures too good. CHECK/contact_sheet.png shows slices of
-training, validation and test with outlines, names and a legend, and how augmentation changes those
-of training.
+All unreadable files, missing masks and wrong sizes and labels are listed at once, each with a
+remedy. Then it prints patients, sizes, the share of each class, and nearly identical images in
+different parts of the split, which make results too optimistic. CHECK/contact_sheet.png shows
+slices of training, validation and test with outlines, names and a legend, and augmented training
+slices.
 """
 
 from absl import flags
@@ -18,7 +18,7 @@ from pspnet_jax.runtime.errors import ConfigError
 
 def main() -> None:
     if flags.FLAGS.config is None:
-        raise ConfigError('--config is missing: --config=configs/folder.py for your own pictures')
+        raise ConfigError('--config is missing: give --config=folder for your own images')
     from pspnet_jax.training.check import check
 
     check(flags.FLAGS.config, flags.FLAGS.out)

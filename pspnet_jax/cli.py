@@ -1,5 +1,5 @@
-"""How every command starts: it parses flags, prints the device, and ends with one line and exit
-status 1 on an error. What a command compiles is cached for the next. `pspnet` starts them all.
+"""Starts every command: parses flags, prints the device, and on an error prints one line and exits
+with status 1. Compiled programs are cached for the next command. `pspnet` starts them all.
 """
 
 import functools
@@ -26,27 +26,25 @@ from pspnet_jax.runtime.errors import ConfigError, DataError, PspnetError, Stopp
 logger = logging.getLogger(__name__)
 
 COMMANDS = {  # of `pspnet`: the module, and what it does
-    'train': ('main', 'train and evaluate what a config describes, or resume it'),
-    'build': ('build', 'build the LGG data set, which training otherwise does by itself'),
-    'rasterize': ('rasterize', 'write masks of what was drawn in an annotation tool'),
+    'train': ('main', 'train and evaluate by a config, or resume a run'),
+    'build': ('build', 'build the LGG data set (training does this automatically)'),
+    'rasterize': ('rasterize', 'write masks from the regions of an annotation file'),
     'check': ('check', 'list what is in a data set, and what is wrong with it'),
-    'evaluate': ('evaluate', 'score a trained network on patients whose masks are known'),
+    'evaluate': ('evaluate', 'score a trained network on cases with known masks'),
     'predict': ('predict', 'write masks and pictures for images, volumes and videos'),
     'export': ('export', 'write a trained network as StableHLO or ONNX'),
     'convert': ('convert', 'turn published weights into a run'),
 }
-GROUP = (
-    "the patient in a file's name, as data.group; '': each file by itself; not given: as the run"
-)
+GROUP = "the patient in a file's name, as data.group; '': each file alone; default: as in the run"
 # The packages whose INFO is printed: ours, and a command's own module.
 OURS = ('pspnet_jax', 'experiments', '__main__')
-# Of all others it is WARNING and above, but for these. Orbax, tfds and Grain log their inner
-# workings by absl's logger, and what they raise at length before they raise it, asyncio too.
+# Others print WARNING and above, except these: Orbax, tfds and Grain log details by absl's logger,
+# and like asyncio they log errors at length before they raise them.
 LEAST = {'absl': logging.CRITICAL, 'asyncio': logging.CRITICAL + 1}
 
 
 class _Console(logging.StreamHandler):
-    """Stderr: what is not INFO begins with its level, and a progress bar stays below it all."""
+    """Logs to stderr: lines other than INFO start with their level; a progress bar stays below."""
 
     def __init__(self):
         super().__init__()
@@ -62,9 +60,7 @@ class _Console(logging.StreamHandler):
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Whether to print a record, whose texts and paths can then neither add a line nor steer a
-    terminal.
-    """
+    """Whether to print a record; escapes unprintable characters in its texts and paths."""
     if isinstance(record.args, tuple):
         record.args = tuple(_escaped(value) for value in record.args)
     package = record.name.split('.')[0]
@@ -72,7 +68,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def _print_unless_late(unraisable: Any) -> None:
-    """`sys.unraisablehook`, except for what Orbax's storage layer prints after a failed save."""
+    """`sys.unraisablehook` without the message of Orbax's storage layer after a failed save."""
     if str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
 
@@ -98,15 +94,19 @@ def pspnet() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """`absl.app.run`; a PspnetError is printed to stderr and ends with exit status 1.
+    """`absl.app.run`; a PspnetError is printed to stderr and gives exit status 1.
 
-    A run that a signal stopped after a checkpoint ends as the signal would have ended it: 128
-    and its number, 143 for SIGTERM.
+    A run that a signal stopped after a checkpoint exits with 128 plus the signal's number, such as
+    143 for SIGTERM.
     """
     sys.unraisablehook = _print_unless_late
 
     def guarded(_) -> None:
-        from pspnet_jax.runtime import compilation, devices, hosts  # JAX: --help goes without
+        from pspnet_jax.runtime import (
+            compilation,
+            devices,
+            hosts,
+        )  # JAX, which --help does not need
 
         logging.root.removeHandler(absl_logging.get_absl_handler())
         logging.root.addHandler(_Console())
@@ -123,13 +123,13 @@ def run(main: Callable[[], None]) -> None:
         except StoppedError as error:
             print(error, file=sys.stderr)
             sys.exit(128 + error.signum)
-        except KeyboardInterrupt:  # outside the loop of training, which stops at a checkpoint
+        except KeyboardInterrupt:  # outside the training loop, which stops at a checkpoint
             print('interrupted: the same command resumes', file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
         except PspnetError as error:
             hosts.leave_after_an_error(_line(error))
         except Exception as error:
-            if isinstance(error, OSError) and error.filename:  # closed, too long a name, gone
+            if isinstance(error, OSError) and error.filename:  # no permission, name too long, gone
                 reason = f'{error.filename} can not be used ({error.strerror}): check its name '
                 reason += 'and permissions, or give another path'
                 hosts.leave_after_an_error(_line(DataError(reason)))
@@ -142,15 +142,15 @@ def run(main: Callable[[], None]) -> None:
 
 
 def define_host_flags() -> None:
-    """--coordinator and on, for commands that several processes can run together."""
-    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, of several processes')
-    flags.DEFINE_integer('num_processes', None, 'how many there are, all with the same command')
-    flags.DEFINE_integer('process_id', None, 'which one this is, from 0')
+    """Define --coordinator and the other flags of commands that several processes can run."""
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, for several processes')
+    flags.DEFINE_integer('num_processes', None, 'number of processes, all with the same command')
+    flags.DEFINE_integer('process_id', None, 'number of this process, from 0')
     flags.DEFINE_integer('host_timeout', 60, 'seconds after which a silent process counts as lost')
 
 
 def _help(told: str) -> str:
-    """What a command does, `told` by its module, and the flags that are its own."""
+    """The help of a command: its module's docstring `told`, and its own flags."""
     lines = [told.strip(), '', 'Flags:']
     modules = flags.FLAGS.flags_by_module_dict()
     own = [name for name in modules if name == sys.argv[0] or name.startswith('pspnet_jax')]
@@ -163,9 +163,9 @@ def _help(told: str) -> str:
 
         lines += [
             '',
-            'Every knob of a config is a flag: --config.KEY=VALUE. pspnet_jax/config/base.py has',
-            f'them all with their defaults. Configs: {", ".join(PAGES)}, or a file of your own;',
-            'an argument after a colon chooses the network and a recipe of augmentation,',
+            'Every key of a config is a flag: --config.KEY=VALUE. pspnet_jax/config/base.py lists',
+            f'all keys and defaults. Configs: {", ".join(PAGES)}, or a file of your own;',
+            'an argument after a colon chooses the network and an augmentation recipe,',
             '--config=lgg:unet,strong.',
             *textwrap.wrap(f'Networks: {", ".join(models.names())}', 90, subsequent_indent='  '),
             *textwrap.wrap(f'Recipes: {", ".join(augmentations.RECIPES)}', 90),
@@ -188,7 +188,7 @@ def _parse(told: str, argv: Sequence[str]) -> list[str]:
         _fail(ConfigError(_reason(str(error))))
     except SyntaxError as error:
         _fail(ConfigError(f'{error.filename}, line {error.lineno}: SyntaxError: {error.msg}'))
-    except Exception as error:  # raised by a config file, whose author needs the place
+    except Exception as error:  # raised by a config file: tell its author where
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f'{type(error).__name__}: {error}'
         _fail(ConfigError(f'{place.filename}, line {place.lineno}: {reason}'))
@@ -198,7 +198,7 @@ def _parse(told: str, argv: Sequence[str]) -> list[str]:
 
 
 def _reason(message: str) -> str:
-    """The last line of an error in a flag, and of one in a config file where it was raised."""
+    """The last line of an error in a flag; for an error in a config file, with its place."""
     last = message.strip().splitlines()[-1]
     places = re.findall(r'File "([^"]+\.py)", line (\d+)', message)
     if ours := re.match(r'(?:\w+\.)*ValueError: (.*)', last):

@@ -1,8 +1,8 @@
-"""Train, validate, checkpoint and evaluate what a config describes.
+"""Train a network by a config, with validation, checkpoints and a final evaluation.
 
   python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/lgg
 
-The same command resumes a run that stopped, from its newest checkpoint.
+The same command resumes a stopped run from its newest checkpoint.
 """
 
 from absl import flags
@@ -17,7 +17,7 @@ WORKDIR = flags.DEFINE_string('workdir', 'runs/last', 'checkpoints, metrics, eva
 
 def main() -> None:
     if CONFIG.value is None:
-        raise ConfigError('--config is missing: --config=configs/phantom.py needs no data')
+        raise ConfigError('--config is missing: give --config=phantom, which needs no data')
     from pspnet_jax.training.loop import train_and_evaluate
 
     train_and_evaluate(CONFIG.value, WORKDIR.value)

@@ -1,29 +1,29 @@
-"""Masks and pictures for images that have no truth.
+"""Predict masks and pictures for images, volumes and videos.
 
   python -m pspnet_jax.predict --workdir=RUN --input=FILE_FOLDER_GLOB_OR_CAMERA --output=FOLDER
   python -m pspnet_jax.predict --workdir=RUN1,RUN2,RUN3 --input=SCANS --output=MASKS --flip
 
-For each picture NAME what --save lists, at the picture's own size:
+For each image NAME it writes what --save lists, at the image's own size:
 
-  mask         NAME_mask.png: 0 and 255; with more than two classes their numbers, and a palette
-               that shows them in colour
-  probability  NAME_probability.png: of class 1, 65535 is 1; with more classes one for each
+  mask         NAME_mask.png: 0 and 255, or with more than two classes their numbers, with a
+               palette that shows them in colour
+  probability  NAME_probability.png: of class 1, where 65535 means 1; with more classes one file
+               per class
   overlay      NAME_overlay.png: classes in colour, with their names
-  outline      NAME_outline.png: each class in its colour, with a black line beside it
+  outline      NAME_outline.png: each class in its colour, with a black line next to it
   panels       NAME_panels.png: original, mask and outline, with captions and a legend
 
 A volume (NIfTI, DICOM, pages of a TIFF, array) gives a mask and probabilities in its own format,
-size, spacing and orientation, and pictures of the slice with most in it. A video, or a camera by
-its number, gives videos: .mp4, masks and probabilities exact in .mkv.
+size, spacing and orientation, and pictures of the slice with the largest prediction. A video, or a
+camera by its number, gives videos: .mp4, and lossless .mkv for masks and probabilities.
 
-Each file is by itself, whatever its name, unless the run was trained on slices that files hold
-(data.group, LGG) or --group says so: then those of a patient share an intensity scale, and those
-with a number in (?P<slice>...) are slices of one volume.
+Each file is predicted separately, unless the run was trained on patients with several files
+(data.group, LGG) or --group is given. Then the files of a patient share an intensity scale, and
+files with a number in (?P<slice>...) are slices of one volume.
 
-The output folder keeps pspnet_predictions.jsonl, which says what each result was made from, and by
-which run, step and options. The same command started again skips what is finished; a file there
-that another command or person made is not replaced without --overwrite. A summary at the end
-accounts for every file.
+The output folder also gets pspnet_predictions.jsonl, which records each result's source, run, step
+and options. Repeating the command skips finished files. Files from other commands are replaced
+only with --overwrite. A summary at the end counts every file.
 """
 
 import os
@@ -52,7 +52,7 @@ def main() -> None:
     if options.input.isdigit() and not os.path.exists(options.input):
         output, name = Path(options.output).expanduser(), f'camera_{options.input}'
         if not options.overwrite and list(output.glob(f'{name}_*')):
-            raise ConfigError(f'{output / name}_* is there: give another --output, or --overwrite')
+            raise ConfigError(f'{output / name}_* exists: give another --output, or --overwrite')
         predictor = predictors.load(workdirs, options.checkpoint, changes)
         camera = int(options.input)
         done = predict_video(
@@ -71,20 +71,22 @@ def main() -> None:
         group=group,
     )
     if faults:
-        raise DataError(f'{len(faults)} file(s) left out:', faults)
+        raise DataError(f'{len(faults)} file(s) failed:', faults)
 
 
 if __name__ == '__main__':
-    flags.DEFINE_multi_string('workdir', None, 'folder of a run; several: the mean', required=True)
+    flags.DEFINE_multi_string(
+        'workdir', None, 'folder of a run; several are averaged', required=True
+    )
     flags.DEFINE_string(
         'input', None, 'file, folder, pattern, or number of a camera', required=True
     )
     flags.DEFINE_string('output', None, 'folder for the results', required=True)
-    flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as the config says")
-    flags.DEFINE_list('save', 'mask,overlay,panels', 'which results, of those above')
+    flags.DEFINE_string('checkpoint', '', "'best', 'last' or a step; '': as in the config")
+    flags.DEFINE_list('save', 'mask,overlay,panels', 'which of the results above')
     flags.DEFINE_string('group', None, cli.GROUP)
-    flags.DEFINE_bool('overwrite', False, 'do again what is finished')
-    flags.DEFINE_integer('frames', 0, 'of a camera; 0: until Ctrl-C')
+    flags.DEFINE_bool('overwrite', False, 'predict finished files again, and replace others')
+    flags.DEFINE_integer('frames', 0, 'number of frames from a camera; 0: until Ctrl-C')
     define_prediction_flags(figures=False)
     cli.define_host_flags()
     cli.run(main)

@@ -1,13 +1,13 @@
-"""Label masks from the regions that were drawn in an annotation tool.
+"""Write label masks from the regions of an annotation file.
 
   python -m pspnet_jax.rasterize --annotations=FILE --images=FOLDER --out=MASKS
   python -m pspnet_jax.rasterize --annotations=FILE --images=FOLDER --out=MASKS \
       --classes=tumor=1,edema=2 --attribute=type
 
-FILE is of VGG Image Annotator 1 or 2 (JSON or CSV), COCO or labelme (also a folder of its
-files). MASKS/NAME.png holds class numbers, 0 is background; later regions cover earlier ones.
-COCO's categories are numbered in the order of their ids. The names in other files are numbered as
-found, so give --classes where several files belong together.
+FILE is from VGG Image Annotator 1 or 2 (JSON or CSV), COCO or labelme (also a folder of its files).
+MASKS/NAME.png holds class numbers, where 0 is background; later regions cover earlier ones. COCO's
+categories are numbered in the order of their ids. Classes in other files are numbered as found, so
+give --classes if several files belong together.
 """
 
 import re
@@ -50,9 +50,9 @@ def main() -> None:
 
 if __name__ == '__main__':
     flags.DEFINE_string('annotations', None, 'file of VIA, COCO or labelme', required=True)
-    flags.DEFINE_string('images', None, 'folder of the pictures', required=True)
+    flags.DEFINE_string('images', None, 'folder of the images', required=True)
     flags.DEFINE_string('out', None, 'folder for the masks', required=True)
     flags.DEFINE_string('classes', '', "NAME=NUMBER,...; '': COCO's by id, others in sorted order")
-    flags.DEFINE_string('attribute', '', 'that tells the classes apart, where regions have several')
-    flags.DEFINE_float('line_width', 1.0, 'pixels, of polylines whose ends do not meet')
+    flags.DEFINE_string('attribute', '', 'the attribute with the class, if regions have several')
+    flags.DEFINE_float('line_width', 1.0, 'in pixels, of open polylines')
     cli.run(main)

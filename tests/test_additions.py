@@ -111,7 +111,9 @@ def test_rules_read_the_dictionaries_when_they_are_asked(page):
 def test_weights_of_own_losses_are_numbers_by_name(extra):
     tree = rules.to_dict(tiny_config())
     tree['loss']['extra'] = extra
-    with pytest.raises(ConfigError, match=r'loss\.extra is .* it must be None or weights of own'):
+    with pytest.raises(
+        ConfigError, match=r'loss\.extra is .* it must be None or a mapping from your own'
+    ):
         rules.from_dict(tree)
 
 

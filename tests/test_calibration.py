@@ -81,12 +81,12 @@ def test_a_temperature_is_of_the_views_that_it_was_fitted_for(tmp_path, caplog):
     assert calibration.load(tmp_path, 8, views) == 1.7
     assert not caplog.messages
     assert calibration.load(tmp_path, 8, {**views, 'flip': True}) == 1.0
-    assert 'was fitted with other views (flip): not applied' in caplog.messages[-1]
+    assert 'was fitted with other prediction settings (flip): not applied' in caplog.messages[-1]
     assert calibration.load(tmp_path, 8, {**views, 'window': 64, 'overlap': 0.5}) == 1.0
     assert '(overlap, window)' in caplog.messages[-1]
     calibration.save(tmp_path, {'step': 8, 'temperature': 1.7})  # as it was written before
     assert calibration.load(tmp_path, 8, views) == 1.0
-    assert 'names no views' in caplog.messages[-1]
+    assert 'has no prediction settings' in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,6 @@ def test_a_temperature_is_of_the_views_that_it_was_fitted_for(tmp_path, caplog):
 def test_a_file_that_is_not_ours_is_an_error(tmp_path, text):
     (tmp_path / 'temperature.json').write_text(text)
     with pytest.raises(
-        DataError, match=r'temperature\.json is not (what --fit_temperature keeps|readable as JSON)'
+        DataError, match=r'temperature\.json is not (a file of --fit_temperature|readable as JSON)'
     ):
         calibration.load(tmp_path, 8)

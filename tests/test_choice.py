@@ -129,9 +129,12 @@ def test_a_choice_is_of_one_checkpoint_and_its_views(tmp_path, caplog):
     assert choice.load(tmp_path, config, 8, VIEWS) == FACTS
     assert not caplog.messages
     assert choice.load(tmp_path, config, 9, VIEWS) is None
-    assert 'is of step 8, this is step 9: not applied' in caplog.messages[-1]
+    assert 'is for step 8, this is step 9: not applied' in caplog.messages[-1]
     assert choice.load(tmp_path, config, 8, VIEWS | {'window': 64, 'overlap': 0.5}) is None
-    assert 'was chosen with other views (overlap, window): not applied' in caplog.messages[-1]
+    assert (
+        'was chosen with other prediction settings (overlap, window): not applied'
+        in caplog.messages[-1]
+    )
     assert 'to make it again, add the same flags to python -m' in caplog.messages[-1]
 
 
@@ -162,7 +165,7 @@ def test_a_threshold_is_refused_for_more_than_two_classes(tmp_path):
 def chosen(trained, tmp_path, monkeypatch):
     """(workdir, evaluation, postprocessing.json) of a run whose choice departs from the config."""
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
-    result = protocol.evaluate_checkpoint(workdir, split='validation', choose=True)
+    result = protocol.evaluate_checkpoint(workdir, split='validation', fit=['postprocessing'])
     return workdir, result, json.loads((workdir / choice.KEPT).read_text())
 
 
@@ -190,7 +193,7 @@ def test_a_choice_is_kept_with_the_run_applied_and_reported(chosen, capsys, capl
     assert f'{workdir / choice.KEPT}: ' in caplog.text
     assert words in capsys.readouterr().out.splitlines()[-2]
     assert words in (workdir / 'report.html').read_text()
-    assert 'too good' not in (workdir / 'report.html').read_text()
+    assert 'too optimistic' not in (workdir / 'report.html').read_text()
     written = json.loads((workdir / 'evaluation.json').read_text())
     assert written['postprocessing'] == test['postprocessing']
 
@@ -238,10 +241,10 @@ def test_a_choice_of_other_views_or_another_step_is_not_applied(chosen, caplog):
     assert predictor.chosen is None
     assert predictor.config == with_prediction(predictors.load(workdir, changes=OWN).config,
                                                {'window': 32})  # fmt: skip
-    assert 'was chosen with other views (overlap, window): not applied' in caplog.text
+    assert 'was chosen with other prediction settings (overlap, window): not applied' in caplog.text
     choice.save(workdir, kept | {'step': 3})
     assert predictors.load(workdir).chosen is None
-    assert f'is of step 3, this is step {kept["step"]}: not applied' in caplog.text
+    assert f'is for step 3, this is step {kept["step"]}: not applied' in caplog.text
 
 
 @pytest.mark.slow
@@ -250,7 +253,7 @@ def test_a_choice_of_one_run_is_not_applied_to_a_mean(chosen, trained, caplog):
     with caplog.at_level(logging.INFO):
         predictor = predictors.load([trained[0], workdir])
     assert {key: predictor.config.predict[key] for key in choice.OPTIONS} == OWN
-    assert 'postprocessing.json is chosen for one run by itself: not applied' in caplog.text
+    assert 'postprocessing.json was chosen for a single run: not applied' in caplog.text
 
 
 @pytest.mark.slow
@@ -268,7 +271,9 @@ def test_an_exported_file_says_what_was_chosen_and_is_not_in_it(chosen):
 def test_options_that_are_given_are_not_chosen(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
     given = {'flip': True, 'threshold': 0.35, 'largest_component': True}
-    result = protocol.evaluate_checkpoint(workdir, split='validation', choose=True, changes=given)
+    result = protocol.evaluate_checkpoint(
+        workdir, split='validation', fit=['postprocessing'], changes=given
+    )
     kept = json.loads((workdir / choice.KEPT).read_text())
     assert kept['options'] == given | {'min_size': kept['options']['min_size']}
     assert {row['of'] for row in kept['best']} == {'min_size'}
@@ -278,7 +283,7 @@ def test_options_that_are_given_are_not_chosen(trained, tmp_path):
 @pytest.mark.slow
 def test_a_temperature_fitted_without_the_chosen_flip_is_not_applied(trained, tmp_path, caplog):
     workdir = shutil.copytree(trained[0], tmp_path / 'run')
-    protocol.evaluate_checkpoint(workdir, split='validation', fit=True)
+    protocol.evaluate_checkpoint(workdir, split='validation', fit=['temperature'])
     step = json.loads((workdir / calibration.KEPT).read_text())['step']
     views = settings.choice_views(tiny_config())
     options = OWN | {'flip': True}
@@ -286,8 +291,8 @@ def test_a_temperature_fitted_without_the_chosen_flip_is_not_applied(trained, tm
     predictor = predictors.load(workdir)
     assert predictor.config.predict.flip
     assert predictor.temperature == 1
-    assert 'was fitted with other views (flip): not applied' in caplog.text
-    protocol.evaluate_checkpoint(workdir, split='validation', fit=True)  # with the chosen flip
+    assert 'was fitted with other prediction settings (flip): not applied' in caplog.text
+    protocol.evaluate_checkpoint(workdir, split='validation', fit=['temperature'])  # chosen flip
     assert json.loads((workdir / calibration.KEPT).read_text())['views']['flip']
     assert predictors.load(workdir).temperature != 1
 
@@ -310,4 +315,4 @@ def test_the_network_sees_each_slice_once_a_flip(rng):
 @pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
 def test_post_processing_is_chosen_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--choose_postprocessing is for'):
-        protocol.evaluate_checkpoint(tmp_path, choose=True, **where)
+        protocol.evaluate_checkpoint(tmp_path, fit=['postprocessing'], **where)

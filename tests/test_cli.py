@@ -73,7 +73,7 @@ BAD = [
         [PHANTOM, '--config.parallel=pmap', '--config.train.accumulate=8', TWO_SLICES],
         'train.batch_size 2 is not a multiple of train.accumulate 8',
     ),
-    ('evaluate', ['--workdir=gs://bucket/run'], 'is an address (gs://...), not a folder of'),
+    ('evaluate', ['--workdir=gs://bucket/run'], 'is an address (gs://...), not a local folder'),
     ('evaluate', ['--workdir=~nobody-of-that-name/run'], 'give the path without ~'),
 ]
 
@@ -152,7 +152,7 @@ def test_evaluation_changes_memory_spacing_and_tolerance_of_a_runs_config(monkey
         ('--config.model.width=4', 'model.width is fixed by training: you can change eval.batch'),
         (
             '--config.eval.checkpoint=last',
-            'eval.checkpoint has a flag of its own: give --checkpoint',
+            'eval.checkpoint has its own flag: give --checkpoint',
         ),
         ('--config=lgg', '--config is fixed by training'),
         ('--config.eval.batchsize=4', 'eval.batchsize is not a key: did you mean eval.batch_size'),
@@ -286,13 +286,13 @@ def test_build_then_evaluate_then_predict(trained, tmp_path):
     ]  # fmt: skip
     done = run('predict', *three, '--save=mask,outline', f'--input={tmp_path / "raw"}')
     assert done.returncode == 1
-    assert 'error: 1 file(s) left out:' in done.stderr
+    assert 'error: 1 file(s) failed:' in done.stderr
     assert 'bad.png is not a readable picture' in done.stderr
     assert 'Traceback' not in done.stderr
     assert len(list((tmp_path / 'three').rglob('*_outline.png'))) == 4
     done = run('predict', *three, '--save=outline', f'--input={tmp_path}/raw/*/*_1.tif')
     assert done.returncode == 0, done.stderr
-    assert '2 finished before are left as they are' in done.stdout
+    assert '2 file(s) were finished before' in done.stdout
 
 
 def test_a_config_of_the_package_is_named_without_a_path(monkeypatch, tmp_path):

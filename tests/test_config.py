@@ -64,7 +64,7 @@ def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
     ('key', 'value', 'words'),
     [
         ('data.threads', 0, 'data.threads is 0: it must be a whole number of at least 1'),
-        ('model.num_classes', 1, 'background is a class too, one structure needs 2'),
+        ('model.num_classes', 1, 'background is a class too, so one structure needs 2'),
         ('train.batch_size', 0, 'train.batch_size is 0: it must be a whole number of at least 1'),
         ('augment.flip', 1.5, 'augment.flip is 1.5: it must be a number from 0 to 1'),
         ('data.sampling', 'tumor', "data.sampling is 'tumor': it must be one of 'lesion'"),
@@ -76,20 +76,24 @@ def test_a_config_from_before_pictures_kept_their_proportions_stretches_them():
         ('loss.class_weights', (1.0,), 'it must have one for each of 2 classes'),
         ('model.class_names', ('lesion',), 'it must have one for each of 2 classes, background'),
         ('predict.overlap', 0.95, 'predict.overlap is 0.95: it must be a number from 0 to 0.9'),
-        ('model.name', 'vgg_unet', 'vgg_unet stands on vgg16, not on resnet18'),
+        ('model.name', 'vgg_unet', 'vgg_unet uses vgg16, not resnet18'),
         (
             'model.dropout',
             2.0,
-            'model.dropout is 2.0: it must be None (pspnet_jax/config/base.py says what that is)',
+            'model.dropout is 2.0: it must be None (see pspnet_jax/config/base.py)',
         ),
         (
             'loss.top_k_share',
             0.0,
             'loss.top_k_share is 0.0: it must be a number above 0, at most 1',
         ),
-        ('model.deep_supervision', True, 'deep_supervision is of U-Nets, not of pspnet: leave it'),
+        (
+            'model.deep_supervision',
+            True,
+            'deep_supervision is for U-Nets, not for pspnet: leave it',
+        ),
         ('train.accumulate', 3, 'train.batch_size 4 is not a multiple of train.accumulate 3'),
-        ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and goes before it'),
+        ('train.epochs', 5.0, 'train.epochs is 5, but train.steps is 4 and takes precedence'),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, words):
@@ -115,10 +119,16 @@ def test_a_label_map_is_a_knob_of_the_command_line_and_survives_json(monkeypatch
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'data.label_map': {'a': 1}}, "data.label_map is {'a': 1}: it must be None or values of"),
-        ({'data.label_map': '{4: 3'}, "data.label_map is '{4: 3': it must be None or values of"),
-        ({'data.label_map': {4: 300}}, 'it must be None or values of the masks'),
-        ({'data.label_map': {}}, 'it must be None or values of the masks'),
+        (
+            {'data.label_map': {'a': 1}},
+            "data.label_map is {'a': 1}: it must be None or a mapping from",
+        ),
+        (
+            {'data.label_map': '{4: 3'},
+            "data.label_map is '{4: 3': it must be None or a mapping from",
+        ),
+        ({'data.label_map': {4: 300}}, 'it must be None or a mapping from mask values'),
+        ({'data.label_map': {}}, 'it must be None or a mapping from mask values'),
         ({'data.mask_name': '*'}, 'data.mask_name is'),
         (
             {'data.label_map': {4: 3}, 'data.mask_colors': ('#000000', '#ffffff')},
@@ -136,7 +146,9 @@ def test_a_threshold_is_for_two_classes():
     config = tiny_config(**{'predict.threshold': 0.4})
     rules.validate(config)
     config.model.num_classes = 3
-    with pytest.raises(ConfigError, match=r'predict.threshold is for two classes, the model has 3'):
+    with pytest.raises(
+        ConfigError, match=r'predict.threshold is for two classes, but the model has 3'
+    ):
         rules.validate(config)
 
 
@@ -229,8 +241,8 @@ def test_every_knob_is_described_where_it_is_defined():
     assert set(told) == set(rules.RULES)
     assert all(told.values())
     assert told['model.pretrained'].startswith('Weights of the backbone')
-    assert told['data.images'].endswith('of a folder those of such names')
-    assert told['predict.overlap'] == 'of neighbouring tiles, share of the window'
+    assert told['data.images'].endswith('selects files of a folder by name')
+    assert told['predict.overlap'] == 'of neighbouring tiles, as a share of the window'
 
 
 def test_a_limit_is_of_a_knob():

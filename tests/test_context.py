@@ -605,7 +605,7 @@ def test_exported_files_take_a_volume_and_stack_it_themselves(tmp_path, rng, fmt
     path = export.export_checkpoint(workdir, fmt, size=(32, 40))
     call, metadata = read.read(path)
     assert metadata['context']['slices'] == 1
-    assert 'slices of one volume in turn' in metadata['context']['how']
+    assert 'slices of one volume in order' in metadata['context']['how']
     assert metadata['sizes']['channels'] == 3
     predictor = predictors.load(workdir)
     for depth in (5, 1):

@@ -137,5 +137,7 @@ def test_all_pairs_of_a_large_image_are_refused():
     predict = infer.compile_predict(
         Scores(), crf_options={'kernel': 'exact', 'window': 3, **OPTIONS}
     )
-    with pytest.raises(ConfigError, match=r"up to 16384 pixels, the images have 128 x 129: use 'w"):
+    with pytest.raises(
+        ConfigError, match=r"up to 16384 pixels, but the images have 128 x 129: use 'w"
+    ):
         predict({}, np.zeros((1, 128, 129, 1), np.float32))

@@ -71,7 +71,8 @@ def test_a_gpu_that_its_plugin_cannot_use_is_idle_for_jaxs_reason(monkeypatch, o
     monkeypatch.setattr(jax, 'devices', fail)
     advice = devices.idle_gpu(gpu)
     assert (
-        'jax_cuda12_plugin is installed, but JAX says: cuda: no supported devices found. ' in advice
+        'jax_cuda12_plugin is installed, but JAX reports: cuda: no supported devices found. '
+        in advice
     )
     assert 'pip install' not in advice
 

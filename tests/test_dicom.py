@@ -79,7 +79,7 @@ def test_a_dicom_series_is_a_volume(tmp_path, rng):
     with pytest.raises(DataError, match='2 DICOM series'):
         formats.read(folder)
     save_dicom(folder / 'IM0', stored[3], position=(-10.0, 20.0, 110.0))
-    with pytest.raises(DataError, match='the same place'):
+    with pytest.raises(DataError, match='the same position'):
         formats.read(folder)
 
 
@@ -212,6 +212,6 @@ def test_packed_dicom_names_the_plug_in(tmp_path):
         data.save_as(tmp_path / 'a.dcm', enforce_file_format=True)
         if words.startswith('pip') and pydicom.pixels.get_decoder(syntax).is_available:
             continue  # here it is installed
-        with pytest.raises(DataError, match='packed as') as caught:
+        with pytest.raises(DataError, match='compressed as') as caught:
             formats.read(tmp_path / 'a.dcm')
         assert words in str(caught.value)

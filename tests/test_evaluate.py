@@ -78,7 +78,7 @@ def test_distances_are_in_mm_where_the_volume_has_its_spacing():
     assert mm['data']['hd95_unit'] == 'mm'
     both = [moved, moved._replace(patient='b', spacing=(3.0, 0.5, 0.7))]
     unit = scores.evaluate_volumes(oracle, both, **OPTIONS)['data']['hd95_unit']
-    assert 'where the file says' in unit
+    assert 'if the file has' in unit
 
 
 def pictures(rng, count=3, size=40):
@@ -361,7 +361,7 @@ def test_the_baseline_has_a_dice_where_its_rule_gives_one():
 
 @pytest.mark.parametrize(
     ('patients', 'words'),
-    [(1, 'Dice 1.000, no interval of 1 ('), (3, 'to 1.000, too narrow for 3 ('), (10, '1.000 (')],
+    [(1, 'Dice 1.000, no interval for 1 ('), (3, 'to 1.000, too narrow for 3 ('), (10, '1.000 (')],
 )
 def test_few_patients_have_an_interval_that_says_so_and_one_has_none(patients, words):
     data = [volume(f'p{n}', MASK) for n in range(patients)]
@@ -557,7 +557,7 @@ def test_the_temperature_is_fitted_on_every_counted_voxel_of_small_volumes():
 
 
 def test_labels_outside_the_model_and_no_volume_are_errors():
-    with pytest.raises(DataError, match=r'a has labels \[2\], the model has classes 0 to 1'):
+    with pytest.raises(DataError, match=r'a has labels \[2\], but the model has classes 0 to 1'):
         scores.evaluate_volumes(oracle, [volume('a', 2 * MASK)], **OPTIONS)
     with pytest.raises(DataError, match='no volume'):
         scores.evaluate_volumes(oracle, [], **OPTIONS)
@@ -647,7 +647,9 @@ def test_each_split_and_data_set_has_a_folder_of_its_own(tmp_path):
     for _ in range(2):
         assert folder('/a/clinic', out=out) == 'mine'
     for other in ({'source': '/b/clinic'}, {'split': 'test'}, {'digest': 'other'}):
-        with pytest.raises(ConfigError, match=r'mine holds another evaluation.*another --out'):
+        with pytest.raises(
+            ConfigError, match=r'mine holds an evaluation of other data.*another --out'
+        ):
             folder(**{'source': '/a/clinic', 'out': out} | other)
     (tmp_path / 'run' / 'evaluation.json').touch()
     with pytest.raises(ConfigError, match='give another --out'):
@@ -680,12 +682,12 @@ def test_an_evaluation_replaces_no_other(trained, tmp_path, capsys):
     # Those of which the run has seen pictures are marked, and the console says so.
     assert {row['seen'] for row in validation['patients']} == {'validation'}
     said = capsys.readouterr().out
-    assert 'patients have pictures that the checkpoint was chosen on' in said
+    assert 'patients have images that the checkpoint was chosen on' in said
     assert 'trained on' not in said
     train = protocol.evaluate_checkpoint(workdir, split='train')
     n = len(train['patients'])
     said = capsys.readouterr().out
-    assert f'{n} of {n} patients have pictures that the run was trained on: these fig' in said
+    assert f'{n} of {n} patients have images that the run was trained on: these results' in said
     assert sum(line.endswith('  trained on') for line in said.splitlines()) == n
 
 
@@ -700,7 +702,7 @@ def test_a_temperature_is_fitted_on_validation_kept_and_applied(trained, tmp_pat
     workdir = tmp_path / 'run'
     shutil.copytree(trained[0], workdir)
     plain = protocol.evaluate_checkpoint(workdir, split='validation')
-    fitted = protocol.evaluate_checkpoint(workdir, split='validation', fit=True)
+    fitted = protocol.evaluate_checkpoint(workdir, split='validation', fit=['temperature'])
     kept = json.loads((workdir / 'temperature.json').read_text())
     assert kept['step'] == fitted['checkpoint']['step']
     assert kept['negative_log_likelihood'] < kept['without']
@@ -737,7 +739,7 @@ def test_views_are_what_changes_probabilities():
 @pytest.mark.parametrize('where', [{'split': 'test'}, {'split': 'validation', 'data': 'folder'}])
 def test_a_temperature_is_fitted_on_validation_only(tmp_path, where):
     with pytest.raises(ConfigError, match='--fit_temperature is for'):
-        protocol.evaluate_checkpoint(tmp_path, fit=True, **where)
+        protocol.evaluate_checkpoint(tmp_path, fit=['temperature'], **where)
 
 
 def test_a_slice_of_nothing_but_ignored_pixels_counts_nowhere():
@@ -777,15 +779,15 @@ def test_pictures_that_the_run_was_trained_on_are_told(trained, tmp_path, caplog
     seen = {row['patient']: row.get('seen') for row in written['patients']}
     assert seen == {'other': 'train', 'chosen': 'validation', 'new': None}
     assert '(trained on)' in (folder / 'report.html').read_text()
-    assert '1 of 3 patients have pictures that the run was trained on' in scores.table(result)
-    assert '1 of 3 patients have pictures that the run was trained on' in caplog.text
-    assert '1 of 3 patients have pictures of its validation set' in caplog.text
+    assert '1 of 3 patients have images that the run was trained on' in scores.table(result)
+    assert '1 of 3 patients have images that the run was trained on' in caplog.text
+    assert '1 of 3 patients have images of its validation set' in caplog.text
     caplog.clear()
     (workdir / 'splits.json').unlink()
     with caplog.at_level('WARNING'):
         result = protocol.evaluate_checkpoint(workdir, data=str(tmp_path / 'data'))
     assert result['data']['overlap'] is None
-    assert 'it is not known whether the run was trained on these pictures' in caplog.text
+    assert 'it is not known whether the run was trained on these images' in caplog.text
     assert 'overlap' not in protocol.evaluate_checkpoint(workdir)['data']
 
 

@@ -274,7 +274,9 @@ def test_a_fixed_normalisation_makes_images_independent(published, tmp_path, fmt
 def test_a_measure_of_the_head_is_left_to_those_who_read_the_parameters(tmp_path):
     workdir = save_published(tmp_path, normalization='buda')
     for fmt in ('stablehlo', 'onnx'):
-        with pytest.raises(ConfigError, match=r"'buda' has no form in .* --format=savedparams"):
+        with pytest.raises(
+            ConfigError, match=r"'buda' can not be exported as .* --format=savedparams"
+        ):
             export.export_checkpoint(workdir, fmt)
     export.export_checkpoint(workdir, 'savedparams', size=(32, 48))
     predict, metadata = read.read(workdir / export.FILES['savedparams'])
@@ -305,7 +307,7 @@ def test_a_run_on_images_of_more_than_8_bits_takes_them_as_they_are(tmp_path, fm
     save_published(tmp_path / 'eight')
     np.testing.assert_allclose(expected_of(tmp_path / 'eight', eight), expected, atol=1e-4)
     if fmt == 'savedparams':
-        with pytest.raises(DataError, match='the image has 8 bits, the run was trained on'):
+        with pytest.raises(DataError, match='the image has 8 bits, but the run was trained on'):
             predict(eight)
 
 
@@ -380,7 +382,9 @@ def test_a_folder_with_saved_parameters_alone_is_a_run(exported, trained, tmp_pa
 
 
 def test_float16_is_for_saved_parameters_that_it_can_hold(trained, tmp_path):
-    with pytest.raises(ConfigError, match='--dtype=float16 is for savedparams, onnx has float32'):
+    with pytest.raises(
+        ConfigError, match='--dtype=float16 is only for savedparams, onnx has float32'
+    ):
         export.export_checkpoint(trained[0], 'onnx', output=tmp_path / 'x', dtype='float16')
     with pytest.raises(ExportError, match='a/b has values that float16 can not hold'):
         saved.write(tmp_path / 'x', {'a': {'b': np.float32([7e4])}}, {}, 'float16')
@@ -435,7 +439,7 @@ def test_a_file_that_computes_something_else_is_not_kept(published, tmp_path, mo
         export, 'serve', lambda image, **options: serve(image[:, :, ::-1], **options)
     )
     output = tmp_path / 'new' / 'model.stablehlo.zip'
-    with pytest.raises(ExportError, match='computes something else than the model'):
+    with pytest.raises(ExportError, match='does not compute the same as the model'):
         export.export_checkpoint(published, 'stablehlo', output=output, size=(32, 32))
     assert not list(tmp_path.iterdir())
 

@@ -237,7 +237,7 @@ def test_metadata_that_changed_is_not_believed(copy):
     text = path.read_text()
     path.write_text(text.replace('"stale": 0', '"stale": 7').replace('"stale": 1', '"stale": 7'))
     assert path.read_text() != text
-    with pytest.raises(CheckpointError, match='the sha256 of its metadata differs'):
+    with pytest.raises(CheckpointError, match='corrupted metadata: its sha256 differs'):
         checkpoint.metadata(copy, 4)
 
 

@@ -49,7 +49,7 @@ def test_find(tmp_path):
         'up',
     ]
     (tmp_path / 'nothing').mkdir()
-    with pytest.raises(DataError, match='holds no picture'):
+    with pytest.raises(DataError, match='holds no images'):
         files.find(tmp_path / 'nothing')
     with pytest.raises(DataError, match='is not a folder'):
         files.find(tmp_path / 'missing')

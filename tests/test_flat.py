@@ -122,7 +122,7 @@ def test_a_tiff_that_pillow_turns_wrongly_is_refused(tmp_path):
     exif = Image.Exif()
     exif[flat.ORIENTATION] = 6
     Image.fromarray(COLOUR).save(tmp_path / 'a.tif', exif=exif)
-    with pytest.raises(DataError, match=r'a\.tif is stored turned and without compression'):
+    with pytest.raises(DataError, match=r'a\.tif is stored rotated and without compression'):
         formats.read(tmp_path / 'a.tif')
 
 
@@ -237,5 +237,5 @@ def gif_bytes():
 
 def test_a_picture_of_another_kind_is_not_to_be_copied_alone(tmp_path):
     (tmp_path / 'a.png').write_bytes(gif_bytes())
-    with pytest.raises(DataError, match=r'save it as PNG: its content is none of PNG, JPEG'):
+    with pytest.raises(DataError, match=r'save it as PNG: its content is not PNG, JPEG'):
         formats.read(tmp_path / 'a.png')

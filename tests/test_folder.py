@@ -85,7 +85,7 @@ def test_every_kind_of_mask_becomes_the_same_classes(tmp_path, mask, classes, op
         ((LABELS > 0) * np.uint8(128), 2, 'values 0, 128, but model.num_classes is 2'),
         (LABELS, 2, r'have 3 classes \(0, 1, 2\) but .* is 2: add --config.model.num_classes=3'),
         ((LABELS > 0) * np.uint8(255), 4, 'data.mask_format="binary"'),
-        (TABLE[LABELS], 3, r'the masks have 3 colours .*data.mask_colors=.\("#000000", "#00ff80"'),
+        (TABLE[LABELS], 3, r'the masks have 3 colours.*data.mask_colors=.\("#000000", "#00ff80"'),
     ],
 )
 def test_what_could_mean_two_things_is_refused_with_the_choices(tmp_path, mask, classes, words):
@@ -124,7 +124,7 @@ def test_every_fault_is_listed_at_once(tmp_path):
         folder.load(tmp_path)
     message = str(caught.value)
     assert message.startswith('4 fault(s)')
-    for words in ('a.png has no mask', 'z.png has no image', 'b.png', 'c.png are not of one size'):
+    for words in ('a.png has no mask', 'z.png has no image', 'b.png', 'c.png have different sizes'):
         assert words in message
 
 
@@ -144,7 +144,7 @@ def test_a_fault_in_the_values_hides_no_other(tmp_path):
         'masks have the values 0, 7, 255',
         'b.png is not a readable picture',
         'c.png is not a readable picture',
-        'd.png are not of one size',
+        'd.png have different sizes',
         'e.png has no mask',
     ):
         assert words in str(caught.value)
@@ -212,7 +212,7 @@ def test_masks_of_other_names_are_hinted_at_and_paired_by_the_rule(tmp_path, rul
     with pytest.raises(DataError) as caught:
         folder.load(tmp_path)
     (fault,) = caught.value.faults
-    assert 'no picture of' in fault
+    assert 'no image in' in fault
     assert f'{rule.removesuffix(".png")}' in fault
     slices = folder.load(tmp_path, mask_name=rule)
     assert slices.patient.tolist() == ['a1', 'b2', 'c3']
@@ -225,7 +225,7 @@ def test_pictures_and_masks_in_one_folder(tmp_path):
     for path in (tmp_path / 'masks').iterdir():
         path.rename(tmp_path / 'images' / path.name)
     options = {'images': ('.',), 'masks': '.'}
-    with pytest.raises(DataError, match=r'holds pictures and masks: say how.*{stem}_mask'):
+    with pytest.raises(DataError, match=r'holds both images and masks: tell how.*{stem}_mask'):
         folder.load(tmp_path / 'images', **options)
     slices = folder.load(tmp_path / 'images', **options, mask_name='{stem}_mask')
     assert slices.patient.tolist() == ['a1', 'b2']
@@ -260,7 +260,7 @@ def test_channels_in_one_folder_by_their_names(tmp_path, rng):
     assert slices.patient.tolist() == ['liver_1', 'liver_2']
     both = np.dstack([images['liver_2_0000'], images['liver_2_0001']])
     np.testing.assert_array_equal(slices.read(1)[0], both)
-    with pytest.raises(DataError, match=r'{stem}_x names no picture of .*images'):
+    with pytest.raises(DataError, match=r'{stem}_x matches no image in .*images'):
         folder.load(tmp_path, images=('images/{stem}_x',))
 
 
@@ -293,7 +293,7 @@ def test_grey_pictures_among_rgb_ones_have_three_equal_channels(tmp_path, rng, c
     write(tmp_path, 'p2', image=colour.astype(np.uint8))
     with caplog.at_level('INFO'):
         slices = folder.load(tmp_path, group=group)
-    assert 'grey is taken as three equal channels' in caplog.text
+    assert 'grey becomes three equal channels' in caplog.text
     assert slices.channels == 3
     np.testing.assert_array_equal(slices.read(0)[0], np.dstack([grey] * 3))
     np.testing.assert_array_equal(slices.read(1)[0], colour)
@@ -316,7 +316,7 @@ def turn(root, name, orientation):
 def test_a_mask_that_is_not_turned_as_its_picture_names_exif(tmp_path):
     write(tmp_path, 'a')
     turn(tmp_path, 'a', 6)
-    with pytest.raises(DataError, match=r'a\.png is turned by its EXIF orientation \(6\)') as told:
+    with pytest.raises(DataError, match=r'a\.png is rotated by its EXIF orientation \(6\)') as told:
         folder.load(tmp_path)
     assert 'exiftool -Orientation=' in str(told.value)
     upright = np.rot90(LABELS == 1, -1) * np.uint8(255)
@@ -330,8 +330,8 @@ def test_where_turned_and_unturned_are_of_one_size_it_is_said(tmp_path, caplog):
         write(tmp_path, name)
     turn(tmp_path, 'a', 3)
     folder.load(tmp_path)
-    assert '1 pictures' in caplog.text
-    assert 'turned or mirrored by their EXIF orientation and read upright' in caplog.text
+    assert '1 images' in caplog.text
+    assert 'rotated or mirrored by their EXIF orientation and read upright' in caplog.text
 
 
 def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
@@ -341,8 +341,8 @@ def test_pictures_without_patients_are_warned_of(tmp_path, caplog):
         folder.load(tmp_path, group='(.+)_')
         assert not caplog.records
         folder.load(tmp_path)
-    assert 'no data.group: each of 2 pictures counts as a patient of its own' in caplog.text
-    assert 'the figures will be too good' in caplog.text
+    assert 'no data.group: each of 2 images counts as a separate patient' in caplog.text
+    assert 'results will be too optimistic' in caplog.text
 
 
 def scans_of(slices):
@@ -358,7 +358,7 @@ def test_pictures_of_a_patient_are_a_volume_where_their_slices_are_numbered(tmp_
         write(tmp_path, name, image=np.full((40, 48, 3), int(name[2:]), np.uint8))
     apart = folder.load(tmp_path, group='(.)_')
     assert scans_of(apart) == {'p': [[0], [1], [2]], 'q': [[0], [1], [2]]}
-    assert '2 of 2 patients have several files; distances and components are of each' in caplog.text
+    assert '2 of 2 patients have several files; distances and components are per' in caplog.text
     assert 'data.group="(.+)_(?P<slice>[0-9]+)"' in caplog.text
     alone = folder.load(tmp_path)
     assert all(rows == [[0]] for rows in scans_of(alone).values())
@@ -369,7 +369,7 @@ def test_pictures_of_a_patient_are_a_volume_where_their_slices_are_numbered(tmp_
     assert p.image[:, 0, 0, 0].tolist() == [1, 2, 10]  # in the order of their numbers
     assert scans_of(numbered) == {'p': [[0, 1], [2]], 'q': [[0, 1], [2]]}  # gaps part them
     assert q.mask.shape[0] == 3
-    assert 'slices of 2 volumes, by their numbers; 2 lack some' in caplog.text
+    assert 'numbered slices of 2 volumes; 2 of them have gaps' in caplog.text
 
     table = tmp_path / 'patients.csv'
     rows = [f'{patient}_{n},{patient},{i}' for patient, numbers in
@@ -386,7 +386,7 @@ def test_slices_that_are_no_number_or_there_twice_are_named(tmp_path):
     with pytest.raises(DataError) as caught:
         folder.load(tmp_path, group='(.)_(?P<slice>.+)')
     assert 'p_01 and p_1 are both slice 1' in str(caught.value)
-    assert "p_x is slice 'x' by data.group: it must be a number" in str(caught.value)
+    assert "p_x has the slice number 'x' by data.group, which is not a number" in str(caught.value)
 
 
 def test_each_volume_of_a_patient_is_a_scan(tmp_path):
@@ -423,7 +423,7 @@ def test_patients_by_expression_and_by_table(tmp_path):
     table.write_text('stem,patient\np1_a,x\n')
     with pytest.raises(DataError, match='p1_b has no patient'):
         folder.load(tmp_path, group=str(table))
-    for group, words in (('(', 'no regular expression'), ('p', 'has no group')):
+    for group, words in (('(', 'is not a regular expression'), ('p', 'has no group')):
         with pytest.raises(DataError, match=words):
             folder.load(tmp_path, group=group)
 
@@ -436,7 +436,7 @@ def test_folders_stack_as_channels(tmp_path, rng):
     image, _ = folder.load(tmp_path, images=('flair', 't1')).read(0)
     np.testing.assert_array_equal(image, np.dstack([images['flair'], images['t1']]))
     Image.new('L', (48, 40)).save(tmp_path / 't1' / 'b.png')
-    with pytest.raises(DataError, match=r'b is in .*t1 and not in .*flair'):
+    with pytest.raises(DataError, match=r'b is in .*t1 but not in .*flair'):
         folder.load(tmp_path, images=('flair', 't1'))
 
 
@@ -531,8 +531,8 @@ def test_the_numbers_of_classes_do_not_depend_on_which_of_them_occur(tmp_path, t
         np.testing.assert_array_equal(masks_of(alone)[0], squares('muscle', 'tumor'))
     else:
         assert alone.class_names == ('background', 'muscle', 'tumor', 'class 3')
-    with pytest.raises(DataError, match=r"no class: 'tumor' \(6 regions\); known are 'background', "
-                                        "'bone', 'muscle': rename or remove"):  # fmt: skip
+    with pytest.raises(DataError, match=r"not classes: 'tumor' \(6 regions\); the classes are "
+                       "'background', 'bone', 'muscle': rename or remove"):  # fmt: skip
         folder.load(tmp_path / 'test', masks=masks, classes={'bone': 1, 'muscle': 2}, num_classes=3)
 
 
@@ -582,9 +582,9 @@ def test_a_json_beside_masks_is_not_taken_for_annotations(tmp_path, caplog):
     with caplog.at_level('INFO'):
         (mask,) = masks_of(folder.load(tmp_path))
     np.testing.assert_array_equal(mask, LABELS == 1)
-    assert "passed over: other .json beside masks (2): 'a.json', 'dataset.json'" in caplog.text
+    assert "skipped: other .json files among masks (2): 'a.json', 'dataset.json'" in caplog.text
     (tmp_path / 'masks' / 'a.png').unlink()
-    with pytest.raises(DataError, match='none of VIA 1 or 2'):
+    with pytest.raises(DataError, match='is not VIA 1 or 2'):
         folder.load(tmp_path)
 
 
@@ -595,11 +595,11 @@ def test_pictures_beside_labelme_files_are_counted_unless_they_are_the_images(tm
     with caplog.at_level('INFO'):
         slices = folder.load(tmp_path, masks='images')
     np.testing.assert_array_equal(masks_of(slices)[0], squares('tumor') > 0)
-    assert 'passed over: pictures' not in caplog.text
+    assert 'skipped: images' not in caplog.text
     Image.new('L', (48, 40)).save(tmp_path / 'drawn' / 'reader' / 'a.png')
     with caplog.at_level('INFO'):
         folder.load(tmp_path, masks='drawn')
-    assert "passed over: pictures beside labelme files (1): 'a.png'" in caplog.text
+    assert "skipped: images among labelme files (1): 'a.png'" in caplog.text
 
 
 def test_what_is_odd_in_a_drawing_is_in_the_log(tmp_path, caplog):
@@ -611,9 +611,9 @@ def test_what_is_odd_in_a_drawing_is_in_the_log(tmp_path, caplog):
     with caplog.at_level('INFO'):
         folder.load(tmp_path, masks=masks, num_classes=4)
     for words in (
-        "'a.png', annotation 1 reaches 9.0 pixels out of the picture: clipped",
+        "'a.png', annotation 1 reaches 9.0 pixels out of the image: clipped",
         "or without area (1): 'a.png', annotation 1",
-        "without an outline, as a box is none (1): 'b.png', annotation 2",
+        "without an outline (a box is not an outline) (1): 'b.png', annotation 2",
     ):
         assert words in caplog.text
 
@@ -625,7 +625,7 @@ def test_regions_on_a_stack_of_pages_are_refused(tmp_path):
     pages[0].save(tmp_path / 'images' / 'a.tif', save_all=True, append_images=pages[1:])
     text = (tmp_path / masks).read_text()
     (tmp_path / masks).write_text(text.replace('a.png', 'a.tif'))
-    with pytest.raises(DataError, match=r'a\.tif has 3 slices, and regions are drawn on one'):
+    with pytest.raises(DataError, match=r'a\.tif has 3 slices, but regions are drawn on one'):
         folder.load(tmp_path, masks=masks, num_classes=4)
 
 
@@ -664,13 +664,13 @@ def test_the_range_of_what_has_not_8_bits_is_measured(tmp_path, rng):
 
 
 def test_missing_folders_and_empty_ones_are_named(tmp_path):
-    with pytest.raises(DataError, match='put the pictures into'):
+    with pytest.raises(DataError, match='put the images into'):
         folder.load(tmp_path)
     (tmp_path / 'images').mkdir()
     with pytest.raises(DataError, match='neither a folder of masks nor a file'):
         folder.load(tmp_path)
     (tmp_path / 'masks').mkdir()
-    with pytest.raises(DataError, match='holds no picture'):
+    with pytest.raises(DataError, match='holds no images'):
         folder.load(tmp_path)
 
 
@@ -715,7 +715,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
         write(tmp_path, f'p{n}')
     check.check(config_of(tmp_path), tmp_path / 'out')
     printed = capsys.readouterr().out
-    assert 'no fault found' in printed
+    assert 'no faults found' in printed
     assert '40x48x3 uint8: 8' in printed
     sheet = np.array(Image.open(tmp_path / 'out' / 'contact_sheet.png'))
     assert sheet.shape[0] > 3 * (check.CELL + check.NAME)
@@ -724,7 +724,7 @@ def test_check_finds_the_same_picture_in_two_parts(tmp_path, capsys, rng):
     image = np.array(Image.open(tmp_path / 'images' / f'{a}.png')).astype(int)
     noisy = np.clip(image + rng.integers(-3, 4, image.shape), 0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(tmp_path / 'images' / f'{b}.png')
-    with pytest.raises(DataError, match=f'{a} and {b} are in two parts'):
+    with pytest.raises(DataError, match=f'{a} and {b} are in different parts'):
         check.check(config_of(tmp_path), tmp_path / 'out')
 
 
@@ -764,7 +764,7 @@ def test_mixed_sizes_get_one_near_their_median(tmp_path, caplog):
     write(tmp_path, 'wide', np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), np.uint8))
     with caplog.at_level('INFO'):
         check.check(config_of(tmp_path), tmp_path / 'out')
-    assert 'images of 2 sizes are resized to 32x64, in proportion' in caplog.text
+    assert 'images of 2 sizes are resized to 32x64 for the network, keeping their' in caplog.text
     caplog.clear()
     check.check(config_of(tmp_path, **{'data.size': (32, 32)}), tmp_path / 'out')
     assert 'sizes are resized' not in caplog.text
@@ -833,7 +833,7 @@ def test_three_classes_and_two_sizes_pass_the_check_with_no_option(tmp_path, cap
         image = np.random.default_rng(n).integers(0, 255, (*size, 3)).astype(np.uint8)
         write(tmp_path, f'p{n:02}', image, LABELS if n % 2 else LABELS.T)
     check.check(own_config(tmp_path), tmp_path / 'out')
-    assert 'no fault found' in capsys.readouterr().out
+    assert 'no faults found' in capsys.readouterr().out
 
 
 def test_what_the_config_leaves_open_is_found_out_and_kept(tmp_path, caplog):
@@ -871,9 +871,7 @@ def test_images_of_two_kinds_have_no_one_scale(tmp_path, rng):
         write(tmp_path, f'p{n}', rng.integers(0, 255, (40, 48)).astype(np.uint8))
     write(tmp_path, 'deep', rng.integers(0, 4096, (40, 48)).astype(np.uint16))
     check.check(config_of(tmp_path), tmp_path / 'out')
-    with pytest.raises(
-        DataError, match=r'6 of 7 patients have images of 8 bits \(p0\), the others'
-    ):
+    with pytest.raises(DataError, match=r'6 of 7 patients have 8-bit images \(p0\), the others'):
         check.check(config_of(tmp_path, **{'data.normalize': 'weights'}), tmp_path / 'out')
 
 
@@ -896,8 +894,8 @@ def test_an_expression_that_never_ends_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ('pixels', 'classes', 'words'),
     [
-        ({0: 9}, 2, 'of any class but 0: look at a mask, and say what its values are'),
-        ({0: 9, 2: 1}, 3, 'class 1: if there is none, number the others without a gap, '
+        ({0: 9}, 2, 'all pixels are of class 0: look at a mask, and describe its values'),
+        ({0: 9, 2: 1}, 3, 'class 1: if there is no such class, number the others without a gap: '
          'data.label_map="{2: 1}" with model.num_classes=2'),
         ({0: 9, 1: 1, 255: 3}, 3, 'class 2: lower model.num_classes to 2'),
     ],

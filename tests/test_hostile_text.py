@@ -214,7 +214,7 @@ def test_outlines_of_hundreds_of_thousands_of_points_end(tmp_path, rng):
     tall = [[0, 0], [1, 4000]] * 150_000
     for outline in (points.tolist(), tall):
         path = write_json(tmp_path / 'a.json', labelme_tree('a.png', outline))
-        assert 'times what is filled' in refusal(via.write_masks, path, tmp_path, tmp_path / 'out')
+        assert 'times the limit' in refusal(via.write_masks, path, tmp_path, tmp_path / 'out')
     with pytest.raises(DataError, match='coordinates beyond'):
         outlines.rasterize([Shape('polygon', np.array([[0, 0], [np.nan, 1], [1, 1]]))], (9, 9))
 

@@ -253,7 +253,7 @@ def test_pmap_and_slices_on_the_devices_do_the_same(runs, alone, how):
     [
         (('h:1', 2, None, 60), 'belong together'),
         ((None, 2, 0, 60), 'belong together'),
-        (('h', 2, 0, 60), 'is not HOST:PORT'),
+        (('h', 2, 0, 60), 'is not the HOST:PORT'),
         (('h:1', 2, 2, 60), '--process_id=2 is not one of 0 to 1'),
         (('h:1', 2, -1, 60), '--process_id=-1 is not one of'),
         (('h:1', 2, 0, 4), '--host_timeout=4 is too short'),
@@ -283,7 +283,7 @@ def test_processes_that_do_not_come_are_not_waited_for():
         [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith('error: the processes did not come together')
+    assert done.stderr.splitlines()[-1].startswith('error: the processes did not connect within')
 
 
 SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_PROCID': '1',

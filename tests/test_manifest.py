@@ -35,7 +35,7 @@ def test_results_do_not_go_among_the_inputs(trained, tmp_path):
     pictures(tmp_path)
     (tmp_path / 'a_mask.png').write_bytes(MINE)
     for source in (tmp_path, tmp_path / 'a.png', f'{tmp_path}/*.png'):
-        with pytest.raises(ConfigError, match=r'holds the inputs: give results a folder of their'):
+        with pytest.raises(ConfigError, match=r'holds the inputs: give the results a separate'):
             folders.predict_files(trained[0], source, tmp_path)
     with pytest.raises(ConfigError, match='holds the inputs'):
         folders.predict_files(trained[0], tmp_path, tmp_path, overwrite=True)
@@ -210,8 +210,8 @@ def test_a_name_too_long_for_results_is_one_files_fault(trained, tmp_path):
     for _ in range(2):
         (fault,) = folders.predict_files(trained[0], source, out, save=['mask', 'overlay'])
         assert fault.endswith(
-            f'{"x" * 247}.png: with _mask behind it the name is too long for this disk: give it '
-            'a shorter one'
+            f'{"x" * 247}.png: with _mask added, the name is too long for this disk: rename the '
+            'file'
         )
     assert written(out) == {f'{name}_{kind}.png' for name in 'az' for kind in ('mask', 'overlay')}
     longest = pictures(tmp_path / 'longest', ['y' * 246])  # _mask.png makes it 255

@@ -334,7 +334,7 @@ def test_the_keras_tools_names_are_known():
     for name in THEIRS:
         models.create(name, num_classes=2)
     assert models.resolve('vgg_unet')[1] == 'vgg16'
-    with pytest.raises(ValueError, match='vgg_unet stands on vgg16, not on resnet50'):
+    with pytest.raises(ValueError, match='vgg_unet uses vgg16, not resnet50'):
         models.create('vgg_unet', num_classes=2, backbone='resnet50')
 
 
@@ -518,7 +518,7 @@ def test_the_coarser_heads_see_the_image_where_it_is():
         ({'name': 'pspnet', 'num_classes': 2, 'backbone': 'vgg19'}, "'vgg19' is not one of vgg16"),
         ({'name': 'pspnet', 'num_classes': 2, 'output_stride': 4}, 'output_stride 4 is not one of'),
         ({'name': 'fcn8s', 'num_classes': 2, 'output_stride': 8}, 'has output stride 32, not 8'),
-        ({'name': 'fcn', 'num_classes': 2, 'variant': 'smp'}, "not of fcn: use 'paper'"),
+        ({'name': 'fcn', 'num_classes': 2, 'variant': 'smp'}, "not for fcn: use 'paper'"),
         (
             {'name': 'fcn8s', 'num_classes': 2, 'deep_stem': True},
             'deep_stem is an option of ResNet: leave',

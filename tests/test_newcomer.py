@@ -89,7 +89,7 @@ def test_the_commands_of_the_readme(place):
     place, type_in = place
     told = {line: type_in(line) for line in commands('README.md')}
     check, train, predict, evaluate, *_, lgg = told.values()
-    assert 'no fault found' in check
+    assert 'no faults found' in check
     assert '3 classes, from the masks: background, 1, 2' in train
     assert '12 predicted' in predict
     assert 'truth' in evaluate

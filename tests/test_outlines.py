@@ -203,18 +203,18 @@ SQUARE = [(2, 2), (8, 2), (8, 8), (2, 8)]
     ('shape', 'fault', 'note'),
     [
         (polygon(*SQUARE), '', ''),
-        (polygon(*SQUARE[:2]), 'only 2 points, a polygon needs 3', ''),
+        (polygon(*SQUARE[:2]), 'only 2 points, but a polygon needs 3', ''),
         (polygon(), 'only 0 points', ''),
-        (Shape('polyline', np.array([(1.0, 1.0)])), 'only 1 points, a polyline needs 2', ''),
+        (Shape('polyline', np.array([(1.0, 1.0)])), 'only 1 points, but a polyline needs 2', ''),
         (Shape('polyline', np.array([(1.0, 1.0)] * 3)), 'no area', ''),
         (polygon((1, 1), (3, 3), (7, 7)), 'no area', ''),
         (polygon((1, 1), (1, 1), (1, 1)), 'no area', ''),
         (ellipse(5, 5, 3, 0), 'no area', ''),
-        (polygon((20, 2), (30, 2), (30, 8)), 'outside the picture', ''),
-        (polygon((-9, -1), (-1, -9), (12, 30), (-20, 30), (-20, -9)), '', 'out of the picture'),
-        (polygon((6, -9), (30, -9), (30, 6)), 'outside the picture', ''),  # around a corner
-        (ellipse(-9, 5, 3, 3), 'outside the picture', ''),
-        (ellipse(0, 5, 3, 3), '', 'reaches 3.0 pixels out of the picture'),
+        (polygon((20, 2), (30, 2), (30, 8)), 'outside the image', ''),
+        (polygon((-9, -1), (-1, -9), (12, 30), (-20, 30), (-20, -9)), '', 'out of the image'),
+        (polygon((6, -9), (30, -9), (30, 6)), 'outside the image', ''),  # around a corner
+        (ellipse(-9, 5, 3, 3), 'outside the image', ''),
+        (ellipse(0, 5, 3, 3), '', 'reaches 3.0 pixels out of the image'),
         (polygon((2, 2), (10.4, 2), (10.4, 8)), '', ''),  # less than a pixel is no news
         (polygon((1, 1), (8, 8), (8, 1), (1, 8)), '', 'crosses itself'),
         (polygon((1, 1), (5, 5), (8, 8), (8, 1), (5, 5), (1, 8)), '', ''),  # touches itself
@@ -222,8 +222,8 @@ SQUARE = [(2, 2), (8, 2), (8, 8), (2, 8)]
         (Shape('polyline', np.array([(1.0, 1.0), (5.0, 5.0)])), '', 'open line'),
         (mask(np.ones((3, 4), bool), 5, 5), '', ''),
         (mask(np.zeros((3, 4), bool)), 'no area', ''),
-        (mask(np.ones((3, 4), bool), 20, 5), 'outside the picture', ''),
-        (mask(np.ones((3, 4), bool), 8, 5), '', 'reaches 2.0 pixels out of the picture'),
+        (mask(np.ones((3, 4), bool), 20, 5), 'outside the image', ''),
+        (mask(np.ones((3, 4), bool), 8, 5), '', 'reaches 2.0 pixels out of the image'),
     ],
 )
 def test_faults_and_notes(shape, fault, note):
@@ -262,8 +262,8 @@ def test_what_would_take_minutes_is_refused_at_once():
     lines = Shape('polyline', np.array([(0, 0), (4000, 4000)] * 500, np.float64))
     whole = Shape('mask', np.zeros((1, 2)), size=size, runs=np.array([[0, 16_000_000]]))
     for shapes in ([full] * 2000, [polygon(*comb)], [lines], [whole] * 2000):
-        assert 'times what is filled' in check_shapes(shapes, size)[0][0]
-        with pytest.raises(DataError, match='times what is filled'):
+        assert 'times the limit' in check_shapes(shapes, size)[0][0]
+        with pytest.raises(DataError, match='times the limit'):
             rasterize(shapes, size)
 
 
@@ -277,5 +277,5 @@ def test_coordinates_that_no_picture_has_are_refused(bad):
 
 @pytest.mark.parametrize('size', [(0, 5), (70_000, 10), (60_000, 60_000)])
 def test_sizes_that_no_picture_has_are_refused(size):
-    with pytest.raises(DataError, match='no size for a mask'):
+    with pytest.raises(DataError, match='too large for a mask'):
         rasterize([], size)

@@ -53,6 +53,8 @@ def test_the_tumour_is_bright_on_flair(heads):
 
 
 def test_a_single_slice_can_not_be_with_and_without_tumour():
-    with pytest.raises(ConfigError, match='slices=1 leaves none without a tumour: give at least 2'):
+    with pytest.raises(
+        ConfigError, match='slices=1 leaves no slice without a tumour: give at least 2'
+    ):
         phantom.make_volume(0, 0, 1, 16)
     assert phantom.make_volume(0, 0, 2, 16).mask.any((1, 2)).sum() < 2

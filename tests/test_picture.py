@@ -52,7 +52,7 @@ def test_sequences_become_channels(tmp_path, rng):
     both = formats.stack([one, two])
     assert both.image.dtype == np.uint16
     np.testing.assert_array_equal(both.image[0], np.dstack([a, b.astype(np.uint16) * 100]))
-    with pytest.raises(DataError, match=r'c\.png and .*a\.png are not of one size'):
+    with pytest.raises(DataError, match=r'c\.png and .*a\.png have different sizes'):
         formats.stack([one, other])
     far = [p._replace(spacing=s) for p, s in ((one, (3.0, 1.0, 1.0)), (two, (3.0, 1.0, 0.9)))]
     with pytest.raises(DataError, match=r'b\.png and .*a\.png have voxels of'):
@@ -87,7 +87,7 @@ def test_flat_and_paged_results(tmp_path, rng):
 
     with pytest.raises(DataError, match=r'must end in \.tif'):
         formats.write_labels(tmp_path / 'm.png', labels, picture)
-    with pytest.raises(DataError, match='which has'):
+    with pytest.raises(DataError, match='results have the size'):
         formats.write_labels(tmp_path / 'm.tif', labels[1:], picture)
     with pytest.raises(DataError, match='do not fit'):
         formats.write_labels(tmp_path / 'm.tif', labels.astype(int) - 70000, picture)
@@ -179,10 +179,10 @@ HOSTILE = {
     'empty.nii.gz': (b'', 'not a readable NIfTI'),
     'text.nii.gz': (b'no gzip at all', 'not a readable NIfTI'),
     'vast.nii': (nifti_bytes((32767, 32767, 32767)), 'limit is 2147483648 values'),
-    'short.nii': (nifti_bytes((1000, 1000, 100)), 'is shorter than'),
-    'short.nii.gz': (gzip.compress(nifti_bytes((1000, 1000, 100))), 'is shorter than'),
+    'short.nii': (nifti_bytes((1000, 1000, 100)), 'is too short for'),
+    'short.nii.gz': (gzip.compress(nifti_bytes((1000, 1000, 100))), 'is too short for'),
     'cut.nii.gz': (gzip.compress(nifti_bytes((20, 20, 20), after=bytes(900))), 'not a readable'),
-    'negative.nii': (nifti_bytes((-5, 5, 5), after=bytes(1000)), 'no size'),
+    'negative.nii': (nifti_bytes((-5, 5, 5), after=bytes(1000)), 'invalid size'),
     'offset.nii.gz': (
         gzip.compress(nifti_bytes((5, 5, 5), vox_offset=2.0**40, after=bytes(2**24))),
         'limit is 16777216',
@@ -191,7 +191,7 @@ HOSTILE = {
     'kind.nii': (nifti_bytes((5, 5, 5), datatype=(999, 32), after=bytes(1000)), 'readable'),
     'empty.dcm': (b'', 'not a readable DICOM'),
     'text.dcm': (b'no dicom' * 40, 'not a readable DICOM'),
-    'what.xyz': (b'', 'endings known'),
+    'what.xyz': (b'', 'known endings'),
 }
 
 

@@ -99,7 +99,7 @@ def test_the_last_eval_batch_is_padded_never_dropped(slices):
 
 def test_an_image_that_the_runs_scale_is_not_for_is_refused_in_training_and_evaluation(slices):
     fixed = np.array([[-4080] * 3, [8160] * 3, [10, 20, 30], [2, 4, 8]], np.float32)
-    with pytest.raises(DataError, match=r'phantom_00\d has 8 bits, the run was trained on'):
+    with pytest.raises(DataError, match=r'phantom_00\d has 8 bits, but the run was trained on'):
         pipeline.read_row(slices, 0, fixed, None)
     with pytest.raises(DataError, match='phantom_000 has 8 bits'):
         next(pipeline.eval_batches(next(volumes.iterate_volumes(slices)), 4, fixed))

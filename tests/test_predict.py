@@ -117,18 +117,18 @@ def test_slices_are_grouped_in_the_order_of_their_numbers():
     ]  # fmt: skip
     assert [list(group.numbers.values()) for group in groups] == [[1, 9, 10], [], [1]]
     assert told == (
-        f'4 files belong to 2 patients by the group {NUMBERED!r}: those of one share what is '
-        'measured of intensities, and 2 are volumes of numbered slices; in 1 files it finds no '
-        'patient: each is by itself; --group= takes each file by itself'
+        f'4 files belong to 2 patients by the group {NUMBERED!r}: files of one patient share '
+        'an intensity scale, and 2 patients are volumes of numbered slices; 1 file(s) without a '
+        'patient are separate cases; --group= makes each file a separate case'
     )
     groups, told = inputs.group_files(paths, '')
     assert [list(group.paths) for group in groups] == [[path] for path in paths]
     assert told == (
-        'each of 5 files is by itself, as evaluation takes it; if NAME_1, NAME_2 ... are slices: '
+        'each of 5 files is a separate case, as in evaluation; if NAME_1, NAME_2 ... are slices: '
         "--group='(.+)_(?P<slice>[0-9]+)'"
     )
     assert (
-        inputs.group_files(paths[2:4])[1] == 'each of 2 files is by itself, as evaluation takes it'
+        inputs.group_files(paths[2:4])[1] == 'each of 2 files is a separate case, as in evaluation'
     )
     assert inputs.group_files(paths[:1])[1] == ''
 
@@ -287,7 +287,7 @@ def test_a_strangers_run_makes_evaluation_read_no_folder(bright_run, tmp_path):
     paths.remember(sources.places(config))  # as training does
     assert patients() == (['c', 'd'], 'test')
     paths.remember([str(n) for n in range(paths.MOST_KNOWN)])
-    with pytest.raises(DataError, match='no training of yours on this machine has read: if'):
+    with pytest.raises(DataError, match='you have not used for training on this machine: if'):
         patients()
 
 
@@ -348,7 +348,7 @@ def test_a_folder_in_kaggles_layout_is_of_volumes_whatever_the_run(bright_run, t
         )  # fmt: skip
     assert len(rows) == 2
     assert "22 files belong to 2 patients by Kaggle's layout" in caplog.text
-    assert 'and 2 are volumes of numbered slices' in caplog.text
+    assert 'and 2 patients are volumes of numbered slices' in caplog.text
 
 
 def test_volumes_of_one_patient_share_their_scale_as_in_training(bright_run, tmp_path):
@@ -427,7 +427,7 @@ def everything(root):
         'named like results': [
             'nurse_with_mask.png', 'scan_overlay.png', 'face_mask.jpg', 'a_probability_2.png'
         ],
-        'of endings': ['b.heic', 'c.nrrd', 'notes.txt', 'Thumbs.db', 'noending'],
+        'unknown endings': ['b.heic', 'c.nrrd', 'notes.txt', 'Thumbs.db', 'noending'],
         'hidden': ['.DS_Store', '.git/', 'sub/._b.png'],
         'neither files nor folders': ['pipe.png', 'gone.png'],
         'links to folders': ['elsewhere'],
@@ -437,7 +437,7 @@ def everything(root):
         noise(root / name, (32, 32))
     for name in there['failed']:
         (root / name).write_bytes(b'')
-    for name in there['of endings']:
+    for name in there['unknown endings']:
         (root / name).write_bytes(b'12345678')
     noise(root / '.git' / 'x.png', (32, 32))
     for name in ('.DS_Store', 'sub/._b.png'):
@@ -461,13 +461,13 @@ def test_the_summary_accounts_for_every_file(bright_run, tmp_path, capsys):
     over = total - 3 - 2
     assert summary.pop(0) == f'mask are in {root / "out"}'
     assert summary[0] == (
-        f'{total} files and folders in {root}: 3 predicted, 2 failed, {over} passed over'
+        f'{total} files and folders in {root}: 3 predicted, 2 failed, {over} skipped'
     )
-    lines = {why: line for line in summary[1:] for why in there if f'passed over, {why}' in line}
+    lines = {why: line for line in summary[1:] for why in there if f'skipped, {why}' in line}
     assert lines.keys() == there.keys() - {'predicted', 'failed'}
     for why, line in lines.items():
         names = sorted(name.rstrip('/').rsplit('/', 1)[-1] for name in there[why])
-        assert line.strip().startswith(f'{len(names)} passed over')
+        assert line.strip().startswith(f'{len(names)} skipped')
         listed = line.rsplit(': ', 1)[1].split(' and ')[0].split(', ')
         assert len(listed) == min(len(names), 3)
         assert set(listed) <= set(names)
@@ -475,8 +475,8 @@ def test_the_summary_accounts_for_every_file(bright_run, tmp_path, capsys):
     # Again: what was predicted is finished, a fault is tried again.
     folders.predict_files(workdir, root, root / 'out', save=['mask'])
     first = capsys.readouterr().out.splitlines()[2]
-    assert first.endswith(f': 0 predicted, 3 finished before, 2 failed, {over} passed over')
-    # What is passed over by its name is predicted by that name.
+    assert first.endswith(f': 0 predicted, 3 finished before, 2 failed, {over} skipped')
+    # What is skipped by its name is predicted by that name.
     one = root / 'nurse_with_mask.png'
     assert folders.predict_files(workdir, one, tmp_path / 'one', save=['mask']) == []
     assert capsys.readouterr().out.splitlines()[-1] == f'1 file in {one}: 1 predicted'
@@ -488,8 +488,8 @@ def test_a_folder_of_nothing_but_others_names_them(bright_run, tmp_path):
         (tmp_path / name).write_bytes(b'1')
     with pytest.raises(DataError) as caught:
         inputs.find_files(tmp_path)
-    assert '1 passed over, of endings that are not read: scan.heic' in str(caught.value)
-    assert '1 passed over, named like results or masks' in str(caught.value)
+    assert '1 skipped, unknown endings: scan.heic' in str(caught.value)
+    assert '1 skipped, named like results or masks' in str(caught.value)
 
 
 def test_hidden_folders_are_as_hidden_as_in_training(tmp_path):
@@ -535,7 +535,7 @@ def test_patterns_name_files_and_folders(tmp_path):
     assert found('p*/*.png') == (tmp_path, ['p1/a.png', 'p2/a.png'])
     assert found('p2/**/*.png') == (tmp_path / 'p2', ['p2/a.png', 'p2/deep/c.png'])
     assert found('p[2]') == (tmp_path, ['p2/a.png', 'p2/deep/c.png'])
-    with pytest.raises(DataError, match='holds no picture'):
+    with pytest.raises(DataError, match='holds no images'):
         found('*.gif')
 
 
@@ -581,7 +581,7 @@ def test_channels_are_stacked_as_the_run_reads_them(predictor, tmp_path, rng):
         stems={path: path for path in first},
         channels=stacks,
     )
-    assert 'has 1 channels, the network takes 2' in fault
+    assert 'has 1 channels, but the network takes 2' in fault
 
 
 def test_channels_by_name_are_grouped_by_the_cases_name_and_counted(bright_run, tmp_path, capsys):
@@ -764,10 +764,10 @@ def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained,
         predictors.load([trained[0], other])
     imagenet = {'mean': [1.0] * 3, 'std': [1.0] * 3, 'trained_order': 'RGB'}
     other = save_run(tmp_path / 'weights', tiny_config(), imagenet)
-    with pytest.raises(CheckpointError, match='normalised in two ways'):
+    with pytest.raises(CheckpointError, match='normalised differently'):
         predictors.load([trained[0], other])
     other = save_run(tmp_path / 'buda', tiny_config(), 'buda')
-    with pytest.raises(CheckpointError, match='normalised in two ways'):
+    with pytest.raises(CheckpointError, match='normalised differently'):
         predictors.load([trained[0], other])
     names = tiny_config(**{'model.class_names': ('background', 'lesion')})
     named = save_run(tmp_path / 'names', names)
@@ -781,12 +781,12 @@ def test_runs_of_different_networks_are_refused_by_the_keys_that_differ(trained,
 def test_channels_that_do_not_fit_are_named(trained, tmp_path, predictor):
     np.save(tmp_path / 'four.npy', np.zeros((1, 32, 32, 4), np.uint8))
     (fault,) = folders.predict_files(trained[0], tmp_path, tmp_path / 'out')
-    assert 'four.npy has 4 channels, the network takes 3' in fault
+    assert 'four.npy has 4 channels, but the network takes 3' in fault
     grey = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1)
     colour = volumes.fit_channels(grey, 3, 'x')
     assert (colour == grey).all()
     np.testing.assert_array_equal(volumes.fit_channels(colour, 1, 'x'), grey)
-    with pytest.raises(DataError, match='x has 3 channels, the network takes 1'):
+    with pytest.raises(DataError, match='x has 3 channels, but the network takes 1'):
         volumes.fit_channels(colour * np.uint8([1, 2, 1]), 1, 'x')
     with pytest.raises(DataError, match='is not an image'):
         predictors.predict_array(predictor, np.zeros(5))
@@ -803,8 +803,8 @@ def test_pictures_of_one_patient_that_do_not_fit_the_memory_are_refused(
         bright_run(), root / 'images', tmp_path / 'out', save=['mask'], group=NUMBERED
     )
     assert len(faults) == 2
-    assert 'a_1.png: the 2 pictures of its patient' in faults[0]
-    assert '--group= to take each by itself' in faults[0]
+    assert 'a_1.png: the 2 images of its patient' in faults[0]
+    assert '--group= to predict each image separately' in faults[0]
     assert written(tmp_path / 'out') == {'b_1_mask.png'}
 
 
@@ -856,13 +856,13 @@ def test_a_run_on_12_bits_by_weights_keeps_their_range_and_takes_no_others(tmp_p
     np.testing.assert_array_equal(predictor.intensity, IMAGENET.intensity(1, scale))
     noise(tmp_path / 'eight.png', (48, 48))
     (fault,) = folders.predict_files(workdir, tmp_path / 'eight.png', tmp_path / 'out')
-    assert 'eight.png has 8 bits, the run was trained on images with values of about' in fault
+    assert 'eight.png has 8 bits, but the run was trained on images with values of about' in fault
     with pytest.raises(DataError, match=r'an array of shape \(48, 48\) has 8 bits'):
         predictors.predict_array(predictor, np.zeros((48, 48), np.uint8))
     for n in range(3):
         (root / 'images' / f'p{n}.png').unlink()
         noise(root / 'images' / f'p{n}.png', (48, 48))
-    with pytest.raises(DataError, match=r'3 of 8 patients have images of 8 bits \(p'):
+    with pytest.raises(DataError, match=r'3 of 8 patients have 8-bit images \(p'):
         loop.train_and_evaluate(config, str(tmp_path / 'mixed'))
 
 

@@ -78,8 +78,7 @@ def test_the_plan_has_epochs_that_can_be_read(told, steps, epochs):
     config.train.batch_size = 4
     progress.tell_plan(config, 28, steps, 20)
     assert told() == [
-        f'plan: {steps} steps of 4 images, {epochs} epochs, a validation every {min(steps, 20)} '
-        'steps'
+        f'plan: {steps} steps of 4 images, {epochs} epochs, validation every {min(steps, 20)} steps'
     ]
 
 
@@ -97,7 +96,7 @@ def test_a_console_that_is_no_terminal_gets_a_line_a_minute(told, capsys):
             clock.now += 7.0
             shown.update(step, 1 / step)
     assert told() == [
-        'time: 3 minutes left, 7 s a step, without validations',
+        'time: 3 minutes left, 7 s per step, without validations',
         'step 12 of 30: loss 0.0833, 2 images/s, 2 minutes left',
         'step 21 of 30: loss 0.0476, 2 images/s, 63 s left',
     ]
@@ -136,7 +135,7 @@ def test_the_config_is_told_by_its_differences_from_the_defaults(told, tmp_path)
         {'data.name': 'lgg', 'predict.scales': (0.5, 1.0), 'predict.threshold': 0.3, 'seed': 7}
     )
     progress.tell_config(config, str(tmp_path))
-    rest = f'(all of it in {tmp_path}/config.json)'
+    rest = f'(full config in {tmp_path}/config.json)'
     assert told() == [
         f'config: all defaults {rest}',
         'config: data.name=lgg, predict.scales=(0.5, 1.0), predict.threshold=0.3, seed=7 ' + rest,
@@ -237,7 +236,7 @@ def test_the_network_and_the_plan_are_told_with_their_numbers(run):
     size = sum(leaf.size for leaf in jax.tree.leaves(tree['params']))
     (line,) = lines_of(done[0], 'network: ')
     found = re.fullmatch(
-        r'network: unet_mini, 2 classes, ([\d,]+) parameters, ([\d.e-]+) GFLOP a training step; '
+        r'network: unet_mini, 2 classes, ([\d,]+) parameters, ([\d.e-]+) GFLOP per training step; '
         r'compiled in \d+ s',
         line,
     )
@@ -249,10 +248,10 @@ def test_the_network_and_the_plan_are_told_with_their_numbers(run):
     epochs = [f'{steps * 4 / (4 * len(part)):.3g}' for steps in (3, 6)]
     for one, steps, count in zip(done, (3, 6), epochs, strict=True):
         assert lines_of(one, 'plan: ') == [
-            f'plan: {steps} steps of 4 images, {count} epochs, a validation every 3 steps'
+            f'plan: {steps} steps of 4 images, {count} epochs, validation every 3 steps'
         ]
         (line,) = lines_of(one, 'time: ')
-        assert re.fullmatch(r'time: \d+ s left, [\d.e-]+ s a step(, without validations)?', line)
+        assert re.fullmatch(r'time: \d+ s left, [\d.e-]+ s per step(, without validations)?', line)
 
 
 @pytest.mark.slow

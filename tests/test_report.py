@@ -200,11 +200,14 @@ def test_every_definition_stands_by_its_figure(evaluated):
     page = Page(report.render(result, RECORDS, cases))
     words = ' '.join(page.text)
     for said in (
-        'larger of the two directed 95th percentiles', "MedPy's", "array's border is surface",
-        'without lesion counts 0 if anything is predicted, and is left out otherwise',
-        'A lesion that is missed is in no HD95', 'over the structures', 'sample (n - 1)',
-        '26 neighbours', 'Soft Dice is over the batch', 'The warm-up multiplies the decay',
-        'BatchNorm statistics of the step', 'The interval of 3 is too narrow',
+        'larger of the two directed 95th percentiles', 'as in MedPy',
+        "array's border belongs to the surface",
+        'without a lesion counts 0 if anything is predicted, and is left out otherwise',
+        'HD95, ASSD and precision leave out missed lesions',
+        'over the structures', 'sample (n - 1)',
+        '26 neighbours', 'Soft Dice treats the batch as one volume',
+        'The warm-up multiplies the decay',
+        'BatchNorm statistics of the step', 'An interval from 3 patients is too narrow',
     ):  # fmt: skip
         assert said in words, said
 
@@ -267,7 +270,7 @@ def test_one_patient_has_no_interval(evaluated):
     result['summary']['dice'] |= {'ci95': None, 'n': 1}
     text = report.render(result, [], [])
     assert '95 % interval none' in text
-    assert 'There is no interval of fewer than two patients' in text
+    assert 'There is no interval for fewer than two patients' in text
 
 
 def test_best_median_and_worst():
@@ -370,11 +373,11 @@ DRIVER = shutil.which('chromedriver')
 
 def test_figures_on_pictures_of_the_training_are_called_too_good(evaluated):
     result, cases = evaluated
-    assert 'too good' not in report.render(result, [], cases)
+    assert 'too optimistic' not in report.render(result, [], cases)
     result['data']['overlap'] = None  # not known
-    assert 'too good' not in report.render(result, [], cases)
+    assert 'too optimistic' not in report.render(result, [], cases)
     result['data']['overlap'] = {'train': ['a', 'b'], 'validation': [], 'same_name': []}
-    assert '2 of 4 patients have pictures that the run was trained on' in report.render(
+    assert '2 of 4 patients have images that the run was trained on' in report.render(
         result, [], cases
     )
 
@@ -469,8 +472,12 @@ def test_notes_stand_beside_their_charts_alone(evaluated):
     result, cases = evaluated
     only = [{'step': 1, 'loss': 0.5}, {'step': 2, 'loss': 0.4}]
     said = words_of(report.render(result, only, cases))
-    assert 'Soft Dice is over the batch' in said
-    for other in ('The warm-up', 'BatchNorm statistics', 'HD95 is the larger of two, and leaves'):
+    assert 'Soft Dice treats the batch as one volume' in said
+    for other in (
+        'The warm-up',
+        'BatchNorm statistics',
+        'HD95 is the larger of the two directed ones and leaves',
+    ):
         assert other not in said
 
 

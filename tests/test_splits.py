@@ -58,7 +58,7 @@ def test_few_cases_are_validated_and_tested_as_far_as_they_go(count, caplog):
 
 
 def test_nobody_left_to_train_on_is_an_error():
-    with pytest.raises(DataError, match='no patient of 1 is left'):
+    with pytest.raises(DataError, match='no training patients are left: of 1,'):
         splits.holdout(['a'], test_fraction=0.5)
 
 
@@ -85,12 +85,12 @@ def test_a_site_is_left_out_whole():
     parts = splits.leave_site_out(PATIENTS, left_out='CS', test_patients=HOLDOUT)
     assert parts['test'] == sorted(p for p in PATIENTS if splits.site(p) == 'CS')
     assert 'CS' not in {splits.site(p) for p in parts['train'] + parts['validation']}
-    with pytest.raises(DataError, match=r"data\.site is one of .*'DU'"):
+    with pytest.raises(DataError, match=r"data\.site must be one of .*'DU'"):
         splits.leave_site_out(PATIENTS, left_out='XX')
 
 
 def test_more_folds_than_patients_are_refused():
-    with pytest.raises(DataError, match='3 folds of 2 patients'):
+    with pytest.raises(DataError, match=r'data\.folds is 3, but there are only 2 patients'):
         splits.kfold(['a', 'b'], folds=3, fold=0)
 
 
@@ -106,7 +106,7 @@ def test_a_split_that_is_read_back_is_the_one_that_was_written(tmp_path, slices)
     splits.keep(tmp_path / 'splits.json', parts, slices)  # again: nothing to say
     other = splits.holdout(list(slices.intensity), test_fraction=0.25, seed=3)
     assert other != parts
-    with pytest.raises(DataError, match='other patients in its parts'):
+    with pytest.raises(DataError, match='splits the patients in another way'):
         splits.keep(tmp_path / 'splits.json', other, slices)
 
 
@@ -135,7 +135,7 @@ def test_a_patient_in_two_parts_is_refused(tmp_path, slices):
     everybody = sorted(slices.intensity)
     path = tmp_path / 'splits.json'
     splits.write(path, {'train': everybody, 'validation': [], 'test': everybody[:1]}, slices)
-    with pytest.raises(DataError, match='in two places'):
+    with pytest.raises(DataError, match='lists a patient twice'):
         splits.read(path, slices)
 
 
@@ -204,7 +204,7 @@ def test_pictures_turned_upside_down_are_other_data(tmp_path, rng):
         turned.save(tmp_path / kind / 'b.png')
     after = folder.load(tmp_path)
     assert splits.fingerprint(after) == splits.fingerprint(before)
-    with pytest.raises(DataError, match=r"the pictures of \['b'\] have other pixels"):
+    with pytest.raises(DataError, match=r"the images of \['b'\] have other pixels"):
         splits.read(tmp_path / 'splits.json', after)
 
 

@@ -300,7 +300,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: 3)
-    with pytest.raises(ConfigError, match='batch_size 4 does not divide over 3 devices'):
+    with pytest.raises(ConfigError, match='batch_size 4 is not a multiple of 3 devices'):
         loop.train_and_evaluate(tiny_config(), str(tmp_path))
 
 

@@ -354,33 +354,33 @@ def test_teacher_and_affinities_resume_to_the_bit(tmp_path, power_cut):
         (
             {'normalization': weights.IMAGENET._asdict(), 'scale': [[0.0] * 3, [4095.0] * 3]},
             {'data.normalize': 'weights'},
-            r'after 0 to 4095, .* became 0 to 255, this run normalises them by mean',
+            r'after 0 to 4095, .* became 0 to 255, but this run normalises them by mean',
         ),
         (
             {'model.num_classes': 3},
             {},
-            r'has 3 classes, this run has 2: give --config.model.num_classes=3 or another',
+            r'has 3 classes, but this run has 2: give --config.model.num_classes=3 or another',
         ),
         (
             {'model.class_names': ('background', 'tumor')},
             {'model.class_names': ('background', 'edema')},
-            r"calls its classes \('background', 'tumor'\), this run \('background', 'edema'\)",
+            r"names its classes \('background', 'tumor'\), this run \('background', 'edema'\)",
         ),
-        ({'channels': 4}, {}, 'takes 4 channels, the images here have 3'),
+        ({'channels': 4}, {}, 'takes 4 channels, but the images here have 3'),
         (
             {'normalization': CAFFE},
             {},
-            r'normalised by mean \(123\.68, .*this run normalises them volume by volume',
+            r'normalised by mean \(123\.68, .*but this run normalises them volume by volume',
         ),
         (
             {'normalization': 'buda'},
             {},
-            "volume by volume as Buda's code does, this run normalises them volume by volume",
+            "volume by volume as Buda's code does, but this run normalises them volume by volume",
         ),
         (
             {},
             {'distill.pairwise': 1.0},
-            r'the teacher \(UNet\) has none: set it to 0',
+            r'the teacher \(UNet\) has none: set --config.distill.pairwise=0',
         ),
     ],
 )

@@ -325,7 +325,7 @@ def test_the_group_that_roboflow_writes_as_category_0_is_no_class(tmp_path):
     assert labels_of(path) == [1, 2]
     tree['annotations'][0]['category_id'] = 0
     told = fault(read_annotations, write(path, tree))
-    assert "no class: 'cells' (1 region); known are 'background', 'red', 'white'" in told
+    assert "not classes: 'cells' (1 region); the classes are 'background', 'red', 'white'" in told
 
 
 def test_coco_without_categories_is_one_class_or_refused(tmp_path):
@@ -334,7 +334,7 @@ def test_coco_without_categories_is_one_class_or_refused(tmp_path):
     assert labels_of(write(tmp_path / 'c.json', tree)) == [1, 1]
     tree['annotations'][0]['category_id'] = 5
     told = fault(read_annotations, write(tmp_path / 'c.json', tree))
-    assert 'have category_id 4, 5, and it has no categories: add them, "categories": [' in told
+    assert 'have category_id 4, 5, but it has no categories: add them, "categories": [' in told
 
 
 def test_regions_of_via_1_are_in_the_order_of_their_numbers(tmp_path):
@@ -379,11 +379,11 @@ def test_regions_without_a_class_are_refused_with_what_there_is(tmp_path):
     unknown = message(region(t='x'), region(t='y'), region(t='y'), classes={'tumor': 1})
     assert "'x' (1 region)" in unknown
     assert "'y' (2 regions)" in unknown
-    assert "known are 'background', 'tumor': rename or remove them there" in unknown
-    assert 'model.class_names; of data.via --classes' in unknown
-    assert 'values that are no names' in message(region(t='a\nb'))
-    assert 'values that are no names' in message(region(t='a' * 201))
-    assert 'apart' in message(region(), classes={'a': 1, 'b': 2})
+    assert "the classes are 'background', 'tumor': rename or remove the values" in unknown
+    assert 'model.class_names, or --classes' in unknown
+    assert 'values that are not names' in message(region(t='a\nb'))
+    assert 'values that are not names' in message(region(t='a' * 201))
+    assert 'distinguishes a, b' in message(region(), classes={'a': 1, 'b': 2})
     assert '254' in message(*(region(t=str(n)) for n in range(255)))
     for number in (256, -1, True, 1.0, '1'):
         with pytest.raises(ConfigError, match='0 to 255'):
@@ -413,7 +413,7 @@ def test_a_whole_path_is_the_picture_of_its_name_below_the_folder(tmp_path, tool
 def test_whole_paths_of_two_pictures_are_not_taken_for_one(tmp_path, images):
     tree = coco({'/home/ann/train/a.png': [], '/home/ann/test/a.png': []})
     told = fault(via.write_masks, write(tmp_path / 'c.json', tree), images, tmp_path / 'masks')
-    assert "'a.png' is named as" in told
+    assert "'a.png' is listed as" in told
     save_picture(images / 'train' / 'a.png')
     save_picture(images / 'test' / 'a.png')
     (images / 'a.png').unlink()
@@ -445,8 +445,8 @@ def test_every_fault_is_listed_at_once_and_nothing_is_written(tmp_path, images):
         via.write_masks, write(tmp_path / 'v.json', tree), images, tmp_path / 'out' / 'masks'
     )
     for words in (
-        'missing.png', "the picture name is ''", 'region 4 is outside', 'region 5 has only 2',
-        'region 6 has no area', "its shape is 'bezier'", "y is 'left'", 'width is -3',
+        'missing.png', "the image name is ''", 'region 4 is outside', 'region 5 has only 2',
+        'region 6 has no area', "its shape 'bezier'", "y is 'left'", 'width is -3',
         'share the mask', 'not a readable picture',
     ):  # fmt: skip
         assert sum(words in line for line in message.split('\n')) == 1, (words, message)
@@ -478,7 +478,7 @@ def test_a_name_is_matched_with_the_pictures_that_are_there(tmp_path):
     names = ('b.png', 'two/a.png', 'train/one/a.png', './e\u0301.png', '\xfc.png')
     ways = ('one/b.png', 'two/a.png', 'one/a.png', 'é.png', 'u\u0308.png')
     assert match(*names) == (dict(zip(ways, names, strict=True)), [])
-    assert "can be 'one/a.png', 'two/a.png'" in match('a.png')[1][0]
+    assert "may be 'one/a.png', 'two/a.png'" in match('a.png')[1][0]
     assert 'keep one' in match('b.png', 'one/b.png')[1][0]
     for name in ('c.png', 'three/b.png', 'xb.png', 'png'):
         assert f"lacks 1 picture of the annotations: '{name}'" in match(name)[1][0]
@@ -524,11 +524,11 @@ def test_links_lead_nothing_out_of_the_output_folder(tmp_path):
 def test_masks_never_replace_pictures(tmp_path, images):
     path = via_file(tmp_path, region())
     before = tree_of(images)
-    assert 'the pictures themselves' in fault(via.write_masks, path, images, images)
-    assert 'the pictures themselves' in fault(via.write_masks, path, images, images / 'x' / '..')
+    assert 'the images themselves' in fault(via.write_masks, path, images, images)
+    assert 'the images themselves' in fault(via.write_masks, path, images, images / 'x' / '..')
     # The folder of pictures is in that of masks: theirs would be images/d.png.
     save_picture(images / 'images' / 'd.png')
-    assert 'among the pictures' in fault(via.write_masks, path, images, tmp_path)
+    assert 'among the images' in fault(via.write_masks, path, images, tmp_path)
     assert sorted(tree_of(images)) == ['a.png', 'b.png', 'c.png', 'images/d.png']
     # A picture that is a link to where its mask would be.
     (images / 'images' / 'd.png').unlink()
@@ -536,7 +536,7 @@ def test_masks_never_replace_pictures(tmp_path, images):
     (images / 'a.png').rename(images / 'masks' / 'a.png')
     (images / 'a.png').symlink_to(images / 'masks' / 'a.png')
     kept = tree_of(tmp_path)
-    assert 'among the pictures' in fault(via.write_masks, path, images, images / 'masks')
+    assert 'among the images' in fault(via.write_masks, path, images, images / 'masks')
     assert tree_of(tmp_path) == kept
     # Beside the pictures is no harm.
     (images / 'a.png').unlink()
@@ -560,7 +560,7 @@ def test_the_picture_must_be_the_one_that_was_annotated(tmp_path, images):
     path = write(tmp_path / 'c.json', coco(DRAWING))
     save_picture(images / 'a.png', (40, 48))
     message = fault(via.write_masks, path, images, tmp_path / 'masks')
-    assert "'a.png' is 48 x 40 pixels, the annotations are of 24 x 20" in message
+    assert "'a.png' is 48 x 40 pixels, but its annotations are for 24 x 20" in message
     assert '\n' not in message
 
 
@@ -579,9 +579,9 @@ def test_a_picture_that_is_stored_turned_was_annotated_upright(tmp_path, images)
     ('text', 'words'),
     [
         ('', 'not readable as JSON'),
-        ('[]', 'none of VIA'),
-        ('3', 'none of VIA'),
-        ('{}', 'none of VIA'),
+        ('[]', 'is not VIA'),
+        ('3', 'is not VIA'),
+        ('{}', 'is not VIA'),
         ('{"a": 1, "a": 2}', "key 'a' is there twice"),
         ('{"a": NaN}', 'NaN is not a number'),
         ('{"a": -Infinity}', '-Infinity is not a number'),
@@ -589,8 +589,8 @@ def test_a_picture_that_is_stored_turned_was_annotated_upright(tmp_path, images)
         ('[' * 10**6, 'nested too deeply'),
         ('{"a":' * 10**5 + '1' + '}' * 10**5, 'nested too deeply'),
         ('\xff\xfe', 'not readable as JSON'),
-        ('{"_via_img_metadata": {}}', 'no picture is named'),
-        ('{"images": [], "annotations": []}', 'no picture is named'),
+        ('{"_via_img_metadata": {}}', 'it names no image'),
+        ('{"images": [], "annotations": []}', 'it names no image'),
     ],
 )
 def test_files_that_are_no_annotations(tmp_path, text, words):
@@ -625,11 +625,11 @@ def test_damaged_csv_is_said_by_line(tmp_path):
     good = via_csv(DRAWING)
     for line, words in (
         ('a,b.png,1,"{}",0,0,"{}","{}"', 'line 7: it has 8 fields, not 7'),
-        ('a.png,99,"{}",0,0,"{}","{}"', "line 7: 'a.png' is of two sizes"),
+        ('a.png,99,"{}",0,0,"{}","{}"', "line 7: 'a.png' has two file sizes"),
         ('d.png,1,"{}",0,0,"{","{}"', 'line 7: not readable as JSON'),
         ('d.png,1,"{}",1,0,"[1]","{}"', 'line 7: its shape_attributes is [1]'),
-        ('d.png,1,"{}",0,0,"{}"x,"{}"', 'line 7 is damaged'),
-        ('d.png,1,"{}",0,0,"{}","{}', 'line 7 is damaged'),
+        ('d.png,1,"{}",0,0,"{}"x,"{}"', 'line 7 is corrupted'),
+        ('d.png,1,"{}",0,0,"{}","{}', 'line 7 is corrupted'),
     ):
         message = fault(read_annotations, write(tmp_path / 'f.csv', f'{good}\n{line}\n'))
         assert words in message
@@ -642,7 +642,11 @@ def test_damaged_csv_is_said_by_line(tmp_path):
     ('key', 'value', 'words'),
     [
         ('segmentation', {'counts': [1, 2], 'size': [20, 24]}, 'add up to 3, not 20 x 24'),
-        ('segmentation', {'counts': [480], 'size': [24, 20]}, 'its mask is 20 x 24 pixels, the'),
+        (
+            'segmentation',
+            {'counts': [480], 'size': [24, 20]},
+            'its mask is 20 x 24 pixels, but the',
+        ),
         ('segmentation', {'counts': [481], 'size': [20, 24]}, 'one of its run lengths is 481'),
         ('segmentation', {'counts': 'P', 'size': [20, 24]}, 'its run lengths are cut off'),
         ('segmentation', {'counts': ' ', 'size': [20, 24]}, "its run lengths have ' '"),
@@ -669,8 +673,8 @@ def test_coco_annotations_without_an_outline_are_passed_over_and_counted(tmp_pat
         del tree['annotations'][1]['segmentation']
     read = read_annotations(write(tmp_path / 'c.json', tree))
     assert [shape.label for shape in read.shapes['a.png']] == [2, 2]
-    (note,) = (note for note in read.notes if note.startswith('passed over'))
-    assert note.endswith("without an outline, as a box is none (1): 'a.png', annotation 2")
+    (note,) = (note for note in read.notes if note.startswith('skipped'))
+    assert note.endswith("without an outline (a box is not an outline) (1): 'a.png', annotation 2")
     assert [shape.where for shape in read.shapes['a.png']][1] == "'a.png', annotation 3"
 
 
@@ -679,7 +683,7 @@ def test_parts_of_coco_annotations_without_area_are_passed_over_and_counted(tmp_
     tree['annotations'][0]['segmentation'] += [[5, 5, 9, 9], [], [2, 2, 2, 2, 2, 2]]
     read = read_annotations(write(tmp_path / 'c.json', tree))
     assert (outlines.rasterize(read.shapes['a.png'], SIZE) == expected_masks()['a.png']).all()
-    (note,) = (note for note in read.notes if note.startswith('passed over'))
+    (note,) = (note for note in read.notes if note.startswith('skipped'))
     assert 'without area (3)' in note
     assert note.count("'a.png', annotation 1") == 3
 
@@ -689,10 +693,12 @@ def test_a_file_of_nothing_but_boxes_or_points_is_refused(tmp_path):
     for item in tree['annotations']:
         item['segmentation'] = []
     told = fault(read_annotations, write(tmp_path / 'c.json', tree))
-    assert 'none of its 4 regions has an area (points and boxes have none): draw outlines' in told
+    assert (
+        'none of its 4 regions has an outline (points and boxes have none): draw outlines' in told
+    )
     tree = labelme('a.png', [('point', [(3, 3)], 'seed')] * 2)
     told = fault(read_annotations, write(tmp_path / 'l.json', tree))
-    assert 'none of its 2 regions has an area' in told
+    assert 'none of its 2 regions has an outline' in told
 
 
 @pytest.mark.parametrize('tool', ['VIA 1', 'VIA 2', 'project', 'CSV', 'labelme'])
@@ -705,8 +711,8 @@ def test_points_are_passed_over_and_counted(tmp_path, images, tool):
     notes = via.write_masks(path, images, tmp_path / 'masks', classes={'tumor': 2, 'edema': 1})
     for name, expected in expected_masks().items():
         assert (np.array(Image.open(tmp_path / 'masks' / name)) == expected).all(), name
-    (note,) = (note for note in notes if note.startswith('passed over'))
-    assert note.startswith('passed over: points, which have no area (2): ')
+    (note,) = (note for note in notes if note.startswith('skipped'))
+    assert note.startswith('skipped: points, which have no area (2): ')
     places = ('line 3', 'line 7') if tool == 'CSV' else ("'a.png', region 2", "'c.png', region 1")
     assert all(place in note for place in places)
 
@@ -773,7 +779,7 @@ def test_coco_masks_that_are_empty_are_passed_over(tmp_path):
     tree['annotations'][0]['segmentation'] = {'counts': [480], 'size': [*SIZE]}
     read = read_annotations(write(tmp_path / 'c.json', tree))
     assert len(read.shapes['a.png']) == 1
-    assert any('without an outline, as a box is none (1)' in note for note in read.notes)
+    assert any('without an outline (a box is not an outline) (1)' in note for note in read.notes)
 
 
 def test_coco_has_two_masks_of_one_size(tmp_path):
@@ -782,7 +788,7 @@ def test_coco_has_two_masks_of_one_size(tmp_path):
     for item, size in zip(tree['annotations'], ([20, 24], [24, 20]), strict=True):
         item['segmentation'] = {'counts': [100, 80, 300], 'size': size}
     told = fault(read_annotations, write(tmp_path / 'c.json', tree))
-    assert "'a.png', annotation 2: its mask is 20 x 24 pixels, the picture 24 x 20" in told
+    assert "'a.png', annotation 2: its mask is 20 x 24 pixels, but the image is 24 x 20" in told
 
 
 def png(mask):
@@ -822,7 +828,7 @@ def test_a_mask_of_labelme_that_leaves_the_picture_is_clipped_and_named(tmp_path
     tree['shapes'][0]['mask'] = png(np.ones((7, 7), np.uint8))
     path = write(tmp_path / 'l.json', tree)
     notes = via.write_masks(path, images, tmp_path / 'masks')
-    assert "'a.png', region 1 reaches 3.0 pixels out of the picture: clipped" in notes
+    assert "'a.png', region 1 reaches 3.0 pixels out of the image: clipped" in notes
     expected = np.zeros(SIZE, bool)
     expected[15:, 20:] = True
     assert (np.array(Image.open(tmp_path / 'masks' / 'a.png')) == expected).all()
@@ -849,7 +855,7 @@ def test_rectangles_of_four_corners_and_turned_ones(tmp_path):
     for kind in ('rotation', 'rectangle'):
         assert (drawn(kind, *diamond) == turned).all()
     path = write(tmp_path / 'l.json', labelme('a.png', [('rectangle', corners[:3], 'x')]))
-    assert 'it is a rectangle of 3 points, not two' in fault(read_annotations, path)
+    assert 'it is a rectangle with 3 points, not two' in fault(read_annotations, path)
 
 
 def test_labelme_files_in_sub_folders_belong_to_the_pictures_of_theirs(tmp_path):
@@ -867,17 +873,17 @@ def test_labelme_files_in_sub_folders_belong_to_the_pictures_of_theirs(tmp_path)
         assert (np.array(Image.open(tmp_path / 'masks' / way)) == expected).all(), way
     write(tmp_path / 'labels' / 'other' / 'c.json', labelme('c.png', []))
     told = fault(via.write_masks, tmp_path / 'labels', tmp_path / 'images', tmp_path / 'masks')
-    assert "'c.png' is named as 'other/c.png' and as 'reader/c.png': keep one" in told
+    assert "'c.png' is listed as 'other/c.png' and as 'reader/c.png': keep one" in told
     (tmp_path / 'labels' / 'other' / 'c.json').rename(tmp_path / 'labels' / 'a.json')
     write(tmp_path / 'labels' / 'a.json', labelme('a.png', []))
     told = fault(via.write_masks, tmp_path / 'labels', tmp_path / 'images', tmp_path / 'masks')
-    assert "'a.png' can be 'p1/a.png', 'p2/a.png': name the folder too" in told
+    assert "'a.png' may be 'p1/a.png', 'p2/a.png': add the folder to its name" in told
 
 
 def test_coco_that_has_an_id_or_a_picture_twice_is_refused(tmp_path):
     for key, value, words in (
-        ('id', 11, 'images 3: its id 11 is there twice'),
-        ('file_name', 'b.png', "'b.png' is there twice"),
+        ('id', 11, 'images 3: its id 11 is used twice'),
+        ('file_name', 'b.png', "'b.png' is listed twice"),
     ):
         tree = coco(DRAWING)
         tree['images'][2][key] = value
@@ -894,7 +900,7 @@ def test_ids_are_the_same_as_numbers_and_as_text(tmp_path):
         assert (outlines.rasterize(read.shapes[name], SIZE) == expected).all(), name
     tree['images'][0]['id'] = str(tree['images'][1]['id'])
     told = fault(read_annotations, write(tmp_path / 'c.json', tree))
-    assert 'its id 11 is there twice' in told
+    assert 'its id 11 is used twice' in told
 
 
 @pytest.mark.parametrize('size', [(20.0, 24.0), ('20', '24'), (20, 24.0)])
@@ -914,7 +920,7 @@ def test_sizes_that_a_file_lacks_are_not_compared_and_counted(tmp_path, images, 
     tree['images'][1]['height'], tree['images'][1]['width'] = size
     save_picture(images / 'b.png', (30, 30))
     notes = via.write_masks(write(tmp_path / 'c.json', tree), images, tmp_path / 'masks')
-    assert "passed over: comparison with sizes that the file does not have (1): 'b.png'" in notes
+    assert "skipped: the check of image sizes, which the file does not have (1): 'b.png'" in notes
     assert Image.open(tmp_path / 'masks' / 'b.png').size == (30, 30)
     one = labelme('a.png', DRAWING['a.png'])
     one['imageHeight'], one['imageWidth'] = size
@@ -927,9 +933,9 @@ def test_sizes_that_a_file_lacks_are_not_compared_and_counted(tmp_path, images, 
 def test_absurd_sizes_are_refused(tmp_path, size):
     tree = coco(DRAWING)
     tree['images'][0]['height'] = size
-    assert 'no size of a picture' in fault(read_annotations, write(tmp_path / 'c.json', tree))
+    assert 'not a valid image size' in fault(read_annotations, write(tmp_path / 'c.json', tree))
     tree = labelme('a.png', []) | {'imageWidth': size}
-    assert 'no size of a picture' in fault(read_annotations, write(tmp_path / 'l.json', tree))
+    assert 'not a valid image size' in fault(read_annotations, write(tmp_path / 'l.json', tree))
 
 
 @pytest.mark.parametrize(

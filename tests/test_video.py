@@ -106,7 +106,7 @@ def test_a_video_becomes_videos_frame_by_frame(trained, predictor, tmp_path, cap
     save = ['mask', 'probability', 'overlay', 'panels']
     out = tmp_path / 'out'
     assert folders.predict_files(trained[0], tmp_path / 'in', out, save=save) == []
-    assert f'clip.mp4: {frames} frames of 29.97 a second' in capsys.readouterr().out
+    assert f'clip.mp4: {frames} frames at 29.97 per second' in capsys.readouterr().out
     assert written(out) == {
         'clip_mask.mkv', 'clip_probability.mkv', 'clip_overlay.mp4', 'clip_panels.mp4'
     }  # fmt: skip
@@ -179,7 +179,7 @@ def test_a_cameras_scale_follows_its_frames_and_that_is_said(tmp_path, monkeypat
     with caplog.at_level('INFO'):
         videos.predict_video(BRIGHT, 0, tmp_path / 'camera', save=['mask'], limit=24)
     monkeypatch.undo()
-    assert 'camera 0: its intensity scale is measured on the frames so far' in caplog.text
+    assert 'camera 0: the intensity scale is measured on the frames so far' in caplog.text
     assert masks(tmp_path / 'camera_mask.mkv')[-4:].mean((0, 1)).tolist() == 32 * [0] + 32 * [1]
 
 
@@ -213,10 +213,10 @@ def test_a_video_that_was_cut_off_is_an_error_with_its_frames_counted(
     assert len(read(path)[2]) == 60
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(
-        DataError, match=r'ends early: (\d+) of (60|an unknown number of) frames'
+        DataError, match=r'ends early: it has (\d+) of (60|an unknown number of) frames'
     ) as e:
         videos.predict_video(BRIGHT, path, tmp_path / 'out' / 'x', save=['mask'])
-    there = int(re.search(r'early: (\d+)', str(e.value))[1])
+    there = int(re.search(r'early: it has (\d+)', str(e.value))[1])
     assert 60 * share - 12 < there < 60 * share + 4
     assert not (tmp_path / 'out').exists()
 
@@ -235,7 +235,7 @@ def test_a_video_whose_end_is_zeros_is_an_error_too(tmp_path, name, codec, kind)
     data = path.read_bytes()
     half = len(data) // 2
     path.write_bytes(data[:half] + bytes(len(data) - half))
-    with pytest.raises(DataError, match=r'ends early: [34]\d of 80 frames are there'):
+    with pytest.raises(DataError, match=r'ends early: it has [34]\d of 80 frames'):
         read(path)
 
 

@@ -113,13 +113,13 @@ def test_a_class_has_one_colour_in_every_picture():
 # {(truth, prediction): what it is}, by hand.
 PAIRS = {
     (0, 0): 'nothing', (0, 1): 'false', (0, 2): 'false',
-    (1, 0): 'missed', (1, 1): 'class 1', (1, 2): 'taken for another class',
-    (2, 0): 'missed', (2, 1): 'taken for another class', (2, 2): 'class 2',
+    (1, 0): 'missed', (1, 1): 'class 1', (1, 2): 'wrong class',
+    (2, 0): 'missed', (2, 1): 'wrong class', (2, 2): 'class 2',
     (IGNORE_LABEL, 0): 'nothing', (IGNORE_LABEL, 1): 'nothing', (IGNORE_LABEL, 2): 'nothing',
 }  # fmt: skip
 SHOWN = {
     'nothing': BLACK, 'missed': (0, 105, 165), 'false': (165, 60, 0),
-    'taken for another class': (165, 0, 255), 'class 1': (230, 159, 0), 'class 2': (86, 180, 233),
+    'wrong class': (165, 0, 255), 'class 1': (230, 159, 0), 'class 2': (86, 180, 233),
 }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_the_legend_of_a_difference_names_each_colour_that_is_there(rng):
         'core, right': SHOWN['class 2'],
         'missed': SHOWN['missed'],
         'false': SHOWN['false'],
-        'taken for another class': SHOWN['taken for another class'],
+        'wrong class': SHOWN['wrong class'],
     }
     assert visualize.difference_keys(np.zeros((2, 2), np.uint8), ()) == []
 
@@ -205,7 +205,7 @@ def test_the_picture_of_a_volume_shows_where_it_is_wrong():
     picture = visualize.volume_picture(volume, pred, ('background', 'oedema', 'core'))
     assert picture.shape[1] == 4 * 200 + 3 * visualize.GAP
     swatches = colors_of(picture[-15:])
-    for kind in ('missed', 'false', 'taken for another class', 'class 1', 'class 2'):
+    for kind in ('missed', 'false', 'wrong class', 'class 1', 'class 2'):
         assert SHOWN[kind] in swatches, kind
     without = visualize.volume_picture(volume, mask)
     assert SHOWN['missed'] not in colors_of(without[-15:])

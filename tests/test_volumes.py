@@ -144,14 +144,14 @@ def test_images_of_8_bits_and_of_more_have_no_scale_in_common():
     mixed = slices_of(a=np.zeros((1, 8, 8, 1), np.uint8), b=np.full((1, 8, 8, 1), 900, np.uint16))
     with pytest.raises(
         DataError,
-        match=r'1 of 2 patients have images of 8 bits \(a\), the others have not \(b\): '
-        r'set data\.normalize="volume"',
+        match=r'1 of 2 patients have 8-bit images \(a\), the others do not \(b\): '
+        r'set --config\.data\.normalize=volume',
     ):
         volumes.joint_range(mixed)
     deep, eight = volumes.select(mixed, ['b']), volumes.select(mixed, ['a'])
     np.testing.assert_array_equal(volumes.joint_range(deep), [[900], [901]])
     for part, other in ((deep, eight), (eight, deep)):
-        with pytest.raises(DataError, match='1 of 2 patients have images of 8 bits'):
+        with pytest.raises(DataError, match='1 of 2 patients have 8-bit images'):
             volumes.joint_range(part, [other])
 
 
@@ -167,13 +167,17 @@ DEEP = IMAGENET.intensity(1, np.array([[0.0], [4000.0]]))
         (np.int64([3, 200]), FIXED, ''),
         (np.float32([0, 200]), FIXED, ''),
         (np.float32([0, 0]), FIXED, ''),
-        (np.uint16([0, 256]), FIXED, 'x holds uint16 values from 0 to 256, the run was trained on'),
+        (
+            np.uint16([0, 256]),
+            FIXED,
+            'x holds uint16 values from 0 to 256, but the run was trained on',
+        ),
         (np.float32([-1, 3]), FIXED, 'float32 values from -1 to 3'),
-        (np.float32([0, 1]), FIXED, 'float32 values from 0 to 1, .* black as 0 and its white as'),
+        (np.float32([0, 1]), FIXED, r'float32 values from 0 to 1, .* \(black 0, white 255\)'),
         (np.float32([0, 3.5]), FIXED, 'float32 values from 0 to 3.5'),
         (np.uint16([0, 200]), DEEP, ''),
         (np.float32([-9, 1e6]), DEEP, ''),
-        (np.uint8([0, 200]), DEEP, 'x has 8 bits, the run was trained on .* about 0 to 4000'),
+        (np.uint8([0, 200]), DEEP, 'x has 8 bits, but the run was trained on .* about 0 to 4000'),
     ],
 )
 def test_an_image_of_another_kind_is_refused(image, intensity, words):

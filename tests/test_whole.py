@@ -272,7 +272,7 @@ def no_mask(root):
 
 def other_size(root):
     Image.new('L', (30, 30)).save(root / 'masks/p1.png')
-    return 'p1.png are not of one size'
+    return 'p1.png have different sizes'
 
 
 def unknown_label(root):
@@ -336,7 +336,9 @@ def test_an_outline_that_crosses_itself_is_named_and_taken(pictures, tmp_path):
     )
     told = ok('rasterize', f'--annotations={tmp_path / "via.json"}',
               f'--images={pictures / "images"}', f'--out={tmp_path / "masks"}')  # fmt: skip
-    assert "'p1.png', region 1 crosses itself: what is enclosed twice is outside; draw it" in told
+    assert (
+        "'p1.png', region 1 crosses itself: areas that it encloses twice are outside; draw" in told
+    )
     assert (tmp_path / 'masks' / 'p1.png').exists()
 
 

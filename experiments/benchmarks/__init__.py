@@ -1,1 +1,1 @@
-"""What measures speed: ours by itself, and against the peers."""
+"""Benchmarks of our speed, alone and compared with peers."""

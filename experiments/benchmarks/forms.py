@@ -1,11 +1,11 @@
-"""What each form that is there for speed gives: the training step with it, and without.
+"""Measures the gain of each optimised form: the training step with and without it.
 
   python -m experiments.benchmarks.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
-Each variant is a step of PSPNet-50 (`unet:`, `vgg:` and `mobilenet_unet:` are U-Net's, PSPNet's
-on VGG16 and U-Net's on MobileNetV2) at 256x256, batch 4, float32, in a process of its own; they
-take turns. A line with the seconds of a step, of compilation, the GFLOP that are left as XLA
-counts them, and the temporaries in MB is added to experiments/results/forms.jsonl for each.
+Each variant is a step of PSPNet-50 (or with the prefix `unet:`, `vgg:` or `mobilenet_unet:` of
+U-Net, PSPNet on VGG16 or U-Net on MobileNetV2) at 256x256, batch 4, float32, in a separate process;
+they take turns. One line per variant is added to experiments/results/forms.jsonl: the seconds of a
+step and of compilation, the GFLOP as XLA counts them, and the temporaries in MB.
 """
 
 import atexit
@@ -23,8 +23,8 @@ from absl import app, flags
 
 from pspnet_jax.training import update
 
-NAMES = flags.DEFINE_list('names', [], 'which; all')
-ROUNDS = flags.DEFINE_integer('rounds', 3, 'processes of each variant')
+NAMES = flags.DEFINE_list('names', [], 'which variants; default: all')
+ROUNDS = flags.DEFINE_integer('rounds', 3, 'processes per variant')
 RESULTS = Path('experiments/results/forms.jsonl')
 
 
@@ -41,14 +41,14 @@ def winograd_from_128():
 
 
 def without_products():
-    """No 3x3 but XLA's, in no direction."""
+    """Only XLA's 3x3s, forward and backward."""
     from pspnet_jax.models import convolution
 
     convolution.conv3x3 = convolution.plain_3x3
 
 
 def without_pyramid_conv():
-    """The pyramid's maps resized and concatenated in front of the head."""
+    """The pyramid's maps are resized and concatenated before the head."""
     import jax.numpy as jnp
 
     from pspnet_jax.models import layers
@@ -64,7 +64,7 @@ def without_pyramid_conv():
 
 
 def without_batch_norm():
-    """Flax's BatchNorm, and the gradient that JAX makes of it."""
+    """Flax's BatchNorm with JAX's gradient."""
     import flax.linen as nn
 
     from pspnet_jax.models import backbones, layers
@@ -79,7 +79,7 @@ def without_batch_norm():
 
 
 def without_max_pool():
-    """The gradient that JAX makes of a window's maximum."""
+    """JAX's gradient of max pooling."""
     from pspnet_jax.models import backbones, convolution
 
     backbones.max_pool = convolution._max_pool
@@ -108,7 +108,7 @@ def without_schedule():
 
 
 def second_start():
-    """Traced and lowered, but compiled before: the program comes from the cache."""
+    """Trace and lower, but take the compiled program from the cache."""
     import jax
 
     folder = tempfile.mkdtemp()
@@ -121,7 +121,7 @@ def second_start():
 PSPNET, UNET = {'name': 'pspnet', 'deep_stem': True}, {'name': 'unet'}
 VGG = {'name': 'pspnet', 'backbone': 'vgg16'}
 MOBILENET = {'name': 'unet', 'backbone': 'mobilenet_v2'}
-# Name -> network, what the step is given, and what is changed before the model is made.
+# {name: (network, options of the step, a change before the model is made)}.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     'all of them': (PSPNET, {}, None),
     'no Winograd': (PSPNET, {}, without_winograd),
@@ -145,7 +145,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 
 
 def compile_step(name: str):
-    """The variant's step, compiled; a state and a batch for it; and what compiling took."""
+    """(the variant's compiled step, a state, a batch, the cost of compiling)."""
     import jax.numpy as jnp
     import numpy as np
     import optax
@@ -172,7 +172,7 @@ def compile_step(name: str):
 
 
 def measure(name: str) -> dict[str, float]:
-    """Seconds of a step (median of three behind one) and of compilation, GFLOP, temporaries."""
+    """Seconds of a step (median of three after one) and of compilation, GFLOP, temporaries."""
     import jax
 
     compiled, state, batch, facts = compile_step(name)

@@ -1,15 +1,14 @@
-"""Ours against PyTorch on one GPU, in minutes; gpu_speed.sh runs it.
+"""Compares our speed with PyTorch's on one GPU, in minutes; gpu_speed.sh runs it.
 
   python -m experiments.benchmarks.gpu_speed --results=FILE [--seconds=440] [--case=PATTERN ...]
       [--tiny]
 
-First every network's forward pass and one training step are compared with the CPU, in float32
-with TF32 off, and checked to be finite in bfloat16; batches from the device cache are compared
-with the host's. Then each case is a process of its own: 3 steps, then 20 that are timed, all
-started without waiting for each other, as a training loop starts them. Whatever is timed has the
-GPU to itself; the next process imports, traces and lowers meanwhile. Each line is written as soon
-as it is there; what is not done after --seconds is stopped. --tiny is the rehearsal: the same on
-any machine, at small sizes.
+First every network's forward pass and one training step are compared with the CPU, in float32 with
+TF32 off, and checked to be finite in bfloat16; batches from the device cache are compared with the
+host's. Then each case runs in a separate process: 3 steps, then 20 timed ones, started without
+waiting for each other, as in the training loop. A timed process has the GPU to itself; meanwhile
+the next one imports, traces and lowers. Lines are written immediately; after --seconds the rest is
+stopped. --tiny runs the same with small sizes on any machine, as a rehearsal.
 """
 
 import collections
@@ -37,17 +36,17 @@ from pspnet_jax.training import placement, update
 
 RESULTS = flags.DEFINE_string('results', 'experiments/results/gpu.jsonl', 'gets the lines')
 SECONDS = flags.DEFINE_float('seconds', 440, 'no case starts after this')
-CASES = flags.DEFINE_multi_string('case', [], 'pattern in the names of the cases to run; all')
+CASES = flags.DEFINE_multi_string('case', [], 'pattern of the cases to run; default: all')
 CHECK = flags.DEFINE_bool('check', True, 'compare with the CPU first')
 TINY = flags.DEFINE_bool('tiny', False, 'small sizes, to rehearse')
 
-WARM, TIMED, BLOCK = 3, 20, 5  # steps; a block of them is started at once and waited for
-PROCESSES = min(8, os.cpu_count() or 1)  # that check networks side by side
-LOGITS = 1e-4  # of a difference from the CPU, relative: what passes
-UPDATE = 1e-2  # likewise; ReLU and max pooling have kinks, which rounding crosses
+WARM, TIMED, BLOCK = 3, 20, 5  # steps; a block of steps is started at once
+PROCESSES = min(8, os.cpu_count() or 1)  # that check networks in parallel
+LOGITS = 1e-4  # allowed relative difference from the CPU
+UPDATE = 1e-2  # likewise; rounding can cross the kinks of ReLU and max pooling
 
 
-# What is timed, in order: (side, network, size, batch, dtype, trains, variant).
+# The timed cases, in order: (side, network, size, batch, dtype, trains, variant).
 PSPNET_50 = ('pspnet_resnet50', speed.PSPNET_50)
 PSPNET_101 = ('pspnet_resnet101', speed.PSPNET_101)
 UNET = ('unet_resnet34', speed.UNET)
@@ -91,9 +90,9 @@ def plan(tiny: bool) -> list[dict[str, Any]]:
     return found
 
 
-# The variants: what is changed before the step is made, and options of XLA.
+# The variants: changes before the step is made, and options of XLA.
 def one_pass_statistics() -> None:
-    """Mean and mean square in one reading of x, where `layers.normalize` reads it twice."""
+    """Mean and mean square in one pass over x; `layers.normalize` takes two."""
     import jax
     import jax.numpy as jnp
 
@@ -112,7 +111,7 @@ def one_pass_statistics() -> None:
 
 
 def xlas_gradients() -> None:
-    """Of dilated 3x3s and of max pooling, as JAX states them."""
+    """JAX's own gradients of dilated 3x3s and of max pooling."""
     import jax
 
     from pspnet_jax.models import convolution
@@ -136,14 +135,14 @@ XLA_OPTIONS = {
 
 @contextlib.contextmanager
 def on_gpu(case: dict[str, Any], alone: bool = True) -> Iterator[None]:
-    """Waits for the GPU: until no other process of this run is on it, or none that times."""
+    """Wait until no other process of this run uses the GPU, or (not `alone`) none that times."""
     with open(case['lock'], 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
 
 def timed(step: Callable[[], Any], wait: Callable[[], Any]) -> dict[str, float]:
-    """Median, least and most seconds of a step, over blocks of `BLOCK`."""
+    """Median, smallest and largest seconds per step, over blocks of `BLOCK`."""
     for _ in range(WARM):
         step()
     wait()
@@ -260,13 +259,13 @@ def time_ours(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and the seconds that it took."""
+    """(result, seconds) of a call."""
     start = time.perf_counter()
     return function(), time.perf_counter() - start
 
 
 def count_operations(text: str) -> dict[str, int]:
-    """Of an optimised program: transposes, cuDNN's convolutions, those with a dilated window."""
+    """Counts in an optimised program: transposes, cuDNN's convolutions, dilated windows, ..."""
     convolutions = [line for line in text.splitlines() if '__cudnn$conv' in line]
     return {
         'transposes': len(re.findall(r'= \S+ transpose\(', text)),
@@ -277,7 +276,7 @@ def count_operations(text: str) -> dict[str, int]:
 
 
 def profile(step: Callable[[], Any], wait: Callable[[], Any], steps: int = 3) -> dict[str, float]:
-    """Milliseconds a step of the 40 longest operations of the program, by their names in it."""
+    """Milliseconds per step of the program's 40 longest operations, by name."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -316,7 +315,7 @@ def time_torch(case: dict[str, Any]) -> dict[str, Any]:
     labels = torch.randint(0, case['classes'], shape, device=device)
     options = {'train': case['train'], 'dtype': case['dtype'], 'mode': case['variant']}
     step, uncompiled = peers.make_step(module, image, labels, **options)
-    with on_gpu(case, alone=case['number'] > 0):  # the first one compiles beside the checks
+    with on_gpu(case, alone=case['number'] > 0):  # the first compiles during the checks
         _, compile_seconds = clocked(lambda: (step(), peers.synchronize()))
     with on_gpu(case):
         line = timed(step, peers.synchronize)
@@ -400,7 +399,7 @@ def check_networks(number: int) -> list[dict[str, Any]]:
 
 
 def check_cache() -> dict[str, Any]:
-    """Three updates from the device cache against those from the host's batches."""
+    """Compare three updates from the device cache with those from the host's batches."""
     import itertools
 
     import jax
@@ -439,7 +438,7 @@ def check_cache() -> dict[str, Any]:
 
 
 def work(case: dict[str, Any]) -> None:
-    """A process: a case, or a share of the checks. What it prints last are its lines."""
+    """A process for a case or a share of the checks. The last that it prints are its lines."""
     from experiments.provenance import commit, device
 
     if case['side'] == 'check':
@@ -502,7 +501,7 @@ def main(_) -> None:
 
 
 def write(name: str, process: subprocess.Popen, results: Path) -> bool:
-    """Add the lines of a process that has ended; whether they are there and the checks pass."""
+    """Add the lines of an ended process; return whether there are any and the checks pass."""
     printed = process.stdout.read().splitlines()
     if process.returncode or not printed:
         print(f'{name}: failed with status {process.returncode}, see {results}.log', flush=True)

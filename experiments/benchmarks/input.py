@@ -1,10 +1,10 @@
-"""Does the loader keep up with the step, and does it stay as fast and small as data grow?
+"""Measures whether the loader keeps up with the step, and its speed and memory as data grow.
 
   python -m experiments.benchmarks.input --source=FOLDER [--root=BUILT]   FOLDER holds kaggle_3m
 
-Loader: batches of a config a second, against its step's on this machine. Growth: the rate of
-the loader, of evaluation's volumes, and the memory of the process, at 100 to 10,000 slices of
-256x256 as PNG, not kept in memory and kept. Lines are added to experiments/results/input.jsonl.
+Loader: batches of a config per second, compared with its step on this machine. Growth: the rate of
+the loader and of evaluation's volumes, and the memory of the process, with 100 to 10,000 PNG slices
+of 256x256, kept in memory or not. Lines are added to experiments/results/input.jsonl.
 """
 
 import io
@@ -22,15 +22,17 @@ from absl import app, flags
 
 from pspnet_jax.training import placement, update
 
-SOURCE = flags.DEFINE_string('source', '', 'folder of the LGG data; none: left out')
-ROOT = flags.DEFINE_string('root', '', 'where the built data set is')
+SOURCE = flags.DEFINE_string('source', '', 'folder of the LGG data; default: leave it out')
+ROOT = flags.DEFINE_string('root', '', 'folder of the built data set')
 RESULTS = Path('experiments/results/input.jsonl')
 SIZES = (100, 1_000, 10_000)
 
 
 def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, Any]:
-    """Slices a second of the loader alone in its second pass over 20 batches, those of the step
-    that it feeds, augmentation on, and the share of the step's time that is waiting for slices.
+    """Slices per second of the loader alone, of the step that it feeds, and the share of waiting.
+
+    The loader is measured in its second pass over 20 batches, the step with augmentation; the share
+    is that of the step's time spent waiting for slices.
     """
     import importlib
 
@@ -73,7 +75,7 @@ def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, An
     run, _ = placed.compile(state, placed.put_batch(batch))
     batches, waited = read_ahead(), 0.0
     for n in range(4):
-        if n == 1:  # from here on, as the loop of `train` has it
+        if n == 1:  # from here on, as in the training loop
             start, waited = time.perf_counter(), 0.0
         before = time.perf_counter()
         batch = placed.put_batch(next(batches))
@@ -89,7 +91,7 @@ def loader(config_name: str, cache: str, source: str, root: str) -> dict[str, An
 
 
 def growth(count: int, cache: str) -> dict[str, Any]:
-    """Slices a second of the loader and of whole volumes, and peak memory, of `count` slices."""
+    """Slices per second of the loader and of whole volumes, and peak memory, for `count` slices."""
     from PIL import Image
 
     from pspnet_jax.data import phantom, pipeline, volumes

@@ -1,6 +1,6 @@
-"""image-segmentation-keras' vgg_pspnet as speed.py times it.
+"""image-segmentation-keras' vgg_pspnet, for speed.py.
 
-Run by the Python of an environment of its own, where `tensorflow-cpu==2.13.*` and
+Run it with the Python of a separate environment, where `tensorflow-cpu==2.13.*` and
 `keras-segmentation==0.3.0` are installed.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     image = rng.standard_normal((batch, size, size, 3)).astype(np.float32)
     labels = rng.integers(0, case['classes'], (batch, size // 4 * (size // 4)))
     target = np.eye(case['classes'], dtype=np.float32)[labels]
-    # Its last layer is a softmax; the logits are what is compared.
+    # Its last layer is a softmax, but the logits are compared.
     logits = tf.keras.Model(model.inputs, model.layers[-2].output)
     out = logits.predict_on_batch(image).reshape(batch, size // 4, size // 4, -1)
     model.save_weights(case['exchange'] + '.h5')

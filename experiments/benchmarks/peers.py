@@ -1,4 +1,4 @@
-"""The same networks in PyTorch: what tests compare with, and speed.py times."""
+"""The same networks in PyTorch, for tests and for speed.py."""
 
 import functools
 import json
@@ -15,21 +15,21 @@ from experiments.benchmarks.serve import serve
 
 
 def import_torchvision():
-    """torchvision; where its operators in C are made for another PyTorch, without them."""
+    """Import torchvision, without its C operators if they are built for another PyTorch."""
     try:
         import torchvision
     except RuntimeError:  # 'operator torchvision::nms does not exist': models are pure Python
         library = torch.library.Library('torchvision', 'DEF')
         for name in ('nms', 'qnms'):
             library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-        import_torchvision.library = library  # its definitions live as long as it does
+        import_torchvision.library = library  # keeps its definitions alive
         import torchvision
 
     return torchvision
 
 
 def conv_norm(features_in: int, features_out: int, kernel: int, stride=1, dilation=1):
-    """Convolution and BatchNorm, as two layers."""
+    """Two layers: convolution and BatchNorm."""
     pad = dilation * (kernel - 1) // 2
     return (
         nn.Conv2d(features_in, features_out, kernel, stride, pad, dilation, bias=False),
@@ -38,7 +38,7 @@ def conv_norm(features_in: int, features_out: int, kernel: int, stride=1, dilati
 
 
 class Block(nn.Module):
-    """ResNet's bottleneck, or its two 3x3s."""
+    """ResNet's bottleneck block, or its block of two 3x3s."""
 
     def __init__(self, features_in, width, stride, dilation, project, bottleneck):
         super().__init__()
@@ -91,9 +91,8 @@ def head(features_in: int, features: int, classes: int) -> nn.Sequential:
 class PSPNet(nn.Module):
     """Zhao et al. 2017 with semseg's names, written from the paper: output stride 8.
 
-    On 'resnet50' or 'resnet101' with semseg's stem of three 3x3s, on 'resnet18' with one
-    7x7, or on 'vgg16', torchvision's, without its last two poolings and with block 5
-    dilated.
+    The backbone is 'resnet50' or 'resnet101' with semseg's stem of three 3x3s, 'resnet18' with one
+    7x7, or torchvision's 'vgg16' without its last two poolings and with block 5 dilated.
     """
 
     def __init__(self, backbone: str, classes: int):
@@ -158,7 +157,7 @@ class PSPNet(nn.Module):
 
 
 def create(name: str, classes: int) -> nn.Module:
-    """The network of a case of speed.py; {'out', 'aux'} or one tensor comes out."""
+    """The network of a case of speed.py; it returns {'out', 'aux'} or one tensor."""
     if name.startswith('pspnet_'):
         return PSPNet(name.removeprefix('pspnet_'), classes)
     if name == 'deeplabv3_resnet50':
@@ -169,7 +168,7 @@ def create(name: str, classes: int) -> nn.Module:
         import segmentation_models_pytorch
 
         return segmentation_models_pytorch.Unet('resnet34', encoder_weights=None, classes=classes)
-    raise ValueError(f'{name!r} is not a network that is written here')
+    raise ValueError(f'{name!r} is not a network of this file')
 
 
 def outputs(module: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -178,12 +177,12 @@ def outputs(module: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def use_tf32(on: bool) -> None:
-    """Products and convolutions of float32 in TensorFloat-32, or exactly."""
+    """Whether products and convolutions of float32 use TensorFloat-32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -197,9 +196,9 @@ def make_step(
     dtype: str,
     mode: str,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(step, the same uncompiled): forward, and where it trains backward and SGD with momentum.
+    """(step, the same uncompiled): forward, and in training backward and SGD with momentum.
 
-    `mode` has 'compile' for torch.compile and 'channels_last' for that layout in it.
+    `mode` contains 'compile' for torch.compile and 'channels_last' for that layout.
     """
     device = image.device.type
     if 'channels_last' in mode:

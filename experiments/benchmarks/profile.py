@@ -1,11 +1,11 @@
-"""Where a training step spends its time: PSPNet-50 at 256x256, batch 4, float32, on a CPU.
+"""Profiles a training step of PSPNet-50 at 256x256, batch 4, float32, on a CPU.
 
   python -m experiments.benchmarks.profile
 
-One step under JAX's profiler; each operation's time goes to the stage of the network whose
-module it came from. Operations that run side by side both count. Beside it the roofline: what the
-step multiplies and moves, as XLA counts them, against the machine's two ceilings. A line is
-added to experiments/results/profile.jsonl.
+It runs one step under JAX's profiler and adds each operation's time to the stage of the network
+that its module belongs to; parallel operations both count. It also computes the roofline: the
+step's operations and bytes, as XLA counts them, and the machine's two limits. A line is added to
+experiments/results/profile.jsonl.
 """
 
 import collections
@@ -29,7 +29,7 @@ STAGES = ('layer1', 'layer2', 'layer3', 'layer4', 'pyramid', 'head', 'aux')
 
 
 def stage_of(op_name: str) -> str:
-    """'stem', one of STAGES, or what lies outside the network."""
+    """'stem', one of STAGES, or the part outside the network."""
     inside = re.search(r'PSPNet\)*/(.*)', op_name)
     if not inside:
         return 'loss, optimiser, augmentation'
@@ -37,7 +37,7 @@ def stage_of(op_name: str) -> str:
 
 
 def best(function: Callable, *arrays: jax.Array) -> float:
-    """Seconds of the fastest of five calls behind one."""
+    """Seconds of the fastest of five calls, after one to warm up."""
     run, seconds = compilation.jit(function), []
     for _ in range(6):
         start = time.perf_counter()
@@ -47,10 +47,10 @@ def best(function: Callable, *arrays: jax.Array) -> float:
 
 
 def roofline(cost: dict[str, float]) -> dict[str, float]:
-    """GFLOP and GB of a program, GFLOP/s and GB/s of the machine, and the seconds that each costs.
+    """GFLOP and GB of a program, GFLOP/s and GB/s of the machine, and the resulting seconds.
 
-    The ceilings are a product of two 2048 x 2048 matrices, and one read of 1 GB: a write of as much
-    would measure how fast the system hands out pages.
+    The machine's limits are measured by a product of two 2048 x 2048 matrices and by reading 1 GB;
+    writing would measure how fast the system allocates pages.
     """
     matrix, long = jnp.ones((2048, 2048)), jnp.ones(2**28)
     facts = {

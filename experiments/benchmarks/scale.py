@@ -1,10 +1,10 @@
-"""What grows with hosts: bytes that a step all-reduces, and what a checkpoint takes.
+"""Measures the costs that grow with hosts: the bytes of a step's all-reduce, and checkpoints.
 
   python -m experiments.benchmarks.scale
 
-For each network of `CASES` on LGG's slices: the bytes of every all-reduce in the program that XLA
-makes of the training step for two devices, the state's size, and the seconds until a save gives
-the loop back, until it is written, and until it is read and checked. A line each is added to
+For each network of `CASES` on LGG's slices: the bytes of every all-reduce in XLA's program of the
+training step for two devices, the state's size, and the seconds until a save returns to the loop,
+until it is written, and until it is read and checked. One line per network is added to
 experiments/results/scale.jsonl; the input's rate is in input.jsonl.
 """
 
@@ -29,7 +29,7 @@ WIDTHS = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 'pred': 1, 's8': 1,
 
 
 def moved_bytes(program: str) -> dict[str, int]:
-    """{collective: bytes of its results on one device, over all of them in a program's HLO}."""
+    """{collective: bytes of its results on one device, summed over a program's HLO}."""
     moved = {}
     for results, name in re.findall(rf'= (.*?) ({COLLECTIVES})(?:-start)?\(', program):
         for kind, shape in re.findall(r'(\w+)\[([\d,]*)\]', results):
@@ -39,7 +39,7 @@ def moved_bytes(program: str) -> dict[str, int]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The figures of configs/lgg.py:NAME, on two devices."""
+    """Measure configs/lgg.py:NAME on two devices."""
     import jax
     import numpy as np
 
@@ -53,7 +53,7 @@ def measure(name: str) -> dict[str, Any]:
     tx, _ = optim.create(config.optim, steps=10)
     ema = config.train.ema_decay > 0
     state = update.create_state(model, tx, seed=0, channels=3, ema=ema)
-    rng = np.random.default_rng(0)  # zeros, as Adam's means are, would be compressed
+    rng = np.random.default_rng(0)  # zeros, such as Adam's means, would be compressed
     state = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), state)
     size, batch_size = config.augment.crop or 256, 2
     batch = {

@@ -1,6 +1,6 @@
-"""A program that speed.py times: it does a step when told to, and says how long.
+"""The loop of a program that speed.py times: it runs a step on request and reports its seconds.
 
-Standard library only, so that every peer's own environment can run it.
+It uses only the standard library, so that every peer's environment can run it.
 """
 
 import json
@@ -15,10 +15,10 @@ from typing import Any
 def serve(
     step: Callable[[], None], info: dict[str, Any], peak_bytes: Callable[[], int] | None = None
 ) -> None:
-    """Say `info`; for each line 'go' run `step` and say its seconds; at the end the peak memory.
+    """Print `info`; for each line 'go' run `step` and print its seconds; at the end peak memory.
 
-    {'steps', 'process'} in bytes. On a CPU the largest resident set: since the first 'go', and
-    with imports, compilation and what was done to make `info`.
+    Peak memory is {'steps', 'process'} in bytes. On a CPU it is the largest resident set since the
+    first 'go', and of the whole process with imports, compilation and preparation.
     """
 
     def say(value: Any) -> None:
@@ -30,7 +30,7 @@ def serve(
     for _ in iter(sys.stdin.readline, 'end\n'):
         if before is None and not peak_bytes:
             before = resident_peak()
-            Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew, man 5 proc
+            Path('/proc/self/clear_refs').write_text('5')  # resets the peak, see man 5 proc
         start = time.perf_counter()
         step()
         say(time.perf_counter() - start)

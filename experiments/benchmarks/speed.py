@@ -1,15 +1,15 @@
-"""Ours against the peers, in one run and in turn.
+"""Compares our speed with the peers', in one run with alternating turns.
 
   python -m experiments.benchmarks.speed [--cases=PART_OF_A_NAME,...] [--modes=eager,...]
       [--repeats=3]
   python -m experiments.benchmarks.speed --cases=blog --keras_python=ENVIRONMENT/bin/python
 
-Each contender is a process of its own that does one step when it is told to. PyTorch is tried
-eager and compiled, channels last and not, and the fastest of the four is the peer. First the
-two networks are shown to be the same: as many parameters, and with the peer's weights the
-peer's output. Then ours and the peer take turns; a line with both medians is added to
-experiments/results/speed.jsonl. In training both do forward, backward and SGD with
-momentum, ours by `training.update.train_step` as it is.
+Each contender is a separate process that runs one step on request. PyTorch is tried eager and
+compiled, channels last and not; the fastest of the four is the peer. First it checks that both
+networks are the same: equal numbers of parameters, and equal outputs with the peer's weights. Then
+ours and the peer take turns; a line with both medians is added to experiments/results/speed.jsonl.
+In training both run forward, backward and SGD with momentum; ours uses `training.update.train_step`
+unchanged.
 """
 
 import functools
@@ -28,7 +28,7 @@ from absl import app, flags
 
 from pspnet_jax.training import update
 
-STEPS = 3  # that are timed in a turn, behind one that is not
+STEPS = 3  # timed steps in a turn, after one to warm up
 FLAGS = flags.FLAGS
 
 PSPNET_50 = {'model': {'name': 'pspnet', 'deep_stem': True}, 'peer': 'pspnet_resnet50'}
@@ -50,7 +50,7 @@ BLOG = {'model': {'name': 'vgg_pspnet_blog'}, 'peer': 'keras'}
 
 
 def cases(on_cpu: bool) -> dict[str, dict[str, Any]]:
-    """Name -> network, size, batch, precision, whether it trains."""
+    """{name: network, size, batch, precision, whether it trains}."""
     found = {}
 
     def add(name, network, size, batch, dtype='float32', modes=('train', 'inference')):
@@ -79,7 +79,7 @@ def cases(on_cpu: bool) -> dict[str, dict[str, Any]]:
 
 
 def load(case: dict[str, Any]):
-    """Our model in float32 and in the case's precision, and the peer's weights as its variables."""
+    """Our model in float32 and in the case's precision, and the peer's weights in our layout."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +107,7 @@ def load(case: dict[str, Any]):
 
 
 def check(case: dict[str, Any]) -> None:
-    """A process that says how far our output is from the peer's, of the same weights."""
+    """A process that prints how far our output is from the peer's with the same weights."""
     import jax
 
     from pspnet_jax.runtime import compilation
@@ -175,7 +175,7 @@ def ours(case: dict[str, Any]) -> None:
 
 
 class Contender:
-    """A process that `serve`s: `info`, then seconds for each `go`, then its peak memory."""
+    """A process that runs `serve`: it gives `info`, seconds for each `go`, then its peak memory."""
 
     def __init__(self, command: list[str], case: dict[str, Any]):
         self.process = subprocess.Popen(
@@ -220,7 +220,7 @@ def peer_command(case: dict[str, Any]) -> list[str]:
 
 
 def fastest_mode(case: dict[str, Any]) -> str:
-    """The mode of PyTorch with the least median of two steps."""
+    """The mode of PyTorch with the smallest median of two steps."""
     if case['peer'] == 'keras':
         return 'keras'
     medians = {}
@@ -233,7 +233,7 @@ def fastest_mode(case: dict[str, Any]) -> str:
 
 
 def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
-    """The line of a case."""
+    """Compare ours and the peer in one case; return its line."""
     from experiments.provenance import commit, device
 
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +250,7 @@ def compare(name: str, case: dict[str, Any]) -> dict[str, Any]:
         seconds = {'ours': [], 'peer': []}
         for _ in range(FLAGS.repeats):
             for key, contender in (('ours', ours_), ('peer', peer)):
-                contender.go()  # after a pause the system has taken some of its memory away
+                contender.go()  # during the pause the system reclaimed some of its memory
                 seconds[key] += [contender.go() for _ in range(STEPS)]
         memory = {'ours': ours_.end(), 'peer': peer.end()}
     median = {key: statistics.median(values) for key, values in seconds.items()}
@@ -312,13 +312,13 @@ if __name__ == '__main__':
     if sys.argv[1:] and sys.argv[1] in ('--check', '--worker'):
         {'--check': check, '--worker': ours}[sys.argv[1]](json.loads(sys.argv[2]))
     else:
-        flags.DEFINE_list('cases', [], 'parts of the names of the cases to run; all')
+        flags.DEFINE_list('cases', [], 'parts of the names of the cases to run; default: all')
         flags.DEFINE_list(
             'modes',
             ['eager', 'eager channels_last', 'compile', 'compile channels_last'],
             'of PyTorch',
         )
-        flags.DEFINE_integer('repeats', 3, f'turns of each, of {STEPS} steps')
+        flags.DEFINE_integer('repeats', 3, f'turns of each contender, of {STEPS} steps')
         flags.DEFINE_string('keras_python', '', 'Python of the Keras environment')
         flags.DEFINE_string('results', 'experiments/results/speed.jsonl', 'gets the lines')
         app.run(main)

@@ -1,5 +1,5 @@
-"""What an experiment is: every knob with its default (`base`), configs that are ready to run
-(`lgg`, `folder`, `phantom`), recipes of augmentation, what a knob may be (`rules`), and flags.
+"""Configs: every key with its default (`base`), configs that are ready to run (`lgg`, `folder`,
+`phantom`), augmentation recipes, the allowed values (`rules`), and command-line flags.
 """
 
 from pspnet_jax.config.rules import (

@@ -1,4 +1,4 @@
-"""Named augmentation: what `config.augment` is set to by a name behind the network's.
+"""Named augmentation recipes: a name after the network's name sets `config.augment`.
 
   python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet,strong --workdir=runs/strong
   python -m pspnet_jax.main --config=configs/lgg.py:,geometric --workdir=runs/geometric \\
@@ -14,11 +14,11 @@
 | strong    | geometric, intensity, blur, low resolution, gamma   | aug_all, aug_all2        |
 | nnunet    | what nnU-Net v2 does to 2-D patches; see below      |                          |
 
-A recipe says all knobs but the crop. Upside-down is for pictures without an upper side.
+A recipe sets every key of `augment` but the crop. Upside-down flips suit images without a top.
 `nnunet` has the ranges of nnU-Net (Isensee et al. 2021), its mirroring of both axes, and its
-probabilities of blur, low resolution and gamma. Zoom, rotation, gain and noise change every view
-here, where nnU-Net changes 10 to 20 %; noise is a third of its largest for that reason.
-Your own function is an argument of `training.loop.train_and_evaluate`: README.
+probabilities of blur, low resolution and gamma. Zoom, rotation, gain and noise change every image
+here, whereas nnU-Net changes 10 to 20 %; noise is therefore a third of nnU-Net's largest.
+To use a function of your own, pass augment_fn to `training.loop.train_and_evaluate`.
 """
 
 NONE = {
@@ -66,7 +66,7 @@ RECIPES = {
 def split_recipe(arg: str) -> tuple[str, dict[str, float]]:
     """'NETWORK,RECIPE' -> the network's name, and the recipe's knobs ({} without one).
 
-    Raises ValueError for a recipe that is not there.
+    Raises ValueError for an unknown recipe.
     """
     network, _, name = arg.partition(',')
     if name and name not in RECIPES:

@@ -1,5 +1,5 @@
-"""A config on the command line: --config=PAGE and --config.KEY=VALUE to train, and what evaluation
-and prediction may change of a run's own.
+"""The config on the command line: --config=FILE and --config.KEY=VALUE for training, and the flags
+by which evaluation and prediction change a run's config.
 """
 
 import ast
@@ -20,7 +20,7 @@ PAGES = ('phantom', 'lgg', 'folder')  # configs of the package, named without a 
 
 
 class _Value(flags.ArgumentParser):
-    """A knob's value as Python or as text: 3, 0.5, None, (1, 2) or 1,2, or a word."""
+    """Parses a value as Python or as text: 3, 0.5, None, (1, 2) or 1,2, or a word."""
 
     def __init__(self, key: str):
         section, knob = key.split('.')
@@ -46,8 +46,10 @@ def _as_float(value: Any) -> Any:
 
 
 def define_prediction_flags(*, figures: bool) -> None:
-    """What may be changed of a run's config as flags, --flip and --config.crf.kernel; what is not
-    given stays. Without `figures` those that only evaluation reads are left out.
+    """Define flags such as --flip and --config.crf.kernel, which change a run's config.
+
+    Keys without a flag keep the run's value. Without `figures`, keys that only evaluation reads
+    have no flag.
     """
     told = base.comments()
     for key in CHANGEABLE:
@@ -65,22 +67,22 @@ def _flag_of(key: str) -> str:
 
 
 def _changeable() -> list[str]:
-    """Those of CHANGEABLE that the command has flags for."""
+    """The keys of CHANGEABLE for which the command has a flag."""
     return [key for key in CHANGEABLE if _flag_of(key) in flags.FLAGS]
 
 
 def prediction_changes() -> dict[str, Any]:
-    """What the flags change, as `with_prediction` takes it."""
+    """The changes given as flags, for `with_prediction`."""
     given = {key: flags.FLAGS[_flag_of(key)] for key in _changeable()}
     return {key.removeprefix('predict.'): flag.value for key, flag in given.items() if flag.present}
 
 
 def prepare(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the arguments as absl and ml_collections take them, keys of the config that become None).
+    """(arguments in the form that absl and ml_collections take, config keys that become None).
 
-    A config's own folder is put on the path, so that its files can import each other. Raises
-    ConfigError for a --config that is no file, and a --config.KEY or None that no config has, or
-    that evaluation and prediction do not take.
+    The config file's folder is added to the path, so that files there can import each other.
+    Raises ConfigError for a --config that is not a file, for an unknown --config.KEY or one that
+    evaluation and prediction do not take, and for None where it is not allowed.
     """
     arguments, unset, rest = [argv[0]], [], iter(argv[1:])
     changeable = _changeable() if 'config' not in flags.FLAGS else []
@@ -115,7 +117,7 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], list[str]]:
                     raise ConfigError(f'--config.{key} can not be None: it must be {words}')
                 unset.append(key)
                 continue
-            if allowed(('a',)) and not re.match(r'\s*[(\[]', value):  # texts: a,b is two of them
+            if allowed(('a',)) and not re.match(r'\s*[(\[]', value):  # a,b means two texts
                 texts = tuple(text.strip().strip('"\'') for text in value.split(',') if text)
                 argument = f'--config.{key}={texts!r}'
         arguments.append(argument)

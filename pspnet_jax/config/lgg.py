@@ -4,23 +4,24 @@
   python -m pspnet_jax.main --config=configs/lgg.py:vgg_pspnet --workdir=runs/vgg \\
       --config.data.source=FOLDER --config.model.pretrained=vgg16_imagenet.safetensors
 
-Backbones start from public ImageNet weights (docs/models.md), which are fetched once: without
-network an error names the file and its place. --config.model.pretrained='' is for random weights.
+Backbones start from public ImageNet weights (docs/models.md), which are downloaded once; without a
+network, the error names the file and where to put it. --config.model.pretrained='' gives random
+weights.
 
 | argument         | network                                                       |
 |------------------|---------------------------------------------------------------|
 | pspnet_resnet50  | the default; also _resnet18, _resnet34, _resnet101, _resnet152 |
 | vgg_pspnet       | dilated VGG16 at output stride 8, full-resolution output      |
 | vgg_pspnet_blog  | image-segmentation-keras' geometry: stride 32, quarter output |
-| fcn8s, unet, ... | every other name of model.name, on its own backbone           |
-| NETWORK,strong   | the same, augmented by a recipe of pspnet_jax/config/augmentations.py   |
+| fcn8s, unet, ... | any other model.name, on its own backbone                     |
+| NETWORK,strong   | with an augmentation recipe of pspnet_jax/config/augmentations.py |
 """
 
 from pspnet_jax.config import augmentations, base
 
 
 def choose_network(config, arg: str) -> None:
-    """Set the network, its first weights and the augmentation that 'NETWORK,RECIPE' names."""
+    """Set the network, its initial weights and the augmentation from 'NETWORK,RECIPE'."""
     name, recipe = augmentations.split_recipe(arg)
     config.augment.update(recipe)
     name = name or 'pspnet_resnet50'

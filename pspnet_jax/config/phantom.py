@@ -3,16 +3,16 @@
   python -m pspnet_jax.main --config=configs/phantom.py
   python -m pspnet_jax.main --config=configs/phantom.py:fcn8s
 
-Half-width networks from random weights: PSPNet on a ResNet-18, or the network that the
-argument names, on a ResNet-18 too where its own backbone is a deeper one, on VGG16 with
-BatchNorm where it is VGG16, which does not start from random weights without. Behind a comma
-the argument may name a recipe of pspnet_jax/config/augmentations.py: `:,strong`, `:fcn8s,none`.
+Half-width networks from random weights. The default is PSPNet on a ResNet-18; the argument names
+another network. A deeper backbone is replaced by ResNet-18, and VGG16 by VGG16 with BatchNorm,
+since VGG16 does not train from random weights without it. After a comma the argument may name a
+recipe of pspnet_jax/config/augmentations.py: `:,strong`, `:fcn8s,none`.
 """
 
 from pspnet_jax.config import augmentations, base
 
 SHALLOW = ('pspnet', 'fcn', 'deeplab_v2', 'deeplab_v3', 'deeplab_v3plus', 'refinenet')
-COARSE = ('fcn32s', 'fcn16s', 'vgg_pspnet_blog')  # 4 x 4 cells of 32 pixels outline nothing
+COARSE = ('fcn32s', 'fcn16s', 'vgg_pspnet_blog')  # 4 x 4 cells of 32 pixels are too coarse
 VGG = ('fcn32s', 'fcn16s', 'fcn8s', 'dilated', 'deeplab_v1')
 
 

@@ -1,7 +1,7 @@
-"""What a config may hold: one rule a knob, checked both ways before anything runs.
+"""The allowed values of a config: one rule per key, checked before anything runs.
 
-A checkpoint brings its config with it, and may be a stranger's: no value that is allowed here
-asks for more memory or time than a command can give.
+Unknown and missing keys are errors too. A checkpoint carries its config and may be untrusted, so
+no allowed value asks for more memory or time than a command can give.
 """
 
 import difflib
@@ -19,11 +19,11 @@ from pspnet_jax.config import base
 from pspnet_jax.data import masks, pairing, sources
 from pspnet_jax.runtime.errors import ConfigError
 
-Rule = tuple[Callable[[Any], bool], Any]  # is it allowed, and in words (by `str`) what is
+Rule = tuple[Callable[[Any], bool], Any]  # (is a value allowed?, `str` of it: what is allowed)
 
 BASE = 'pspnet_jax/config/base.py'
 LARGEST = 2**31 - 1  # whole number
-FURTHEST = 1e30  # other number: infinity is none
+FURTHEST = 1e30  # other number; excludes infinity
 LONGEST = 4096  # characters
 SHORT = reprlib.Repr()  # of values in errors, which may be of any length and depth
 SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 120
@@ -39,7 +39,7 @@ def _one_of(*values) -> Rule:
 
 
 class _Words:
-    """What is allowed, put into words when they are asked for."""
+    """A description of what is allowed, made only when it is printed."""
 
     def __init__(self, say: Callable[[], str]):
         self.say = say
@@ -49,12 +49,12 @@ class _Words:
 
 
 def _named(names: Callable[[], Iterable[Any]]) -> Rule:
-    """One of the names as they are when a config is checked: an entry added by then is allowed."""
+    """One of the names that exist when a config is checked, including entries added by then."""
     return (lambda x: _one_of(*names())[0](x)), _Words(lambda: _one_of(*names())[1])
 
 
 def _networks() -> tuple[str, ...]:
-    from pspnet_jax import models  # these bring Flax along: --help goes without
+    from pspnet_jax import models  # imports Flax, which --help does not need
 
     return tuple(dict.fromkeys((*models.MODELS, *models.ALIASES)))
 
@@ -97,7 +97,7 @@ def _is_extra(x) -> bool:
     return all(
         isinstance(name, str)
         and re.fullmatch('[a-z][a-z0-9_]{0,99}', name)
-        and not hasattr(ConfigDict, name)  # which has no keys of these names
+        and not hasattr(ConfigDict, name)  # the names of its methods can't be keys
         and _number(0)[0](weight)
         for name, weight in x.items()
     )
@@ -118,7 +118,7 @@ def _all(rule: Rule, length: int | None = None, least: int = 0, most: int = 255)
 
 def _or_none(rule: Rule) -> Rule:
     allowed, words = rule
-    told = _Words(lambda: f'None ({BASE} says what that is) or {words}')
+    told = _Words(lambda: f'None (see {BASE}) or {words}')
     return (lambda x: x is None or allowed(x)), told
 
 
@@ -147,19 +147,19 @@ _NAME: Rule = (
 _POSITIVE: Rule = (lambda x: _is_number(x) and 0 < x <= FURTHEST), 'a number above 0'
 _SCALES: Rule = _all(_number(0.01, 16), least=1, most=16)
 
-# Of configs from before the knob was there, where its default of today is not what was done then.
+# Values for configs that are older than the key, where today's default is not what was done then.
 BEFORE = {'data.fit': 'stretch'}
 
-NEW_KNOB = f'a new one has its default in {BASE}, and its limits in rules.py beside it'
-# What a knob may be, where its default does not say it: that is any whole number or number from 0
-# on, text, tuple of texts, True or False, as the default is.
+NEW_KNOB = f'to add a key, put its default in {BASE} and its limits in rules.py next to it'
+# The rules of keys whose default's type is not enough. By type, a key may be any whole number or
+# number from 0 on, a text, a tuple of texts, or True or False.
 LIMITS: dict[str, Rule] = {
     'parallel': _one_of('jit', 'pmap'),
     'model.name': _named(_networks),
     'model.num_classes': (
         lambda x: x is None or (_is_int(x) and 2 <= x <= 255),
-        'a whole number from 2 to 255: background is a class too, one structure needs 2; or None, '
-        'as many as the masks have',
+        'a whole number from 2 to 255 (background is a class too, so one structure needs 2), or '
+        'None for as many as the masks have',
     ),
     'model.class_names': _all(_NAME),
     'model.width': _integer(4),
@@ -179,11 +179,11 @@ LIMITS: dict[str, Rule] = {
     'data.mask_format': _one_of('auto', 'index', 'binary', 'color'),
     'data.label_map': (
         lambda x: x is None or _is_label_map(x),
-        "None or values of the masks with the class of each, {4: 3} or {'>0': 1}",
+        "None or a mapping from mask values to classes, such as {4: 3} or {'>0': 1}",
     ),
     'data.mask_name': (
         lambda x: _TEXT[0](x) and pairing.is_rule(x),
-        "a text with {stem} once or not at all and, behind it, one * at most: '{stem}_mask*'",
+        "a text with {stem} at most once and at most one * after it, such as '{stem}_mask*'",
     ),
     'data.size': (
         lambda x: isinstance(x, tuple) and _is_size(x),
@@ -217,7 +217,7 @@ LIMITS: dict[str, Rule] = {
     'loss.top_k_share': ((lambda x: _is_number(x) and 0 < x <= 1), 'a number above 0, at most 1'),
     'loss.extra': (
         lambda x: x is None or _is_extra(x),
-        "None or weights of own entries of losses.TERMS by their names, {'mine': 0.5}",
+        "None or a mapping from your own entries of losses.TERMS to weights, such as {'mine': 0.5}",
     ),
     'loss.class_weights': _all(_number(0)),
     'loss.ignore_label': _integer(0, 255),
@@ -267,7 +267,7 @@ def _by_default(kind: type) -> Rule:
 
 
 def _rules() -> dict[str, Rule]:
-    """Of every knob, in the order of its home."""
+    """The rule of every key, in the order of base.py."""
     defaults, rules = base.get_config(), {}
     for key, value in flatten(defaults.to_dict()).items():
         section, _, knob = key.rpartition('.')
@@ -286,7 +286,7 @@ def validate(config: ConfigDict) -> None:
 
 def _faults(given: Mapping[str, Any]) -> list[str]:
     faults = []
-    for key in sorted(given.keys() - RULES.keys())[:50]:  # a stranger's may have any number
+    for key in sorted(given.keys() - RULES.keys())[:50]:  # an untrusted config may have any number
         faults.append(f'{key[:100]} is not a key{nearest(key[:100])}; {NEW_KNOB}')
     for key in RULES.keys() - given.keys():
         faults.append(f'{key} is missing: {BASE} has its default')
@@ -302,7 +302,7 @@ def _shown(value: Any) -> str:
 
 
 def _contradictions(config: ConfigDict):
-    """Values that are each allowed but not together."""
+    """Faults of values that are each allowed, but not together."""
     from pspnet_jax import models
 
     model, loss, train, distill = config.model, config.loss, config.train, config.distill
@@ -310,7 +310,7 @@ def _contradictions(config: ConfigDict):
     if distill.teacher and not taught:
         yield 'distill.weight and distill.pairwise are both 0: give one a weight, or no teacher'
     if train.init_from and model.pretrained not in ('', 'imagenet'):
-        yield 'train.init_from and model.pretrained both give the first weights: set one'
+        yield 'train.init_from and model.pretrained both give the initial weights: set only one'
     count = model.num_classes or len(model.class_names)  # 0: as many as the data has
     if loss.class_weights and len(loss.class_weights) != (count or len(loss.class_weights)):
         yield (
@@ -335,8 +335,8 @@ def _contradictions(config: ConfigDict):
         )
     if config.predict.threshold is not None and count > 2:
         yield (
-            f'predict.threshold is for two classes, the model has {count}: '
-            'leave it as None, the likeliest class is taken'
+            f'predict.threshold is for two classes, but the model has {count}: '
+            'leave it as None, and each pixel gets its likeliest class'
         )
     if config.data.label_map and (config.data.mask_colors or config.data.mask_format == 'binary'):
         yield (
@@ -353,8 +353,8 @@ def _contradictions(config: ConfigDict):
         yield f'model: {error}'
     if train.steps and train.epochs not in (None, base.get_config().train.epochs):
         yield (
-            f'train.epochs is {train.epochs:g}, but train.steps is {train.steps} and goes before '
-            'it: add --config.train.steps=0 to count epochs'
+            f'train.epochs is {train.epochs:g}, but train.steps is {train.steps} and takes '
+            'precedence: add --config.train.steps=0 to count epochs'
         )
     if train.batch_size % train.accumulate:
         yield (
@@ -364,7 +364,7 @@ def _contradictions(config: ConfigDict):
 
 
 def nearest(key: str) -> str:
-    """', did you mean ...?' where a known key is close."""
+    """': did you mean KEY?' if a known key is close, else a list of the keys."""
     close = difflib.get_close_matches(key, RULES, n=1, cutoff=0.6)
     return f': did you mean {close[0]}?' if close else f'; the keys are: {", ".join(RULES)}'
 
@@ -381,16 +381,16 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 RULES = _rules()
-PATHS = (  # knobs that name a file or folder, which is looked for from where the command was given
+PATHS = (  # keys that name a file or folder, relative to the current folder
     'data.source', 'data.root', 'data.split_file', 'data.group', 'model.pretrained',
     'train.init_from', 'distill.teacher',
 )  # fmt: skip
 
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
-    """A copy whose files and folders are found from any folder: evaluation may start in another.
+    """A copy with absolute paths, since evaluation may start in another folder.
 
-    ~ is expanded. What is not there, such as an expression or hf:REPO, stays as it is.
+    ~ is expanded. A value that is not an existing path, such as hf:REPO, stays as it is.
     """
     config = config.copy_and_resolve_references()
 
@@ -411,7 +411,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
 
 
 def without_paths(config: ConfigDict) -> ConfigDict:
-    """A copy for other machines: absolute paths are replaced by the knobs' defaults."""
+    """A copy for other machines: defaults replace absolute paths."""
     config = config.copy_and_resolve_references()
     defaults = flatten(base.get_config().to_dict())
     flat = flatten(config.to_dict())
@@ -422,8 +422,8 @@ def without_paths(config: ConfigDict) -> ConfigDict:
     return config
 
 
-# What evaluation and prediction may have otherwise than the run: how the network is applied, memory
-# and the figures. The rest is what was trained.
+# What evaluation and prediction may change: how the network is applied, memory use and metrics.
+# Training fixed the rest.
 CHANGEABLE = (
     *(key for key in RULES if key.startswith('eval.') and key != 'eval.checkpoint'),
     'data.threads',
@@ -432,10 +432,10 @@ CHANGEABLE = (
 
 
 def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config with other values, validated and locked.
+    """A copy of the config with `changes`, validated and locked.
 
-    `changes` are of its `predict` section by their names, {'flip': True}, and others of CHANGEABLE
-    by their keys, {'eval.batch_size': 4}. Raises ConfigError for other keys.
+    `changes` may be keys of the `predict` section, {'flip': True}, and other keys of CHANGEABLE,
+    {'eval.batch_size': 4}. Raises ConfigError for other keys.
     """
     changed = to_dict(config)
     for key, value in changes.items():
@@ -447,27 +447,26 @@ def with_prediction(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDic
 
 
 def fixed(key: str, changeable: Iterable[str]) -> str:
-    """Why evaluation or prediction do not take a key, and what they take."""
+    """Why evaluation and prediction do not take `key`, and which keys they take."""
     if key == 'eval.checkpoint':
-        return 'eval.checkpoint has a flag of its own: give --checkpoint'
+        return 'eval.checkpoint has its own flag: give --checkpoint'
     return f'{key} is fixed by training: you can change {", ".join(changeable)}'
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """Plain values that JSON takes (tuples become lists)."""
+    """The config as plain JSON values (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
-    """The config that `to_dict` wrote, validated and locked.
+    """Read a config that `to_dict` wrote; validate and lock it.
 
-    A knob that is newer than the config has what was done before there was the knob: its default of
-    today, but for those of BEFORE.
+    A key that is newer than the config gets its value from BEFORE, else today's default.
     """
     if not isinstance(tree, Mapping):
-        raise ConfigError(f'a config is a mapping of sections, this is {_shown(tree)}')
+        raise ConfigError(f'a config is a mapping of sections, not {_shown(tree)}')
     if dotted := [key for key in tree if '.' in key]:
-        raise ConfigError(f'{_shown(dotted)} are no sections: see {BASE}')
+        raise ConfigError(f'{_shown(dotted)} are not sections: see {BASE}')
     defaults = base.get_config().to_dict()
     for name, section in defaults.items():
         if isinstance(section, dict) != isinstance(tree.get(name, section), Mapping):
@@ -477,7 +476,7 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
         section, _, knob = key.partition('.')
         defaults[section][knob] = value
     filled |= {k: {**x, **tree.get(k, {})} for k, x in defaults.items() if isinstance(x, dict)}
-    # Before it is a ConfigDict, which reads meaning into some keys and values.
+    # Checked before it becomes a ConfigDict, which gives some keys and values a special meaning.
     plain = {key: _tuples(value) for key, value in flatten(filled).items()}
     if faults := _faults(plain):
         raise ConfigError('the config can not run:', sorted(faults))

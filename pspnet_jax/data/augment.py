@@ -1,10 +1,9 @@
 """Augmentation inside the compiled step: one sampling grid for image and mask.
 
-Flip, scale, rotation, elastic deformation and crop are composed into one map from
-output pixel to input position, so each picture is interpolated once: the image
-bilinearly, the mask by its nearest neighbour. What falls outside the picture is the
-image's own minimum and, in the mask, the ignored label. Blur, lower resolution and changed
-intensities come after it, and are the image's alone.
+Flip, scale, rotation, elastic deformation and crop are composed into one map from output pixel to
+input position, so each image is interpolated once: the image bilinearly, the mask by nearest
+neighbour. Pixels from outside get the image's minimum and, in the mask, the ignored label. Blur,
+lower resolution and changed intensities come after that and affect only the image.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from pspnet_jax.data.volumes import IGNORE_LABEL
 ELASTIC_GRID = 4  # control points along each side of the deformation field
 
 
-# The config's section `augment` where it changes nothing; what is not given to `augment` is this.
+# The config's section `augment` without any change, and the defaults of `augment`'s options.
 OFF = {
     'crop': 0,  # side of the square output, placed at random; 0 keeps the size
     'flip': 0.0,  # probability of a left-right mirror
@@ -49,11 +48,11 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """One example; `jax.vmap` over keys for a batch. All ranges are symmetric.
 
-    `options` is the config's section, or those of its knobs that are not `OFF`. `ignore_label` is
-    of what falls outside. `context` is how many neighbours on either side the image has the
-    channels of (`volumes.channels_seen`); what is drawn for a channel is for theirs too.
+    `options` is the config's section, or the keys that differ from `OFF`. `ignore_label` marks
+    pixels from outside. The image also holds the channels of `context` neighbours on each side
+    (`volumes.channels_seen`); they share the random changes of a channel.
 
-    Raises ValueError for a crop larger than the image, and for a knob that there is not.
+    Raises ValueError for a crop larger than the image, and for an unknown key.
     """
     if unknown := sorted(options.keys() - OFF.keys()):
         raise ValueError(f'augment has no {", ".join(unknown)}, it has {", ".join(OFF)}')
@@ -75,9 +74,9 @@ def augment(
 def sampling_grid(
     keys: jax.Array, size: tuple[int, int], options: Mapping[str, float]
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns of the picture, each H W, that the output's pixels come from.
+    """Rows and columns of the image, each H W, from which the output's pixels come.
 
-    A crop is at whole pixels where neither scale, rotate nor elastic moves them.
+    A crop starts at whole pixels if neither scale, rotate nor elastic is used.
     """
     (h, w), crop = size, options['crop']
     out_h, out_w = (crop, crop) if crop else (h, w)
@@ -96,7 +95,7 @@ def sampling_grid(
     zoom = jnp.exp(-_uniform(keys[2], jnp.log1p(scale)))
     room, place = jnp.array([h - out_h, w - out_w]), _uniform(keys[3], 0.5, (2,))
     shift = place * room
-    if not (scale or rotate or elastic):  # between pixels it would blur, and take noise away
+    if not (scale or rotate or elastic):  # fractions of a pixel would blur and remove noise
         shift = jnp.minimum(jnp.floor((place + 0.5) * (room + 1)), room) - room / 2
     rows, columns = (
         zoom * (jnp.cos(angle) * rows - jnp.sin(angle) * columns) + (h - 1) / 2 + shift[0],
@@ -105,7 +104,7 @@ def sampling_grid(
     if elastic > 0.0:
         field = elastic * jax.random.normal(keys[4], (2, ELASTIC_GRID, ELASTIC_GRID))
         field = jax.image.resize(field, (2, out_h, out_w), 'cubic')
-        # Between control points it is a mean of independent ones, of a smaller deviation.
+        # Between control points it is a mean of independent values, with a smaller deviation.
         shares = (
             jax.image.resize(jnp.eye(ELASTIC_GRID), (n, ELASTIC_GRID), 'cubic')
             for n in (out_h, out_w)
@@ -123,13 +122,13 @@ def with_other_intensities(
     options: Mapping[str, float],
     context: int,
 ) -> jax.Array:
-    """The image blurred, coarser, of another gamma, gain and bias, and noisy."""
+    """The image with random blur, resolution, gamma, gain, bias and noise."""
 
     def by_channel(key, limit):
         seen = 2 * context + 1
         return jnp.tile(_uniform(key, limit, (1, 1, image_HWC.shape[-1] // seen)), seen)
 
-    changes = (  # numbers beyond those of `keys`: no draw depends on which others there are
+    changes = (  # numbers other than those of `keys`, so that draws do not depend on each other
         (8, 'blur', blurred, lambda key, most: most * jax.random.uniform(key)),
         (9, 'low_resolution', coarse, lambda key, most: 1.0 - most * jax.random.uniform(key)),
         (10, 'gamma', power, lambda key, most: jnp.exp(by_channel(key, jnp.log1p(most)))),
@@ -162,7 +161,7 @@ def along_both(image_HWC: jax.Array, matrix: Callable[[int], jax.Array]) -> jax.
 
 
 def blurred(image_HWC: jax.Array, sigma: jax.Array) -> jax.Array:
-    """By a Gaussian of `sigma` pixels; near the border its weights of what is there sum to 1."""
+    """Blur by a Gaussian of `sigma` pixels; near the border its weights are renormalised to 1."""
 
     def matrix(n):
         apart = jnp.arange(n)[:, None] - jnp.arange(n)[None]
@@ -173,11 +172,10 @@ def blurred(image_HWC: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def coarse(image_HWC: jax.Array, zoom: jax.Array) -> jax.Array:
-    """As if recorded at `zoom` times its height and width: to the nearest pixels of so many cells
-    of equal size, and back between the centres of these.
+    """Lower the resolution to `zoom` times height and width, and interpolate back.
 
     nnU-Net's SimulateLowResolutionTransform (PyTorch's 'nearest-exact', then 'bilinear').
-    Deviation: all channels alike, where it draws a zoom for each of half of them.
+    Deviation: all channels get the same zoom; it draws one for each of half of the channels.
     """
 
     def matrix(n):
@@ -198,8 +196,9 @@ def coarse(image_HWC: jax.Array, zoom: jax.Array) -> jax.Array:
 
 
 def power(image_HWC: jax.Array, exponent_11C: jax.Array) -> jax.Array:
-    """Each channel, from its smallest value as 0 to its largest as 1, to the power of `exponent`,
-    with the mean and the deviation that it had: nnU-Net's GammaTransform, never of the negative.
+    """Scale each channel to 0..1, raise it to `exponent`, and restore its mean and deviation.
+
+    nnU-Net's GammaTransform, without its inverted variant.
     """
 
     def moments(x):

@@ -1,11 +1,11 @@
-"""A folder of pictures and a folder of masks, or of annotations, as slices.
+"""Reads a folder of images and a folder of masks or annotations as slices.
 
-  FOLDER/images/a.png  FOLDER/masks/a.png     paired by name, whatever their formats
+  FOLDER/images/a.png  FOLDER/masks/a.png     paired by name, in any format
 
-Volumes (NIfTI, multi-page TIFF, DICOM) are patients by themselves; pictures are grouped into
-patients by `data.group`, and are slices of a volume where it names their number. Several image
-folders stack as channels. What the masks' values mean is found out from all of them, said in one
-line, and refused where it could mean two things.
+A volume (NIfTI, multi-page TIFF, DICOM) is a patient; 2D images are grouped into patients by
+`data.group`, and are slices of a volume if it gives their numbers. Several image folders are
+stacked as channels. The meaning of the masks' values is found out from all masks and logged in one
+line; if it is ambiguous, reading stops with the choices.
 """
 
 import collections
@@ -35,13 +35,12 @@ logger = logging.getLogger(__name__)
 
 MOST_LISTED = 50  # faults in one error
 EXPRESSION_SECONDS = 10  # for all names: a run's expression may be untrusted
-MAX_NAME = 200  # characters of a patient, as file systems take 255 bytes with what we add
+MAX_NAME = 200  # characters of a patient's name: file systems allow 255 bytes with our endings
 
 
 class Case(NamedTuple):
-    """One picture or volume: its patient, one file a channel stack, its masks, where one marks what
-    any of them marks, or the shapes that are drawn on it; and its place among the slices of a
-    volume, where `group` tells.
+    """One image or volume: its patient, one file per image folder, its masks (which are united) or
+    the shapes drawn on it, and its slice number if `group` gives one.
     """
 
     patient: str
@@ -52,19 +51,19 @@ class Case(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What the config says of the masks' values: the arguments of `masks.understand`."""
+    """The config's options for the masks' values: the arguments of `masks.understand`."""
 
     mask_format: str = 'auto'
     mask_colors: Sequence[str] = ()
     label_map: Mapping[int | str, int] | None = None
-    num_classes: int | None = 2  # None: as many as there are
+    num_classes: int | None = 2  # None: as many as the masks have
     ignore_label: int = IGNORE_LABEL
 
 
 class Patient(NamedTuple):
-    """A patient's cases, pixels of lesion of each one's slices, {(H, W, C): a file of it}, height
-    and width of each slice, spacing where all have the same, (4, C) intensity scale, (2, C) range
-    where one is not of 8 bits, and each slice's digest.
+    """A patient's cases, lesion pixels of each case's slices, {(H, W, C): a file of that shape},
+    height and width of each slice, spacing if all have the same, (4, C) intensity scale, (2, C)
+    range if an image is not 8-bit, and each slice's digest.
     """
 
     cases: list[Case]
@@ -87,24 +86,24 @@ def scan(
     mask_name: str = pairing.STEM,
     root: Path | None = None,
 ) -> tuple[list[Case], list[str], list[str], dict[str, int]]:
-    """The cases below the folders, their faults, what annotations were understood as, and the
-    numbers of the classes that they name.
+    """(cases in the folders, their faults, notes about annotations, {class name: number}).
 
-    `places` are folders of images, or FOLDER/RULE, and `mask_name` is the rule of the masks, both
-    as `pairing` has them; a rule that is proposed is below `root`. Where two pictures share a name,
-    the folders above it are part of it. `masks` is a folder of masks, a file of annotations
-    (`annotations.read`, which is given `classes` and `attribute`) or a folder of labelme's.
-    `group` is a regular expression whose first group, searched in the stem, is the patient; or a
-    .csv with the columns stem and patient; '' makes each picture a patient of its own. A group
-    (?P<slice>[0-9]+) or a column slice makes a patient's pictures the slices of a volume; without
-    it each picture is by itself.
+    `places` are folders of images or FOLDER/RULE, and `mask_name` is the rule of the masks (see
+    `pairing`); suggested rules are relative to `root`. If two images share a name, their subfolders
+    are part of it. `masks` is a folder of masks, an annotation file (for `annotations.read` with
+    `classes` and `attribute`) or a folder of labelme files.
+
+    `group` is a regular expression that is searched in the stem and whose first group is the
+    patient, or a .csv with the columns stem and patient; '' makes each image a patient. A group
+    (?P<slice>[0-9]+) or a column slice makes a patient's images the slices of a volume; otherwise
+    each image stands alone.
     """
     stacks, ways = _find_pictures(places, masks)
     (first, images), faults, names = stacks[0], [], {}
     for stack, folder in stacks[1:]:
         for stem in sorted(first.keys() ^ stack.keys()):
             here, there = (folder, images) if stem in stack else (images, folder)
-            faults.append(f'{stem} is in {here} and not in {there}: every channel needs it')
+            faults.append(f'{stem} is in {here} but not in {there}: every channel needs it')
     drawn, notes = via.holds_annotations(masks, images)
     masks_of, shapes = {}, {}
     if drawn:
@@ -136,9 +135,7 @@ def _find_shapes(
     attribute: str,
     faults: list[str],
 ) -> tuple[dict[Path, list[Shape]], dict[str, int], list[str]]:
-    """({picture: its shapes}, numbers of the classes where the regions name theirs, what was
-    understood and passed over).
-    """
+    """({image: its shapes}, {class name: number} if regions name their class, notes)."""
     drawn, damaged = annotations.read(masks, classes, attribute)
     shapes, wrong, notes = via.match_pictures(drawn, images)
     _, odd, small = via.check_drawn({path: found for path, found in shapes.items() if found})
@@ -153,9 +150,9 @@ def _find_shapes(
 def _find_pictures(
     places: Sequence[Path], masks: Path
 ) -> tuple[list[tuple[dict[str, Path], Path]], dict[str, str]]:
-    """(({name: file}, folder) of each place of images, {name: way below the first folder}).
+    """(({name: file}, folder) for each of `places`, {name: path below the first folder}).
 
-    Raises DataError for a rule that names no picture.
+    Raises DataError for a rule that matches no image.
     """
     stacks = []
     for folder, rule in map(pairing.split, places):
@@ -165,7 +162,7 @@ def _find_pictures(
         stacks.append((pairing.named(found, files.stem(rule)), folder))
         if not stacks[-1][0]:
             raise DataError(
-                f'data.images: {rule} names no picture of {folder}, which holds '
+                f'data.images: {rule} matches no image in {folder}, which holds '
                 f'{some(list(found), 3)}: write {pairing.STEM} for what differs in their names'
             )
     ways = {way: way for way in stacks[0][0]}
@@ -187,17 +184,17 @@ def _find_masks(
     root: Path | None,
     faults: list[str],
 ) -> dict[str, tuple[Path, ...]]:
-    """{picture's name: its masks}.
+    """{image's name: its masks}.
 
-    Of a folder that holds both, what is a mask is taken out of `pictures`.
+    If a folder holds both, the masks are removed from `pictures`.
     """
-    found, rule = files.find(masks), files.stem(rule)  # some write the ending too
+    found, rule = files.find(masks), files.stem(rule)  # the rule may have an ending
     together = masks.resolve() == images.resolve()
     place = images.relative_to(root) if root and images.is_relative_to(root) else images
     if together and rule == pairing.STEM:
         hint = pairing.suggest(place, list(found), list(found))
         faults.append(
-            f'{masks} holds pictures and masks: say how masks are called, for instance '
+            f'{masks} holds both images and masks: tell how masks are named, such as '
             f'--config.data.mask_name={{stem}}_mask{hint and f" ({hint})"}'
         )
         return {}
@@ -220,16 +217,16 @@ def _find_masks(
     further = pairing.match([ways[name] for name in pictures], idle, several).values()
     if idle and not lost and {way for own in further for way in own}.issuperset(idle):
         faults.append(
-            f'{found[idle[0]]} has no image of its own, nor have {len(idle) - 1} more: if they are '
-            f"further masks of others' pictures, --config.data.mask_name='{several}'; else remove "
-            'them'
+            f'{found[idle[0]]} and {len(idle) - 1} more masks have no image of their own: if they '
+            f"are further masks of other images, add --config.data.mask_name='{several}'; else "
+            'remove them'
         )
         return masks_of
     hint = lost and idle and pairing.suggest(place, [ways[name] for name in lost], idle)
     if hint and not masks_of:
         faults.append(
-            f'no picture of {images} has a mask in {masks}: pictures are called '
-            f'{some(lost, 3)}, masks {some(idle, 3)}: {hint}'
+            f'no image in {images} has a mask in {masks}: images are named {some(lost, 3)}, masks '
+            f'{some(idle, 3)}: {hint}'
         )
         return masks_of
     if hint:
@@ -256,7 +253,7 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
         try:
             expression = re.compile(group)
         except re.error as error:
-            raise DataError(f'data.group {group!r} is no regular expression: {error}') from error
+            raise DataError(f'data.group {group!r} is not a regular expression: {error}') from error
         number = expression.groupindex.get('slice')
         patient = next((n for n in range(1, expression.groups + 1) if n != number), 0)
         if not patient:
@@ -279,8 +276,9 @@ def group_stems(stems: Sequence[str], group: str) -> tuple[dict[str, str], list[
 
 
 def slice_numbers(patients: Mapping[str, str], group: str) -> tuple[dict[str, int], list[str]]:
-    """Stem -> number of the slice, where `group` tells it of these stems and their patients, and
-    the faults; none are told: they are pictures by themselves.
+    """({stem: slice number}, faults), for the stems whose number `group` gives.
+
+    Without numbers, the images are not slices of a volume.
     """
     found = {}
     if group.endswith('.csv'):
@@ -290,7 +288,9 @@ def slice_numbers(patients: Mapping[str, str], group: str) -> tuple[dict[str, in
     numbers, faults, taken = {}, [], {}
     for stem in sorted(stem for stem in patients if found.get(stem) is not None):
         if not re.fullmatch(r'[0-9]{1,9}', found[stem]):
-            faults.append(f'{stem} is slice {found[stem]!r} by data.group: it must be a number')
+            faults.append(
+                f'{stem} has the slice number {found[stem]!r} by data.group, which is not a number'
+            )
             continue
         numbers[stem] = int(found[stem])
         other = taken.setdefault((patients[stem], numbers[stem]), stem)
@@ -300,8 +300,8 @@ def slice_numbers(patients: Mapping[str, str], group: str) -> tuple[dict[str, in
 
 
 def read_table(path: Path, column: str = 'patient') -> dict[str, str]:
-    """Stem -> patient of a .csv with these two columns, or another column where it has that."""
-    has = 'it has a line "stem,patient" and one such line a picture'
+    """{stem: patient} of a .csv with these columns, or {stem: value} of another column."""
+    has = 'it must have a line "stem,patient" and one such line per image'
     try:
         rows = csv.DictReader(io.StringIO(text.read(path, has), newline=''))
         if column != 'patient' and column not in (rows.fieldnames or ()):
@@ -325,10 +325,10 @@ def load(
     threads: int = 4,
     **meaning: Any,
 ) -> Slices:
-    """Every slice below the folders, `images` and `masks` named within `source` or whole paths.
+    """Every slice in the folders `images` and `masks`, which are relative to `source` or absolute.
 
-    `meaning` are the fields of `Meaning`, the other options those of `scan`. Every picture is read
-    once here, every mask twice. Raises one DataError that lists every fault.
+    `meaning` are the fields of `Meaning`, the other options those of `scan`. Every image is read
+    once here, every mask twice. Raises one DataError that lists all faults.
     """
     given = Meaning(**meaning)
     root = Path(source).expanduser()
@@ -338,13 +338,13 @@ def load(
         mask_name=mask_name, root=root,
     )  # fmt: skip
     if not cases and not faults:
-        raise DataError(f'{places[0]} holds no picture: {", ".join(files.SUFFIXES)} are read')
+        raise DataError(f'{places[0]} holds no images: {", ".join(files.SUFFIXES)} can be read')
     for note in notes:
         logger.info('annotations: %s', note)
     if cases and not group and not any(volumes_by_name(case.images[0]) for case in cases):
         logger.warning(
-            'no data.group: each of %d pictures counts as a patient of its own; where several '
-            'show the same one, the figures will be too good', len(cases),
+            'no data.group: each of %d images counts as a separate patient; if several show the '
+            'same patient, results will be too optimistic', len(cases),
         )  # fmt: skip
 
     counted = given.num_classes is None
@@ -359,12 +359,12 @@ def load(
         faults.append(_too_many(names, drawn, given.num_classes))
     with ThreadPoolExecutor(threads) as pool:
         cases, code = _look_at_masks(cases, given, pool.map, faults)
-        known = code.num_classes if code else 256  # a doubt is a fault of its own
+        known = code.num_classes if code else 256  # an ambiguity is reported as a fault
         given = given._replace(num_classes=given.num_classes or known)
         of = collections.defaultdict(list)
         for case in cases:
             of[case.patient].append(case)
-        # A patient's pictures are read at once, or those of as many patients as have one each.
+        # Read a patient's images in parallel, or patients in parallel if each has one image.
         alone = all(len(own) == 1 and not volumes_by_name(own[0].images[0]) for own in of.values())
         maps = (map, pool.map) if alone else (pool.map, map)
 
@@ -391,9 +391,9 @@ def load(
 def _only_drawn(
     cases: Sequence[Case], names: Mapping[str, int], drawn: set[int]
 ) -> tuple[list[Case], dict[str, int]]:
-    """(the cases, the names): classes that are listed but not drawn have no number, the log says.
+    """(cases, names) without classes that are listed but never drawn, which is logged.
 
-    They stay in turn. Every class is kept where none is drawn.
+    The order stays. If no class is drawn, all are kept.
     """
     kept = sorted(drawn | {0})
     idle = sorted(name for name, number in names.items() if number not in kept)
@@ -409,7 +409,7 @@ def _only_drawn(
 
 
 def _tell_classes(count: int, where: str, names: Sequence[str], code: Code | None) -> str:
-    """'3 classes, from the masks: background, 1, 2'; colours where the masks have a palette."""
+    """'3 classes, from the masks: background, 1, 2', with colours if the masks have a palette."""
     told = list(names) or ['background', *map(str, range(1, count))]
     colors = code.colors if code and not names else {}
     told = [f'{name} ({colors[n]})' if n and n in colors else name for n, name in enumerate(told)]
@@ -422,7 +422,7 @@ def _find_folders(root: Path, images: Sequence[str], masks: str) -> list[Path]:
     for folder, _ in map(pairing.split, places):
         if not folder.is_dir():
             raise DataError(
-                f'{folder} is not a folder: put the pictures into {root / "images"} and the masks '
+                f'{folder} is not a folder: put the images into {root / "images"} and the masks '
                 f'into {root / "masks"}, or set data.images and data.masks'
             )
     if not (root / masks).exists():
@@ -440,7 +440,7 @@ def _as_slices(
     wide = max(channels)
     if len(channels) > 1:
         logger.info(
-            'some pictures are grey (%s) and some RGB (%s): grey is taken as three equal channels',
+            'some images are grey (%s) and some RGB (%s): grey becomes three equal channels',
             channels[1], channels[3],
         )  # fmt: skip
 
@@ -459,13 +459,13 @@ def _as_slices(
     several = sum(bool(numbers.any()) for numbers in scans)
     if grouped and in_order[0].slice is not None:
         logger.info(
-            'data.group: the pictures are slices of %d volumes, by their numbers; %d lack some: '
-            'distances and components are of each part', len(scans), several,
+            'data.group: the images are numbered slices of %d volumes; %d of them have gaps, and '
+            'their distances and components are per part', len(scans), several,
         )  # fmt: skip
     elif grouped and several:
         logger.info(
-            'data.group: %d of %d patients have several files; distances and components are of '
-            'each file by itself. If they are slices of one volume, name their number: '
+            'data.group: %d of %d patients have several files; distances and components are per '
+            'file. If the files are slices of one volume, add their numbers: '
             'data.group="(.+)_(?P<slice>[0-9]+)"', several, len(scans),
         )  # fmt: skip
     deep = {name: p.range for name, p in patients.items() if p.range is not None}
@@ -486,7 +486,7 @@ def _as_slices(
 
 
 def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> str:
-    """The fault of annotations with more classes than the model."""
+    """The fault for annotations with more classes than the model."""
     told = ', '.join(f'{name!r} = {number}' for name, number in names.items())
     remedy = f'add --config.model.num_classes={max(names.values()) + 1}'
     chosen = [name for name, number in names.items() if number in drawn | {0}]
@@ -500,20 +500,21 @@ def _too_many(names: Mapping[str, int], drawn: set[int], num_classes: int) -> st
 
 
 def _in_turn(names: Mapping[str, int], num_classes: int) -> tuple[str, ...]:
-    """The names of all classes by their numbers; () where none has one."""
+    """The names of all classes in the order of their numbers; () without names."""
     name_of = {number: name for name, number in names.items()}
     return tuple(name_of.get(n, f'class {n}') for n in range(num_classes)) if names else ()
 
 
 def _widened(values: np.ndarray, channels: int) -> np.ndarray:
-    """... C: grey as three equal channels, where some pictures of the set are RGB."""
+    """... C: grey becomes three equal channels if some images of the set are RGB."""
     grey = values.shape[-1] == 1
     return np.repeat(values, channels, axis=-1) if grey and channels == 3 else values
 
 
 def _scans(patient: Patient) -> np.ndarray:
-    """Number of the scan that each of the patient's slices is of: every file is one, but for
-    pictures that are numbered as slices, whose every run without a gap is one.
+    """The scan number of each of the patient's slices.
+
+    Every file is a scan; of numbered slices, every run without a gap is one.
     """
     depths = [len(lesion) for lesion in patient.lesion]
     numbers = [case.slice for case in patient.cases]
@@ -529,7 +530,7 @@ def _survey(
     given: Meaning,
     faults: list[str],
 ) -> Patient:
-    """What is to be known of a patient's cases."""
+    """Measure a patient's cases."""
     known = [*range(given.num_classes), given.ignore_label]
 
     def measure(case: Case) -> tuple[formats.Picture, list[int]]:
@@ -567,21 +568,21 @@ def _survey(
 
 
 def _disagreements(patients: Iterable[Patient]) -> Iterator[str]:
-    """Faults of patients that are sound, but not together."""
+    """Faults of patients that are sound alone but do not fit together."""
     shapes = {shape: path for patient in patients for shape, path in patient.shapes.items()}
     channels = {shape[2]: path for shape, path in shapes.items()}
     if len(channels) > 1 and set(channels) != {1, 3}:
         told = ', '.join(f'{path} has {n}' for n, path in sorted(channels.items()))
-        yield f'not all images have as many channels: {told}; convert them'
+        yield f'images have different numbers of channels: {told}; convert them'
 
 
 def volumes_by_name(path: Path) -> bool:
-    """Whether the file holds more than a flat picture, by its name."""
+    """Whether the file is a volume, by its name."""
     return path.name.lower().endswith(('.nii', '.nii.gz', '.npy')) or path.is_dir()
 
 
 def _attempt(function: Callable, *arguments):
-    """(result, '') or (None, what was wrong)."""
+    """(result, '') or (None, the fault)."""
     try:
         return function(*arguments), ''
     except DataError as error:
@@ -589,7 +590,7 @@ def _attempt(function: Callable, *arguments):
 
 
 def _sound(attempts: Iterable[tuple[Any, str]], faults: list[str]) -> list[Any]:
-    """The results of those that were no fault."""
+    """The results of the attempts without a fault; the others are appended to `faults`."""
     attempts = list(attempts)
     faults += [fault for _, fault in attempts if fault]
     return [result for result, fault in attempts if not fault]
@@ -598,9 +599,7 @@ def _sound(attempts: Iterable[tuple[Any, str]], faults: list[str]) -> list[Any]:
 def _look_at_masks(
     cases: Sequence[Case], given: Meaning, map_: Callable, faults: list[str]
 ) -> tuple[list[Case], Code | None]:
-    """(cases, those whose masks can't be read without them; what the masks mean, None where that is
-    not known).
-    """
+    """(cases, without masks that can't be read; what the masks mean, None if that is unknown)."""
 
     def look_at(case: Case) -> dict[Path, Found]:
         return {path: look(path) for path in case.masks}
@@ -621,14 +620,14 @@ def _look_at_masks(
     ]
     if turned:
         logger.warning(
-            '%d pictures (%s) are turned or mirrored by their EXIF orientation and read upright, '
+            '%d images (%s) are rotated or mirrored by their EXIF orientation and read upright, '
             'as viewers show them: their masks must be drawn upright too', len(turned), turned[0],
         )  # fmt: skip
     return kept, code
 
 
 def _unclear_turn(case: Case) -> bool:
-    """Whether the picture is turned by EXIF so that its mask, unturned, would be of its size."""
+    """Whether EXIF turns the image, and the mask without that turn would have the same size."""
     if not case.masks or flat.turn_by_exif(case.masks[0]) != 1:
         return False
     turn = flat.turn_by_exif(case.images[0])
@@ -636,14 +635,14 @@ def _unclear_turn(case: Case) -> bool:
 
 
 def _read_case(case: Case, code: Code | None) -> tuple[formats.Picture, np.ndarray]:
-    """The picture D H W C and its labels D H W uint8, of one size; 0 where no code is known."""
+    """The image D H W C and its labels D H W uint8, which are 0 without a code."""
     picture = formats.stack([formats.read(path) for path in case.images])
     depth, *size, _ = picture.image.shape
     if not case.masks:
         if depth > 1 and case.shapes:
             raise DataError(
-                f'{case.images[0]} has {depth} slices, and regions are drawn on one: save each '
-                'slice as a picture, or the masks as a volume'
+                f'{case.images[0]} has {depth} slices, but regions are drawn on one image: save '
+                'each slice as an image, or the masks as a volume'
             )
         return picture, np.repeat(rasterize(case.shapes, tuple(size))[None], depth, axis=0)
     if code is None:

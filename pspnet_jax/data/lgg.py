@@ -4,8 +4,8 @@ Buda, Saha, Mazurowski, Computers in Biology and Medicine 2019; Kaggle
 `mateuszbuda/lgg-mri-segmentation`, 110 patients, 3,929 slices, CC BY-NC-SA 4.0.
 
 Layout: kaggle_3m/<case>/<case>_<n>.tif (256 x 256 x 3 uint8: pre-contrast, FLAIR,
-post-contrast) and <case>_<n>_mask.tif (256 x 256 uint8, 0 or 255). Where a sequence
-was not taken, FLAIR stands in its channel.
+post-contrast) and <case>_<n>_mask.tif (256 x 256 uint8, 0 or 255). The channel of a missing
+sequence holds FLAIR.
 """
 
 import collections
@@ -36,8 +36,8 @@ try:
     from etils import epath
 except ImportError as error:
     raise DataError(
-        f'LGG, and all data that is laid out as kaggle_3m, needs {error.name}: pip install '
-        '"pspnet_jax[lgg]"; pictures of your own need FOLDER/images and FOLDER/masks instead'
+        f'the LGG data set and other data in its kaggle_3m layout need {error.name}: pip install '
+        '"pspnet_jax[lgg]"; for your own images use FOLDER/images and FOLDER/masks instead'
     ) from error
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,11 @@ class Case(NamedTuple):
 
 
 def scan(source: str | Path) -> tuple[list[Case], list[str]]:
-    """The cases below `source`, a folder that holds kaggle_3m or is one, and their faults.
+    """(cases in `source`, which is a kaggle_3m folder or holds one; their faults).
 
-    The Kaggle zip holds the folder twice; the outer copy is taken. The faults are every
-    image without mask, mask without image and gap in the numbering; the cases hold the
-    slices that have both. Raises DataError where there is no case at all.
+    The Kaggle zip holds the folder twice; the outer copy is used. Faults are images without a
+    mask, masks without an image and gaps in the numbering; the cases hold the slices that have
+    both. Raises DataError if there is no case at all.
     """
     source = Path(source).expanduser()
     if not source.is_dir():
@@ -77,7 +77,7 @@ def scan(source: str | Path) -> tuple[list[Case], list[str]]:
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         images, masks = _numbered(folder, ''), _numbered(folder, '_mask')
         if not images and not masks:
-            continue  # not a case: another folder beside them
+            continue  # another folder, not a case
         for n in sorted(images.keys() - masks.keys()):
             faults.append(f'{images[n]} has no mask: add {images[n].stem}_mask.tif or remove it')
         for n in sorted(masks.keys() - images.keys()):
@@ -119,7 +119,7 @@ def _all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """H W 3 uint8. Raises DataError for a file that is not that."""
+    """Read H W 3 uint8. Raises DataError for any other file."""
     with open_picture(path) as picture:
         if picture.mode != 'RGB':
             raise DataError(f'{path} is {picture.mode}, not 8-bit RGB: convert it')
@@ -127,19 +127,19 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """H W uint8, 0 or 1. Raises DataError for other values than 0 and 255."""
+    """Read H W uint8, 0 or 1. Raises DataError for values other than 0 and 255."""
     with open_picture(path) as picture:
         if picture.mode not in ('L', '1', 'P'):
             raise DataError(f'{path} is {picture.mode}, not 8-bit grey: convert it')
         labels = np.array(picture.convert('L') if picture.mode == '1' else picture)
     values = np.unique(labels)
     if not np.isin(values, (0, 255)).all():
-        raise DataError(f'{path} has mask values {values[:8].tolist()}: only 0 and 255 are known')
+        raise DataError(f'{path} has mask values {values[:8].tolist()}: only 0 and 255 are allowed')
     return (labels > 0).astype(np.uint8)
 
 
 def read_case(case: Case, size: tuple[int, int] | None = SIZE) -> Volume:
-    """The case's volume; `size` None takes any one size. Lists every fault of the case."""
+    """The case's volume; `size` None allows any one size. The DataError lists all faults."""
     images, masks, faults = [], [], []
     for image_path, mask_path in zip(case.images, case.masks, strict=True):
         try:
@@ -168,12 +168,12 @@ def read_case(case: Case, size: tuple[int, int] | None = SIZE) -> Volume:
 
 
 def read_volumes(source: str | Path) -> Iterator[Volume]:
-    """Volumes of any folder in the Kaggle layout and of any size, checked before the first."""
+    """Volumes of any size from a folder in the Kaggle layout; all are checked before the first."""
     return (read_case(case, size=None) for case in check(source, size=None))
 
 
 def check(source: str | Path, size: tuple[int, int] | None = SIZE) -> list[Case]:
-    """The cases below `source`, every file read; one DataError lists every fault."""
+    """The cases in `source`; reads every file, and lists all faults in one DataError."""
     cases, faults = scan(source)
 
     def find_faults(case: Case) -> Sequence[str]:
@@ -191,7 +191,7 @@ def check(source: str | Path, size: tuple[int, int] | None = SIZE) -> list[Case]
 
 
 def _in_threads(function: Callable[[Case], Any], cases: Sequence[Case]) -> Iterator[Any]:
-    """`map`, a few cases ahead on all cores: Pillow decodes and encodes outside Python's lock."""
+    """`map` on all cores, a few cases ahead: Pillow releases Python's lock."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = collections.deque()
         for case in cases:
@@ -204,7 +204,7 @@ def _in_threads(function: Callable[[Case], Any], cases: Sequence[Case]) -> Itera
 
 class Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Nothing: ours is in no bucket, and tfds leaves a folder in /tmp for having looked."""
+        """Do nothing: the data is in no bucket, and tfds would leave a folder in /tmp."""
 
 
 class Lgg(tfds.core.GeneratorBasedBuilder):
@@ -279,14 +279,14 @@ def _examples(case: Case) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """PNG at zlib's fastest level: most of a build is compression."""
+    """PNG at zlib's fastest level, since a build mostly compresses."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, 'png', compress_level=1)
     return buffer.getvalue()
 
 
 def fingerprint(cases: Sequence[Case]) -> str:
-    """Digest of the files' names, sizes and times: has the source changed since?"""
+    """Digest of the files' names, sizes and times, to see whether the source changed."""
     digest = hashlib.sha256()
     for case in cases:
         for path in (*case.images, *case.masks):
@@ -297,7 +297,7 @@ def fingerprint(cases: Sequence[Case]) -> str:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """No bars of tfds and no warnings about folders that it passes over: we print one line."""
+    """Silence tfds' progress bars and warnings: we print one line instead."""
     theirs = logging.getLogger('absl')
     level = theirs.level
     tfds.disable_progress_bar()
@@ -310,10 +310,10 @@ def _quiet_tfds() -> Iterator[None]:
 
 @_quiet_tfds()
 def build(source: str | Path = '', out: str | Path = '') -> Lgg:
-    """The built data set in `out` (default: tfds' own folder), built where it is missing.
+    """The built data set in `out` (default: tfds' own folder); it is built if it is missing.
 
-    Without `source` an existing data set is used, else Kaggle's is fetched. With it, a
-    data set that was built from other files is built anew. Raises DataError.
+    Without `source` an existing data set is used, or else Kaggle's is downloaded. With `source`, a
+    data set that was built from other files is built again. Raises DataError.
     """
     data_dir = str(Path(out).expanduser()) if out else None
     with _sound(data_dir):
@@ -325,7 +325,7 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
     if builder.is_prepared():
         if not faults and builder.info.metadata.get('fingerprint') == fingerprint(cases):
             return builder
-        check(source)  # the old data set goes only where a new one can be built
+        check(source)  # remove the old data set only if a new one can be built
         logger.info('%s was built from other files: it is built again', builder.data_dir)
         epath.Path(builder.data_dir).rmtree()
         builder = Lgg(data_dir=data_dir, file_format='array_record')
@@ -341,12 +341,12 @@ def build(source: str | Path = '', out: str | Path = '') -> Lgg:
 
 @contextlib.contextmanager
 def _sound(data_dir: str | None) -> Iterator[None]:
-    """DataError where the built data set is damaged: tfds raises whatever its layers do."""
+    """Raise DataError if the built data set is corrupted: tfds may raise any exception."""
     folder = Path(data_dir or tfds.core.constants.DATA_DIR) / 'lgg' / str(Lgg.VERSION)
     try:
         for path in folder.iterdir() if folder.is_dir() else ():
             if not path.is_file():
-                raise ValueError(f'{path.name} is no file')  # a pipe would be waited for
+                raise ValueError(f'{path.name} is not a file')  # reading a pipe would block
             if path.suffix == '.json' and path.stat().st_size > MOST_TEXT:
                 raise ValueError(f'{path.name} is larger than {MOST_TEXT // 2**20} MiB')
         yield
@@ -366,15 +366,15 @@ def fetch() -> Path:
         import kagglehub
 
         return Path(kagglehub.dataset_download(KAGGLE))
-    except Exception as error:  # kagglehub raises whatever its HTTP client does
+    except Exception as error:  # kagglehub passes on whatever its HTTP client raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f'the LGG data set can not be fetched ({reason}): {DOWNLOAD_HELP}'
+            f'the LGG data set can not be downloaded ({reason}): {DOWNLOAD_HELP}'
         ) from error
 
 
 def load(source: str, root: str) -> Slices:
-    """Every slice of the data set, whatever its split; `splits` picks patients."""
+    """Every slice of the data set, of all splits; `splits` selects patients."""
     builder = build(source, root)
     skip = {'image': tfds.decode.SkipDecoding(), 'mask': tfds.decode.SkipDecoding()}
     rows = []
@@ -395,8 +395,8 @@ def load(source: str, root: str) -> Slices:
         try:
             row = tables[table][key - int(offsets[table])]
             return _decode(row['image'], 'RGB'), _decode(row['mask'], 'L')
-        except Exception as error:  # of array_record, protobuf and Pillow each its own
-            raise DataError(f'slice {key} of {builder.data_dir} is damaged: {error}') from error
+        except Exception as error:  # array_record, protobuf and Pillow each raise their own
+            raise DataError(f'slice {key} of {builder.data_dir} is corrupted: {error}') from error
 
     return Slices(
         read=read,
@@ -409,7 +409,7 @@ def load(source: str, root: str) -> Slices:
 
 
 def _decode(png: bytes, mode: str) -> np.ndarray:
-    """By Pillow's PNG alone: tfds would try every format, of which some call other programs."""
+    """Decode by Pillow as PNG only: tfds would try every format, and some start other programs."""
     with Image.open(io.BytesIO(png), formats=['PNG']) as picture:
         if picture.size != SIZE[::-1] or picture.mode != mode:
             raise DataError(f'it is {picture.size} {picture.mode}, not {SIZE} {mode}')

@@ -1,6 +1,6 @@
-"""What the values of masks mean: found out from all files, decided file by file, said in one line.
+"""Finds out what the values of masks mean, from all files, and describes it in one line.
 
-Where it could mean two things it is refused, with the choices, the likeliest first.
+If that is ambiguous, an error lists the choices, the likeliest first.
 """
 
 import collections
@@ -19,8 +19,8 @@ from pspnet_jax.runtime.errors import DataError, some
 
 FORMATS = ('auto', 'index', 'binary', 'color')
 COLORED = 1 << 24  # marks a number that is a colour
-WHITE = (1, 255, 65535)  # of masks that hold two values, by the bits of a pixel
-MANY = 20  # values, from which they are no classes that someone chose
+WHITE = (1, 255, 65535)  # foreground of masks with two values, by the bits of a pixel
+MANY = 20  # more values than this in a file are unlikely to be classes
 COMPARISONS = {
     '': operator.eq,
     '>': operator.gt,
@@ -31,8 +31,8 @@ COMPARISONS = {
 
 
 class Found(NamedTuple):
-    """In a mask's file: its distinct values, `as_numbers`, in order, and where it has a palette the
-    colours 0xRRGGBB of each index that is used (of several where pages differ).
+    """A mask file's distinct values (`as_numbers`), in order, and the palette's colours 0xRRGGBB of
+    each used index (several if pages differ).
     """
 
     values: list[int]
@@ -40,9 +40,10 @@ class Found(NamedTuple):
 
 
 class Code(NamedTuple):
-    """{file: {value: class}}, what it means in words, whether values are colours, and the number
-    of classes: the model's, or where that is not given as many as the masks have. `colors` has the
-    colour, '#rrggbb', that palettes or `data.mask_colors` give a class.
+    """What the values mean: {file: {value: class}}, a description, and whether values are colours.
+
+    `num_classes` is the model's, or if that is open the masks'. `colors` holds the colour '#rrggbb'
+    of a class in palettes or `data.mask_colors`.
     """
 
     tables: dict[Path, dict[int, int]]
@@ -53,7 +54,7 @@ class Code(NamedTuple):
 
 
 def look(path: Path) -> Found:
-    """Raises DataError."""
+    """Read a mask file's values and palette. Raises DataError."""
     labels = read_labels(path)
     colors, palette = read_palette(path), collections.defaultdict(set)
     if colors is not None:
@@ -82,13 +83,13 @@ def _look_up(table: Mapping[int, int], numbers: np.ndarray, path: Path) -> np.nd
         at = np.searchsorted(known, numbers).clip(max=len(known) - 1)
         same, found = known[at] == numbers, labels[at]
     if not same.all():
-        raise DataError(f'{path} holds other values than when it was looked at: start again')
+        raise DataError(f'{path} changed since it was first read: start again')
     return found
 
 
 def merged(labels: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
-    """Several masks of one picture: what any of them marks. Raises DataError where two mark a pixel
-    as different classes.
+    """The union of several masks of one picture. Raises DataError if two of them mark a pixel as
+    different classes.
     """
     if len(labels) == 1:
         return labels[0]
@@ -98,8 +99,8 @@ def merged(labels: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
         if both.any():
             one, other = whole[both][0], mask[both][0]
             raise DataError(
-                f'{paths[0]} and {path} mark {np.count_nonzero(both)} pixels as classes {one} and '
-                f'{other}: make one mask of them'
+                f'{paths[0]} and {path} mark {np.count_nonzero(both)} of the same pixels as '
+                f'classes {one} and {other}: make one mask of them'
             )
         np.copyto(whole, mask, where=mask != 0)
     return whole
@@ -109,7 +110,7 @@ def merged(labels: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
 
 
 def as_numbers(mask: np.ndarray) -> np.ndarray:
-    """D H W integers; of D H W 3 colours 0xRRGGBB, marked, or where all are grey their value."""
+    """D H W integers; D H W 3 colours become marked 0xRRGGBB, or grey values if all are grey."""
     if mask.ndim == 3:
         return mask
     colors = as_colors(mask)
@@ -118,11 +119,11 @@ def as_numbers(mask: np.ndarray) -> np.ndarray:
 
 
 def as_colors(mask: np.ndarray) -> np.ndarray:
-    """0xRRGGBB of D H W 3, and of D H W grey values."""
+    """0xRRGGBB of D H W 3 colours or D H W grey values."""
     if mask.min() < 0 or mask.max() > 255:
         if mask.min() < 0 or (mask % 257).any() or mask.max() > 65535:
             most = mask.max()
-            raise DataError(f'a colour has 8 bits a channel, a mask has {most}: save it with 8')
+            raise DataError(f'a mask has colour values up to {most}: save it with 8 bits a channel')
         mask = mask // 257
     if mask.ndim == 3:
         return mask.astype(np.int64) * 0x010101
@@ -141,12 +142,12 @@ def understand(
     num_classes: int | None = 2,
     ignore_label: int = IGNORE_LABEL,
 ) -> Code:
-    """What the masks' values mean, from all of them.
+    """Decide what the masks' values mean, from all masks.
 
-    'auto' takes class numbers where all values are some, 255 as class 1 of two in files that have
-    0 and 255 alone, and `colors` ('#rrggbb', in the order of the classes) where they are given.
-    `label_map` says it value by value, and others stay. Without `num_classes` the classes are
-    counted, if their numbers go from 0 without a gap. Raises DataError where that leaves a doubt.
+    'auto' takes values as class numbers if all are valid ones, 255 as class 1 of two in files with
+    only 0 and 255, and colours as listed in `colors` ('#rrggbb', in the order of the classes).
+    `label_map` maps single values; others stay. Without `num_classes` the classes are counted,
+    if their numbers go from 0 without a gap. Raises DataError if the meaning stays ambiguous.
     """
     code = _understand(found, mask_format, colors, label_map, num_classes, ignore_label)
     if num_classes is None:
@@ -160,7 +161,7 @@ def understand(
             code.tables[path][index]: min(several)
             for path, file in found.items()
             for index, several in file.palette.items()
-            if any(color != index * 0x010101 for color in several)  # greys say nothing
+            if any(color != index * 0x010101 for color in several)  # greys tell nothing
         }
     by_label = {label: _hex(color) for label, color in shown.items()}
     return code._replace(num_classes=num_classes, colors=by_label)
@@ -183,16 +184,16 @@ def _understand(
     colored = [value for value in values if value >= COLORED]
     if len(colored) > MANY:
         raise DataError(
-            f'the masks have {len(colored)} colours ({_shown(colored)}): so many are a '
-            'picture, or a mask saved as JPEG. Where the mask is its alpha channel, save that '
-            "alone: PIL.Image.open(MASK).getchannel('A').save(MASK)"
+            f'the masks have {len(colored)} colours ({_shown(colored)}), so they are images, or '
+            'masks saved as JPEG. If the mask is the alpha channel, save only that: '
+            "PIL.Image.open(MASK).getchannel('A').save(MASK)"
         )
     if colored:
         names = sorted({_hex(_color_of(value, Path())) for value in values})
         listed = ', '.join(f'"{name}"' for name in names)
         raise DataError(
-            f'the masks have {len(names)} colours and nothing says which class each is: list them '
-            f"in the order of the classes, background first, --config.data.mask_colors='({listed})'"
+            f'the masks have {len(names)} colours, but their classes are not given: list them in '
+            f"the order of the classes, background first: --config.data.mask_colors='({listed})'"
         )
     if label_map:
         return _by_map(found, label_map, classes)
@@ -207,10 +208,10 @@ def _understand(
         alone = [path for path in _files_with(found, {255}) if path not in both]
         if both and alone and ignore_label == 255:
             raise DataError(
-                f'255 stands beside class 1 in {some(both, 1)}, where it is ignored, and without '
-                f'it in {some(alone, 1)}, where it may be class 1: '
-                '--config.data.mask_format="index" ignores it in all, '
-                '--config.data.label_map="{255: 1}" makes it class 1 in all'
+                f'255 is ambiguous: {some(both, 1)} has it together with class 1, so it is '
+                f'ignored there; {some(alone, 1)} has it without class 1, so it may be class 1: '
+                '--config.data.mask_format="index" ignores it in all files, '
+                '--config.data.label_map="{255: 1}" makes it class 1 in all files'
             )
     if num_classes is None:
         num_classes = _count(found, values, ignore_label)
@@ -219,9 +220,9 @@ def _understand(
     ignored = _files_with(found, {ignore_label}) if ignore_label >= num_classes > 2 else []
     if ignored and all(set(found[path].values) <= {0, ignore_label} for path in ignored):
         raise DataError(
-            f'{ignore_label} is to be ignored, but {some(ignored, 1)} with it hold no class of 0 '
-            f'to {num_classes - 1}: if it is the structure, and the only '
-            f'one, --config.model.num_classes=2; if it is one of several, say which, '
+            f'{ignore_label} is the ignored label, but {some(ignored, 1)} has no class of 1 to '
+            f'{num_classes - 1} besides it: if it is the only structure, add '
+            f'--config.model.num_classes=2; if it is one of several, map it to its class, '
             f'--config.data.label_map="{{{ignore_label}: 1}}"; if it is to be ignored, '
             '--config.data.mask_format="index"'
         )
@@ -254,8 +255,8 @@ def _by_map(
         if label not in classes:
             where = some([path for path, table in tables.items() if value in table], 1)
             raise DataError(
-                f'data.label_map makes {label} of the value {value} in {where}, the model has '
-                f'classes {_shown(sorted(classes))}: map {value} to one of them'
+                f'with data.label_map, the value {value} in {where} becomes {label}, but the model '
+                f'has classes {_shown(sorted(classes))}: map {value} to one of them'
             )
     told = ', '.join(f'{value} is {label}' for value, label in sorted(both)[:8])
     return Code(tables, f'by data.label_map, {told}')
@@ -269,15 +270,15 @@ def _as_they_are(found: Mapping[Path, Found], ignore_label: int) -> Code:
             raise DataError(f'{path}: labels go from {low} to {high}: 0 to 255 are classes')
         tables[path] = {value: value for value in file.values}
     values = _all_of(tables)
-    ignored = f', {ignore_label} counts nowhere' * (ignore_label in values)
+    ignored = f', {ignore_label} is ignored' * (ignore_label in values)
     return Code(tables, f'values {_shown(values)} are class numbers{ignored}')
 
 
 def _binary(found: Mapping[Path, Found]) -> Code:
     """Class 1 is what is above half of a file's largest value.
 
-    Of files that hold shades (JPEG, resized) that is the largest of all such files, as an empty
-    one may hold a few dark pixels.
+    Files with shades (JPEG, resized) share the largest value of all such files, since an empty one
+    may hold a few dark pixels.
     """
     shaded = {
         path: file.values[-1]
@@ -301,11 +302,11 @@ def _binary(found: Mapping[Path, Found]) -> Code:
 
 
 def _doubt_of_palettes(found: Mapping[Path, Found]) -> str:
-    """In which way colour and index do not go together, in words; '' where they do.
+    """How the colours and indices of palettes contradict each other; '' if they do not.
 
-    A palette of greys, or one that shows two classes alike, says nothing.
+    A palette of greys, or one that shows two classes alike, tells nothing.
     """
-    index_of, color_of = {}, {}  # and the file that says so
+    index_of, color_of = {}, {}  # each with the file that has it
     for path, file in found.items():
         shown = [(index, color) for index, own in file.palette.items() for color in own]
         greys = all(color == index * 0x010101 for index, color in shown)
@@ -326,7 +327,7 @@ def _doubt_of_palettes(found: Mapping[Path, Found]) -> str:
 
 
 def _by_palette(found: Mapping[Path, Found], doubt: str, num_classes: int) -> Code:
-    """By colour, where palettes do not agree and it is plain which one is background."""
+    """Decide by colour if palettes do not agree and the background is clear."""
     index_of = collections.defaultdict(collections.Counter)
     for file in found.values():
         for index, colors in file.palette.items():
@@ -372,23 +373,22 @@ def _by_color(found: Mapping[Path, Found], colors: Sequence[str]) -> Code:
 
 
 def _color_of(value: int, path: Path) -> int:
-    """A grey value v is the colour #vvvvvv."""
+    """A value's colour; a grey value v has the colour #vvvvvv."""
     if value >= COLORED:
         return value & 0xFFFFFF
     value = value // 257 if value > 255 and value % 257 == 0 else value
     if not 0 <= value <= 255:
-        raise DataError(f'{path} has the value {value}, a colour has 8 bits a channel: save it so')
+        raise DataError(f'{path} has the value {value}: save it with 8 bits a channel')
     return value * 0x010101
 
 
-# Words.
+# Messages.
 
 
 def _count(found: Mapping[Path, Found], values: Sequence[int], ignore_label: int) -> int:
     """The number of classes of masks that hold class numbers; at least 2.
 
-    Raises DataError for values with a gap, which may be class numbers or not, and for so many that
-    they are rather shades of a JPEG.
+    Raises DataError for values with a gap, and for so many that they may be shades of a JPEG.
     """
     numbers = [v for v in values if v != ignore_label or v < values[-1]]
     shaded = any(len(file.values) > MANY for file in found.values())
@@ -396,9 +396,9 @@ def _count(found: Mapping[Path, Found], values: Sequence[int], ignore_label: int
         return max(2, len(numbers))
     if numbers == list(range(len(numbers))):
         raise DataError(
-            f'the masks have the values 0 to {numbers[-1]}, so many that they may be shades of a '
-            f'JPEG or numbers of objects: if they are {len(numbers)} classes, '
-            f'--config.model.num_classes={len(numbers)}; if what is not 0 is one class, '
+            f'the masks have the values 0 to {numbers[-1]}, which may be classes, shades of a JPEG '
+            f'or numbers of objects: for {len(numbers)} classes add '
+            f'--config.model.num_classes={len(numbers)}; if all that is not 0 is one class, add '
             '--config.data.label_map="{\'>0\': 1}"'
         )
     raise _no_classes(found, values, None, ignore_label)
@@ -407,8 +407,8 @@ def _count(found: Mapping[Path, Found], values: Sequence[int], ignore_label: int
 def _no_classes(
     found: Mapping[Path, Found], values: Sequence[int], num_classes: int | None, ignore_label: int
 ) -> DataError:
-    """Values that are no classes: what makes them some, without losing one of them."""
-    # Among levels of grey 255 is one of them, among class numbers it is to be ignored.
+    """The error for values that are not class numbers, with ways to map each of them to one."""
+    # Among grey levels 255 is one of them, among class numbers it is the ignored label.
     numbers = [value for value in values if value >= 0 and value != ignore_label]
     kept = numbers if max(numbers, default=0) <= MANY else [value for value in values if value >= 0]
     if num_classes is None:
@@ -437,14 +437,14 @@ def _no_classes(
     if num_classes in (None, 2) and len(found) > 1 and len(values) > 2 and _one_of_each(found):
         flag = '' if num_classes is None else f'--config.model.num_classes={len(values)} '
         return DataError(
-            f'{told}, and no file has two of them beside 0: if each is the same structure, '
+            f'{told}, and no file has two of them besides 0: if all are the same structure, add '
             f'--config.data.mask_format="binary"; else {flag}'
             f'--config.data.label_map="{ {value: rank for rank, value in enumerate(values)} }"'
         )
     if num_classes is not None and len(kept) == 2 < num_classes and kept != [0, 1]:
         return DataError(
-            f'{told}: if there is one structure, --config.model.num_classes=2 '
-            f'--config.data.mask_format="binary"; if it is one of several, say which, '
+            f'{told}: if there is only one structure, add --config.model.num_classes=2 '
+            f'--config.data.mask_format="binary"; if it is one of several, map it to its class, '
             f'--config.data.label_map="{{{kept[1]}: 1}}"'
         )
     places = {value: rank for rank, value in enumerate(kept) if value != rank}
@@ -472,7 +472,7 @@ def _no_classes(
 
 
 def _one_of_each(found: Mapping[Path, Found]) -> bool:
-    """Whether every file holds one value beside 0."""
+    """Whether every file holds at most one value besides 0."""
     return all(np.count_nonzero(file.values) <= 1 for file in found.values())
 
 

@@ -1,9 +1,9 @@
-"""Which mask is whose: by name, and where names differ by a rule.
+"""Pairs images and masks by name, or by a rule if their names differ.
 
-A rule says what a mask is called, {stem} being its picture's name: '{stem}_mask', 'seg_{stem}',
-'segmentation' where each folder has one picture; with a * several masks belong to one picture,
-'{stem}_mask*', '{stem}/*'. In the name of a folder of images, 'imagesTr/{stem}_0000', it says
-which files are the pictures, or one channel of them.
+A rule gives a mask's name, where {stem} is the image's name: '{stem}_mask', 'seg_{stem}', or
+'segmentation' if each folder has one image. With a * several masks belong to one image:
+'{stem}_mask*', '{stem}/*'. In the name of an image folder, 'imagesTr/{stem}_0000', the rule
+selects the files that are images, or one channel of them.
 """
 
 import collections
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 STEM = '{stem}'
-MOST_NAMES = 200  # that a rule is looked for in
+MOST_NAMES = 200  # in which a rule is searched
 
 
 class Affix(NamedTuple):
@@ -27,19 +27,19 @@ class Affix(NamedTuple):
 
 
 def is_rule(text: str) -> bool:
-    """One {stem} or none, and one * at most, which needs the stem to begin with."""
+    """Whether it has at most one {stem} and at most one *, which needs a {stem}."""
     plain = text.replace(STEM, '', 1)
     stars = plain.count('*')
     return bool(text) and not re.search(r'[{}\0]', plain) and stars <= (STEM in text)
 
 
 def split(place: Path) -> tuple[Path, str]:
-    """(folder, rule) of 'FOLDER/{stem}_0000'; the rule of a folder alone is '{stem}'."""
+    """(folder, rule) of 'FOLDER/{stem}_0000'; the rule of a plain folder is '{stem}'."""
     return (place.parent, place.name) if STEM in place.name else (place, STEM)
 
 
 def named(ways: Mapping[str, Path], rule: str) -> dict[str, Path]:
-    """{way with the stem alone as its name: file} of those that the rule names."""
+    """{way, its name reduced to the stem: file} of the files that match the rule."""
     before, after = rule.split(STEM)
     found = {}
     for way, path in ways.items():
@@ -62,11 +62,11 @@ def are_unique(ways: Iterable[str]) -> bool:
 def match(
     pictures: Sequence[str], masks: Sequence[str], rule: str = STEM, *, together: bool = False
 ) -> dict[str, list[str]]:
-    """{picture: its masks}, of ways below their folders; without those that have none.
+    """{picture: its masks}, without pictures that have none; all are paths below their folders.
 
-    By name alone where no two share it, else the folders above it must agree too. A mask that
-    could be of two pictures is the longer name's. `together`: in one folder, where nothing is a
-    mask of itself.
+    They are matched by name if names are unique; otherwise their subfolders must agree too. A mask
+    that fits two pictures belongs to the longer name. `together`: both are in one folder, and no
+    file is its own mask.
     """
     alone = STEM in rule and '/' not in rule and are_unique(pictures) and are_unique(masks)
     known, ways = ({last(way) if alone else way: way for way in some} for some in (masks, pictures))
@@ -89,10 +89,10 @@ def match(
 def _owner(
     mask: str, pictures: Mapping[str, str], before: str, after: re.Pattern, together: bool
 ) -> str:
-    """The picture with the longest name that the rule makes this mask of; '' for none."""
+    """The picture with the longest name for which the rule gives this mask; '' for none."""
     starts = [0, *(i + 1 for i, letter in enumerate(mask) if letter == '/')]
     for end in range(len(mask), 0, -1):
-        # The name must not go on: img_1 is not the picture of img_10.
+        # A number must end here: img_1 is not the picture of img_10.
         if mask[end - 1].isdigit() and mask[end : end + 1].isdigit():
             continue
         if not after.fullmatch(mask, end):
@@ -105,7 +105,7 @@ def _owner(
     return ''
 
 
-# A rule for names that do not pair.
+# Suggestions of a rule for names that do not pair.
 
 
 def suggest(folder: Path, pictures: Sequence[str], masks: Sequence[str]) -> str:
@@ -121,7 +121,7 @@ def suggest(folder: Path, pictures: Sequence[str], masks: Sequence[str]) -> str:
 def _candidates(
     folder: Path, pictures: Sequence[str], masks: Sequence[str]
 ) -> Iterator[tuple[str, list[str], str]]:
-    """(flags, ways of the pictures under these, rule for the masks)."""
+    """(flags, ways of the pictures that these select, rule for the masks)."""
     images, truths = [last(way) for way in pictures], [last(way) for way in masks]
     alone, folders = collections.Counter(truths).most_common(1)[0]
     inside = f'{STEM}/*' if any('/' in way for way in masks) else ''
@@ -141,7 +141,7 @@ def _candidates(
 
 
 def _affixes(stems: Sequence[str], names: Sequence[str]) -> collections.Counter[Affix]:
-    """What names have around the longest of the stems in them, and how often."""
+    """Counts of what surrounds the longest stem in each name."""
     known, found = set(stems), collections.Counter()
     for name in names[:MOST_NAMES]:
         affixes = (
@@ -155,7 +155,7 @@ def _affixes(stems: Sequence[str], names: Sequence[str]) -> collections.Counter[
 
 
 def _decoration(stems: Sequence[str], names: Sequence[str]) -> str:
-    """The rule by which most names are made of the stems; '' for none."""
+    """The rule that makes most of the names from the stems; '' for none."""
     affixes = _affixes(stems, names)
     if not affixes:
         return ''
@@ -167,14 +167,14 @@ def _decoration(stems: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _start(names: Iterable[str]) -> str:
-    """What all names begin with."""
+    """The common prefix of all names."""
     low, high = min(names), max(names)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
     return ''.join(letter for letter, _ in same)
 
 
 def _common(names: Sequence[str]) -> Affix:
-    """What all names begin and end with, but for digits, which tell them apart."""
+    """The common prefix and suffix of all names, without the digits that distinguish them."""
     before = re.sub(r'\d+$', '', _start(names))
     rest = [name[len(before) :][::-1] for name in names]
     return Affix(before, re.sub(r'\d+$', '', _start(rest))[::-1])

@@ -1,9 +1,9 @@
 """Synthetic heads: three-channel volumes with tumours of known outline.
 
-Not anatomy, but what makes the real task hard is there: each volume has its own
-contrast, bias field and noise; fat, scalp and harmless bright spots are as bright on
-FLAIR as the tumour, so no threshold finds it; tumours are irregular, of any size,
-and some slices have none. Channels as in LGG: pre-contrast, FLAIR, post-contrast.
+They are no anatomy, but have what makes the real task hard: each volume has its own contrast,
+bias field and noise; fat, scalp and harmless bright spots are as bright on FLAIR as the tumour,
+so no threshold finds it; tumours are irregular and of any size, and some slices have none.
+Channels as in LGG: pre-contrast, FLAIR, post-contrast.
 """
 
 import numpy as np
@@ -14,23 +14,23 @@ from pspnet_jax.runtime.errors import ConfigError
 
 
 def load(*, volumes: int, slices: int, size: int, seed: int) -> Slices:
-    """`volumes` phantoms; number i depends on (seed, i) alone."""
+    """Slices of `volumes` phantoms; number i depends only on (seed, i)."""
     return from_volumes([make_volume(seed, i, slices, size) for i in range(volumes)])
 
 
 def make_volume(seed: int, index: int, slices: int, size: int) -> Volume:
     """Phantom `index`: image `slices` x `size` x `size` x 3 uint8, mask 0 or 1.
 
-    Raises ConfigError for a single slice: some are without a tumour.
+    Raises ConfigError for a single slice, as some must be without a tumour.
     """
     if slices < 2:
-        raise ConfigError(f'slices={slices} leaves none without a tumour: give at least 2')
+        raise ConfigError(f'slices={slices} leaves no slice without a tumour: give at least 2')
     rng = np.random.default_rng([seed, index])
     shape = (slices, size, size)
     z, y, x = np.meshgrid(
         np.linspace(-0.85, 0.85, slices), *[np.linspace(-1, 1, size)] * 2, indexing='ij'
     )
-    # The head: an ellipsoid with a wavy outline, in a place of its own.
+    # The head: an ellipsoid with a wavy outline at a random position.
     center, radius = rng.uniform(-0.06, 0.06, 2), rng.uniform(0.70, 0.84, 2)
     wave = 0.05 * _smooth_noise(rng, shape, (2.0, size / 5, size / 5))
     r = np.sqrt(
@@ -50,7 +50,7 @@ def make_volume(seed: int, index: int, slices: int, size: int) -> Volume:
         fluid |= brain & (dx**2 + dy**2 + (z / 0.5) ** 2 + 0.3 * folds < 1)
 
     tumor = _tumor(rng, shape, (z, y, x), brain, center, radius)  # it displaces what was there
-    # Bright on FLAIR and harmless: small spots in the white matter.
+    # Small harmless spots in the white matter that are bright on FLAIR.
     spots = brain & ~fluid & ~tumor & (_smooth_noise(rng, shape, (0.7, size / 50, size / 50)) > 2.3)
 
     # Intensity of air, scalp, skull, white, gray, fluid, tumour, spots on pre, FLAIR, post.
@@ -86,7 +86,7 @@ def make_volume(seed: int, index: int, slices: int, size: int) -> Volume:
 
 
 def _tumor(rng, shape, zyx, tissue, center, radius) -> np.ndarray:
-    """An irregular blob inside `tissue` that leaves some slices free."""
+    """An irregular blob inside `tissue` that is not in all slices."""
     z, y, x = zyx
     size = shape[1]
     while True:

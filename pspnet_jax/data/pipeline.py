@@ -1,7 +1,7 @@
-"""Slices -> batches, by Grain: random access, so that step s needs nothing but s.
+"""Slices -> batches, by Grain with random access: the batch of step s depends only on s.
 
-A batch is {'image': B H W C float32 normalised, 'mask': B H W int32}. Resuming at a
-step reads the batches from there; two hosts see the two halves of the batch that one sees.
+A batch is {'image': B H W C float32 normalised, 'mask': B H W int32}. Resuming at a step reads the
+batches from there; two hosts see the two halves of the batch that one host would see.
 """
 
 import itertools
@@ -22,17 +22,16 @@ from pspnet_jax.data.volumes import (
 )
 from pspnet_jax.runtime.errors import DataError
 
-if TYPE_CHECKING:  # imported where it is used: a step whose data are on the device needs none
+if TYPE_CHECKING:  # imported where it is used: data on the device does not need it
     import grain
 
 
 def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
-    """(N,) sampling probabilities after Buda et al. 2019: each patient weighs the same.
+    """(N,) sampling probabilities after Buda et al. 2019, with equal weight per patient.
 
-    Within a patient a slice is drawn in proportion to its area of lesion, except for
-    the share `floor`, which is spread evenly over its slices (all of it, where the
-    patient has no lesion). Buda's code adds a tenth of the patient's lesion, spread evenly, to
-    the areas, which is a floor of 1/11.
+    Within a patient a slice is drawn in proportion to its lesion area, except for the share
+    `floor`, which is spread evenly over its slices (all of it if the patient has no lesion). Buda's
+    code adds a tenth of the patient's lesion evenly to the areas, which is a floor of 1/11.
     """
     weights = np.zeros(len(slices))
     patients = np.unique(slices.patient)
@@ -46,10 +45,10 @@ def lesion_weights(slices: Slices, floor: float) -> np.ndarray:
 
 
 def draws(slices: Slices, *, seed: int, sampling: str, lesion_floor: float) -> 'grain.MapDataset':
-    """Rows of `slices` without end, each a function of its place.
+    """An endless sequence of rows of `slices`, each a function of its position.
 
-    'uniform' sampling shuffles each pass over the slices; 'lesion' draws with
-    `lesion_weights`. Raises ValueError for another.
+    'uniform' sampling shuffles each pass over the slices; 'lesion' draws with `lesion_weights`.
+    Raises ValueError for another.
     """
     import grain
 
@@ -68,7 +67,7 @@ def draws(slices: Slices, *, seed: int, sampling: str, lesion_floor: float) -> '
 def rows(
     drawn: 'grain.MapDataset', *, batch_size: int, first_step: int, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[np.ndarray]:
-    """The rows of `batches`' batches, (batch_size // hosts,) int32 each."""
+    """The rows of each batch of `batches`, (batch_size // hosts,) int32."""
     index, count = shard
     share = batch_size // count
     for step in itertools.count(first_step):
@@ -80,11 +79,11 @@ def rows(
 def read_row(
     slices: Slices, row: int, intensity: np.ndarray | None, unread: dict[int, str] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(image H W C, mask H W, intensity 4 C, `Slices.content`) of a row; where slices have none it
-    is all of the image.
+    """(image H W C, mask H W, intensity 4 C, content 4) of a row.
 
-    With `unread`, of the next row that can be read, and the faults go there by row; None raises
-    the DataError. `intensity` is every image's, None takes the patient's own.
+    The content is `Slices.content`, or the whole image. An unreadable row raises DataError if
+    `unread` is None; otherwise its fault is stored there by row, and the next readable row is used.
+    `intensity` normalises every image alike; None takes the patient's own.
     """
     for other in range(row, row + len(slices)):
         other %= len(slices)
@@ -108,10 +107,9 @@ def read_row(
 def store(
     slices: Slices, intensity: np.ndarray | None, unread: dict[int, str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Every slice, decoded: 'image' N H W C and 'mask' N H W uint8, 'intensity' N 4 C, 'content'
-    N 4.
+    """All slices, decoded: 'image' N H W C, 'mask' N H W uint8, 'intensity' N 4 C, 'content' N 4.
 
-    N is `padded_rows(len(slices))`; the rows beyond the slices are zeros.
+    N is `padded_rows(len(slices))`; the rows after the slices are zeros.
     """
     found = [read_row(slices, row, intensity, unread) for row in range(len(slices))]
     arrays = {}
@@ -123,13 +121,13 @@ def store(
 
 
 def padded_rows(count: int) -> int:
-    """`count`, rounded up to an eighth of the power of two below: folds then share a program."""
+    """`count` rounded up to a multiple of about 1/8 of it, so that folds share a program."""
     eighth = 1 << max(count.bit_length() - 4, 0)
     return -(-count // eighth) * eighth
 
 
 def megabytes(arrays: dict[str, np.ndarray]) -> float:
-    """2**20 bytes."""
+    """Size of the arrays in units of 2**20 bytes."""
     return sum(array.nbytes for array in arrays.values()) / 2**20
 
 
@@ -144,10 +142,10 @@ def batches(
     shard: tuple[int, int] = (0, 1),
     unread: dict[int, str] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Training batches without end, from `first_step` on; `batch_size` is over all hosts.
+    """Endless training batches from `first_step` on; `batch_size` is over all hosts.
 
-    `drawn` are the rows from `draws`, `shard` is (index, count) of this host. `intensity`
-    (4, C) normalises every image alike; None takes each patient's own. `unread` as `read_row`.
+    `drawn` are the rows from `draws`, `shard` is (index, count) of this host. `intensity` (4, C)
+    normalises every image alike; None takes each patient's own. `unread` is that of `read_row`.
     """
     import grain
 
@@ -161,7 +159,7 @@ def batches(
     share = batch_size // count
     if count == 1:
         dataset = drawn[first_step * batch_size :]
-    else:  # host i has the i-th part of each batch, as the devices have them in one process
+    else:  # host i has the i-th part of each batch, in the order of devices in one process
 
         def at(n: int) -> int:
             step, place = divmod(n, share)
@@ -181,9 +179,9 @@ def batches(
 def eval_batches(
     volume: Volume, batch_size: int, intensity: np.ndarray | None, context: int = 0
 ) -> Iterator[np.ndarray]:
-    """The volume's slices, normalised, in batches of one size: the last is padded by zeros.
+    """The volume's slices, normalised, in batches of one size; the last is padded with zeros.
 
-    With `context` each has its neighbours' channels too, see `volumes.channels_seen`.
+    With `context` each slice also has its neighbours' channels, see `volumes.channels_seen`.
     """
     if intensity is None:
         intensity = volume.intensity

@@ -1,6 +1,6 @@
-"""Where slices come from: one function a source, from the config's sections to `Slices`.
+"""Data sources: one function per source, from the config's sections to `Slices`.
 
-A source is imported when it is asked for: LGG's alone needs tensorflow-datasets.
+A source is imported only when it is used: LGG's needs tensorflow-datasets.
 """
 
 import os
@@ -18,8 +18,9 @@ SLICES = r'^(?P<patient>.+?)(?:_(?P<slice>[0-9]{1,9}))?$'
 
 
 def grouping(config, group: str | None = None) -> str:
-    """What says whose slices files are, as `data.group`: `group`, which a command was given, else
-    what the run was trained with. For LGG, whose slices are files of a volume, that is their names.
+    """How files are grouped into patients (see `data.group`): a command's `group`, else the run's.
+
+    For LGG, where each slice of a volume is a file, it is by their names.
     """
     if group is not None:
         return group
@@ -27,7 +28,7 @@ def grouping(config, group: str | None = None) -> str:
 
 
 def read_folder(config, **where: Any) -> Slices:
-    """Pictures and masks as the config reads them; `where` are other arguments of `folder.load`."""
+    """Images and masks as the config reads them; `where` replaces arguments of `folder.load`."""
     from pspnet_jax.data import folder
 
     data, model = config.data, config.model
@@ -50,22 +51,23 @@ def read_folder(config, **where: Any) -> Slices:
 
 
 def check_class_names(slices: Slices, config) -> None:
-    """Raise DataError where annotations name several classes that the run of this config does not
-    name: their numbers would be the file's own.
+    """Raise DataError if annotations name several classes but the run's config names none: the
+    file's class numbers may differ from the run's.
     """
     names, known = slices.class_names, config.model.class_names
     if len(names) > 2 and not known:
         told = ','.join(f'{name}=NUMBER' for name in names[1:])
         raise DataError(
-            f'the annotations name the classes {", ".join(names)}, and the run does not say which '
-            'number each had in training: write the masks with these numbers and evaluate on them, '
-            f'python -m pspnet_jax.rasterize --classes={told}'
+            f'the annotations name the classes {", ".join(names)}, but the run has no names, so '
+            'their numbers in training are unknown: write masks with these numbers and evaluate on '
+            f'them, python -m pspnet_jax.rasterize --classes={told}'
         )
 
 
 def elsewhere(config, source: str) -> dict[str, Any]:
-    """`folder.load`'s arguments for another folder that is laid out as the run's own: where a whole
-    path was given for it, its last name counts.
+    """`folder.load`'s arguments for another folder with the same layout as the run's own data.
+
+    Of an absolute path in the config, the last name is used.
     """
 
     def named(place: str) -> str:
@@ -78,7 +80,7 @@ def elsewhere(config, source: str) -> dict[str, Any]:
 
 
 def places(config) -> list[str]:
-    """The files and folders that `read` reads as this config says, in full."""
+    """Absolute paths of the files and folders that `read` reads for this config."""
     data = config.data
     named = {
         'folder': (data.source, *data.images, data.masks) if not data.source else (data.source,),
@@ -100,7 +102,7 @@ def read_lgg(config) -> Slices:
     return lgg.load(config.data.source, config.data.root)
 
 
-# data.name -> what reads it. An entry from outside, such as a config page's own, is one like these.
+# {data.name: function that reads it}. Your own entry is a function like these.
 SOURCES = {'folder': read_folder, 'phantom': read_phantom, 'lgg': read_lgg}
 
 
@@ -110,9 +112,9 @@ def read(config) -> Slices:
 
 
 def load(config, split_file: str | Path = '') -> tuple[Slices, dict[str, list[str]]]:
-    """Every slice of the config's data set, and the patients of each split.
+    """(every slice of the config's data set, {split: patients}).
 
-    `split_file`, or the config's, decides the split where there is one.
+    `split_file`, or else the config's, sets the split if it is given.
     """
     data, slices = config.data, read(config)
     if split_file or data.split_file:

@@ -1,10 +1,10 @@
-"""Which patient is trained on, validated on, tested on. By patient, always.
+"""Splits patients into training, validation and test sets; always whole patients.
 
-Neighbouring slices of one head are nearly the same picture, so a split by slice
-tests on what it trained on (Yagis et al. 2021 measured 29-55 points of that).
+Neighbouring slices of one head are nearly the same image, so a split by slice tests on what it
+trained on (Yagis et al. 2021 measured 29-55 points of inflation).
 
-A split is written to a file as {'train', 'validation', 'test': patients, 'fingerprint', 'pixels'};
-`read` refuses one that was made of other data, and `overlap` finds its pictures among others.
+A split is stored as {'train', 'validation', 'test': patients, 'fingerprint', 'pixels'}; `read`
+refuses one of other data, and `overlap` finds its images among others.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from pspnet_jax.runtime.storage import write_json
 logger = logging.getLogger(__name__)
 
 KEPT = 'splits.json'  # in a run's workdir
-FEWEST_TO_TEST = 5  # patients of whom one is tested
+FEWEST_TO_TEST = 5  # patients for which there is a test set
 
 # The ten patients that Buda's published code holds out, `random.seed(42);
 # random.sample(sorted(patients), 10)`: the only LGG split that others report on.
@@ -42,7 +42,7 @@ def short_name(patient: str) -> str:
 
 
 def site(patient: str) -> str:
-    """'TCGA_CS_4944_20010208' -> 'CS', the hospital; '' where the name has none."""
+    """'TCGA_CS_4944_20010208' -> 'CS', the hospital; '' if the name has none."""
     return short_name(patient).split('_')[0] if patient.startswith('TCGA_') else ''
 
 
@@ -54,13 +54,13 @@ def holdout(
     validation_fraction: float = 0.1,
     seed: int = 0,
 ) -> dict[str, list[str]]:
-    """{'train', 'validation', 'test': sorted patients}, disjoint, together all of them.
+    """Split all patients into {'train', 'validation', 'test': sorted patients}.
 
-    The test set is those of `test_patients` (short or whole names) that are there,
-    or, with none named, `test_fraction` of all: at least one, but none of fewer than
-    FEWEST_TO_TEST patients, who are needed to train and validate. Test and validation patients are
-    drawn site by site in the order of a hash of seed and name, so that a subset of
-    the patients keeps their order. Raises DataError when nothing is left to train on.
+    The test set is `test_patients` (short or whole names), or else `test_fraction` of all patients,
+    at least one. With fewer than FEWEST_TO_TEST patients there is no test set, as all are needed to
+    train and validate. Test and validation patients are drawn site by site in the order of a hash
+    of seed and name, so a subset of the patients keeps their order. Raises DataError if no training
+    patients are left.
     """
     patients = sorted(set(patients))
     named = set(test_patients)
@@ -71,17 +71,17 @@ def holdout(
         test = stratified_draw(patients, test_fraction * enough, seed=seed, label='test')
         if test_fraction and not enough:
             logger.warning(
-                '%d cases are too few for a test set (%d are enough): the figures at the end are '
-                'of the validation cases, by which the best checkpoint is chosen, so they are too '
-                'good', len(patients), FEWEST_TO_TEST,
+                '%d cases are too few for a test set (it needs %d): the results at the end are for '
+                'the validation cases, by which the best checkpoint is chosen, so they are too '
+                'optimistic', len(patients), FEWEST_TO_TEST,
             )  # fmt: skip
     rest = [p for p in patients if p not in test]
     validation = stratified_draw(rest, validation_fraction, seed=seed, label='validation')
     train = [p for p in rest if p not in validation]
     if not train:
         raise DataError(
-            f'no patient of {len(patients)} is left to train on, with {len(test)} to test and '
-            f'{len(validation)} to validate: add patients, or lower the fractions, '
+            f'no training patients are left: of {len(patients)}, {len(test)} are for the test and '
+            f'{len(validation)} for validation: add patients, or lower the fractions, '
             '--config.data.test_fraction=0 --config.data.validation_fraction=0'
         )
     return {'train': train, 'validation': validation, 'test': test}
@@ -98,13 +98,15 @@ def kfold(
 ) -> dict[str, list[str]]:
     """`holdout`'s three parts with the patients of one of `folds` folds as the test set.
 
-    Over all folds each patient is tested once, the sites dealt out evenly. Those of
-    `test_patients`, a public hold-out, are in no part: it stays for the final number.
-    Raises DataError for more folds than patients.
+    Over all folds each patient is tested once, and sites are spread evenly. `test_patients`, a
+    public hold-out, are in no part: they are kept for the final result. Raises DataError for more
+    folds than patients.
     """
     patients = _without(patients, test_patients)
     if folds > len(patients):
-        raise DataError(f'{folds} folds of {len(patients)} patients: lower data.folds')
+        raise DataError(
+            f'data.folds is {folds}, but there are only {len(patients)} patients: lower it'
+        )
     dealt = sorted(patients, key=lambda p: (site(p), _rank(p, seed, 'fold')))
     test = dealt[fold::folds]
     return holdout(patients, test_patients=test, validation_fraction=validation_fraction, seed=seed)
@@ -120,13 +122,13 @@ def leave_site_out(
 ) -> dict[str, list[str]]:
     """`holdout`'s three parts with the patients of one site as the test set.
 
-    Those of `test_patients` are in no part. Raises DataError for a site without patients.
+    `test_patients` are in no part. Raises DataError for a site without patients.
     """
     patients = _without(patients, test_patients)
     test = [patient for patient in patients if site(patient) == left_out]
     if not test:
         sites = sorted({site(patient) for patient in patients})
-        raise DataError(f'no patient is of the site {left_out!r}: data.site is one of {sites}')
+        raise DataError(f'no patient is from site {left_out!r}: data.site must be one of {sites}')
     return holdout(patients, test_patients=test, validation_fraction=validation_fraction, seed=seed)
 
 
@@ -136,9 +138,7 @@ def _without(patients: Sequence[str], reserved: Sequence[str]) -> list[str]:
 
 
 def fingerprint(slices: Slices) -> str:
-    """A digest of which slices there are, and of each patient's pixels by their intensity
-    scale and areas of lesion.
-    """
+    """A digest of the slices' numbers, lesion areas and each patient's intensity scale."""
     digest = hashlib.sha256()
     for patient in sorted(slices.intensity):
         rows = slices.patient == patient
@@ -150,19 +150,19 @@ def fingerprint(slices: Slices) -> str:
 
 
 def write(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
-    """`parts` of `slices` as JSON, written aside and renamed."""
+    """Write `parts` of `slices` as JSON, atomically."""
     found = {**parts, 'fingerprint': fingerprint(slices), 'pixels': pixels(slices)}
     write_json(Path(path), found)
 
 
 def keep(path: str | Path, parts: dict[str, list[str]], slices: Slices) -> None:
-    """`write`, or where the file is there, see that it says the same. Raises DataError."""
+    """Write the split, or raise DataError if the file exists and holds another split."""
     if Path(path).exists() and read(path, slices) != parts:
         raise DataError(
-            f'{path} has other patients in its parts than this config: go on with its own '
-            'data.split, or use another workdir'
+            f'{path} splits the patients in another way than this config: resume with the '
+            "run's own data.split, or give another --workdir"
         )
-    if not Path(path).exists() or 'pixels' not in text.read_json(path):  # the first had none
+    if not Path(path).exists() or 'pixels' not in text.read_json(path):  # as in old versions
         write(path, parts, slices)
 
 
@@ -177,9 +177,11 @@ def pixels(slices: Slices) -> dict[str, list[str]]:
 
 
 def overlap(path: str | Path, digests: Mapping[str, Sequence[str]]) -> dict[str, list[str]] | None:
-    """{'train', 'validation': of patients, given with the digests of their slices, those of whom
-    one is a slice of that part of the split at `path`, 'same_name': others who only have the name
-    of a patient of these}. None where no split can be read, or one without digests.
+    """Which of the patients in `digests` ({patient: digests of the slices}) are in a split file.
+
+    'train' and 'validation' list patients who share a slice with that part of the split at `path`;
+    'same_name' lists patients who share only a name. None if the split can't be read or has no
+    digests.
     """
     try:
         kept: Any = text.read_json(path)
@@ -201,28 +203,28 @@ def overlap(path: str | Path, digests: Mapping[str, Sequence[str]]) -> dict[str,
 
 
 def read(path: str | Path, slices: Slices) -> dict[str, list[str]]:
-    """The parts that `write` wrote. Raises DataError for another file, and for other data."""
+    """The parts that `write` wrote. Raises DataError for another kind of file or other data."""
     parts, found = listed(path)
     unknown = sorted({name for part in parts.values() for name in part} - slices.intensity.keys())
     what = f'{unknown[:8]} are not there' if unknown else ''
     if not unknown and found.get('fingerprint') != fingerprint(slices):
         what = 'slices or pixels differ'
     if not what and slices.digest is not None and isinstance(kept := found.get('pixels'), dict):
-        ours = pixels(slices)  # turned upside down, a picture has the same intensities
+        ours = pixels(slices)  # an upside-down image has the same intensities
         other = [name for name in ours if name in kept and kept[name] != ours[name]]
-        what = f'the pictures of {other[:8]} have other pixels' if other else ''
+        what = f'the images of {other[:8]} have other pixels' if other else ''
     if what:
         raise DataError(
-            f'{path} was made of other data ({what}): use the data it was made of, or split '
-            'anew without data.split_file and in a new workdir'
+            f'{path} was made from other data ({what}): use that data, or split again without '
+            'data.split_file and in a new workdir'
         )
     return parts
 
 
 def listed(path: str | Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """(the parts, all) of a split file. Raises DataError for another file."""
+    """(the parts, the whole content) of a split file. Raises DataError for another file."""
     names = ('train', 'validation', 'test')
-    has = f'it has the lists {", ".join(names)} and a fingerprint'
+    has = f'it must have the lists {", ".join(names)} and a fingerprint'
     try:
         found = text.parse_json(text.read(path))
     except DataError as error:
@@ -235,14 +237,14 @@ def listed(path: str | Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
     if not all(isinstance(patient, str) for patient in patients):
         raise DataError(f'{path} is not a split: {has} of names')
     if len(set(patients)) < len(patients):
-        raise DataError(f'{path} has a patient in two places: every patient is in one part')
+        raise DataError(f'{path} lists a patient twice: every patient must be in one part')
     return parts, found
 
 
 def stratified_draw(
     patients: Sequence[str], fraction: float, *, seed: int, label: str
 ) -> list[str]:
-    """round(fraction * n) of the patients (at least 1), sites by largest remainder."""
+    """Draw round(fraction * n) of the patients (at least 1), per site by largest remainder."""
     if fraction == 0.0 or not patients:
         return []
     by_site = defaultdict(list)

@@ -1,7 +1,7 @@
-"""Volumes and slices, the two shapes in which data travels, and their intensities.
+"""Volumes and slices, the two forms of data, and their intensities.
 
-Training reads slices in any order; evaluation reads whole volumes. A source
-(phantom, lgg) makes a `Slices`, everything else here is a function of one.
+Training reads slices in any order; evaluation reads whole volumes. A source (phantom, lgg) makes
+a `Slices`, on which the functions here work.
 """
 
 import collections
@@ -22,16 +22,16 @@ from pspnet_jax.runtime.errors import DataError
 logger = logging.getLogger(__name__)
 
 IGNORE_LABEL = 255  # pixels that count in no loss and no metric
-STEP, LARGEST = 32, 512  # pixels a side, of a size that is chosen for slices of several
-RANGE_PIXELS = 2**20  # of an image, evenly spread, that its range is measured on
+STEP, LARGEST = 32, 512  # side in pixels of the size that is chosen for slices of several sizes
+RANGE_PIXELS = 2**20  # evenly spread pixels of an image on which its range is measured
 
 
 class Volume(NamedTuple):
     """One patient: image D H W C, mask D H W uint8, D slice numbers, (4, C) intensity.
 
-    The image is uint8, uint16 or float32; spacing is (slice, row, column) in mm, None unknown.
-    `scan` is a number for each of the D slices: those of one number are neighbours in space, a
-    picture has its own. None: all D slices are one scan.
+    The image is uint8, uint16 or float32; spacing is (slice, row, column) in mm, None if unknown.
+    `scan` is a number for each of the D slices: slices with the same number are neighbours in
+    space, a 2D image has a number of its own. None: all D slices are one scan.
     """
 
     patient: str
@@ -47,18 +47,18 @@ class Volume(NamedTuple):
 class Slices:
     """N slices, ordered by patient and slice number.
 
-    `read(key)` gives image H W C (uint8, uint16 or float32) and mask H W uint8; the arrays,
-    all of length N, are the keys, and what sampling needs to know without reading.
-    `intensity` holds each patient's (4, C) array from `measure_intensity`, `spacing` the
-    patients' steps in mm where they are known, `class_names` those of all classes in turn where the
-    source names them, `ranges` the `measure_range` of those whose images are not of 8 bits.
-    `scan` is `Volume`'s, of length N: a source whose patients may be several pictures or volumes
-    sets it. `digest` is each slice's `picture_digest`, where a source reads them anyway. `read_own`
-    gives slices at their own size, where `read` gives them `resized`; `content` is then, where
-    they keep their proportions, the (N, 4) top, left, height and width of the picture in each: what
-    lies around it is 0 once it is normalised. `sizes` are the (N, 2) heights and widths of the
-    files, where a source knows them: without, all slices have one size. `num_classes` is how many
-    classes the masks have, background included.
+    `read(key)` returns image H W C (uint8, uint16 or float32) and mask H W uint8. `key`, `patient`,
+    `slice` and `lesion_pixels` have length N: the keys, and what sampling needs without reading.
+
+    By patient: `intensity` is the (4, C) array from `measure_intensity`, `spacing` the step in mm
+    if known, `ranges` the `measure_range` if images are not 8-bit. `class_names` are those of all
+    classes in order, if the source names them. `num_classes` includes background.
+
+    Arrays of length N, or None: `scan` as in `Volume`, if patients may be several images or
+    volumes; `digest` from `picture_digest`, if the source reads all slices anyway; `sizes` (N, 2),
+    the files' heights and widths (None: all slices have one size); `content` (N, 4), the top, left,
+    height and width of the picture in a slice that was `resized` with its aspect ratio, outside of
+    which it is 0 after normalisation. `read_own` then reads slices at their own size.
     """
 
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -110,8 +110,8 @@ def describe(slices: Slices) -> str:
 def iterate_volumes(slices: Slices, method: str = 'volume') -> Iterator[Volume]:
     """Whole volumes, one in memory at a time, in the order of their names.
 
-    A patient whose slices have several sizes is a volume a size, 'NAME HEIGHTxWIDTH'. Intensities
-    are those of `slices`, which is `method` 'volume' measures them, else measured anew.
+    A patient with slices of several sizes gives one volume per size, 'NAME HEIGHTxWIDTH'. With
+    `method` 'volume', intensities are those of `slices`; otherwise they are measured again.
     """
     for patient in sorted(set(slices.patient.tolist())):
         by_size = collections.defaultdict(list)
@@ -139,9 +139,9 @@ def iterate_volumes(slices: Slices, method: str = 'volume') -> Iterator[Volume]:
 
 
 def measured(slices: Slices, method: str) -> Slices:
-    """The same slices with their patients' intensities as `method` has them, at their own size.
+    """The same slices with their patients' intensities measured by `method`, at their own size.
 
-    Reads all of them once, unless that is 'volume', which every source does by itself.
+    It reads all slices once, except for 'volume', which every source measures itself.
     """
     if method == 'volume':
         return slices
@@ -154,23 +154,23 @@ def measured(slices: Slices, method: str) -> Slices:
 
 
 def scans(scan: np.ndarray | None, depth: int) -> list[np.ndarray]:
-    """Rows of each scan of `depth` slices: `Volume.scan`, or all of them where that is None."""
+    """The rows of each scan among `depth` slices; all rows if `scan` is None (see `Volume`)."""
     if scan is None:
         return [np.arange(depth)]
     return [np.flatnonzero(scan == number) for number in np.unique(scan)]
 
 
 def channels_seen(channels: int, context: int) -> int:
-    """Channels that the network sees of pictures that have `channels`: with `data.context` those of
-    a slice stand between those of as many slices on either side.
+    """The number of channels that the network sees: those of a slice and of `context` neighbours on
+    each side (data.context).
     """
     return channels * (2 * context + 1)
 
 
 def neighbours(scan: np.ndarray | None, depth: int, context: int) -> np.ndarray:
-    """(D, 2 context + 1) rows: of each of `depth` slices its own between those of its neighbours.
+    """(D, 2 context + 1) rows: for each of `depth` slices, its own row between its neighbours'.
 
-    They are of the same scan, as `scans` has it; its first and last slice are repeated.
+    Neighbours belong to the same scan (see `scans`); its first and last slice are repeated.
     """
     rows = np.empty((depth, 2 * context + 1), np.intp)
     for own in scans(scan, depth):
@@ -180,19 +180,19 @@ def neighbours(scan: np.ndarray | None, depth: int, context: int) -> np.ndarray:
 
 
 def stack(image_DHWC: np.ndarray, rows_Bn: np.ndarray) -> np.ndarray:
-    """B H W nC: the n slices of each row, one after the other along the channels."""
+    """B H W nC: the n slices of each row, concatenated along the channels."""
     return np.concatenate([image_DHWC[rows_B] for rows_B in rows_Bn.T], axis=-1)
 
 
 def tile(intensity: np.ndarray, context: int) -> np.ndarray:
-    """(4, C) as `channels_seen` has the channels: of one scan, neighbours have one scale."""
+    """(4, C) repeated for the channels of neighbours, which share the scan's scale."""
     return np.tile(intensity, (1, 2 * context + 1))
 
 
 def with_context(slices: Slices, context: int) -> Slices:
-    """The same slices, `channels_seen` in each image; `ranges` stay those of the pictures.
+    """The same slices with the channels of `context` neighbours; `ranges` stay as they are.
 
-    A slice is read again wherever it is a neighbour, unless it is one of the last few.
+    A slice is read again for each neighbour, unless it is among the last few.
     """
     if not context:
         return slices
@@ -204,8 +204,8 @@ def with_context(slices: Slices, context: int) -> Slices:
         around |= zip(keys.tolist(), keys_Dn.tolist(), strict=True)
     if all(len(set(keys)) == 1 for keys in around.values()):
         logger.warning(
-            'data.context=%d, but no slice has a neighbour, so that each is stacked with itself: '
-            'name the slices of a volume, data.group="(.+)_(?P<slice>[0-9]+)", or set '
+            'data.context=%d, but no slice has a neighbour, so each is stacked with itself: tell '
+            'which slices form a volume, data.group="(.+)_(?P<slice>[0-9]+)", or set '
             'data.context=0', context,
         )  # fmt: skip
     read_one = functools.lru_cache(maxsize=2 * context + 1)(slices.read)
@@ -220,7 +220,7 @@ def with_context(slices: Slices, context: int) -> Slices:
 
 
 def from_volumes(volumes: Sequence[Volume]) -> Slices:
-    """Slices of volumes that are in memory."""
+    """Slices of volumes in memory."""
     image = [pixels for volume in volumes for pixels in volume.image]
     mask = [labels for volume in volumes for labels in volume.mask]
     return Slices(
@@ -238,14 +238,14 @@ def from_volumes(volumes: Sequence[Volume]) -> Slices:
 
 
 def with_intensity(volume: Volume, method: str) -> Volume:
-    """The volume, which is all of its patient, with intensities as `method` measures them."""
+    """The volume of a whole patient with intensities measured by `method`."""
     if method == 'volume':
         return volume
     return volume._replace(intensity=measure([volume.image], method))
 
 
 def with_channels(volume: Volume, channels: int) -> Volume:
-    """The volume as a network of so many channels takes it, see `fit_channels`."""
+    """The volume with the network's number of channels, see `fit_channels`."""
     if volume.image.shape[-1] == channels:
         return volume
     image = fit_channels(volume.image, channels, volume.patient)
@@ -254,7 +254,7 @@ def with_channels(volume: Volume, channels: int) -> Volume:
 
 
 def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray:
-    """Grey as three equal channels where the network takes three, and the other way round.
+    """Turn grey into three equal channels, or three equal channels into grey, for the network.
 
     Raises DataError for other numbers of channels.
     """
@@ -265,12 +265,13 @@ def fit_channels(image_DHWC: np.ndarray, channels: int, name: Any) -> np.ndarray
         return np.broadcast_to(image_DHWC, (*image_DHWC.shape[:-1], 3))
     if (found, channels) == (3, 1) and (image_DHWC == image_DHWC[..., :1]).all():
         return image_DHWC[..., :1]
-    raise DataError(f'{name} has {found} channels, the network takes {channels}: give it these')
+    raise DataError(f'{name} has {found} channels, but the network takes {channels}')
 
 
 def in_memory(slices: Slices) -> Slices:
-    """The same slices, each decoded once and kept; where half the free memory is too little for
-    all of them, as they are, and the log says so.
+    """The same slices, each decoded once and kept in memory.
+
+    If they need more than half of the free memory, they are returned as they are; that is logged.
     """
     if not len(slices):
         return slices
@@ -278,8 +279,8 @@ def in_memory(slices: Slices) -> Slices:
     free = free_memory()
     if needed > free / 2:
         logger.info(
-            '%d images would take %.0f of %.0f MB of free memory: each is decoded whenever it is '
-            'read',
+            '%d images would take %.0f of %.0f MB of free memory, so they are decoded each time '
+            'they are read',
             len(slices),
             needed / 2**20,
             free / 2**20,
@@ -291,8 +292,8 @@ def in_memory(slices: Slices) -> Slices:
 def resized(
     slices: Slices, size: tuple[int, int], fit: str = 'letterbox', ignore_label: int = IGNORE_LABEL
 ) -> Slices:
-    """The same slices at H W pixels: in proportion, with `ignore_label` around them, or by `fit`
-    'stretch' as wide and as high as that, whatever their proportions.
+    """The same slices at H W pixels: 'letterbox' keeps the aspect ratio and pads with
+    `ignore_label`, `fit` 'stretch' fills height and width.
     """
     if fit == 'stretch':
 
@@ -318,9 +319,8 @@ def resized(
 
 
 def letterbox(own: Sequence[int], size: Sequence[int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a picture of `own` height and width that fills as much of
-    `size` as its proportions allow, in the middle; where a row or column is left over it is the
-    last.
+    """(top, left, height, width) of a picture of `own` height and width, scaled with its aspect
+    ratio to fit into `size` and centred; an odd row or column is left at the end.
     """
     (h, w), (H, W) = own, size
     if h * W >= H * w:  # at least as high, for its width
@@ -331,7 +331,7 @@ def letterbox(own: Sequence[int], size: Sequence[int]) -> tuple[int, int, int, i
 
 
 def blank_around(image_HWC: np.ndarray, content: Sequence[int]) -> np.ndarray:
-    """A normalised image, 0 wherever it is not in the (top, left, height, width) of `content`."""
+    """A normalised image, set to 0 outside of `content` (top, left, height, width)."""
     top, left, height, width = content
     if (height, width) == image_HWC.shape[:2]:
         return image_HWC
@@ -342,9 +342,7 @@ def blank_around(image_HWC: np.ndarray, content: Sequence[int]) -> np.ndarray:
 
 
 def common_size(sizes_N2: np.ndarray) -> tuple[int, int]:
-    """Height and width, multiples of STEP and at most LARGEST, near the medians of slices that have
-    several.
-    """
+    """(height, width) near the medians of the sizes, multiples of STEP and at most LARGEST."""
     median = np.median(sizes_N2, axis=0)
     median *= min(1.0, LARGEST / median.max())
     height, width = (STEP * max(1, math.floor(n / STEP + 0.5)) for n in median.tolist())
@@ -352,7 +350,7 @@ def common_size(sizes_N2: np.ndarray) -> tuple[int, int]:
 
 
 def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """h w C at H W pixels, of the same type: bilinear, averaging where it shrinks."""
+    """Resize h w C to H W pixels of the same type: bilinear, averaging when it shrinks."""
     if image_HWC.shape[:2] == tuple(size):
         return image_HWC
     channels = [
@@ -364,17 +362,17 @@ def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_labels(mask_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """h w labels at H W pixels: each takes the label at its centre (`centres`)."""
+    """Resize h w labels to H W pixels; each takes the label at its centre (`centres`)."""
     rows, columns = (centres(n, old) for n, old in zip(size, mask_HW.shape, strict=True))
     return mask_HW[rows][:, columns]
 
 
 def centres(cells: int, size: int) -> np.ndarray:
-    """(cells,) pixels of `size` that lie nearest to the centres of as many cells of equal width.
+    """(cells,) pixels of `size` that are nearest to the centres of `cells` cells of equal width.
 
-    At even ratios two pixels are equally near: even cells take the lower, odd ones the upper,
-    so that nothing moves on average. (Always the upper, as PyTorch's 'nearest-exact' has it, moves
-    labels by half a pixel against the image.)
+    At even ratios two pixels are equally near: even cells take the lower, odd ones the upper, so
+    that nothing shifts on average. (PyTorch's 'nearest-exact' always takes the upper one, which
+    shifts labels by half a pixel against the image.)
     """
     i = np.arange(cells)
     doubled = (2 * i + 1) * size - cells  # the centre is pixel doubled / (2 cells)
@@ -388,7 +386,7 @@ def lesion_pixels(mask: np.ndarray, ignore_label: int = IGNORE_LABEL) -> int:
 
 
 def measure(images: Sequence[np.ndarray], method: str) -> np.ndarray:
-    """`measure_intensity` or `measure_head` of a patient's images, each D H W C of its own size."""
+    """`measure_intensity` or `measure_head` of a patient's images, D H W C, of any sizes."""
     if method == 'buda':
         return measure_head(images)
     if len(images) > 1:
@@ -399,10 +397,10 @@ def measure(images: Sequence[np.ndarray], method: str) -> np.ndarray:
 def measure_intensity(image: np.ndarray) -> np.ndarray:
     """(4, C) float32 of a volume D H W C: low, high, mean and deviation of each channel.
 
-    Clip to the channel's 10th and 99th percentile, then z-score over the volume, as Buda et al.
-    2019 describe it; their code differs, see `measure_head`. MRI intensities have no unit, so
-    each volume brings its own scale. There is no crop to the head first, so low is usually the
-    black background; a constant channel gets deviation 1.
+    They clip to the channel's 10th and 99th percentile, then z-score over the volume, as Buda et
+    al. 2019 describe it; their code differs, see `measure_head`. MRI intensities have no unit, so
+    each volume has its own scale. There is no crop to the head, so low is usually the black
+    background. A constant channel gets deviation 1.
     """
     if image.shape[-1] > 1 and image.strides[-1] == 0:  # grey, which `fit_channels` repeats
         return np.repeat(measure_intensity(image[..., :1]), image.shape[-1], axis=1)
@@ -411,14 +409,15 @@ def measure_intensity(image: np.ndarray) -> np.ndarray:
 
 
 def measure_head(images: Sequence[np.ndarray]) -> np.ndarray:
-    """(4, C) float32 as Buda's code measures a volume: low and high are of all channels together.
+    """(4, C) float32 as Buda's code measures a volume: low and high are over all channels.
 
-    github.com/mateuszbuda/brain-segmentation-pytorch, commit 11e6c78, utils.py: what is below a
-    tenth of the maximum becomes 0, the volume is cropped to the box of what is left (the head)
-    and padded with 0 to square slices; clip to the 10th and 99th percentile over all channels,
-    then z-score each channel. Deviations: only the measurement is of the crop, the network sees
-    whole slices, and dark voxels as they are; theirs are resized to 256 x 256 before, and each
-    volume's first and last slice left out. Several sizes, each with its box, are measured together.
+    github.com/mateuszbuda/brain-segmentation-pytorch, commit 11e6c78, utils.py: values below a
+    tenth of the maximum become 0; the volume is cropped to the box of the rest (the head) and
+    padded with 0 to square slices; it is clipped to the 10th and 99th percentile over all channels,
+    and each channel is z-scored. Deviations: only the measurement uses the crop, the network sees
+    whole slices with dark voxels unchanged; they first resize to 256 x 256 and leave out each
+    volume's first and last slice. Images of several sizes are cropped separately and measured
+    together.
     """
     C = images[0].shape[-1]
     if C > 1 and all(image.strides[-1] == 0 for image in images):  # grey, repeated
@@ -453,17 +452,15 @@ def measure_head(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _box(inside: np.ndarray) -> tuple[slice, ...]:
-    """Of D H W C booleans: the smallest D H W box that holds all that are true, all of it if none
-    is.
-    """
+    """The smallest D H W box around the true values of D H W C booleans; all of it if none is."""
     places = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2, 3} - {axis}))) for axis in range(3)]
     return tuple(slice(at[0], at[-1] + 1) if len(at) else slice(None) for at in places)
 
 
 def _measure(values_N: np.ndarray) -> tuple[float, float, float, float]:
-    """`measure_intensity` of one channel, in little more memory than it takes.
+    """`measure_intensity` of one channel, with little extra memory.
 
-    Of 8 and 16 bits by how often each value occurs, else by a copy in float32.
+    It uses counts of each value for 8 and 16 bits, otherwise a copy in float32.
     """
     if values_N.dtype in (np.uint8, np.uint16):
         counts = _count(_parts(values_N))
@@ -481,7 +478,7 @@ def _count(parts: Iterator[np.ndarray]) -> np.ndarray:
 
 
 def _percentiles(counts: np.ndarray) -> tuple[float, float]:
-    """The 10th and 99th of values that occur so often, linear between neighbours."""
+    """The 10th and 99th percentile of values with these counts, interpolated linearly."""
     seen = np.flatnonzero(counts)
     last = np.cumsum(counts[seen]) - 1  # place, in order, of the last of each value
     places = last[-1] * np.array([0.1, 0.99])
@@ -491,7 +488,7 @@ def _percentiles(counts: np.ndarray) -> tuple[float, float]:
 
 
 def _moments(counts: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Mean and deviation, 1 where there is none, of the values between low and high."""
+    """Mean and deviation (1 if it is 0) of the values, clipped to low..high."""
     seen = np.flatnonzero(counts)
     clipped, weights = np.clip(seen, low, high), counts[seen] / counts.sum()
     mean = (clipped * weights).sum()
@@ -502,7 +499,7 @@ def _moments(counts: np.ndarray, low: float, high: float) -> tuple[float, float]
 def _moments_of(
     parts: Callable[[], Iterator[np.ndarray]], size: int, low: float, high: float
 ) -> tuple[float, float]:
-    """`_moments` of so many values, which `parts()` gives in turn."""
+    """`_moments` of `size` values, which `parts()` yields part by part."""
     mean = sum(np.clip(part, low, high).sum() for part in parts()) / size
     std = np.sqrt(sum(((np.clip(part, low, high) - mean) ** 2).sum() for part in parts()) / size)
     return mean, std if std > 1e-6 else 1.0
@@ -514,18 +511,18 @@ def _parts(values_N: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def normalize(image: np.ndarray, intensity: np.ndarray) -> np.ndarray:
-    """... C uint8 -> float32: clipped to low..high, minus mean, over deviation.
+    """... C -> float32: clip to low..high, subtract the mean, divide by the deviation.
 
-    Times the reciprocal, as XLA does it in `training.placement.gather`: so both have the same bits.
+    It multiplies by the reciprocal, as XLA does in `training.placement.gather`, for equal bits.
     """
     low, high, mean, std = intensity
     return (np.clip(image.astype(np.float32), low, high) - mean) * (1 / std)
 
 
 def picture_digest(image_HWC: np.ndarray) -> str:
-    """By which the same pixels are known again, in whatever file; '' where all have one value.
+    """A digest of the pixels, the same for any file format; '' if all have one value.
 
-    Grey is the same in one channel and in three.
+    Grey gives the same digest in one channel and in three.
     """
     if (image_HWC == image_HWC[:1, :1]).all():
         return ''
@@ -537,11 +534,11 @@ def picture_digest(image_HWC: np.ndarray) -> str:
 
 
 def measure_range(image: np.ndarray) -> np.ndarray:
-    """(2, C) float32 of an image ... C: the 0.5th and the 99.5th percentile of each channel; the
-    least and largest value where those are one.
+    """(2, C) float32 of an image ... C: the 0.5th and 99.5th percentile of each channel, or the
+    smallest and largest value if these are equal.
     """
     values = image.reshape(-1, image.shape[-1])
-    some = values[:: len(values) // RANGE_PIXELS | 1]  # odd, so that columns take turns
+    some = values[:: len(values) // RANGE_PIXELS | 1]  # odd, so that all columns are sampled
     low, high = np.percentile(some, (0.5, 99.5), axis=0)
     if (flat := low >= high).any():
         low, high = np.where(flat, values.min(0), low), np.where(flat, values.max(0), high)
@@ -549,19 +546,18 @@ def measure_range(image: np.ndarray) -> np.ndarray:
 
 
 def joint_range(slices: Slices, others: Sequence[Slices] = ()) -> np.ndarray | None:
-    """(2, C) low and high of the values of all images; None: they are of 8 bits, 0 to 255.
+    """(2, C) low and high of all images' values, as medians over patients; None if all are 8-bit.
 
-    The medians over the patients, so that one odd image moves nothing. Raises DataError where
-    some, those of `others` among them, are of 8 bits and others not: nothing says what 255 of the
-    one is for the other.
+    Medians are robust against single odd images. Raises DataError if some images, including those
+    of `others`, are 8-bit and some are not: their scales can't be compared.
     """
     known = [(name, name in part.ranges) for part in (slices, *others) for name in part.intensity]
     deep, eight = ([name for name, is_deep in known if is_deep == kind] for kind in (True, False))
     if deep and eight:
         raise DataError(
-            f'{len(eight)} of {len(known)} patients have images of 8 bits ({eight[0]}), the others '
-            f'have not ({deep[0]}): set data.normalize="volume", which gives each its own scale, '
-            'or save all in one way'
+            f'{len(eight)} of {len(known)} patients have 8-bit images ({eight[0]}), the others '
+            f'do not ({deep[0]}): set --config.data.normalize=volume, which gives each patient its '
+            'own scale, or save all images with the same number of bits'
         )
     if not deep:
         return None
@@ -573,19 +569,19 @@ def joint_range(slices: Slices, others: Sequence[Slices] = ()) -> np.ndarray | N
 
 
 def check_kind(image: np.ndarray, intensity: np.ndarray, name: Any) -> None:
-    """Raise DataError for an image ... C whose numbers `intensity`, (4, C) of a run, is not for.
+    """Raise DataError if an image ... C has another kind of values than a run's (4, C) `intensity`.
 
-    A run on images of 8 bits takes whatever holds whole numbers from 0 to 255; one on others, of
-    which only the values are known, takes no 8 bits.
+    A run on 8-bit images takes whole numbers from 0 to 255 of any type; a run on other images takes
+    no 8-bit images.
     """
     low, high = intensity[:2]
     if (low != 0).any() or (high != 255).any():
         if image.dtype == np.uint8:
             width = (high - low) / 3  # see `models.weights.Normalization.intensity`
             raise DataError(
-                f'{name} has 8 bits, the run was trained on images with values of about '
-                f'{(low + width).min():.4g} to {(high - width).max():.4g}: give it in their unit, '
-                'not as a picture of 8 bits'
+                f'{name} has 8 bits, but the run was trained on images with values of about '
+                f'{(low + width).min():.4g} to {(high - width).max():.4g}: give the image in that '
+                'unit, not with 8 bits'
             )
         return
     if image.dtype == np.uint8:
@@ -594,7 +590,7 @@ def check_kind(image: np.ndarray, intensity: np.ndarray, name: Any) -> None:
     whole = image.dtype.kind in 'iu' or (most > 1 and (image == np.rint(image)).all())
     if least < 0 or most > 255 or not (whole or least == most == 0):
         raise DataError(
-            f'{name} holds {image.dtype} values from {least:.4g} to {most:.4g}, the run was '
-            'trained on images of 8 bits, 0 to 255: save it with 8 bits, its black as 0 and its '
-            'white as 255, or train a run on images like it'
+            f'{name} holds {image.dtype} values from {least:.4g} to {most:.4g}, but the run was '
+            'trained on 8-bit images, 0 to 255: save the image with 8 bits (black 0, white 255), '
+            'or train a run on images like it'
         )

@@ -1,1 +1,1 @@
-"""Scores of a trained network by patient, and the report that shows them."""
+"""Metrics of a trained network per patient, and the report that shows them."""

@@ -1,6 +1,6 @@
-"""The charts of a run and of its evaluation; matplotlib, imported as one is drawn, draws them.
+"""The charts of a run and its evaluation, drawn by matplotlib, which is imported when needed.
 
-An axis spans the values, not all that they could be. A line has its name beside it, in its colour.
+An axis spans the values, not their possible range. A line's name stands next to it, in its colour.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from pspnet_jax.evaluation.words import PATIENTS, Words
 from pspnet_jax.runtime import log
 from pspnet_jax.runtime.storage import writing
 
-BLUE, ORANGE, GRAY = '#0072b2', '#b85000', '#666666'  # as Okabe and Ito; dark enough for text
+BLUE, ORANGE, GRAY = '#0072b2', '#b85000', '#666666'  # after Okabe and Ito; dark enough for text
 WIDTH, HEIGHT = 420, 280  # of a chart, in points
 LEFT, RIGHT, TOP, BOTTOM = 60, 24, 56, 42  # margins around its axes
-NAMES = 100  # points on the right, instead of RIGHT, for the names at the ends of lines
+NAMES = 100  # replaces RIGHT if names stand at the ends of lines
 NAME_HEIGHT = 15
 STYLE = Path(__file__).parent / 'templates' / 'charts.mplstyle'
 
@@ -28,8 +28,8 @@ STYLE = Path(__file__).parent / 'templates' / 'charts.mplstyle'
 class Line(NamedTuple):
     """Points in one colour; `form` is matplotlib's: '-', '--', 'o', 'o-'.
 
-    The name stands at the last point with its value, or beside the point `at`, above the line
-    or below. `titles` are what dots say when pointed at.
+    The name stands at the last point with its value, or next to the point `at`, above the line or
+    below. `titles` are the tooltips of the dots.
     """
 
     name: str
@@ -62,7 +62,7 @@ def fit(
     within: tuple[float, float] = (-math.inf, math.inf),
     log: bool = False,
 ) -> Axis:
-    """An axis on which the values can be told apart: their range and a margin.
+    """An axis over the range of the values and a margin.
 
     It spans at least `least` and stays `within`. With `log` it is logarithmic if the largest value
     is more than ten times the smallest.
@@ -77,7 +77,7 @@ def fit(
 def run_charts(
     records: Sequence[dict[str, float | None]], unit: str = 'mm, or the unit of eval.spacing'
 ) -> list[Chart]:
-    """What metrics.jsonl holds, all on one step axis; `unit` is that of distances."""
+    """Charts of metrics.jsonl with the same step axis; `unit` is the unit of distances."""
 
     def line(name: str, key: str, **options: Any) -> Line:
         pairs = [(r['step'], r[key]) for r in records if _is_finite(r.get(key))]
@@ -85,7 +85,7 @@ def run_charts(
 
     dots = {'form': 'o-'}
     rows = (
-        ('Training loss', 'loss of a batch', {'log': True}, [line('', 'loss')]),
+        ('Training loss', 'loss per batch', {'log': True}, [line('', 'loss')]),
         ('Validation Dice', 'mean and median over volumes', {'least': 0.05, 'within': (0, 1)},
          [line('mean', 'validation/dice', **dots),
           line('median', 'validation/dice_median', color=ORANGE, **dots)]),
@@ -103,14 +103,14 @@ def run_charts(
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[list, list]:
-    """Means over runs of equal length: at most `most` points."""
+    """At most `most` points, each the mean over as many values."""
     size = math.ceil(len(x) / most)
     runs = [slice(i, i + size) for i in range(0, len(x), size)]
     return [float(np.mean(x[run])) for run in runs], [float(np.mean(y[run])) for run in runs]
 
 
 def lesion_volume(patients: Sequence[dict[str, Any]], unit: str, words: Words = PATIENTS) -> Chart:
-    """Dice against lesion volume, a dot a patient with a lesion."""
+    """Dice against lesion volume, one dot per patient with a lesion."""
     volume = [math.prod(p['spacing']) * p['lesion_voxels'] for p in patients]
     dice = [p['dice'] for p in patients]
     titles = [
@@ -126,7 +126,7 @@ def lesion_volume(patients: Sequence[dict[str, Any]], unit: str, words: Words = 
 
 
 def calibration(bins: Sequence[dict[str, Any]]) -> Chart:
-    """How often it is foreground against how probable it is called, of bins with voxels."""
+    """The share of foreground against its predicted probability, for bins with voxels."""
     x, y = [b['probability'] for b in bins], [b['frequency'] for b in bins]
     titles = [
         f'{b["low"]:.2f} to {b["high"]:.2f}: {b["voxels"]:,} voxels, probability '
@@ -151,7 +151,7 @@ def calibration(bins: Sequence[dict[str, Any]]) -> Chart:
 
 
 def write_curves(workdir: str | Path) -> Path | None:
-    """WORKDIR/curves.png of WORKDIR/metrics.jsonl; None where that holds nothing yet."""
+    """Write WORKDIR/curves.png from WORKDIR/metrics.jsonl; None if that holds nothing yet."""
     charts = run_charts(log.read(workdir))
     if not charts:
         return None
@@ -162,9 +162,9 @@ def write_curves(workdir: str | Path) -> Path | None:
 
 
 def svg(chart: Chart) -> str:
-    """An <svg> element as wide as its place; every text in it is escaped."""
+    """An <svg> element that fills its container's width; all its text is escaped."""
     root = ElementTree.fromstring(_saved([chart], format='svg', transparent=True))
-    for element in root.iter():  # in a page it needs no namespaces, which look like addresses
+    for element in root.iter():  # a page needs no namespaces, which look like addresses
         element.tag = element.tag.split('}')[-1]
         element.attrib = {name.split('}')[-1]: value for name, value in element.attrib.items()}
     for parent in list(root.iter()):
@@ -174,7 +174,7 @@ def svg(chart: Chart) -> str:
         dots = root.findall(f".//g[@id='line-{i}']//use") if line.titles else []
         for dot, words in zip(dots, line.titles, strict=True):
             ElementTree.SubElement(dot, 'title').text = words
-    for group in root.iter('g'):  # ids of other charts on the page too
+    for group in root.iter('g'):  # other charts on the page use the same ids
         group.attrib.pop('id', None)
     root.attrib = {'viewBox': root.get('viewBox'), 'role': 'img', 'aria-label': chart.title}
     return ElementTree.tostring(root, 'unicode')
@@ -248,7 +248,7 @@ def _draw(axes, chart: Chart) -> None:
 
 
 def _with_ends(chart: Chart) -> list[Line]:
-    """The lines that are named where they end."""
+    """The lines whose names stand at their ends."""
     return [line for line in chart.lines if line.at is None and '-' in line.form]
 
 

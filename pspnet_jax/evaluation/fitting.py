@@ -22,7 +22,7 @@ from pspnet_jax.inference.choice import OPTIONS
 from pspnet_jax.runtime import hosts
 from pspnet_jax.runtime.errors import DataError
 
-FIT_VOXELS = 50_000  # of each validation patient that the temperature is fitted on
+FIT_VOXELS = 50_000  # of each validation patient, to fit the temperature
 
 
 def fit_temperature(
@@ -32,10 +32,10 @@ def fit_temperature(
     batching: Batching,
     scoring: Scoring,
 ) -> dict[str, Any]:
-    """'temperature', the negative log likelihood without and with it, and over how much.
+    """Fit the 'temperature'; also the negative log likelihood with and without it, and counts.
 
-    On at most FIT_VOXELS voxels a volume, drawn evenly, so small volumes weigh what large
-    ones do. Raises DataError when there is nothing to fit on.
+    It uses at most FIT_VOXELS random voxels per volume, so that large volumes do not dominate.
+    Raises DataError if there is nothing to fit on.
     """
     probs, labels = [], []
     for index, volume in enumerate(data):
@@ -71,10 +71,10 @@ def choose_postprocessing(
     scoring: Scoring,
     order: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`choose` of the Dice that `evaluate_volumes` has of each volume for each combination
-    of what is `tried` (`choice.grid`). The network runs once a volume for each `program(flip)`.
+    """`choose` by each volume's Dice for each combination of the options in `tried` (see `grid`).
 
-    On several hosts `data` are this one's volumes and `order` the patients of all.
+    The network runs once per volume and `program(flip)`. On several hosts `data` are this host's
+    volumes and `order` the patients of all hosts.
     """
     structures, rows = scoring.structures, []
     for volume in data:
@@ -110,9 +110,9 @@ TIE = 1e-9  # of Dice
 
 
 def grid(own: Mapping[str, Any], num_classes: int, given: Collection[str]) -> dict[str, list[Any]]:
-    """{option: values to try}, the first of each is `own`; those that were `given` have no other.
+    """{option: values to try}, starting with `own`, which is the only one if the option is `given`.
 
-    More than two classes have no threshold: the likeliest is taken.
+    With more than two classes there is no threshold: the likeliest class is taken.
     """
     values = {
         'flip': (False, True),
@@ -136,10 +136,10 @@ def tally(
     largest: Sequence[bool],
     min_sizes: Sequence[int],
 ) -> np.ndarray:
-    """(largest, min_sizes, structures, 3) int64: `metrics.counts` of what `postprocess.clean`
-    leaves of each scan, for each of `largest` with each of `min_sizes`.
+    """(largest, min_sizes, structures, 3) int64: `metrics.counts` after `postprocess.clean` of each
+    scan, for each combination of `largest` and `min_sizes`.
 
-    Components are labelled once: what they hold adds up, and cleaning one class changes no other.
+    Components are labelled only once: their counts add up, and classes are cleaned independently.
     """
     counts = np.zeros((len(largest), len(min_sizes), len(structures), 3), np.int64)
     counted = mask_DHW != ignore_label
@@ -162,7 +162,7 @@ def tally(
 
 
 def mean_dice(counts: np.ndarray) -> np.ndarray:
-    """(..., structures, 3) -> (...): the mean over structures, NaN where all are undefined."""
+    """(..., structures, 3) -> (...): the mean over structures, NaN if all are undefined."""
     return _mean(metrics.ratios(counts)['dice'], axis=-1)
 
 
@@ -172,8 +172,9 @@ def _mean(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def combinations(tried: Mapping[str, Sequence[Any]], dice_PN: np.ndarray) -> list[dict[str, Any]]:
-    """A row a combination, in the order of `itertools.product`: its options, 'dice', the mean over
-    those of P patients where it is defined, None where it is of none, and 'n', how many these are.
+    """One row per combination, in the order of `itertools.product`: its options, 'dice' and 'n'.
+
+    'dice' is the mean over the 'n' of P patients where it is defined, None if 'n' is 0.
     """
     return [
         {
@@ -191,15 +192,15 @@ def combinations(tried: Mapping[str, Sequence[Any]], dice_PN: np.ndarray) -> lis
 
 
 def best(rows: Sequence[dict[str, Any]], tried: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The row of the highest Dice; of several within `TIE` that which changes the fewest options.
+    """The row with the highest Dice; among ties (`TIE`) the one that changes the fewest options.
 
-    Raises DataError where no Dice is defined.
+    Raises DataError if no Dice is defined.
     """
     defined = [row for row in rows if row['dice'] is not None]
     if not defined:
         raise DataError(
             'no validation case has an object, so there is no Dice to choose post-processing by: '
-            'raise data.validation_fraction and train again'
+            'raise --config.data.validation_fraction and train again'
         )
     highest = max(row['dice'] for row in defined)
     return min(
@@ -209,8 +210,10 @@ def best(rows: Sequence[dict[str, Any]], tried: Mapping[str, Sequence[Any]]) -> 
 
 
 def choose(tried: Mapping[str, Sequence[Any]], dice_PN: np.ndarray) -> dict[str, Any]:
-    """What `save` keeps of Dice of P patients and N combinations: 'options', their 'dice' and that
-    'without', over how many 'patients', and under 'best' the best row of each value tried.
+    """The choice by the Dice of P patients and N combinations, as `save` stores it.
+
+    It has the 'options', their 'dice' and the Dice 'without' them, the number of 'patients', and
+    under 'best' the best row for each value that was tried.
     """
     rows = combinations(tried, dice_PN)
     found = best(rows, tried)

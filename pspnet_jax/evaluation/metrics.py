@@ -1,7 +1,6 @@
-"""Metrics: counts first, merged by +, the ratio last. Undefined is NaN.
+"""Metrics on numpy arrays: counts, which add up, and then ratios. Undefined is NaN.
 
-Arrays in, arrays out, on the host. What a number is a mean over (volume, slice,
-pooled pixels) is decided, and named, by whoever adds the counts up.
+The caller adds the counts up and so decides what a metric is over (volume, slice, pooled pixels).
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ FEW = 10  # patients below which `bootstrap_ci` is much too narrow
 def confusion(pred: np.ndarray, true: np.ndarray, num_classes: int, ignore_label: int = 255):
     """(K, K) int64: how many pixels of class `row` are predicted as class `column`.
 
-    `pred` and `true` are label arrays of one shape; pixels whose truth is
-    `ignore_label` count nowhere.
+    `pred` and `true` are label arrays of one shape; pixels whose truth is `ignore_label` are left
+    out.
     """
     counted = true != ignore_label
     pred, true = pred[counted].astype(np.int64), true[counted].astype(np.int64)
@@ -51,13 +50,12 @@ def ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
 def pooled_iou(counts: np.ndarray, ignore_label: int = 255) -> dict[str, Any]:
     """(K, 3) pooled counts -> frequency_weighted_IU, mean_IU, class_wise_IU.
 
-    The figures that image-segmentation-keras' evaluate_segmentation gives under these names,
-    here at the masks' full size: a class that is nowhere counts 0 in the mean, and weights
-    are the true pixels of each class. No pixel at all gives NaN weights. The class that is
-    `ignore_label` is None and in no mean.
+    The metrics of image-segmentation-keras' evaluate_segmentation by these names, here at the
+    masks' full size: an absent class counts 0 in the mean, and weights are the true pixels of each
+    class. Without any pixel, weights are NaN. The class `ignore_label` is None and in no mean.
     """
     tp, fp, fn = np.asarray(counts, np.float64).T
-    class_wise = tp / (tp + fp + fn + 1e-12)  # theirs, in place of 0/0
+    class_wise = tp / (tp + fp + fn + 1e-12)  # their way to avoid 0/0
     with np.errstate(invalid='ignore'):
         weights = (tp + fn) / (tp + fn).sum()
     scored = np.arange(len(class_wise)) != ignore_label
@@ -73,12 +71,11 @@ def pooled_iou(counts: np.ndarray, ignore_label: int = 255) -> dict[str, Any]:
 def surface_distances(
     pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of each surface voxel of `pred` to the surface of `true`, and of `true`'s to pred's.
+    """Distances of the surface voxels of `pred` to the surface of `true`, and vice versa.
 
-    The surface of a boolean volume are its voxels with a face neighbour outside it, or outside
-    the array. Axes of length 1 count as none: the surface of a picture is its outline.
-    Distances are between centres of voxels, in spacing's unit; infinite where the
-    other mask is empty.
+    The surface of a boolean volume is its voxels with a face neighbour outside it or outside the
+    array. Axes of length 1 are ignored: the surface of a 2D image is its outline. Distances are
+    between voxel centres, in the unit of `spacing`; infinite if the other mask is empty.
     """
     long = [axis for axis, size in enumerate(pred.shape) if size > 1] or [0]
     spacing = [spacing[axis] for axis in long]
@@ -86,7 +83,7 @@ def surface_distances(
     where = np.argwhere(pred | true)
     if not len(where):
         return np.zeros(0), np.zeros(0)
-    # Only the box around both masks matters; one voxel of margin keeps surfaces surfaces.
+    # Only the box around both masks matters; a margin of one voxel keeps the surfaces.
     box = tuple(slice(a, b + 1) for a, b in zip(where.min(0), where.max(0), strict=True))
     pred, true = np.pad(pred[box], 1), np.pad(true[box], 1)
     pred_surface = pred & ~ndimage.binary_erosion(pred)
@@ -103,7 +100,7 @@ def surface_distances(
 def surface_ratios(
     distances: tuple[np.ndarray, np.ndarray], tolerance: float = 0.0
 ) -> dict[str, float]:
-    """`surface_distances` -> hd95, hd95_joined, assd, surface_dice, as the functions so named."""
+    """`surface_distances` -> hd95, hd95_joined, assd, surface_dice (see these functions)."""
     both = np.concatenate(distances)
     hd95 = joined = assd = float('nan')
     if all(map(len, distances)):
@@ -117,25 +114,24 @@ def surface_ratios(
 def hd95(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
     """95th percentile Hausdorff distance between two boolean volumes, in spacing's unit.
 
-    The larger of the two directed 95th percentiles of the distance from one mask's
-    surface to the other's (`surface_distances`), as MONAI has it. NaN when a mask is empty:
-    there is no surface to measure to.
+    The larger of the two directed 95th percentiles of the distance from one mask's surface to the
+    other's (`surface_distances`), as in MONAI. NaN if a mask is empty.
     """
     return surface_ratios(surface_distances(pred, true, spacing))['hd95']
 
 
 def hd95_joined(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
-    """`hd95` as MedPy has it: the 95th percentile of the distances of both surfaces together.
+    """`hd95` as in MedPy: the 95th percentile of the distances of both surfaces together.
 
-    Up to 20 times smaller where most of the voxels are of the surface that is near.
+    It can be 20 times smaller than `hd95` if most of the voxels belong to the nearer surface.
     """
     return surface_ratios(surface_distances(pred, true, spacing))['hd95_joined']
 
 
 def assd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
-    """Average symmetric surface distance, in spacing's unit: over the voxels of both surfaces.
+    """Average symmetric surface distance over the voxels of both surfaces, in spacing's unit.
 
-    NaN when a mask is empty.
+    NaN if a mask is empty.
     """
     return surface_ratios(surface_distances(pred, true, spacing))['assd']
 
@@ -145,8 +141,8 @@ def surface_dice(
 ) -> float:
     """Share of the voxels of both surfaces that are within `tolerance` of the other surface.
 
-    Nikolov et al. 2018 (arXiv:1809.04430). Deviation: surface voxels are counted, theirs are
-    weighted by the area of a mesh through them. 0 when one mask is empty, NaN when both are.
+    Nikolov et al. 2018 (arXiv:1809.04430). Deviation: surface voxels are counted, not weighted by
+    the area of a mesh. 0 if one mask is empty, NaN if both are.
     """
     return surface_ratios(surface_distances(pred, true, spacing), tolerance)['surface_dice']
 
@@ -159,15 +155,15 @@ def lesions(
     dilation: int,
     smallest: float,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(Dice of each lesion of `true`, whether it was found, how many of `pred` meet none).
+    """(Dice of each lesion of `true`, whether each was found, number of false lesions in `pred`).
 
-    As the BraTS 2023 challenge counts (github.com/rachitsaluja/BraTS-2023-Metrics), of two boolean
-    volumes D H W. Predicted lesions are connected by faces, edges or corners (26 neighbours).
-    Lesions of `true` that meet so after `dilation` steps, each to the 18 neighbours by faces and
-    edges, are one. One is found if its dilation meets a predicted lesion, and its Dice is with
-    all that do, whole: a predicted lesion may serve several. Lesions of at most `smallest`, in
-    cubes of spacing's unit, are left out, and a predicted lesion that meets only these is not
-    false. The challenge has `dilation` 3 and `smallest` 50 for gliomas, 1 and 50 for meningiomas,
+    As in the BraTS 2023 challenge (github.com/rachitsaluja/BraTS-2023-Metrics), for two boolean
+    volumes D H W. Predicted lesions are connected by faces, edges or corners (26 neighbours). True
+    lesions count as one if they are connected after `dilation` steps to the 18 neighbours by faces
+    and edges. A lesion is found if its dilation touches predicted lesions; its Dice is with all of
+    these together, and a predicted lesion may count for several. Lesions of at most `smallest` (in
+    cubes of spacing's unit) are left out, and a predicted lesion that touches only these is not
+    false. The challenge uses `dilation` 3 and `smallest` 50 for gliomas, 1 and 50 for meningiomas,
     1 and 2 for metastases.
     """
     where = np.argwhere(pred | true)
@@ -177,14 +173,14 @@ def lesions(
     box = tuple(slice(a, b + 1) for a, b in zip(where.min(0), where.max(0), strict=True))
     pred, true = pred[box], true[box]
     wide = true
-    if dilation:  # SciPy takes 0 for as often as anything changes
+    if dilation:  # to SciPy, 0 means to repeat until nothing changes
         by_edges = ndimage.generate_binary_structure(3, 2)
         wide = ndimage.binary_dilation(true, by_edges, iterations=dilation)
     by_corners = np.ones((3, 3, 3), bool)
     predicted, n_predicted = ndimage.label(pred, by_corners)
     lesion, n_lesions = ndimage.label(wide, by_corners)
 
-    # Each pair of a lesion's dilation and a predicted lesion that meet, once.
+    # Each touching pair of a dilated true lesion and a predicted lesion, once.
     both = pred & wide
     pairs = np.unique(np.stack([lesion[both], predicted[both]]), axis=1)
     size = np.bincount(lesion[true], minlength=n_lesions + 1)
@@ -200,9 +196,9 @@ def lesions(
 def lesion_ratios(counted: tuple[np.ndarray, np.ndarray, int]) -> dict[str, float]:
     """`lesions` -> lesion_dice, lesion_f1; NaN without a lesion in either mask.
 
-    lesion_dice is the mean over the lesions of the truth, where one that is missed has 0, and over
-    the predicted ones that meet none, which have 0 too. lesion_f1 is 2 TP / (2 TP + FN + FP) of
-    found, missed and false lesions. Deviation: BraTS has 1 where there are none.
+    lesion_dice is the mean over the true lesions (a missed one counts 0) and the false lesions
+    (which count 0). lesion_f1 is 2 TP / (2 TP + FN + FP) of found, missed and false lesions.
+    Deviation: BraTS gives 1 if there are none.
     """
     dice, found, false_lesions = counted
     if not len(dice) + false_lesions:
@@ -215,9 +211,9 @@ def lesion_ratios(counted: tuple[np.ndarray, np.ndarray, int]) -> dict[str, floa
 
 
 def calibration_counts(prob: np.ndarray, true: np.ndarray, bins: int) -> np.ndarray:
-    """(bins, 3) float64: how many, sum of `prob`, how many are `true`, by equal bins of `prob`.
+    """(bins, 3) float64, by equal bins of `prob`: count, sum of `prob`, count of `true`.
 
-    `prob` is the probability of what the booleans `true` tell; merged by +.
+    `prob` is the predicted probability that the boolean `true` is True. Counts add up.
     """
     prob = np.asarray(prob, np.float64).ravel()
     index = np.minimum((prob * bins).astype(np.int64), bins - 1)
@@ -226,10 +222,10 @@ def calibration_counts(prob: np.ndarray, true: np.ndarray, bins: int) -> np.ndar
 
 
 def expected_calibration_error(counts: np.ndarray) -> float:
-    """Mean distance of a bin's probability from its frequency, weighted by how many are in it.
+    """Mean difference between a bin's probability and its frequency, weighted by the bin's count.
 
-    Naeini et al. 2015, Guo et al. 2017 (equation 3). Deviation: over bins of the probability
-    of one event, not of the winning class's confidence. NaN of nothing.
+    Naeini et al. 2015, Guo et al. 2017 (equation 3). Deviation: bins of the probability of one
+    event, not of the winning class's confidence. NaN without any count.
     """
     number, prob, true = counts.T
     with np.errstate(invalid='ignore'):
@@ -241,8 +237,8 @@ def bootstrap_ci(
 ) -> list[float] | None:
     """95 % percentile interval of the mean over resampled patients; NaNs are left out.
 
-    None of fewer than two. It is too narrow for few: of normal values it holds the mean in
-    76 % of trials with 3, 86 % with 6, 90 % with 10 of them (`FEW`).
+    None for fewer than two. It is too narrow for few patients: with normal values it contains the
+    true mean in 76 % of trials with 3 patients, 86 % with 6, 90 % with 10 (`FEW`).
     """
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]

@@ -1,4 +1,4 @@
-"""Which cases of which run are evaluated, with what was fitted for it, and where to."""
+"""Evaluates a checkpoint on a split or data set and writes the results."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 Loaded = tuple[volumes.Slices, dict[str, list[str]]]  # `sources.load`'s
 SPLITS = ('train', 'validation', 'test')
-ABOUT = 'source.json'  # in a folder of results: what they are of
+ABOUT = 'source.json'  # in a folder of results: what was evaluated
 
 
 def evaluate_checkpoint(
@@ -56,51 +56,35 @@ def evaluate_checkpoint(
     split: str = '',
     data: str = '',
     which: str = '',
-    fit: bool = False,
-    choose: bool = False,
+    fit: Collection[str] = (),
     changes: Mapping[str, Any] = MappingProxyType({}),
     group: str | None = None,
     trusted: bool = False,
     loaded: Loaded | None = None,
     out: str | Path = '',
 ) -> dict[str, Any]:
-    """Evaluate; write evaluation.json, report.html and pictures; print the table.
+    """Evaluate; write evaluation.json, report.html and pictures to a folder; print the table.
 
-    They go to `out`, or to a folder a split or data set: WORKDIR/evaluation/test, or the name of
-    the folder `data`. What is in a folder is never replaced by the evaluation of other data. Of the
-    part that training evaluates, 'test' or where it is empty 'validation', evaluation.json and
-    report.html are copied to WORKDIR.
+    `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout.
+    Without it the data of the training are read, if this user trained on them on this machine or
+    says that the run is `trusted`: a run from elsewhere may name any folder. `split` is a part of
+    WORKDIR/splits.json; '' takes all of `data`, or 'test', or where that is empty 'validation'.
+    `group` replaces the run's `data.group`. `changes` to the config are those of `with_prediction`.
+    The folder is `out`, or that of `_results_folder`; evaluation.json and report.html of the part
+    that training evaluates are copied to WORKDIR.
 
-    `data` is a folder with images/ and masks/, as the config reads them, or in the Kaggle layout;
-    without it, the data set that the run was trained on, if this user did so on this machine or
-    says that the run is `trusted`: one from elsewhere may name any folder. `split` chooses
-    patients as WORKDIR/splits.json has them: '' takes those of 'test', where it is empty those of
-    'validation', and of `data` all. `group` says whose pictures of such a folder belong together,
-    in place of the run's `data.group`. `changes` are to the config, as `with_prediction`;
-    evaluation.json has the config as used. With `choose`, post-processing is chosen on the
-    validation patients first and kept in WORKDIR/postprocessing.json; see `with_choice` for when it
-    is applied. With `fit` the temperature is then fitted on these patients and kept in
-    WORKDIR/temperature.json; this and every later call of the same `views` applies it to the
-    probabilities of that checkpoint.
-    `loaded` is what `sources.load` gave for that data set, where the caller has it. Returns what
-    evaluation.json holds.
+    `fit` lists what is fitted on the validation patients first, kept with the run, and applied to
+    that checkpoint by this and later calls: 'postprocessing' (`with_choice`, postprocessing.json)
+    and 'temperature' (temperature.json, for the same `views`). `loaded` is what `sources.load` gave
+    for that data set, where the caller has it. Returns what evaluation.json holds.
     """
-    if fit or choose:
-        _check_validation(split, data, '--choose_postprocessing' if choose else '--fit_temperature')
-    if not out:
-        paths.writable(workdir, '--out')
-    if fit or choose:
-        paths.writable(workdir, 'a run of your own')
-    named, workdir = workdir, paths.local(workdir)
-    data = data and os.path.abspath(paths.local(data))
+    _check(fit, workdir, out, split, data)
+    workdir, data = paths.local(workdir), data and os.path.abspath(paths.local(data))
     run = open_run(workdir, which)
     config, step = with_prediction(run.config, changes), run.step
-    if not data:
-        split = split or _own_part(workdir)
-        if not trusted:
-            _check_known(config, split)
-    if group is not None and not _is_folder(config, data):
-        raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
+    split = split or ('' if data else _own_part(workdir))
+    if not (data or trusted):
+        _check_known(config, split)
     names, open_volumes, own = _volume_source(
         config, workdir, split, data, run.channels, run.measured, group, loaded
     )
@@ -108,7 +92,7 @@ def evaluate_checkpoint(
     folder = _results_folder(workdir, out, about | {'digest': run.digest}, bool(data))
     digests, program = [], _programs(run, config)
     options = evaluate_options(config, run.intensity)
-    if choose:
+    if 'postprocessing' in fit:
         tried = fitting.grid(config.predict, config.model.num_classes, given=changes)
         part = open_volumes(hosts.share(names))
         facts = choose_postprocessing(program, part, tried=tried, order=names, **options)
@@ -116,7 +100,7 @@ def evaluate_checkpoint(
         print(f'post-processing for step {step}: {choice.describe(facts)}')
     config, chosen = with_choice(run.config, workdir, step, changes)
     predict_fn = program(config.predict.flip)
-    if fit:
+    if 'temperature' in fit:
         facts = fit_temperature(predict_fn, open_volumes(), **options)
         _keep(calibration.save, workdir, step, views(config), split, facts)
         print(calibration.describe(facts, step))
@@ -131,12 +115,12 @@ def evaluate_checkpoint(
         order=names,
     )
     result['data'] |= about
+    result['postprocessing'] = chosen
     if data:
         result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)), words_for(result))
     mark_seen(result)
-    result['postprocessing'] = chosen
-    passed_over = {str(n): reason for n, reason in run.passed_over.items()}
-    result['checkpoint'] = {'step': step, 'passed_over': passed_over, 'config': to_dict(config)}
+    passed = {str(n): reason for n, reason in run.passed_over.items()}
+    result['checkpoint'] = {'step': step, 'passed_over': passed, 'config': to_dict(config)}
     if hosts.is_first():
         given = {'batching': options['batching'], 'temperature': temperature, **labels}
         predict = functools.partial(predict_foreground, predict_fn, **given)
@@ -144,25 +128,25 @@ def evaluate_checkpoint(
         command = _command(named, given | {'group': group, 'out': out or None} | changes)
         _write(workdir, folder, result, predict, open_volumes, config.loss.ignore_label, command)
         if own and not out:
-            for name in ('evaluation.json', 'report.html'):
-                with writing(workdir / name) as aside:
-                    shutil.copyfile(folder / name, aside)
+            _copy_to(workdir, folder)
     return result
 
 
 def _results_folder(
     workdir: Path, out: str | Path, about: Mapping[str, str], is_other: bool
 ) -> Path:
-    """The folder for what is evaluated, the same on all hosts, with ABOUT in it.
+    """Return the results folder, the same on all hosts, with the file ABOUT in it.
 
-    Raises ConfigError where `out` holds the evaluation of something else.
+    It is `out`, WORKDIR/evaluation/SPLIT, or WORKDIR/evaluation/NAME of the data's folder. What it
+    holds is never replaced by the evaluation of other data. Raises ConfigError if `out` holds
+    another evaluation.
     """
     if not hosts.is_first():
         return Path(*hosts.gather([]))
     folder, base = paths.local(out) if out else None, workdir / 'evaluation'
     if folder and not _is_free(folder, about):
         raise ConfigError(
-            f'{folder} holds another evaluation, of other data or another checkpoint: give another '
+            f'{folder} holds an evaluation of other data or another checkpoint: give another '
             '--out, or remove the folder'
         )
     if not folder and not is_other:
@@ -179,7 +163,7 @@ def _results_folder(
 
 
 def _is_free(folder: Path, about: Mapping[str, str]) -> bool:
-    """Whether a folder has no evaluation yet, or one of this."""
+    """Whether a folder holds no evaluation, or one of the same data."""
     if not (folder / ABOUT).exists():
         return not (folder / 'evaluation.json').exists()
     try:
@@ -190,7 +174,7 @@ def _is_free(folder: Path, about: Mapping[str, str]) -> bool:
 
 
 def mark_seen(result: dict[str, Any]) -> None:
-    """Set 'seen' of each case that the run was trained or validated on to that part's name."""
+    """Set 'seen' of each case that the run was trained or validated on to the name of that part."""
     data = result['data']
     overlap = data.get('overlap') or {}
     for row in result['patients']:
@@ -203,17 +187,26 @@ def mark_seen(result: dict[str, Any]) -> None:
             row['seen'] = parts[0]
 
 
-def _check_validation(split: str, data: str, asked: str) -> None:
-    """Raise ConfigError where what is `asked` for would be fitted on other patients."""
-    if data or split != 'validation':
+def _check(
+    fit: Collection[str], workdir: str | Path, out: str | Path, split: str, data: str
+) -> None:
+    """Raise ConfigError if `fit` is unknown, or would not be fitted on the validation patients, and
+    if something would be written to a network of the package.
+    """
+    if fit or not out:
+        paths.writable(workdir, 'a run of your own' if fit else '--out')
+    flags = {'postprocessing': '--choose_postprocessing', 'temperature': '--fit_temperature'}
+    if isinstance(fit, str) or not set(fit) <= set(flags):
+        raise ConfigError(f'fit is {fit!r}: give a list of {" and ".join(map(repr, flags))}')
+    if fit and (data or split != 'validation'):
         raise ConfigError(
-            f'{asked} is for --split=validation only: what is fitted on other cases would be '
-            'tested on them'
+            f'{flags[min(fit)]} is for --split=validation only: fitted on other cases, it would be '
+            'tested on the same cases'
         )
 
 
 def _programs(run: Run, config) -> Callable[[bool], PredictFn]:
-    """The network's compiled program, with the mirror image (True) or without."""
+    """A function that compiles the network with the mirror image (True) or without."""
     variables, options = jax.device_put(run.variables), program_options(config)
 
     @functools.cache
@@ -232,7 +225,7 @@ def _keep(
     split: str,
     facts: Mapping[str, Any],
 ) -> None:
-    """`save` on the first host, before any reads it, what was fitted for a step and its views."""
+    """`save` what was fitted for a step and its views, on the first host, before any reads it."""
     if hosts.is_first():
         save(workdir, {'step': step, 'views': seen, 'split': split, **facts})
     hosts.wait_for_all()
@@ -261,7 +254,7 @@ def _write(
     path = folder / 'evaluation.json'
     write_json(path, result)
 
-    # Which patient is the median is known only now: the few shown are predicted again.
+    # The median patient is known only now: the few that are shown are predicted again.
     roles = {row['patient']: role for role, row in report.extremes(result['patients'])}
     cases = {}
     for volume in open_volumes(list(roles)):
@@ -273,8 +266,16 @@ def _write(
     say(f'written to {path} and {page}; pictures in {folder / "pictures"}')
 
 
+def _copy_to(workdir: Path, folder: Path) -> None:
+    for name in ('evaluation.json', 'report.html'):
+        with writing(workdir / name) as aside:
+            shutil.copyfile(folder / name, aside)
+
+
 def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
-    """What makes the same page again, to be pasted into a shell."""
+    """The shell command that makes the same page again."""
+    if Path(workdir).parent == paths.ZOO:
+        workdir = f'zoo:{Path(workdir).name}'
     flags = {'workdir': workdir} | {
         key: value for key, value in options.items() if value is not None
     }
@@ -289,16 +290,17 @@ def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
 def tell_overlap(
     workdirs: Sequence[str | Path], digests: Mapping[str, Sequence[str]], w: Words
 ) -> dict[str, dict[str, list[str]] | None]:
-    """{'overlap': `splits.overlap` with what the runs were trained and validated on}, which the
-    log says; None where that is not known of all.
+    """{'overlap': `splits.overlap` with the runs' training and validation cases}; logs it.
+
+    The overlap is None if it is unknown for a run.
     """
     kept = [paths.local(workdir) / splits.KEPT for workdir in workdirs]
     found = [splits.overlap(path, digests) for path in kept]
     for path, one in zip(kept, found, strict=True):
         if one is None and hosts.is_first():
             logger.warning(
-                'it is not known whether the run was trained on these pictures: %s is missing, '
-                'damaged, or has no digests of pictures', path,
+                'it is not known whether the run was trained on these images: %s is missing, '
+                'corrupted, or has no digests of images', path,
             )  # fmt: skip
     if None in found:
         return {'overlap': None}
@@ -307,9 +309,9 @@ def tell_overlap(
         for key in ('train', 'validation', 'same_name')
     }
     said = {
-        'train': 'have pictures that the run was trained on: these figures are too good',
-        'validation': 'have pictures of its validation set, by which its checkpoint was chosen',
-        'same_name': 'have the name of one of these, but other pictures',
+        'train': 'have images that the run was trained on: these results are too optimistic',
+        'validation': 'have images of its validation set, by which its checkpoint was chosen',
+        'same_name': 'have the name of one of these, but other images',
     }
     for key, finding in said.items():
         if (names := together[key]) and hosts.is_first():
@@ -325,8 +327,8 @@ def _is_folder(config, data: str) -> bool:
 
 
 def _own_part(workdir: Path) -> str:
-    """The part that training evaluates: 'test', or where it is empty 'validation'."""
-    with contextlib.suppress(DataError):  # which is said where the split is read for the data
+    """The part that training evaluates: 'test', or 'validation' if that is empty."""
+    with contextlib.suppress(DataError):  # reported later, when the split is read for the data
         parts, _ = splits.listed(workdir / splits.KEPT)
         if not parts['test'] and parts['validation']:
             return 'validation'
@@ -334,13 +336,12 @@ def _own_part(workdir: Path) -> str:
 
 
 def _check_known(config, split: str) -> None:
-    """Raise DataError for a run that names data which this user has not trained on here."""
+    """Raise DataError if the run names data that this user has not trained on here."""
     places = sources.places(config)
     if places and not paths.are_known(places):
         raise DataError(
-            f'the run was trained on {", ".join(places)}, which no training of yours on this '
-            f'machine has read: if it is the data you expect, add --data={places[0]} '
-            f'--split={split}'
+            f'the run was trained on {", ".join(places)}, which you have not used for training on '
+            f'this machine: if that is the data you expect, add --data={places[0]} --split={split}'
         )
 
 
@@ -354,10 +355,13 @@ def _volume_source(
     group: str | None,
     loaded: Loaded | None,
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]], bool]:
-    """The patients in order; `open_volumes(patients=None)`: the volumes to evaluate, one at a
-    time, or those of these, with the network's channels and intensities as `measured` says; and
-    whether they are the part that training evaluates.
+    """(patients in order, `open_volumes`, whether they are the part that training evaluates).
+
+    `open_volumes(patients=None)` yields the volumes to evaluate, or those of these patients, with
+    the network's channels and with intensities measured as `measured` names it.
     """
+    if group is not None and not _is_folder(config, data):
+        raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
     kept = Path(workdir) / splits.KEPT
     if _is_folder(config, data):
         where = sources.elsewhere(config, data) | {'group': sources.grouping(config, group)}
@@ -391,7 +395,7 @@ def _volume_source(
 
     def open_split(patients: Sequence[str] | None = None) -> Iterator[Volume]:
         chosen = parts[split]
-        if patients is not None:  # one whose slices have several sizes is several, 'NAME 32x40'
+        if patients is not None:  # a case with slices of several sizes is split: 'NAME 32x40'
             begin = tuple(f'{name} ' for name in chosen)
             found = {
                 name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients

@@ -1,7 +1,7 @@
-"""An evaluation as one page to read: report.html, a file that needs no other and no network.
+"""report.html: an evaluation as one self-contained page, which needs no network.
 
-Everything that comes from data is escaped on its way into the page, and the page's content
-security policy lets no script run but ours, whose digest it states.
+Everything that comes from data is escaped, and the page's content security policy allows only our
+own script, by its digest.
 """
 
 import base64
@@ -23,12 +23,12 @@ from pspnet_jax.inference import choice
 from pspnet_jax.runtime import log
 from pspnet_jax.runtime.storage import writing
 
-MOST_CONFUSED = 32  # classes whose confusion matrix is shown
-MOST_SLICES = 48  # of a patient shown
-MOST_PIXELS = 256  # a side of a picture shown
+MOST_CONFUSED = 32  # most classes for which the confusion matrix is shown
+MOST_SLICES = 48  # that are shown of a patient
+MOST_PIXELS = 256  # side of a picture that is shown
 PICTURE_BYTES = 15_000_000  # of all pictures, as base64
 LAYERS = ('image', 'truth', 'prediction', 'probability', 'difference')
-# What the tables show: {key of a row: (heading, decimals)}.
+# Columns of the tables: {key of a row: (heading, decimals)}.
 FIGURES = {
     'dice': ('Dice', 3),
     'dice_largest': ('Dice, largest component', 3),
@@ -49,7 +49,7 @@ SIZES = {
     'slices': ('Slices', 0),
 }
 POOLED = {
-    'per_slice_dice_empty_is_1': 'Dice per slice, an empty slice left empty counts 1',
+    'per_slice_dice_empty_is_1': 'Dice per slice, an empty slice predicted empty counts 1',
     'pooled_pixel_accuracy': 'Pixel accuracy, pooled',
     'frequency_weighted_IU': 'frequency_weighted_IU, pooled',
     'mean_IU': 'mean_IU, pooled, background included',
@@ -58,9 +58,9 @@ TEMPLATES = Path(__file__).parent / 'templates'
 
 
 class Case(NamedTuple):
-    """A patient to look at, no larger than is shown: D slices, all arrays D h w (image: D h w 3).
+    """A patient to show, reduced in size: D slices, all arrays D h w (image: D h w 3).
 
-    `prob` is the probability of foreground in 255ths; `number` those of the D slices.
+    `prob` is the probability of foreground in 255ths; `number` holds the numbers of the slices.
     """
 
     patient: str
@@ -74,7 +74,7 @@ class Case(NamedTuple):
 def extremes(patients: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """[(role, row)] of the best, median and worst patient by Dice, each patient once.
 
-    Of two in the middle the lower. Patients whose Dice is undefined are passed over.
+    The median is the lower of two in the middle. Patients with undefined Dice are skipped.
     """
     ranked = sorted((p for p in patients if p['dice'] is not None), key=lambda p: p['dice'])
     if not ranked:
@@ -87,7 +87,10 @@ def extremes(patients: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, An
 
 
 def make_case(volume: Volume, pred_DHW: np.ndarray, foreground_DHW: np.ndarray) -> Case:
-    """Every n-th pixel and at most MOST_SLICES evenly spaced slices, that with most lesion too."""
+    """A Case of every n-th pixel and at most MOST_SLICES evenly spaced slices.
+
+    The slice with the largest lesion is among them.
+    """
     D, H, W = pred_DHW.shape
     keep = np.arange(D)
     if D > MOST_SLICES:
@@ -116,11 +119,11 @@ def write(
     command: str = '',
     folder: str | Path = '',
 ) -> Path:
-    """FOLDER/report.html, without one WORKDIR's, of what `protocol.evaluate_checkpoint` found.
+    """Write report.html of the result of `protocol.evaluate_checkpoint` to FOLDER or WORKDIR.
 
-    `cases` are [(role, Case)], `extremes` with their pictures; the run's curves are read from
-    WORKDIR/metrics.jsonl. `command` is what makes the same page again. At most PICTURE_BYTES of
-    pictures: they are made coarser until they fit.
+    `cases` are [(role, Case)] of the `extremes`; the run's curves are read from
+    WORKDIR/metrics.jsonl. `command` makes the same page again. Pictures are made coarser until they
+    fit into PICTURE_BYTES.
     """
     path = Path(folder or workdir) / 'report.html'
     made = {
@@ -142,7 +145,7 @@ def render(
     command: str = '',
     date: str = '',
 ) -> str:
-    """The page: the template, filled with the figures, charts and pictures."""
+    """The page: the template, filled with metrics, charts and pictures."""
     script = (TEMPLATES / 'report.js').read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     bins = [each for each in result['calibration']['bins'] if each['voxels']]
@@ -198,7 +201,7 @@ def render(
 
 
 def _template():
-    """templates/report.html, which escapes all but what it calls safe: our own files and charts."""
+    """templates/report.html, which escapes all but what it marks as safe: our files and charts."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -224,7 +227,7 @@ def _interval(figures: dict[str, Any], digits: int) -> str:
 
 
 def _unit(patients: Sequence[dict[str, Any]], spacing: Sequence[float], cubic: str = '') -> str:
-    """That of distances, or of volumes, in words; `spacing` is of those whose files have none."""
+    """The unit of distances or volumes; `spacing` is for patients whose files have none."""
     known, mm = [row['in_mm'] for row in patients], f'{cubic}millimetres'
     flat = all(row['slices'] == row['scans'] for row in patients)
     steps = f'{cubic}units of eval.spacing'
@@ -234,7 +237,7 @@ def _unit(patients: Sequence[dict[str, Any]], spacing: Sequence[float], cubic: s
 
 
 def _title(result: dict[str, Any], run: str) -> str:
-    """'holdout_0: unet on lgg, test': the run, its network and what it is evaluated on."""
+    """'holdout_0: unet on lgg, test': the run, its network and the data."""
     data, model = result['data'], result['checkpoint']['config']['model']['name']
     source = Path(data['source']).name or data['source']
     split = f', {data["split"]}' if data['split'] else ''
@@ -242,12 +245,12 @@ def _title(result: dict[str, Any], run: str) -> str:
 
 
 def _names(result: dict[str, Any]) -> Sequence[str]:
-    """Of all classes, background first; () where they have none."""
+    """The names of all classes, background first; () if they have none."""
     return result['checkpoint']['config']['model'].get('class_names') or ()
 
 
 def _fitting(columns: dict[str, tuple[str, int]], w: Words) -> dict[str, tuple[str, int]]:
-    """Headings in the words that fit."""
+    """The columns with headings in the result's words."""
     pairs = ('Lesion', w.lesion.capitalize()), ('voxel', w.voxel), ('Slice', w.slice.capitalize())
     found = {}
     for key, (heading, digits) in columns.items():
@@ -258,7 +261,7 @@ def _fitting(columns: dict[str, tuple[str, int]], w: Words) -> dict[str, tuple[s
 
 
 def _legend(cases: Sequence[Case], names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """{panels: [(colour, words)]} of what is to be seen in them."""
+    """{panels: [(colour, words)]} for what the panels show."""
     labels, apart = [np.zeros(1, np.uint8)], [np.zeros(1, np.uint8)]
     for case in cases:
         labels += [np.unique(case.truth), np.unique(case.pred)]
@@ -275,7 +278,7 @@ def _css(color: Sequence[int]) -> str:
 
 
 def _encode(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """What the page's script reads, at the finest of 1, 1/2, 1/4 .. that fits PICTURE_BYTES."""
+    """The pictures for the page's script, at the largest scale (1, 1/2, 1/4, ...) that fits."""
     step = 1
     while True:
         pictures = [_encode_case(case, step) for case in cases]
@@ -286,7 +289,7 @@ def _encode(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def _encode_case(case: Case, step: int) -> dict[str, Any]:
-    """Data URIs by layer and slice. Truth, prediction and difference lie over the image."""
+    """Data URIs by layer and slice. Truth, prediction and difference are drawn over the image."""
     image, truth, pred, prob = (x[:, ::step, ::step] for x in case[2:])
     labels, kinds = visualize.label_palette(), visualize.difference_palette()
     apart = [visualize.difference(p, t) for p, t in zip(pred, truth, strict=True)]
@@ -301,7 +304,7 @@ def _encode_case(case: Case, step: int) -> dict[str, Any]:
 
 
 def _indexed(index_HW: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """A palette picture with no more of the palette than it uses."""
+    """A palette picture whose palette has only the entries it needs."""
     picture = Image.frombytes('P', index_HW.shape[::-1], index_HW.tobytes())
     picture.putpalette(palette[: int(index_HW.max()) + 1].tobytes())
     return picture

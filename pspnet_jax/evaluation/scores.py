@@ -1,9 +1,9 @@
-"""Figures of a network over volumes whose masks are known: per case first, then over cases.
+"""Metrics of a network over volumes with known masks: first per case, then over cases.
 
-A case is a patient's volume, or a picture. The figure to quote is Dice over a whole case, its mean,
-median and deviation over cases, with several classes that of each too. Per-slice and pooled figures
-stand under those names only, beside the baseline that calls everything background. docs/metrics.md
-defines each figure.
+A case is a patient's volume or an image. The main metric is Dice over a whole case: its mean,
+median and deviation over cases, and with several classes also per class. Per-slice and pooled
+metrics are named as such and come with the baseline that predicts all background. docs/metrics.md
+defines each metric.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,10 +25,10 @@ DISTANCES = ('hd95', 'hd95_joined', 'assd', 'surface_dice')  # of `metrics.surfa
 LESIONS = ('lesion_dice', 'lesion_f1')  # of `metrics.lesion_ratios`
 FIGURES = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', *DISTANCES, *LESIONS)
 OVERLAP = ('dice', 'iou', 'sensitivity', 'precision')  # of `metrics.ratios`
-OF_CLASS = (*OVERLAP, 'hd95')  # figures of each class, by case and over cases
-MOST_CONFUSED = 8  # classes whose confusion matrix fits a console
+OF_CLASS = (*OVERLAP, 'hd95')  # metrics of each class, per case and over cases
+MOST_CONFUSED = 8  # most classes for which the confusion matrix fits a console
 TRUTH = 'truth \\ predicted'
-SEEN = {'train': 'trained on', 'validation': 'checkpoint chosen on'}  # of a case, in the table
+SEEN = {'train': 'trained on', 'validation': 'checkpoint chosen on'}  # a case's note in the table
 COUNTS = (
     'present', 'missed', 'invented', 'lesions_found', 'lesions_missed', 'lesions_false'
 )  # fmt: skip
@@ -37,7 +37,7 @@ COUNTS = (
 class Batching(NamedTuple):
     """How a volume's slices become the network's batches: the arguments of `pipeline.eval_batches`.
 
-    `intensity` normalises every volume alike; None: each has its own.
+    `intensity` normalises every volume alike; None if each has its own.
     """
 
     batch_size: int
@@ -46,10 +46,11 @@ class Batching(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """Which classes are scored, and the options of the figures.
+    """Which classes are scored, and the options of the metrics.
 
-    `spacing` is of volumes that have none of their own; `lesion_options` are those of
-    `metrics.lesions`. `class_names` are those of all classes, background first; (): 'class 1'.
+    `spacing` is for volumes that have none of their own; `lesion_options` are those of
+    `metrics.lesions`. `class_names` are the names of all classes, background first; if empty,
+    'class 1' and so on.
     """
 
     num_classes: int
@@ -63,7 +64,7 @@ class Scoring(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """What each of the K classes is called; those of the same name get their number too."""
+        """The names of the K classes; equal names are followed by the class number."""
         names = self.class_names or ['background']
         names = [*names, *[''] * (self.num_classes - len(names))]
         names = [name or f'class {label}' for label, name in enumerate(names)]
@@ -81,7 +82,7 @@ class Scoring(NamedTuple):
 def predict_slices(
     predict_fn: PredictFn, volume: Volume, batching: Batching
 ) -> Iterator[np.ndarray]:
-    """n H W K probabilities, batch by batch: of all D slices in order, and of no padding."""
+    """n H W K probabilities of all D slices in order, batch by batch, without padding."""
     left = len(volume.image)
     for batch in pipeline.eval_batches(volume, *batching):
         yield np.asarray(predict_fn(batch))[:left]
@@ -99,8 +100,8 @@ def predict_foreground(
 ) -> tuple[np.ndarray, np.ndarray]:
     """D H W uint8 labels, and D H W float32: the probability of any class but 0.
 
-    `threshold` and `clean_options` as `postprocess` has them, of each scan by itself. The
-    temperature is the probability's alone: labels are those without.
+    `threshold` and `clean_options` are those of `postprocess`; each scan is cleaned separately. The
+    temperature changes the probabilities, not the labels.
     """
     labels, foreground = [], []
     for prob in predict_slices(predict_fn, volume, batching):
@@ -142,23 +143,24 @@ def evaluate_volumes(
     each: Callable[[Volume, np.ndarray], None] = lambda volume, pred: None,
     order: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """{'summary', 'patients', 'confusion', 'baseline', 'calibration', 'data'} over volumes, one at
-    a time.
+    """{'summary', 'patients', 'confusion', 'baseline', 'calibration', 'data'} over volumes, which
+    are read one at a time.
 
-    With more than two classes a patient's figure is the mean over the structures 1..K-1 without
-    `ignore_label`; 'classes' of a patient and of the summary have those of each by name, and
-    'mean_of' of the data says it in words. 'confusion' counts voxels: a row a class of the truth, a
-    column a class of the prediction. Distances and components are of each scan, so of each picture
-    where a patient has several, and a distance is the mean over these; they are in mm where a
-    volume has its spacing, else in `scoring.spacing`'s unit. Undefined figures are None, and `n`
-    says over how many patients a mean is; `structures` says how many are missed or invented, which
-    no distance shows. Calibration is of the probability of any class but 0, over all counted
-    voxels.
-    `label_options` are further ones of `predict_foreground`.
-    `each(volume, labels_DHW)` is called with every prediction, the volume's ignored voxels as
-    IGNORE_LABEL. On several hosts `data` are this one's volumes and `order` the patients of all,
-    and the figures are of all. Raises DataError for labels outside 0..K-1, and when there is no
-    volume.
+    With more than two classes a patient's metric is the mean over the structures 1..K-1 without
+    `ignore_label`; 'classes' of a patient and of the summary holds those of each class by name, and
+    'mean_of' of the data describes the mean. 'confusion' counts voxels: one row per true class, one
+    column per predicted class.
+
+    Distances and components are computed per scan, so per image if a patient has several, and a
+    distance is the mean over these. It is in mm if a volume has its spacing, else in the unit of
+    `scoring.spacing`. Undefined metrics are None; 'n' is the number of patients in a mean.
+    'structures' counts those that are missed or invented, which no distance shows. Calibration is
+    that of the probability of any class but 0, over all counted voxels.
+
+    `label_options` are further options of `predict_foreground`. `each(volume, labels_DHW)` is
+    called with every prediction; the volume's ignored voxels are IGNORE_LABEL. On several hosts
+    `data` are this host's volumes, `order` lists the patients of all hosts, and the metrics are
+    over all. Raises DataError for labels outside 0..K-1, and if there is no volume.
     """
     rows, options = [], {'temperature': temperature, **label_options}
     confusion = np.zeros((scoring.num_classes,) * 2, np.int64)
@@ -176,7 +178,7 @@ def evaluate_volumes(
     calibrated = np.sum(calibrated, axis=0)
     if not calibrated.any():
         raise DataError(
-            f'every voxel is labelled {scoring.ignore_label}, to be ignored: nothing to score'
+            f'every voxel is labelled {scoring.ignore_label}, which is ignored: nothing to score'
         )
     slices = np.concatenate(per_slice)
     return {
@@ -201,8 +203,8 @@ def evaluate_volumes(
 def _measure(
     volume: Volume, pred: np.ndarray, foreground: np.ndarray, count: np.ndarray, scoring: Scoring
 ) -> list[Any]:
-    """[the patient's figures, `metrics.counts` of each slice, the same of all background, those of
-    calibration], as hosts can send it; `count` are those of the volume.
+    """[the patient's metrics, `metrics.counts` of each slice, the same for all background, counts
+    of calibration], as JSON values; `count` are the counts of the volume.
     """
     num_classes, ignore_label = scoring.num_classes, scoring.ignore_label
     counted = volume.mask != ignore_label
@@ -223,7 +225,7 @@ def _measure(
 def _summary(
     patients: Sequence[dict[str, Any]], slices: np.ndarray, scoring: Scoring
 ) -> dict[str, Any]:
-    """The figures over patients, over their slices and over all pixels; `slices` are counts."""
+    """The metrics over patients, over their slices and over all pixels; `slices` are counts."""
     structures = scoring.structures
     pooled, by_structure = np.sum(slices, axis=0), _over_structures(patients, structures)
     return {
@@ -244,7 +246,7 @@ def _summary(
 
 
 def _baseline(counts: Sequence[Sequence], scoring: Scoring) -> dict[str, Any]:
-    """The figures of all background, of each patient's counts of each slice."""
+    """The metrics of predicting all background, from each patient's counts per slice."""
     structures = scoring.structures
     ignored = [scoring.ignore_label] if scoring.ignore_label < scoring.num_classes else []
     slices = np.concatenate(counts)
@@ -262,11 +264,11 @@ def _baseline(counts: Sequence[Sequence], scoring: Scoring) -> dict[str, Any]:
 def _about(
     patients: Sequence[dict[str, Any]], slices: np.ndarray, scoring: Scoring
 ) -> dict[str, Any]:
-    """Over how much the figures are, and in which units."""
+    """How many cases and slices the metrics are over, and their units."""
     in_mm = [row['in_mm'] for row in patients]
     steps = f'steps of (slice, row, column) = {tuple(scoring.spacing)}'
     if any(in_mm):
-        steps = f'mm where the file says its spacing, else {steps}'
+        steps = f'mm if the file has a spacing, else {steps}'
     return {
         'patients': len(patients),
         'scans': sum(row['scans'] for row in patients),
@@ -282,7 +284,7 @@ def _about(
 
 
 def _mean_of(patients: Sequence[dict[str, Any]], scoring: Scoring) -> str:
-    """What the figure to quote is a mean of, in words."""
+    """A description of what the mean Dice is a mean over."""
     names = [scoring.names[label] for label in scoring.structures]
     w = words_for({'patients': patients})
     n = sum(row['dice'] is not None for row in patients)
@@ -292,24 +294,24 @@ def _mean_of(patients: Sequence[dict[str, Any]], scoring: Scoring) -> str:
         left_out += f', {scoring.names[scoring.ignore_label]} is ignored'
     if len(names) == 1:
         return (
-            f'Dice is that of {names[0]} in each {w.case}, and its mean is {over}; {left_out}. A '
-            f'{w.case} with {names[0]} in neither truth nor prediction does not count; one with it '
-            'in only one of them counts 0.'
+            f'Dice is that of {names[0]} in each {w.case}, averaged {over}; {left_out}. A {w.case} '
+            f'with {names[0]} in neither truth nor prediction does not count; one with '
+            f'{names[0]} in only one of them counts 0.'
         )
     return (
-        f'Dice is the mean over {len(names)} classes ({some(names)}) of each {w.case}, then the '
-        f'mean {over}; {left_out}. A class that is in neither truth nor prediction of a {w.case} '
-        f'does not count there, one that is in only one of them counts 0. A {w.case} without any '
-        'class in either does not count.'
+        f'Dice is the mean over {len(names)} classes ({some(names)}) of each {w.case}, then '
+        f'averaged {over}; {left_out}. A class that is in neither truth nor prediction of a '
+        f'{w.case} does not count there; one that is in only one of them counts 0. A {w.case} '
+        'without any class in either does not count.'
     )
 
 
 def in_order(rows: Sequence[Any], order: Sequence[str]) -> list[Any]:
-    """Rows as one host has them: by the place of their patients in `order`, if there is one."""
+    """Rows in the order that one host would have: by their patients' place in `order`, if given."""
     place = {name: n for n, name in enumerate(order)}
 
     def key(row) -> int:
-        name = row[0]['patient']  # or 'NAME 32x40', where its slices have several sizes
+        name = row[0]['patient']  # 'NAME 32x40' if the slices have several sizes
         return place[name if name in place else name.rsplit(' ', 1)[0]]
 
     return sorted(rows, key=key) if order else list(rows)
@@ -319,21 +321,23 @@ def check_labels(volume: Volume, scoring: Scoring) -> None:
     wrong = np.setdiff1d(volume.mask, [*range(scoring.num_classes), scoring.ignore_label])
     if wrong.size:
         raise DataError(
-            f'{volume.patient} has labels {wrong.tolist()}, the model has classes 0 to '
-            f'{scoring.num_classes - 1}: map them or train with model.num_classes={wrong.max() + 1}'
+            f'{volume.patient} has labels {wrong.tolist()}, but the model has classes 0 to '
+            f'{scoring.num_classes - 1}: map them (data.label_map), or train with '
+            f'--config.model.num_classes={wrong.max() + 1}'
         )
 
 
 def with_ignored(volume: Volume, ignore_label: int) -> Volume:
-    """The volume for pictures, which know one ignored label."""
+    """The volume with IGNORE_LABEL as its ignored label, for pictures."""
     return volume._replace(mask=np.where(volume.mask == ignore_label, IGNORE_LABEL, volume.mask))
 
 
 def _patient_row(
     pred: np.ndarray, volume: Volume, count: np.ndarray, scoring: Scoring
 ) -> dict[str, Any]:
-    """One patient's figures, means over the structures; `structures` and, by name, `classes` have
-    those of each.
+    """One patient's metrics, means over the structures.
+
+    'structures' and (by name) 'classes' hold the metrics of each structure.
     """
     num_classes, ignore_label = scoring.num_classes, scoring.ignore_label
     spacing = volume.spacing or scoring.spacing
@@ -408,7 +412,7 @@ def _patient_row(
 
 
 def _over_structures(patients, structures: Sequence[int]) -> list[dict[str, Any]]:
-    """For each structure the means over patients and over how many, and how many are missed."""
+    """For each structure: means over patients, the number of patients, and counts."""
     found = []
     for place, label in enumerate(structures):
         rows = [patient['structures'][place] for patient in patients]
@@ -425,7 +429,7 @@ def _over_structures(patients, structures: Sequence[int]) -> list[dict[str, Any]
 def _over_classes(
     patients, by_structure: Sequence[dict[str, Any]], scoring: Scoring
 ) -> dict[str, dict[str, Any]]:
-    """{class: `_over_patients` of each of its figures, and what `_over_structures` counts}."""
+    """{class: `_over_patients` of each of its metrics, and the counts of `_over_structures`}."""
     found = {}
     for counted in by_structure:
         name = scoring.names[counted['label']]
@@ -437,7 +441,7 @@ def _over_classes(
 
 
 def _mean_dice(counts: np.ndarray, structures: Sequence[int]) -> float | None:
-    """(K, 3) counts -> mean Dice over the structures; None where all are undefined."""
+    """(K, 3) counts -> mean Dice over the structures; None if all are undefined."""
     return _mean(metrics.ratios(counts)['dice'][structures])
 
 
@@ -467,8 +471,8 @@ def _calibration_bins(counts: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _slice_dice(counts: Sequence[np.ndarray], structures: Sequence[int]) -> float:
-    """Mean over slices, where an empty slice that is predicted empty counts 1, and one whose
-    every pixel is ignored does not count.
+    """Mean Dice over slices. An empty slice that is predicted empty counts 1; a slice whose pixels
+    are all ignored does not count.
     """
     counts = np.stack(counts)
     dice = metrics.ratios(counts[counts.any((1, 2))])['dice'][:, structures]
@@ -490,7 +494,7 @@ def _over_patients(patients, name: str, bootstrap: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What a person reads: a row a case, then the summary, the classes and the baseline."""
+    """The printed table: one row per case, then the summary, the classes and the baseline."""
     patients, summary, w = result['patients'], result['summary'], words_for(result)
     columns = ('dice', 'dice_largest', 'iou', 'sensitivity', 'precision', 'hd95', 'hd95_joined')
     names = [one_line(p['patient']) for p in patients]
@@ -520,11 +524,11 @@ def table(result: dict[str, Any]) -> str:
         f'per-{w.whole} Dice {_cell(dice["mean"])}, {interval(dice)} '
         f'(bootstrap over {dice["n"]} of {len(patients)} {w.case}s)',
         one_line(result['data']['mean_of']),
-        f'HD95, the larger of the two directed ones, {_cell(hd95["mean"])}, of both surfaces '
-        f'joined {_cell(summary["hd95_joined"]["mean"])}, over {hd95["n"]} of {len(patients)} '
-        f'{w.case}s',
+        f'HD95 {_cell(hd95["mean"])} (the larger of the two directed ones), '
+        f'{_cell(summary["hd95_joined"]["mean"])} (both surfaces joined), over {hd95["n"]} of '
+        f'{len(patients)} {w.case}s',
         f'{found["missed"]} of {found["present"]} structures are missed and {found["invented"]} '
-        'invented; these are in no distance',
+        'invented; no distance includes these',
     ]
     if len(summary['classes']) > 1:
         lines += [*_class_lines(summary['classes'], w), *_confusion_lines(result['confusion'])]
@@ -557,15 +561,15 @@ def table(result: dict[str, Any]) -> str:
 
 
 def seen_lines(result: dict[str, Any]) -> list[str]:
-    """A sentence for each part of the run's own data that cases are of."""
+    """One sentence for each part of the run's own data that is among the cases."""
     patients, w = result['patients'], words_for(result)
     words = {
-        'train': 'the run was trained on: these figures are too good',
-        'validation': 'the checkpoint was chosen on: these figures are a little too good',
+        'train': 'the run was trained on: these results are too optimistic',
+        'validation': 'the checkpoint was chosen on: these results are slightly too optimistic',
     }
     numbers = {part: sum(row.get('seen') == part for row in patients) for part in words}
     return [
-        f'{number} of {len(patients)} {w.case}s have pictures that {words[part]}'
+        f'{number} of {len(patients)} {w.case}s have images that {words[part]}'
         for part, number in numbers.items()
         if number
     ]
@@ -576,7 +580,7 @@ def _cell(value: float | None, digits: int = 3) -> str:
 
 
 def _class_lines(classes: Mapping[str, dict[str, Any]], w: Words) -> list[str]:
-    """A row a class: its figures over cases, each with the number of cases that it is over."""
+    """One row per class: its metrics over cases, each with the number of cases."""
     wide = max(len('class'), *(len(one_line(name)) for name in classes))
     head = f'{"class":{wide}} {"Dice":>12} {"median":>7} {"95 % interval":>16} '
     head += ' '.join(f'{name:>12}' for name in ('IoU', 'sensitivity', 'precision', 'HD95'))
@@ -594,11 +598,11 @@ def _class_lines(classes: Mapping[str, dict[str, Any]], w: Words) -> list[str]:
             f'{one_line(name):{wide}} {first} {_cell(dice["median"]):>7} {ends:>16} {rest} '
             f'{missed:>10} {row["invented"]:>8}'
         )
-    return [*lines, f'means over {w.case}s, in brackets over how many', '']
+    return [*lines, f'means over {w.case}s (number of {w.case}s)', '']
 
 
 def _confusion_lines(confusion: Mapping[str, Any]) -> list[str]:
-    """The matrix where it fits a console, else where it is."""
+    """The matrix if it fits a console, else where to find it."""
     names, voxels = [one_line(name) for name in confusion['classes']], confusion['voxels']
     if len(names) > MOST_CONFUSED:
         return [f'the confusion matrix of {len(names)} classes is in evaluation.json']
@@ -612,15 +616,15 @@ def _confusion_lines(confusion: Mapping[str, Any]) -> list[str]:
             f'{name:{wide}}  ' + '  '.join(f'{x:>{n}}' for x, n in zip(row, widths, strict=True))
             for name, row in zip(short, texts, strict=True)
         ),
-        'voxels: a row a class of the truth, a column a class of the prediction',
+        'voxels: one row per true class, one column per predicted class',
         '',
     ]
 
 
 def interval(figures: dict[str, Any], digits: int = 3) -> str:
-    """The interval of one of the summary's figures in words, with what few patients do to it."""
+    """The interval of one of the summary's metrics as text, with a warning for few patients."""
     if figures['ci95'] is None:
-        return f'no interval of {figures["n"]}'
+        return f'no interval for {figures["n"]}'
     low, high = figures['ci95']
     few = f', too narrow for {figures["n"]}' if figures['n'] < metrics.FEW else ''
     return f'95 % interval {low:.{digits}f} to {high:.{digits}f}{few}'

@@ -1,6 +1,6 @@
 """Pictures: uint8 arrays in, uint8 RGB arrays out.
 
-A class has one colour in all of them: overlays, outlines, differences, masks and the report.
+A class has the same colour everywhere: in overlays, outlines, differences, masks and the report.
 """
 
 import colorsys
@@ -13,25 +13,25 @@ from scipy import ndimage
 
 from pspnet_jax.data.volumes import IGNORE_LABEL, Volume, lesion_pixels
 
-# Class 1, 2, ...: told apart by colour-blind eyes, and light enough that each of them, or the black
-# line beside it, has a contrast of 3:1 with any grey (WCAG 2). The first two are Okabe and Ito's.
+# Class 1, 2, ...: distinct for colour-blind people, and so light that the colour or the black line
+# next to it has a contrast of 3:1 with any grey (WCAG 2). The first two are Okabe and Ito's.
 COLORS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 255, 180], [240, 165, 195],
      [240, 228, 66], [165, 255, 135], [150, 195, 120]], np.uint8
 )  # fmt: skip
-# Of a difference: {its value: (words, colour)}, colours that no class has. A voxel whose class is
-# right has that class's colour.
+# {value of a difference: (words, colour)}, in colours that no class has. A voxel with the right
+# class has that class's colour.
 MISSED, FALSE, OTHER = 1, 2, 3
 DIFFERENCE = {
     MISSED: ('missed', (0, 105, 165)),
     FALSE: ('false', (165, 60, 0)),
-    OTHER: ('taken for another class', (165, 0, 255)),
+    OTHER: ('wrong class', (165, 0, 255)),
 }
 IGNORED = (128, 128, 128)
 GAP = 4  # pixels between pictures side by side
-LEAST = 160  # pixels across, of a picture with a caption
-Key = tuple[Sequence[int], str]  # of a legend: a colour and what it stands for
-# Black, purple, orange, yellow, white at 0, 1/4, 1/2, 3/4, 1: lightness rises all along.
+LEAST = 160  # smallest width in pixels of a picture with a caption
+Key = tuple[Sequence[int], str]  # an entry of a legend: a colour and its meaning
+# Black, purple, orange, yellow, white at 0, 1/4, 1/2, 3/4, 1, with increasing lightness.
 HEAT = np.stack(
     [np.interp(np.arange(256), (0, 64, 128, 192, 255), c)
      for c in ((0, 90, 205, 250, 255), (0, 20, 70, 170, 255), (0, 110, 70, 30, 220))], axis=-1
@@ -39,10 +39,10 @@ HEAT = np.stack(
 
 
 def class_color(label: int) -> np.ndarray:
-    """RGB uint8 of class `label`, 1 to 254: no two classes have the same."""
+    """RGB uint8 of class `label`, 1 to 254; all are different."""
     if label <= len(COLORS):
         return COLORS[label - 1]
-    turn = label * 0.618034  # hues that follow one another are far apart
+    turn = label * 0.618034  # consecutive hues are far apart
     rgb = np.array(colorsys.hsv_to_rgb(turn % 1, 0.3 + 0.15 * (label % 3), 1 - label / 2000))
     while luminance(rgb) < 0.41:
         rgb += 0.1 * (1 - rgb)
@@ -50,18 +50,18 @@ def class_color(label: int) -> np.ndarray:
 
 
 def luminance(rgb_3: np.ndarray) -> float:
-    """WCAG's relative luminance of a colour, 0 to 1 a channel."""
+    """WCAG's relative luminance of a colour with channels from 0 to 1."""
     linear = np.where(rgb_3 <= 0.04045, rgb_3 / 12.92, ((rgb_3 + 0.055) / 1.055) ** 2.4)
     return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
 def class_words(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    """What the classes are called, background first: `names`, or where there are none 'class 1'."""
+    """The names of the classes, background first: `names`, or 'class 1' and so on if empty."""
     return tuple(names) or ('background', *(f'class {n}' for n in range(1, num_classes)))
 
 
 def class_keys(labels: np.ndarray, names: Sequence[str]) -> list[Key]:
-    """The legend's entries of the classes in an array of labels; `names` as in `class_words`."""
+    """The legend's entries for the classes in an array of labels; `names` as in `class_words`."""
     names = class_words(names, 256)
     return [
         (IGNORED, 'ignored') if label == IGNORE_LABEL else (class_color(label), names[label])
@@ -70,14 +70,14 @@ def class_keys(labels: np.ndarray, names: Sequence[str]) -> list[Key]:
 
 
 def difference_keys(difference_HW: np.ndarray, names: Sequence[str]) -> list[Key]:
-    """The legend's entries of an array that `difference` made."""
+    """The legend's entries for an array from `difference`."""
     right = class_keys(np.maximum(difference_HW, OTHER) - OTHER, names)
     errors = [(color, words) for n, (words, color) in DIFFERENCE.items() if n in difference_HW]
     return [(color, f'{words}, right') for color, words in right] + errors
 
 
 def to_uint8(image_HWC: np.ndarray, low_C: np.ndarray, high_C: np.ndarray) -> np.ndarray:
-    """H W C uint8 to look at: 8 bits as they are, of other kinds low..high as 0..255."""
+    """H W C uint8 to view: uint8 stays as it is, other types map low..high to 0..255."""
     if image_HWC.dtype == np.uint8:
         return image_HWC
     share = (image_HWC.astype(np.float32) - low_C) / np.maximum(high_C - low_C, 1e-6)
@@ -85,9 +85,9 @@ def to_uint8(image_HWC: np.ndarray, low_C: np.ndarray, high_C: np.ndarray) -> np
 
 
 def to_rgb(image_HWC: np.ndarray) -> np.ndarray:
-    """H W 3 uint8 to look at: three channels as they are, else the first in grey.
+    """H W 3 uint8 to view: three channels as they are, else the first one in grey.
 
-    Of other kinds than 8 bits its own range is 0..255.
+    Types other than uint8 map their own range to 0..255.
     """
     image = image_HWC if image_HWC.shape[-1] == 3 else np.repeat(image_HWC[..., :1], 3, axis=-1)
     return to_uint8(image, image.min(axis=(0, 1)), image.max(axis=(0, 1))).copy()
@@ -108,11 +108,11 @@ def _tinted(
 
 
 def outline(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """The picture with a line along the inner edge of each class in its colour, and a black one
-    beside it, so that one of the two is seen on any background.
+    """The picture with a line along the inner edge of each class in its colour, and a black line
+    next to it, so that one of the two is visible on any background.
 
-    The black line lies outside, and within where another class or the border leaves no room. Each
-    is a pixel wide, in large pictures a 512th of the longer side.
+    The black line is outside, or inside if another class or the border leaves no room. Both are one
+    pixel wide; in large pictures, 1/512 of the longer side.
     """
     picture, width = to_rgb(image_HWC), max(1, round(max(mask_HW.shape) / 512))
     line = np.zeros(mask_HW.shape, bool)
@@ -143,14 +143,14 @@ def label_palette() -> np.ndarray:
 
 
 def difference_palette() -> np.ndarray:
-    """(256, 3) uint8: the colours of `difference`; where there is none, black."""
+    """(256, 3) uint8: the colours of `difference`; no difference is black."""
     errors = [color for _, color in DIFFERENCE.values()]
     return np.concatenate([[(0, 0, 0)], errors, label_palette()[1:253]]).astype(np.uint8)
 
 
 def difference(pred_HW: np.ndarray, true_HW: np.ndarray) -> np.ndarray:
-    """H W uint8: a key of DIFFERENCE; of a class that is right OTHER + its label (at most 252); 0
-    where both are background or the truth is ignored.
+    """H W uint8: a key of DIFFERENCE; for a right class OTHER + its label (at most 252); 0 if both
+    are background or the truth is ignored.
     """
     found = OTHER + np.minimum(true_HW, 252).astype(np.uint8)
     found = np.where(pred_HW == true_HW, found, OTHER)
@@ -162,7 +162,7 @@ def difference(pred_HW: np.ndarray, true_HW: np.ndarray) -> np.ndarray:
 def difference_picture(
     image_HWC: np.ndarray, pred_HW: np.ndarray, true_HW: np.ndarray, alpha: float = 0.85
 ) -> np.ndarray:
-    """The picture tinted by what is right, missed, false and taken for another class."""
+    """The picture, tinted where the prediction is right, missed, false or of the wrong class."""
     return _tinted(image_HWC, difference(pred_HW, true_HW), difference_palette(), alpha)
 
 
@@ -174,16 +174,16 @@ def three_panels(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
 
 
 def volume_picture(volume: Volume, pred_DHW: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
-    """The slice with most in its truth: image, truth, prediction and difference, with captions.
+    """The slice with the largest true objects: image, truth, prediction and difference.
 
-    `names` are of all classes, background first, or none.
+    `names` are the names of all classes, background first, or empty.
     """
     pixels = [lesion_pixels(mask_HW) for mask_HW in volume.mask]
     d = int(np.argmax(pixels)) if any(pixels) else len(pixels) // 2
     image, truth, pred = volume.image[d], volume.mask[d], pred_DHW[d]
     title = volume.patient
     if len(pixels) > 1:
-        which = 'the one with most in the truth' if any(pixels) else 'nothing in the truth'
+        which = 'most true pixels' if any(pixels) else 'no true pixels'
         title += f', slice {volume.slices[d]} ({which})'
     apart = difference(pred, truth)
     return framed(
@@ -196,14 +196,14 @@ def volume_picture(volume: Volume, pred_DHW: np.ndarray, names: Sequence[str] = 
     )  # fmt: skip
 
 
-# Words in and around pictures.
+# Text in and around pictures.
 
 
 def legend(picture_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The RGB picture with colour and name of each class in the mask, in its upper left corner.
+    """The RGB picture with a legend of the classes in the mask, in its upper left corner.
 
-    `names` are of all classes, background first; without, they are 'class 1' ... A picture that
-    the box would take more than half of stays as it is.
+    `names` are the names of all classes, background first; if empty, 'class 1' and so on. There is
+    no legend if it would take more than half of the width or height.
     """
     keys = class_keys(mask_HW, names)
     size = min(max(len(picture_HWC) // 24, 10), 40)
@@ -223,11 +223,10 @@ def legend(picture_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -
 def framed(
     panels: Sequence[tuple[str, np.ndarray]], keys: Sequence[Key] = (), title: str = ''
 ) -> np.ndarray:
-    """RGB pictures of one size side by side on white: the title above all, the caption above each,
-    the legend below.
+    """RGB pictures of one size side by side on white, with a title, captions and a legend below.
 
-    Small pictures are enlarged by a whole number, to at least LEAST pixels across, so that there is
-    room for words; a pixel stays a square of one colour.
+    Small pictures are enlarged by a whole number to a width of at least LEAST pixels, so that there
+    is room for text; each pixel becomes a square of one colour.
     """
     height, width = panels[0][1].shape[:2]
     zoom = -(-LEAST // width)
@@ -262,7 +261,7 @@ def framed(
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, or its start and end where it is wider than that many pixels."""
+    """The text, shortened to its start and end if it is wider than `width` pixels."""
     text = ''.join(c if c.isprintable() else '?' for c in text)[:500]
     kept = text
     while len(kept) > 4 and font.getlength(kept) > width:
@@ -272,7 +271,7 @@ def fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _entry(draw, place: tuple[int, int], size: int, font, color, words: str, ink: str) -> None:
-    """A swatch with its words."""
+    """Draw one entry of a legend: a swatch and its text."""
     left, top = place
     draw.rectangle((left, top, left + size, top + size), fill=tuple(map(int, color)))
     draw.text((left + 1.4 * size, top + size / 2), words, ink, font, anchor='lm')

@@ -1,4 +1,4 @@
-"""What the things that are evaluated are called: patients with lesions, or cases with objects."""
+"""The words for what is evaluated: patients with lesions, or cases with objects."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 class Words(NamedTuple):
     case: str
     lesion: str
-    whole: str  # what a case is: its Dice is over all of it
-    slice: str  # of which a case has one or several
+    whole: str  # over which a case's Dice is computed
+    slice: str  # a case has one or several
     size: str  # of a lesion
     voxel: str
 
@@ -18,7 +18,7 @@ CASES = Words('case', 'object', 'case', 'picture', 'object size', 'pixel')
 
 
 def words_for(result: Mapping[str, Any]) -> Words:
-    """Those that fit what was evaluated: patients in the LGG data and where there are volumes."""
+    """The words for a result: patients in the LGG data and if there are volumes, else cases."""
     data = result.get('checkpoint', {'config': {}})['config'].get('data', {})
     volumes = any(row['slices'] > row['scans'] for row in result['patients'])
     return PATIENTS if volumes or data.get('name') == 'lgg' else CASES

@@ -1,1 +1,1 @@
-"""Opening a trained network, and going from images to probabilities and labels."""
+"""Opens a trained network, and turns images into probabilities and labels."""

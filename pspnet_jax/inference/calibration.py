@@ -1,9 +1,9 @@
-"""One temperature for all probabilities, fitted on validation cases and kept with the run.
+"""Temperature scaling: one temperature, fitted on validation cases and stored with the run.
 
-It is of one checkpoint and of the views that are averaged: scales, mirror images, tiles, CRF.
+It holds for one checkpoint and its prediction settings: scales, mirror images, tiles, CRF. The
+most probable class never changes, so labels, Dice and distances do not change either.
 
-Guo et al. 2017 (arXiv:1706.04599, section 4.2). Which class is the most probable never
-changes, so neither do labels, Dice and distances.
+Guo et al. 2017 (arXiv:1706.04599, section 4.2).
 """
 
 import logging
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 KEPT = 'temperature.json'  # in a run's workdir
 BOUNDS = (0.05, 20.0)
-TINY = np.finfo(np.float32).tiny  # a probability of 0 is one that float32 does not hold
+TINY = np.finfo(np.float32).tiny  # replaces probabilities that underflow to 0 in float32
 
 
 def temper(prob: np.ndarray, temperature: float) -> np.ndarray:
     """softmax(log p / T) over the last axis.
 
     For p = softmax(logits) that is softmax(logits / T): log p differs from the logits by a
-    constant of each pixel. Also behind a CRF, which gives probabilities only.
+    constant per pixel. It also works after a CRF, which has no logits.
     """
     if temperature == 1.0:
         return prob
@@ -62,8 +62,8 @@ def negative_log_likelihood(prob: np.ndarray, labels: np.ndarray, temperature: f
 def fit(prob: np.ndarray, labels: np.ndarray) -> float:
     """The T within `BOUNDS` with the smallest negative log likelihood of labels N, prob N K.
 
-    It is convex in 1/T, so the minimum is one. Where every label has the largest probability
-    it falls with T, and the lower bound comes back.
+    It is convex in 1/T, so there is one minimum. If every label has the largest probability, the
+    lower bound is returned.
     """
     found = optimize.minimize_scalar(
         lambda log_t: negative_log_likelihood(prob, labels, math.exp(log_t)),
@@ -75,7 +75,7 @@ def fit(prob: np.ndarray, labels: np.ndarray) -> float:
 
 
 def describe(facts: Mapping[str, Any], step: int) -> str:
-    """One line of what `evaluation.fitting.fit_temperature` found."""
+    """One line about the result of `evaluation.fitting.fit_temperature`."""
     return (
         f'temperature {facts["temperature"]:.3f} for step {step}: negative log likelihood '
         f'{facts["without"]:.4f} without, {facts["negative_log_likelihood"]:.4f} with'
@@ -83,13 +83,15 @@ def describe(facts: Mapping[str, Any], step: int) -> str:
 
 
 def save(workdir: str | Path, facts: dict[str, Any]) -> None:
-    """Write WORKDIR/temperature.json: 'step', 'views', 'temperature', and what tells where from."""
+    """Write WORKDIR/temperature.json: 'step', 'views', 'temperature', and how it was fitted."""
     write_json(Path(workdir) / KEPT, facts)
 
 
 def load(workdir: str | Path, step: int, views: Mapping[str, Any] = MappingProxyType({})) -> float:
-    """The temperature that was fitted for the checkpoint of `step`, seen as `views` says; 1 where
-    none was, which the log says if there is another. Raises DataError for a file that is not ours.
+    """The temperature fitted for the checkpoint of `step` and these `views`; 1 if there is none.
+
+    One for another step or other views is logged and not used. Raises DataError for a file of
+    another format.
     """
 
     def check(kept: dict[str, Any]) -> None:
@@ -110,10 +112,10 @@ def read_kept(
     step: int,
     views: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """What an `option` of `evaluate` has `done` ('fitted') and kept at `path`, if it is of this
-    step and these views; None where it is of others, which the log says, or not there.
+    """What the `option` of `evaluate` stored at `path`, if it is for this step and these views.
 
-    `check` raises ValueError, TypeError or KeyError for what is not ours, and then this DataError.
+    Else None, with a line in the log if there is a file; `done` is the verb there ('fitted').
+    `check` raises ValueError, TypeError or KeyError for another format, which becomes a DataError.
     """
     if not os.path.lexists(path):
         return None
@@ -123,19 +125,19 @@ def read_kept(
     try:
         its_step, its_views = kept['step'], kept.get('views', {})
         if type(its_step) is not int or not isinstance(its_views, dict):
-            raise TypeError('step is a whole number, views are an object')
+            raise TypeError('step must be a whole number, views an object')
         check(kept)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error)[:300]
-        raise DataError(f'{path} is not what {option} keeps ({reason}): {remedy}') from error
+        raise DataError(f'{path} is not a file of {option} ({reason}): {remedy}') from error
     if its_step != step:
-        logger.warning('%s is of step %.20s, this is step %d: not applied', path, its_step, step)
+        logger.warning('%s is for step %.20s, this is step %d: not applied', path, its_step, step)
         return None
     differ = sorted(key for key in its_views.keys() | views if its_views.get(key) != views.get(key))
     if differ:
-        what = 'names no views'
+        what = 'has no prediction settings'
         if its_views:
-            what = f'was {done} with other views ({", ".join(differ):.200})'
+            what = f'was {done} with other prediction settings ({", ".join(differ):.200})'
         logger.warning(
             '%s %s: not applied; to make it again, add the same flags to %s', path, what, again
         )

@@ -1,7 +1,7 @@
-"""Post-processing chosen by Dice over the validation cases, and kept with the run.
+"""Post-processing chosen by Dice on the validation cases, and stored with the run.
 
-Mirror image, threshold, smallest and largest component are tried in every combination. A choice is
-of one checkpoint and of the views that it was made with: scales, tiles, CRF.
+Mirror image, threshold, min_size and largest_component are tried in every combination. A choice
+holds for one checkpoint and for the settings that it was made with: scales, tiles, CRF.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ OPTIONS = ('flip', 'threshold', 'largest_component', 'min_size')
 
 
 def describe(facts: Mapping[str, Any], split: str = '') -> str:
-    """'flip=True, chosen on 8 validation cases (their Dice ...)', of what `choose` found or
-    `settings.with_choice` takes; `split` is that of the figures above.
+    """'flip=True, chosen on 8 validation cases (their Dice ...)' from the facts of `choose` or
+    `settings.with_choice`; `split` is the split of the metrics that the text goes with.
     """
     dice, without = (
         '-' if facts[key] is None else f'{facts[key]:.3f}' for key in ('dice', 'without')
@@ -29,7 +29,7 @@ def describe(facts: Mapping[str, Any], split: str = '') -> str:
         f'{options}, chosen on {facts["patients"]} validation cases (their Dice {dice}, '
         f'{without} without)'
         + (f'; {given} as given' if given else '')
-        + ('; the figures are of these cases, so they are too good' * (split == 'validation'))
+        + ('; the results are of these cases, so too optimistic' * (split == 'validation'))
     )
 
 
@@ -41,10 +41,10 @@ def save(workdir: str | Path, facts: dict[str, Any]) -> None:
 def load(
     workdir: str | Path, config: Any, step: int, views: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What was chosen for the checkpoint of `step`, seen as `views` says; None where nothing was,
-    which the log says if there is another choice.
+    """The choice for the checkpoint of `step` and these `views`; None if there is none.
 
-    Raises DataError for a file that is not ours, or of options that the config can't have.
+    A choice for another step or other views is logged and not used. Raises DataError for a file
+    of another format, or with options that the config can't have.
     """
 
     def check(kept: dict[str, Any]) -> None:

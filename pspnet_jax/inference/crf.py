@@ -1,12 +1,12 @@
 """The fully connected CRF of Krähenbühl and Koltun 2011 (arXiv 1210.5644), by mean field.
 
-Two Gaussian kernels with the Potts model: one of position (smoothness), one of position and
-colour (appearance), each normalised symmetrically as the authors' code and pydensecrf do,
-the pixel itself included. Deviations: no permutohedral lattice. The kernel of position is
-a product of two one-dimensional ones and always exact. The bilateral kernel is either
+Two Gaussian kernels with the Potts model: one over position (smoothness), one over position and
+colour (appearance). Each is normalised symmetrically and includes the pixel itself, as in the
+authors' code and pydensecrf. Deviation: no permutohedral lattice. The position kernel is a product
+of two one-dimensional ones and always exact. The bilateral kernel is either
 
   exact     over all pairs of pixels, a matrix of (H W)**2 floats: 1 GiB for 128 x 128
-  windowed  over the pairs within a square window, those outside counting nothing:
+  windowed  over the pairs within a square window, ignoring those outside:
             (2 window + 1)**2 H W floats, 285 MB for 256 x 256 and a window of 16
 """
 
@@ -89,7 +89,7 @@ def _bilateral_matrix(image_HWC: jax.Array, sigma: float, color_sigma: float) ->
 def _bilateral_window(
     image_HWC: jax.Array, sigma: float, color_sigma: float, radius: int
 ) -> jax.Array:
-    """(O, H, W) weights of the pixels at most `radius` rows and columns away, O in all."""
+    """(O, H, W) weights of the O pixels at most `radius` rows and columns away."""
     H, W, C = image_HWC.shape
     side = 2 * radius + 1
     padded = jnp.pad(image_HWC, ((radius, radius), (radius, radius), (0, 0)))
@@ -111,7 +111,7 @@ def _sum_window(x_HWK: jax.Array, kernel_OHW: jax.Array) -> jax.Array:
     radius = side // 2
     padded = jnp.pad(x_HWK, ((radius, radius), (radius, radius), (0, 0)))
 
-    def add_row(total_HWK, row_and_kernels):  # a row of offsets a step: fewer passes
+    def add_row(total_HWK, row_and_kernels):  # one row of offsets per step: fewer passes
         row, kernels_SHW = row_and_kernels
         for column in range(side):
             near_HWK = jax.lax.dynamic_slice(padded, (row, column, 0), (H, W, K))

@@ -1,9 +1,9 @@
 """Prediction as a pure function of parameters and images.
 
-`probabilities` is one compiled program: the network, or an ensemble of several, at one or more
-scales, with or without the mirror image, and a CRF behind it. `slide` applies such a program to
-square tiles of images of any size. It cuts and blends on the host: the tiles all have one
-shape, so there is one program for all sizes, and the device never holds a whole image.
+`probabilities` is one compiled program: a network or an ensemble, at one or more scales, with or
+without the mirror image, followed by a CRF. `slide` applies such a program to square tiles of
+images of any size. It cuts and blends on the host: all tiles have one shape, so one program serves
+all image sizes, and the device never holds a whole image.
 """
 
 import functools
@@ -38,17 +38,17 @@ def probabilities(
 ) -> jax.Array:
     """B H W K float32 class probabilities at the image's own size.
 
-    The mean over `scales`, sizes at which the network sees the image, and with `flip` over
-    image and mirror image (left-right) at each. With `ensemble` the arrays of `variables` hold
-    several networks along a leading axis, and the mean is over them too: one after the other,
-    as a map over weights makes each convolution a grouped one and holds the activations of all.
-    `crf_options`, those of `refine`, put a CRF behind the mean.
+    They are averaged over `scales` of the image, and with `flip` over the image and its left-right
+    mirror image at each scale. With `ensemble` the arrays of `variables` hold several networks
+    along a leading axis, which are averaged too; they run one after the other, since a map over
+    weights would turn each convolution into a grouped one and hold the activations of all.
+    `crf_options`, the arguments of `refine`, add a CRF after the mean.
     """
     H, W = image_BHWC.shape[1:3]
 
     def network(variables, image_BhwC):
         logits_BijK = model.apply(variables, image_BhwC, train=False)['logits']
-        size = image_BhwC.shape[1:3]  # of cells, whose labels in training are at their centres
+        size = image_BhwC.shape[1:3]  # training takes labels at the centres of the cells
         return jax.nn.softmax(resize(logits_BijK, size, align_corners=False))
 
     def at_scale(variables, scale):
@@ -85,43 +85,43 @@ def refine(
     context: int = 0,
     **options: Any,
 ) -> jax.Array:
-    """The probabilities after a fully connected CRF, image by image; 'none' leaves them.
+    """Apply a fully connected CRF to each image's probabilities; kernel 'none' returns them as is.
 
-    `kernel` is 'exact' or 'windowed', the other options are `crf.mean_field`'s; of an image that
-    has its neighbours' channels, as many on either side as `context`, it sees its own. Raises
-    ConfigError for 'exact' on an image whose pairs of pixels do not fit the memory.
+    `kernel` is 'exact' or 'windowed'; the other options are those of `crf.mean_field`. If the image
+    also holds the channels of `context` neighbours on each side, the CRF sees only its own. Raises
+    ConfigError if the image has too many pixels for 'exact'.
     """
     H, W = image_BHWC.shape[1:3]
     if kernel == 'none':
         return prob_BHWK
     if kernel == 'exact' and H * W > EXACT_CRF_PIXELS:
         raise ConfigError(
-            f"crf.kernel 'exact' is for up to {EXACT_CRF_PIXELS} pixels, the images have "
+            f"crf.kernel 'exact' is for up to {EXACT_CRF_PIXELS} pixels, but the images have "
             f"{H} x {W}: use 'windowed'"
         )
     window = None if kernel == 'exact' else window
     channels = image_BHWC.shape[-1] // (2 * context + 1)
     image_BHWC = image_BHWC[..., context * channels : (context + 1) * channels]
     mean_field = functools.partial(crf.mean_field, window=window, **options)
-    # The logits but for a constant at each pixel, which a softmax does not see.
+    # The logits up to a constant per pixel, which does not change the softmax.
     logits_BHWK = jnp.log(jnp.maximum(prob_BHWK, jnp.finfo(jnp.float32).tiny))
     return jax.lax.map(lambda pair: mean_field(*pair), (logits_BHWK, image_BHWC))
 
 
 def gaussian(window: int) -> np.ndarray:
-    """(window,) float32: a tile's weight along one axis, its deviation an eighth of the side.
+    """(window,) float32: a tile's weight along one axis, with a deviation of window / 8.
 
-    Isensee et al. 2021 (nnU-Net) and MONAI have the same; theirs is centred half a pixel off
-    where the side is even, and cut off from below. The least here is exp(-8) of the largest.
+    nnU-Net (Isensee et al. 2021) and MONAI do the same, but half a pixel off the centre if the
+    window is even, and with a lower limit. Here the smallest weight is exp(-8) of the largest.
     """
     offset = np.arange(window) - (window - 1) / 2
     return np.exp(-0.5 * (offset / (window / 8)) ** 2).astype(np.float32)
 
 
 def tile_starts(size: int, window: int, overlap: float) -> list[int]:
-    """Where tiles begin along an axis: from end to end, evenly, at most (1 - overlap) apart.
+    """Starts of evenly spaced tiles along an axis, at most (1 - overlap) windows apart.
 
-    `overlap` is a share of the window; `window` is at most `size`.
+    `window` is at most `size`.
     """
     step = max(window * (1 - overlap), 1)
     count = int(np.ceil((size - window) / step)) + 1
@@ -129,7 +129,7 @@ def tile_starts(size: int, window: int, overlap: float) -> list[int]:
 
 
 def pad_batch(array_B: np.ndarray, batch_size: int) -> np.ndarray:
-    """Zeros behind the last, to the next power of two or `batch_size`: few shapes to compile."""
+    """Append zeros up to the next power of two or `batch_size`, so that few shapes are compiled."""
     return _pad(array_B, min(1 << (len(array_B) - 1).bit_length(), batch_size))
 
 
@@ -145,11 +145,11 @@ def slide(
     overlap: float,
     batch_size: int,
 ) -> np.ndarray:
-    """B H W K: the mean of `predict` over overlapping tiles, the middle of a tile weighing most.
+    """B H W K: the mean of `predict` over overlapping tiles, weighted towards their centres.
 
-    `predict` takes N window window C, up to `batch_size` at a time, and may return before it
-    is done. Images smaller than the window have zeros around them, which is their mean once
-    normalised (so does semseg), and the network sees these.
+    `predict` takes N window window C, at most `batch_size` tiles at a time, and may return before
+    it is done. Images smaller than the window are padded with zeros, their mean after
+    normalisation, as semseg does.
     """
     B, H, W, _ = image_BHWC.shape
     top, left = max(window - H, 0) // 2, max(window - W, 0) // 2
@@ -167,7 +167,7 @@ def slide(
         probs_NHWK = np.asarray(probs_NHWK)
         if total_BHWK is None:
             total_BHWK = np.zeros((*image_BHWC.shape[:3], probs_NHWK.shape[-1]), np.float32)
-        for (b, i, j), prob_HWK in zip(places, probs_NHWK, strict=False):  # behind them: padding
+        for (b, i, j), prob_HWK in zip(places, probs_NHWK, strict=False):  # the rest is padding
             total_BHWK[b, i : i + window, j : j + window] += weight_HW1 * prob_HWK
 
     before = None
@@ -175,7 +175,7 @@ def slide(
         batch = places[first : first + batch_size]
         tiles = np.stack([image_BHWC[b, i : i + window, j : j + window] for b, i, j in batch])
         running = batch, predict(pad_batch(tiles, batch_size))
-        if before:  # added up while the next ones run
+        if before:  # add these while the next ones run
             add(*before)
         before = running
     add(*before)
@@ -186,6 +186,30 @@ def slide(
             total[start : start + window] += line
     total_BHWK /= (sums[0][:, None] * sums[1])[..., None]
     return total_BHWK[:, top : top + H, left : left + W]
+
+
+def at_size(
+    program: Callable, refined: Callable | None, size: tuple[int, ...], boxed: bool
+) -> Callable[[dict[str, Any], np.ndarray], np.ndarray]:
+    """`program(variables, image_BHWC)` of images resized to `size`; what it gives is resized back.
+
+    `boxed` images keep their proportion and are padded; `refined` then refines what is inside.
+    """
+    # By half-pixel centres, as `volumes.resize_image`.
+    back = compilation.jit(functools.partial(resize, align_corners=False), static_argnums=1)
+
+    def predict(variables, image_BHWC):
+        own = image_BHWC.shape[1:3]
+        top, left, height, width = volumes.letterbox(own, size) if boxed else (0, 0, *size)
+        seen = np.stack([volumes.resize_image(x, (height, width)) for x in image_BHWC])
+        around = [(top, size[0] - top - height), (left, size[1] - left - width)]
+        prob_BHWK = program(variables, np.pad(seen, [(0, 0), *around, (0, 0)]))
+        prob_BHWK = prob_BHWK[:, top : top + height, left : left + width]
+        if boxed and refined:
+            prob_BHWK = refined(prob_BHWK, seen)
+        return np.asarray(back(prob_BHWK, own))
+
+    return predict
 
 
 def compile_predict(
@@ -201,13 +225,13 @@ def compile_predict(
     flip: bool = False,
     crf_options: Mapping[str, Any] | None = None,
 ) -> Callable[[dict[str, Any], np.ndarray], np.ndarray]:
-    """`predict(variables, image_BHWC)`: `probabilities`, the batch shared by all local devices.
+    """`predict(variables, image_BHWC)`: `probabilities`, with the batch split over local devices.
 
-    Compiled once for each shape of batch; one that the devices do not divide is padded. With
-    `size` the network sees every image at that height and width, as in training (`fit` as
-    `volumes.resized` has it), and what comes out has the image's own. With `window` the network
-    sees tiles of that many pixels a side, `batch_size` at a time, each as if it were an image, and
-    `slide` blends them: one shape for all. The CRF sees whole images, with `size` small ones.
+    It compiles once per batch shape, and pads a batch that is not a multiple of the devices. With
+    `size` the network sees every image at that height and width, as in training (`fit` as in
+    `volumes.resized`), and the result has the image's own size. With `window` the network sees
+    square tiles of that side, `batch_size` at a time, which `slide` blends. The CRF sees whole
+    images, resized ones with `size`.
     """
     n = jax.local_device_count()
     mesh = jax.make_mesh((n,), ('data',), axis_types=(AxisType.Auto,), devices=jax.local_devices())
@@ -224,7 +248,7 @@ def compile_predict(
                     array if sharding is whole else _pad(array, count + -count % n)
                     for sharding, array in zip(shardings, arguments, strict=True)
                 ]
-            if jax.process_count() > 1:  # jit takes arrays of the host there if all have the same
+            if jax.process_count() > 1:  # jit there takes host arrays only if all have the same
                 arguments = map(jax.device_put, arguments, shardings)
             return compiled(*arguments)[:count]
 
@@ -233,34 +257,15 @@ def compile_predict(
     network = functools.partial(
         probabilities, model=model, ensemble=ensemble, scales=scales, flip=flip
     )
+    refined = on_devices(functools.partial(refine, **behind), split, split) if behind else None
     if not window:
-        boxed = bool(size) and fit != 'stretch'  # then the CRF sees nothing of what is around them
-        program = on_devices(
-            functools.partial(network, crf_options=None if boxed else behind), whole, split
-        )
-        crf_inside = (
-            on_devices(functools.partial(refine, **behind), split, split) if behind else None
-        )
-        back = compilation.jit(
-            functools.partial(resize, align_corners=False), static_argnums=1
-        )  # by half-pixel centres, as `volumes.resize_image` made it
-
-        def predict_whole(variables, image_BHWC):
-            if not size:
-                return np.asarray(program(variables, image_BHWC))
-            own = image_BHWC.shape[1:3]
-            top, left, height, width = volumes.letterbox(own, size) if boxed else (0, 0, *size)
-            seen = np.stack([volumes.resize_image(x, (height, width)) for x in image_BHWC])
-            around = [(top, size[0] - top - height), (left, size[1] - left - width)]
-            prob_BHWK = program(variables, np.pad(seen, [(0, 0), *around, (0, 0)]))
-            prob_BHWK = prob_BHWK[:, top : top + height, left : left + width]
-            if boxed and crf_inside:
-                prob_BHWK = crf_inside(prob_BHWK, seen)
-            return np.asarray(back(prob_BHWK, own))
-
-        return predict_whole
+        boxed = bool(size) and fit != 'stretch'  # then the CRF does not see the padding
+        inside = None if boxed else behind
+        program = on_devices(functools.partial(network, crf_options=inside), whole, split)
+        if size:
+            return at_size(program, refined, size, boxed)
+        return lambda variables, image_BHWC: np.asarray(program(variables, image_BHWC))
     on_tiles = on_devices(network, whole, split)
-    on_images = on_devices(functools.partial(refine, **behind), split, split) if behind else None
 
     def predict(variables, image_BHWC):
         prob_BHWK = slide(
@@ -270,6 +275,6 @@ def compile_predict(
             overlap=overlap,
             batch_size=batch_size,
         )
-        return np.asarray(on_images(prob_BHWK, image_BHWC)) if on_images else prob_BHWK
+        return np.asarray(refined(prob_BHWK, image_BHWC)) if refined else prob_BHWK
 
     return predict

@@ -1,4 +1,4 @@
-"""From probabilities to the labels that are kept: arrays in, arrays out, on the host."""
+"""From probabilities to cleaned labels, on numpy arrays."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def to_labels(prob_K: np.ndarray, threshold: float | None = None) -> np.ndarray:
 
 
 def keep(sizes: np.ndarray, *, largest_component: bool = False, min_size: int = 0) -> np.ndarray:
-    """Which components of these sizes `clean` leaves: at least one size is given."""
+    """Which components `clean` keeps, by their sizes (at least one)."""
     kept = sizes >= min_size
     if largest_component:
         kept &= np.arange(len(sizes)) == sizes.argmax()
@@ -28,10 +28,10 @@ def keep(sizes: np.ndarray, *, largest_component: bool = False, min_size: int = 
 def clean(
     labels_DHW: np.ndarray, *, largest_component: bool = False, min_size: int = 0
 ) -> np.ndarray:
-    """The labels without small parts, class by class; what goes becomes background.
+    """Replace small components by background, class by class.
 
-    `largest_component` keeps one of each class, `min_size` those of at least that many voxels;
-    corners connect. Over all axes: give slices of no one volume one by one.
+    `largest_component` keeps one component per class, `min_size` those of at least that many
+    voxels; corners connect. Components extend over all axes, so pass unrelated slices one by one.
     """
     if not largest_component and min_size <= 1:
         return labels_DHW
@@ -48,8 +48,8 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def components(mask: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The connected components (corners connect) of a boolean array, any rank, that `keep` says
-    of their sizes.
+    """The connected components (corners connect) of a boolean array of any rank that `keep`
+    selects by their sizes.
     """
     if not (found := label_components(mask)):
         return mask
@@ -62,8 +62,8 @@ def components(mask: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> np
 def label_components(
     mask: np.ndarray,
 ) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray] | None:
-    """(box around all that is there, often a small part; in it the number of each voxel's
-    component, 0 outside; sizes from number 1 on). None where there is nothing.
+    """(bounding box of the mask; in the box, each voxel's component number or 0; sizes from
+    number 1 on). None for an empty mask.
     """
     boxes = ndimage.find_objects(mask.astype(np.uint8))
     if not boxes:

@@ -23,22 +23,22 @@ from pspnet_jax.runtime import checkpoint, paths
 from pspnet_jax.runtime.errors import CheckpointError, DataError
 
 logger = logging.getLogger(__name__)
-WINDOW_PIXELS = 2**24  # of images whose tiles are blended at a time
+WINDOW_PIXELS = 2**24  # total of the images whose tiles are blended at a time
 
 
 class Predictor(NamedTuple):
     """A run, or several as an ensemble: predict_fn takes B H W C normalised images.
 
-    `intensity` normalises every image alike; None: each volume has its own. `temperature` is
-    that which was fitted for the checkpoint, of probabilities alone: labels are those without.
-    `chosen` is what the config has of `settings.with_choice`. `runs` say which they are: workdir,
-    step, digest and what was passed over. `measured` is how a volume's own intensities are.
+    `intensity` normalises every image alike; None means that each volume has its own, measured as
+    `measured` names it. `temperature` changes the probabilities, not the labels. `chosen` is the
+    choice that `settings.with_choice` applied. `runs` lists workdir, step, digest and skipped
+    steps of each run.
     """
 
     config: ConfigDict
     predict_fn: Callable[[np.ndarray], np.ndarray]
     intensity: np.ndarray | None
-    channels: int  # of a picture, see `runs.Run`
+    channels: int  # of an image, see `runs.Run`
     temperature: float = 1.0
     chosen: Mapping[str, Any] | None = None
     runs: Sequence[Mapping[str, Any]] = ()
@@ -46,11 +46,11 @@ class Predictor(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Slices D H W C that share their size and intensity scale, and go to one or more files.
+    """Slices D H W C that share their size and intensity scale and come from one or more files.
 
-    `pictures` are what was read, whose slices are the image's in turn; `stems` are the results'
-    names, without endings, below the output folder. `around` has for each slice those that the
-    network sees as one with it, H W C each; without, they are the image's own.
+    `pictures` are the files as read, in the order of the slices. `stems` are the paths of their
+    results without endings. `around` lists for each slice the slices that the network sees with it,
+    H W C each; by default these are its neighbours in the image.
     """
 
     image: np.ndarray
@@ -65,10 +65,10 @@ def load(
     which: str = '',
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Predictor:
-    """The checkpoint of a run, or of several runs as one network: the mean of their probabilities.
+    """Load one run, or several as an ensemble that averages their probabilities.
 
-    `changes` are to the config's `predict` section, which is the first run's with what was chosen
-    on validation (`settings.with_choice`) where there is one run. Raises
+    `changes` are applied to the first run's config (see `with_prediction`). A single run also uses
+    the post-processing that was chosen on validation (`settings.with_choice`). Raises
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
@@ -78,7 +78,7 @@ def load(
         faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
         same = np.array_equal(first.intensity, other.intensity)
         if not same or first.measured != other.measured:
-            faults.append('images are normalised in two ways: data.normalize')
+            faults.append('images are normalised differently (data.normalize)')
         ours, theirs = first.config.model.class_names, other.config.model.class_names
         if ours and theirs and ours != theirs:
             faults.append(f'model.class_names is {ours} there, {theirs} here')
@@ -93,7 +93,7 @@ def load(
         config, chosen = with_choice(first.config, place, first.step, changes)
     elif any((Path(paths.local(each)) / choice.KEPT).exists() for each in workdirs):
         logger.info(
-            '%s is chosen for one run by itself: not applied to the mean of %d',
+            '%s was chosen for a single run: not applied to the mean of %d runs',
             choice.KEPT, len(runs),
         )  # fmt: skip
     if ensemble:
@@ -117,9 +117,9 @@ def load(
 
 
 def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(labels uint8, probabilities K float32) of an image H W, H W C or D H W C of numbers.
+    """(labels uint8, probabilities K float32) of an image H W, H W C or D H W C.
 
-    D slices are one volume. Raises DataError for channels that are not the network's.
+    D slices are one volume. Raises DataError if the network takes other channels.
     """
     image_DHWC = {2: image[None, ..., None], 3: image[None], 4: image}.get(image.ndim)
     if image_DHWC is None or not image.size:
@@ -134,9 +134,9 @@ def predict_array(predictor: Predictor, image: np.ndarray) -> tuple[np.ndarray, 
 def segment(
     predictor: Predictor, cases: Sequence[Case], *, probabilities: bool
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """(labels D H W uint8, probabilities D H W K where asked for) of each case.
+    """(labels D H W uint8, probabilities D H W K or None) of each case.
 
-    Slices of one size are predicted together, whatever case they are of.
+    Slices of one size are predicted together, even from different cases.
     """
     config = predictor.config
     batch_size, options = config.eval.batch_size, label_options(config)
@@ -175,12 +175,12 @@ def segment(
 
 
 def slices_around(images: Sequence[np.ndarray], context: int) -> list[list[np.ndarray]]:
-    """For each of the slices of a scan those that the network sees as one with it."""
+    """For each slice of a scan, the slices that the network sees with it."""
     return [[images[row] for row in rows] for rows in neighbours(None, len(images), context)]
 
 
 def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndarray:
-    """The image with the network's channels. Raises DataError for one that it can't take."""
+    """The image with the network's channels. Raises DataError if it can't take the image."""
     if predictor.intensity is not None:
         check_kind(image_DHWC, predictor.intensity, name)
     return fit_channels(image_DHWC, predictor.channels, name)
@@ -189,9 +189,7 @@ def as_taken(predictor: Predictor, image_DHWC: np.ndarray, name: Any) -> np.ndar
 def case_of(
     predictor: Predictor, image_DHWC: np.ndarray, context: Sequence[np.ndarray] = (), **names
 ) -> Case:
-    """A case whose scale, where the network needs one, is that of the images of `context`, else of
-    itself.
-    """
+    """A case; its intensity scale is the network's, or else measured on `context` or the image."""
     if predictor.intensity is not None:
         return Case(image_DHWC, predictor.intensity, **names)
     return Case(image_DHWC, measure(context or [image_DHWC], predictor.measured), **names)

@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`variables` are params (their average where one was kept) and batch_stats, as numpy arrays.
+    """`variables` are params (their average if there is one) and batch_stats, as numpy arrays.
 
-    `inputs` are what the network takes, as `checkpoint.save` has them. `passed_over` gives the
-    reason for each damaged step that would have been taken before `step`. `digest` is that of all
-    arrays of the checkpoint, by which the same weights are known in whatever folder.
+    `inputs` is what the network takes (see `checkpoint.save`). `passed_over` gives the reason for
+    each corrupted step that was skipped before `step`. `digest` covers all arrays of the
+    checkpoint, so the same weights are recognised in any folder.
     """
 
     config: ConfigDict
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def channels(self) -> int:
-        """Of a picture; the network sees `volumes.channels_seen` of them and `context`."""
+        """Channels of an image; with `context` the network sees `volumes.channels_seen`."""
         return self.inputs['channels']
 
     @property
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def intensity(self) -> np.ndarray | None:
-        """(4, C) that normalises every image alike; None: each volume has its own."""
+        """(4, C) that normalises every image alike; None if each volume has its own."""
         return fixed_intensity(self.inputs)
 
     @property
@@ -62,11 +62,11 @@ class Run:
 
 
 def open_run(workdir: str | Path, which: str = '') -> Run:
-    """The sound step that `which` means: 'best', 'last' or a number; '' takes `eval.checkpoint`.
+    """Open the step that `which` names: 'best', 'last' or a number; '' means `eval.checkpoint`.
 
-    Where there are no checkpoints but model.safetensors, an exported savedparams, the run is that.
-    Damaged steps are passed over with a warning, unless one was asked for by its number. Raises
-    CheckpointError where none is sound, ConfigError where the config has no network.
+    Without checkpoints, the exported model.safetensors is opened if it is there. Corrupted steps
+    are skipped with a warning, unless one is asked for by its number. Raises CheckpointError if
+    none is sound, ConfigError if the config describes no network.
     """
     workdir = paths.local(workdir)
     if (workdir / saved.NAME).is_file() and not checkpoint.steps(workdir):

@@ -1,4 +1,4 @@
-"""A run in one file: parameters and statistics by name, and what the run knows, as safetensors."""
+"""A run in one safetensors file: named parameters and statistics, with the run's metadata."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from pspnet_jax.runtime.errors import CheckpointError, ExportError, PspnetError
 
 NAME = 'model.safetensors'  # in the folder of a run
 KEY = 'pspnet_jax'  # of the file's metadata
-MOST_TEXT = 2**22  # of them
+MOST_TEXT = 2**22  # characters of the metadata
 CRF_KERNELS = ('none', 'exact', 'windowed')
 TYPES = ('float32', 'float16')
 
@@ -25,9 +25,9 @@ TYPES = ('float32', 'float16')
 def write(
     path: Path, variables: Mapping[str, Any], metadata: Mapping[str, Any], dtype: str = 'float32'
 ) -> None:
-    """Write `variables`, nested dictionaries of arrays, as one of TYPES.
+    """Write `variables`, nested dictionaries of arrays, as `dtype`, one of TYPES.
 
-    Raises ExportError for a value that float16 can not hold.
+    Raises ExportError for a value that `dtype` can not hold.
     """
     from safetensors.numpy import save
 
@@ -48,14 +48,13 @@ def read_metadata(text: str | bytes) -> dict[str, Any]:
 
 
 def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(variables, metadata) of a file that `write` made: float32 numpy arrays, strict.
+    """(variables, metadata) of a file that `write` made; the arrays are float32, numpy's.
 
-    Raises CheckpointError where an array that the config's network has is missing, has
-    another shape, or is one too many.
+    Raises CheckpointError unless the arrays' names and shapes are those of the config's network.
     """
     from safetensors import safe_open
 
-    if not Path(path).is_file():  # a pipe would be waited for
+    if not Path(path).is_file():  # reading a pipe would block
         raise ExportError(f'{path} is not a file')
     try:
         with safe_open(path, 'numpy') as file:
@@ -83,7 +82,7 @@ def read_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ValueError('dtype')
     except PspnetError:
         raise
-    except Exception as error:  # of safetensors, JSON and a stranger's types each its own
+    except Exception as error:  # safetensors, JSON and untrusted types each raise their own
         raise CheckpointError(f'{path} is not an exported savedparams: export it again') from error
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
     return unflatten_dict(arrays, sep='/'), metadata

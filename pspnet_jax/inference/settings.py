@@ -1,4 +1,4 @@
-"""The arguments of prediction, taken from a config."""
+"""The arguments of prediction, from a config."""
 
 import logging
 from collections.abc import Mapping
@@ -32,8 +32,9 @@ def crf_options(config) -> dict[str, Any]:
 
 
 def views(config) -> dict[str, Any]:
-    """What decides the probabilities beside the checkpoint, as JSON has it: a temperature is
-    fitted for these. What has no effect is left out.
+    """The settings that affect the probabilities, as JSON; those without effect are left out.
+
+    A temperature is fitted for a checkpoint and these settings.
     """
     predict, crf = config.predict, config.crf.to_dict()
     found = {'scales': list(predict.scales), 'flip': predict.flip, 'window': predict.window}
@@ -45,7 +46,7 @@ def views(config) -> dict[str, Any]:
 
 
 def label_options(config) -> dict[str, Any]:
-    """Those of `predict_foreground`: what is made of the probabilities."""
+    """How labels are made from the probabilities, for `predict_foreground`."""
     predict = config.predict
     return {
         'threshold': predict.threshold,
@@ -57,11 +58,11 @@ def label_options(config) -> dict[str, Any]:
 def with_choice(
     config, workdir: str | Path, step: int, changes: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any] | None]:
-    """(the config to predict with, what it has of a choice): its own `predict` section, then what
-    was chosen on validation for this checkpoint and its views, then `changes`.
+    """(config to predict with, the choice that it applies or None).
 
-    The second has the 'options' that were taken, those 'given' in their place, and the validation
-    Dice of the whole choice and 'without' it; None where nothing is taken. The log says it.
+    `changes` override what was chosen on validation for this checkpoint and its views, which
+    overrides the config. The choice has the 'options' that apply, those that are 'given' instead,
+    and the validation 'dice' of the whole choice and 'without' it. It is logged.
     """
     wanted = with_prediction(config, changes)
     kept = choice.load(workdir, config, step, choice_views(wanted))
@@ -80,5 +81,5 @@ def with_choice(
 
 
 def choice_views(config) -> dict[str, Any]:
-    """The `views` that post-processing is chosen for: the mirror image is part of the choice."""
+    """The `views` for which post-processing is chosen; flip is part of the choice itself."""
     return {key: value for key, value in views(config).items() if key != 'flip'}

@@ -15,9 +15,9 @@ from pspnet_jax.models.refinenet import RefineNet
 from pspnet_jax.models.segnet import SegNet
 from pspnet_jax.models.unet import BackboneUNet, UNet
 
-# Name -> (module, its backbone where none is asked for, defaults). A default is what the
-# config's None stands for; those that are no knob of the config belong to the name. An entry from
-# outside, such as a config page's own, is one like these; so is one of `backbones.BACKBONES`.
+# {name: (module, default backbone, defaults)}. A default replaces the config's None; defaults that
+# are not keys of the config belong to the name. Your own entry looks like these; so does one of
+# `backbones.BACKBONES`.
 MODELS: dict[str, tuple[type[nn.Module], str | None, dict[str, Any]]] = {
     'fcn32s': (FCN, 'vgg16', {'stride': 32, 'output_stride': 32}),
     'fcn16s': (FCN, 'vgg16', {'stride': 16, 'output_stride': 32}),
@@ -35,17 +35,17 @@ MODELS: dict[str, tuple[type[nn.Module], str | None, dict[str, Any]]] = {
     'deeplab_v3plus': (DeepLabV3Plus, 'resnet50', {'output_stride': 16}),
     'vgg_pspnet_blog': (VGGPSPNetBlog, 'vgg16', {'output_stride': 32}),
 }
-# What VGG16 brings beside its convolutions.
+# What VGG16 adds besides its convolutions.
 ON_VGG: dict[str, dict[str, Any]] = {
     **{name: {'fc_features': 4096} for name in ('fcn32s', 'fcn16s', 'fcn8s', 'dilated')},
     'deeplab_v2': {'fc_features': 1024},
     'unet': {'center': True},
 }
-# Their decoders undo five halvings, so that no other output stride than 32 fits.
+# Their decoders undo five halvings, so only output stride 32 fits.
 FIXED_STRIDE = ('fcn32s', 'fcn16s', 'fcn8s', 'segnet', 'vgg_pspnet_blog')
 VARIANTS = {'torchvision': ('deeplab_v3',), 'smp': ('deeplab_v3', 'deeplab_v3plus')}
 
-# image-segmentation-keras' names -> ours; docs/models.md says what differs.
+# {image-segmentation-keras' name: ours}; docs/models.md lists the differences.
 ALIASES: dict[str, dict[str, Any]] = {
     'fcn_8': {'name': 'fcn8s', 'backbone': 'vgg16_bn', 'fc_features': 1024},
     'fcn_32': {'name': 'fcn32s', 'backbone': 'vgg16_bn', 'fc_features': 1024},
@@ -73,17 +73,17 @@ ALIASES: dict[str, dict[str, Any]] = {
 
 
 def names() -> tuple[str, ...]:
-    """All that `create` knows, entries that were added to MODELS and ALIASES included."""
+    """All names for `create`, including entries that were added to MODELS and ALIASES."""
     return tuple(dict.fromkeys((*MODELS, *ALIASES)))
 
 
 def resolve(
     name: str, *, backbone: str | None = None, **options
 ) -> tuple[type[nn.Module], str | None, dict[str, Any]]:
-    """(module, backbone, options) that a name and the config's values stand for.
+    """(module, backbone, options) for a name and the config's values.
 
-    Options that are None take the name's default, else the module's. Raises ValueError for
-    an unknown name, and for a value that the name has decided already.
+    Options that are None take the name's default, else the module's. Raises ValueError for an
+    unknown name, and for a value that contradicts the name.
     """
     if name not in names():
         raise ValueError(f'model {name!r} is not one of {", ".join(names())}')
@@ -91,17 +91,17 @@ def resolve(
     options = {key: value for key, value in options.items() if value is not None}
     if backbone is not None and backbone != alias.get('backbone', backbone):
         raise ValueError(
-            f'{name} stands on {alias["backbone"]}, not on {backbone}: leave model.backbone '
-            f'as None, or use model.name={alias["name"]}'
+            f'{name} uses {alias["backbone"]}, not {backbone}: leave model.backbone as None, or '
+            f'use model.name={alias["name"]}'
         )
     name, backbone = alias.pop('name', name), alias.pop('backbone', backbone)
     make, own_backbone, defaults = MODELS[name]
     if name == 'unet' and backbone is not None:
         make, defaults = BackboneUNet, {'output_stride': 32}
     elif own_backbone is None and backbone is not None:
-        raise ValueError(f'{name} has its own encoder, no {backbone}: use unet')
+        raise ValueError(f'{name} has its own encoder and takes no {backbone}: use unet')
     if name == 'vgg_pspnet_blog' and backbone not in (None, 'vgg16'):
-        raise ValueError(f'vgg_pspnet_blog stands on vgg16, not on {backbone}: use pspnet')
+        raise ValueError(f'vgg_pspnet_blog uses vgg16, not {backbone}: use pspnet')
     if name in FIXED_STRIDE and options.get('output_stride', 32) != 32:
         raise ValueError(
             f'{name} has output stride 32, not {options["output_stride"]}: leave it as None'
@@ -109,12 +109,12 @@ def resolve(
     variant = options.get('variant', 'paper')
     if name not in VARIANTS.get(variant, (name,)):
         raise ValueError(
-            f'variant {variant!r} is one of {" and ".join(VARIANTS[variant])}, not of {name}: '
+            f'variant {variant!r} is for {" and ".join(VARIANTS[variant])}, not for {name}: '
             "use 'paper'"
         )
     if options.get('deep_supervision') and make not in (UNet, BackboneUNet):
         raise ValueError(
-            f'deep_supervision is of U-Nets, not of {name}: leave it as False, or use unet'
+            f'deep_supervision is for U-Nets, not for {name}: leave it as False, or use unet'
         )
     backbone = backbone or own_backbone
     if backbone is not None and backbone.startswith('vgg'):
@@ -125,9 +125,9 @@ def resolve(
 def create(name: str, *, num_classes: int, dtype: str = 'float32', **options) -> nn.Module:
     """The network `name` as a Flax module: B H W C float -> {'logits': B H W K, ...}.
 
-    `options` are plain values (the config's `model` section); those that the network
-    does not have are left out, so that one section serves every network. Parameters,
-    BatchNorm statistics and logits are float32 whatever `dtype` computes in.
+    `options` are plain values (the config's `model` section); those that the network does not have
+    are ignored, so that one section serves every network. Parameters, BatchNorm statistics and
+    logits are float32 for any `dtype`.
     Raises ValueError for an unknown name or value, or fewer than two classes.
     """
     if num_classes < 2:
@@ -144,7 +144,7 @@ def create(name: str, *, num_classes: int, dtype: str = 'float32', **options) ->
 
 
 def over_axis(model: nn.Module, axis_name: str) -> nn.Module:
-    """The same network, its BatchNorm and dropout those of the batch over a mapped axis."""
+    """The same network with BatchNorm and dropout over the batch of a mapped axis."""
     changes = {'axis_name': axis_name} if hasattr(model, 'axis_name') else {}
     if hasattr(model, 'backbone'):
         changes['backbone'] = over_axis(model.backbone, axis_name)

@@ -6,9 +6,9 @@ arXiv 1801.04381); EfficientNet-Lite0 to 4 (Tan and Le 2019, arXiv 1905.11946, a
 models/official/efficientnet/lite has it). Dilation as in Yu and Koltun 2016 and Zhao et al. 2017,
 section 3.
 
-A backbone returns the same dictionary whatever its output stride: the key is the
-stride that the undilated network has there, the value's true stride is
-min(key, output_stride). No decoder needs to know which backbone it stands on.
+A backbone returns the same keys for any output stride: the key is the stride that the undilated
+network has there, and the true stride is min(key, output_stride). Decoders need not know which
+backbone they have.
 
 | key | VGG16             | ResNet | MobileNetV2 | Lite0    | channels of VGG, ResNet-50, these |
 |-----|-------------------|--------|-------------|----------|-----------------------------------|
@@ -18,11 +18,10 @@ min(key, output_stride). No decoder needs to know which backbone it stands on.
 | 16  | pool4 (see below) | layer3 | block 13    | block 10 | 512, 1024, 96, 112                |
 | 32  | pool5 (see below) | layer4 | the head    | the head | 512, 2048, 1280, 1280             |
 
-VGG16 also gives, at -2 .. -32, what was pooled into 2 .. 32: the blocks themselves. At output
-stride 8 it leaves out pool4 and pool5 and dilates block 5 by 2, at 16 it leaves out pool5
-(there is no convolution behind it to dilate); so features 16 and 32 are then the
-outputs of blocks 4 and 5 themselves. With `pool` 3 it pools as DeepLab's VGG16 does, 3x3,
-and keeps the pools that it would leave out, at stride 1.
+VGG16 also returns, at -2 .. -32, the blocks before they are pooled into 2 .. 32. At output stride 8
+it leaves out pool4 and pool5 and dilates block 5 by 2; at 16 it leaves out pool5 (no convolution
+after it needs dilation). Features 16 and 32 are then the outputs of blocks 4 and 5. With `pool` 3
+it pools by 3x3 as DeepLab's VGG16 does, and keeps the pools that it would leave out, at stride 1.
 """
 
 import inspect
@@ -43,8 +42,8 @@ class VGG16(nn.Module):
 
     output_stride: int = 32
     width: int = 64
-    norm: bool = False  # BatchNorm behind each convolution
-    pool: int = 2  # its window; its stride is 2
+    norm: bool = False  # BatchNorm after each convolution
+    pool: int = 2  # window of the pooling, whose stride is 2
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
 
@@ -71,7 +70,7 @@ class VGG16(nn.Module):
 
 
 class Residual(nn.Module):
-    """Convolutions, BatchNorm behind each and ReLU between them, and the shortcut."""
+    """Convolutions with BatchNorm after each and ReLU between them, and the shortcut."""
 
     convs: tuple[tuple[int, int, int, int], ...]  # features, kernel, stride, dilation of each
     project: bool  # whether the shortcut has a 1x1
@@ -100,17 +99,17 @@ RESNETS = {
     'resnet101': (3, 4, 23, 3),
     'resnet152': (3, 8, 36, 3),
 }
-BASIC_RESNETS = ('resnet18', 'resnet34')  # of blocks of two 3x3s; the others have bottlenecks
+BASIC_RESNETS = ('resnet18', 'resnet34')  # blocks of two 3x3s; the others have bottlenecks
 
 
 class ResNet(nn.Module):
     """B H W C -> {2, 4, 8, 16, 32: B h w C'}; `deep_stem` is semseg's three 3x3s.
 
-    With `dilate_first_block` every 3x3 of a dilated layer has that layer's dilation
-    (semseg, the paper's authors). Without, the first block keeps the dilation before it
-    (torchvision): then the network computes on its grid exactly what the strided one does.
-    `multi_grid` multiplies the dilation of layer4's blocks in turn (DeepLab v3).
-    `stride_in_1x1` puts a bottleneck's stride where He et al. and Keras have it.
+    With `dilate_first_block` every 3x3 of a dilated layer has that layer's dilation (semseg, the
+    paper's authors). Without it, the first block keeps the previous dilation (torchvision), and the
+    network computes on its grid exactly what the strided one does. `multi_grid` multiplies the
+    dilations of layer4's blocks, in order (DeepLab v3). `stride_in_1x1` puts a bottleneck's stride
+    into its first 1x1, as He et al. and Keras do.
     """
 
     name_of_depth: str = 'resnet50'
@@ -187,14 +186,14 @@ class InvertedResidual(nn.Module):
 
 
 class Stage(NamedTuple):
-    """Blocks of the same channels; the first one has the stride."""
+    """Blocks with the same channels; the first one has the stride."""
 
     expand: int
     channels: float  # rounded to a multiple of 8
     blocks: int
     stride: int
     kernel: int
-    nominal: int  # the stride behind it, from the image on
+    nominal: int  # total stride after it
 
 
 MOBILENET_V2 = (
@@ -218,8 +217,9 @@ EFFICIENTNET_LITE0 = (
 
 
 def lite(wide: float, deep: float) -> tuple[Stage, ...]:
-    """Lite0 with `wide` times the channels and `deep` times the blocks; the first and the last
-    stage keep their one block, and stem and head their channels.
+    """Lite0 with `wide` times the channels and `deep` times the blocks.
+
+    The first and the last stage keep their one block; stem and head keep their channels.
     """
     first, *between, last = (
         stage._replace(channels=wide * stage.channels) for stage in EFFICIENTNET_LITE0
@@ -241,9 +241,9 @@ LAYOUTS = {
 class MobileNet(nn.Module):
     """B H W C -> {2, 4, 8, 16, 32: B h w C'}; `width` 64 is the published width 1.0.
 
-    `dilate_first_block` as in `ResNet`: whether the depthwise convolution that has lost its stride
-    takes the new dilation. `same_padding` pads as TensorFlow does: Keras' weights of MobileNetV2
-    want it, and all of EfficientNet-Lite's.
+    `dilate_first_block` as in `ResNet`: whether the depthwise convolution that lost its stride gets
+    the new dilation. `same_padding` pads as TensorFlow does, which Keras' MobileNetV2 weights and
+    all EfficientNet-Lite weights need.
     """
 
     name_of_layout: str = 'mobilenet_v2'
@@ -259,7 +259,7 @@ class MobileNet(nn.Module):
         conv, norm = units(self, train)
         padded = {'same_padding': self.same_padding}
 
-        def scaled(channels):  # to a multiple of 8, not below 90 % of what was asked for
+        def scaled(channels):  # to a multiple of 8, at least 90 % of the requested channels
             wanted = channels * self.width / 64
             nearest = max(8, int(wanted + 4) // 8 * 8)
             return nearest if nearest >= 0.9 * wanted else nearest + 8
@@ -270,7 +270,7 @@ class MobileNet(nn.Module):
 
         x = conv_norm(x, scaled(32), 3, 2, 'stem')
         features, true_stride, dilation = {}, 2, 1
-        number = int(self.name_of_layout == 'mobilenet_v2')  # of a block, as in published weights
+        number = int(self.name_of_layout == 'mobilenet_v2')  # of the block in published weights
         for stage in LAYOUTS[self.name_of_layout]:
             stride, before = stage.stride, dilation
             if true_stride * stride > self.output_stride:
@@ -291,8 +291,8 @@ class MobileNet(nn.Module):
                 )(x, train)
                 number += 1
             features[stage.nominal] = x
-        # Narrower than published, the head keeps its 1280 channels in the paper; here it
-        # shrinks too, since small networks are what a small width is asked for.
+        # In the paper, narrower networks keep the head's 1280 channels; here the head shrinks too,
+        # since a small width asks for a small network.
         features[32] = conv_norm(x, scaled(1280), 1, 1, 'head')
         return features
 
@@ -310,7 +310,7 @@ OWN_OPTIONS = {'deep_stem': 'ResNet', 'stride_in_1x1': 'ResNet', 'same_padding':
 
 
 def create(name: str, *, output_stride: int, **options) -> nn.Module:
-    """The backbone called `name`; options that it does not have are left out.
+    """The backbone with this name; options that it does not have are ignored.
 
     Raises ValueError for an unknown name, an output stride other than 8, 16 or 32, or an
     option that only another backbone has.

@@ -1,12 +1,12 @@
-"""Convolutions and max pooling, stated so that XLA's CPU and GPU backends run them well.
+"""Convolutions and max pooling in forms that XLA's CPU and GPU backends run fast.
 
-A 1x1 is a matrix product everywhere, unless an accelerator runs it with a stride. The rest is
-XLA's own (cuDNN's, the TPU's) on accelerators, but for two gradients on NVIDIA's, of dilated 3x3s
-and of max pooling; on a CPU a 3x3 at stride 1 between wide maps is Winograd's F(2x2, 3x3) (Lavin
-and Gray 2016, arXiv 1509.09308): 16 products in place of 36, with 1/2 as the only
-coefficient, so its rounding is that of the plain form; between narrower ones its weight
-gradient is stated as products; a depthwise convolution is a shifted multiply-add for each tap;
-and max pooling has a gradient without a scatter. experiments/README.md has what each gave.
+A 1x1 is a matrix product, except with a stride on an accelerator. Accelerators otherwise use XLA's
+own convolutions (cuDNN's, the TPU's), except for two gradients on NVIDIA GPUs, of dilated 3x3s and
+of max pooling. On a CPU, a 3x3 at stride 1 between wide maps is Winograd's F(2x2, 3x3) (Lavin and
+Gray 2016, arXiv 1509.09308): 16 products instead of 36, with 1/2 as the only coefficient, so it
+rounds like the plain form. Between narrower maps its weight gradient is computed as products. A
+depthwise convolution is one shifted multiply-add per tap, and max pooling has a gradient without a
+scatter. experiments/README.md lists the gain of each.
 """
 
 import functools
@@ -23,22 +23,22 @@ from jax.ad_checkpoint import checkpoint_name
 BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
-WINOGRAD_CHANNELS = 256  # in and out; below, moving the tiles costs more than the products save
+WINOGRAD_CHANNELS = 256  # in and out; with fewer, moving the tiles costs more than it saves
 CONVOLVED = 'convolved'
-PRODUCT_CHANNELS = 64  # from here to there, a 3x3's weight gradient is stated as products
-LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient goes by bands of rows
+PRODUCT_CHANNELS = 64  # from here to WINOGRAD_CHANNELS, 3x3 weight gradients are products
+LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient is computed by bands of rows
 
 
 def is_static(sizes: Iterable[Any]) -> bool:
-    """Whether all are numbers; in an exported program some are symbols, as in `jax.export`."""
+    """Whether all sizes are numbers; in an exported program some may be symbols (`jax.export`)."""
     return all(isinstance(size, int | np.integer) for size in sizes)
 
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
-    """`lax.conv_general_dilated` for images B H W C and kernels h w I O, the forms above in it.
+    """`lax.conv_general_dilated` for images B H W C and kernels h w I O, in the forms above.
 
-    What comes out has the name CONVOLVED, by which `jax.checkpoint` can keep it. With a size that
-    is not known yet (an exported program, which has to suit every platform) it is XLA's own.
+    The output has the name CONVOLVED, by which `jax.checkpoint` can keep it. With symbolic sizes
+    (an exported program, which must suit every platform) it is XLA's own convolution.
     """
     if not is_static(x.shape):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
@@ -61,7 +61,7 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
 
 
 def conv1x1(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], **kwargs) -> jax.Array:
-    """B H W I and 1 1 I O -> B h w O, a product of what the stride leaves."""
+    """B H W I and 1 1 I O -> B h w O, as a product of the pixels that the stride selects."""
 
     def as_product(x, kernel):
         x = x[:, :: strides[0], :: strides[1], :]
@@ -73,13 +73,13 @@ def conv1x1(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], **kwargs)
     def by_xla(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, strides, 'VALID', **kwargs)
 
-    # XLA for GPUs (jax 0.11.2) aborts where it fuses a strided slice into a product.
+    # XLA for GPUs (jax 0.11.2) aborts when it fuses a strided slice into a product.
     return jax.lax.platform_dependent(x, kernel, cpu=as_product, default=by_xla)
 
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """N I times I O. In its weight gradient the narrower side is the one that is transposed."""
+    """N I times I O. Its weight gradient transposes the narrower side."""
     return jnp.dot(x, kernel)
 
 
@@ -153,7 +153,7 @@ def _conv3x3_backward(dilation, residuals, grad):
         if form is tapped_3x3:
             return jax.vjp(lambda *args: tapped_3x3(*args, dilation), x, kernel)[1](grad)
         grad_x, grad_kernel = by_xla(x, kernel, grad)
-        # Image by image: over several devices each would gather the images of all.
+        # It goes image by image: with several devices, each would gather all images.
         if channels >= PRODUCT_CHANNELS and jax.device_count() == 1:
             grad_kernel = weight_gradient(x, grad, dilation)
         return grad_x, grad_kernel
@@ -167,14 +167,14 @@ conv3x3.defvjp(
 
 
 def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
-    """Of `winograd_3x3`, `tapped_3x3` and `plain_3x3`, that with least multiplications.
+    """The form with the fewest multiplications: `winograd_3x3`, `tapped_3x3` or `plain_3x3`.
 
-    Few cells a phase leave Winograd's tiles half empty; a dilation near the map's size leaves
-    most taps outside. A quarter more is allowed for moving Winograd's tiles.
+    Few cells per phase leave Winograd's tiles half empty; a dilation near the map's size leaves
+    most taps outside. Winograd's cost includes a quarter more for moving its tiles.
     """
     tiles, inside = 1, 1.0
     for size, step in zip(shape[1:3], dilation, strict=True):
-        cells = -(-size // step)  # a phase
+        cells = -(-size // step)  # per phase
         tiles *= step * -(-cells // 2)
         inside *= size + 2 * max(size - step, 0)
     costs = {
@@ -187,10 +187,10 @@ def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
 
 @functools.partial(jax.jit, static_argnames='dilation')
 def tapped_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
-    """`plain_3x3`, a product a tap, of those cells alone that the tap sees within the map."""
+    """`plain_3x3` as one product per tap, over the cells that the tap sees within the map."""
     (_, H, W, C), total = x.shape, 0.0
 
-    def overlap(size, offset):  # the outputs a tap has something for, and what it reads for them
+    def overlap(size, offset):  # the outputs to which a tap contributes, and its inputs
         first, last = max(0, -offset), min(size, size - offset)
         return (first, size - last), slice(first + offset, last + offset)
 
@@ -205,7 +205,7 @@ def tapped_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> ja
 
 
 def combine(matrix: np.ndarray, arrays: list[jax.Array]) -> list[jax.Array]:
-    """matrix @ arrays, each entry a sum over arrays, written out."""
+    """matrix @ arrays, with each entry written out as a sum over arrays."""
 
     def row(coefficients):
         terms = [x if c == 1 else c * x for c, x in zip(coefficients, arrays, strict=True) if c]
@@ -233,9 +233,9 @@ def tiles(x: jax.Array, size: int, count: tuple[int, int]) -> list[list[jax.Arra
 
 
 def to_phases(x: jax.Array, dilation: tuple[int, int]) -> jax.Array:
-    """B H W C -> (B dy dx) H/dy W/dx C: what a dilated kernel sees is dense in each phase.
+    """B H W C -> (B dy dx) H/dy W/dx C: in each phase, a dilated kernel sees dense cells.
 
-    B stays outermost, so that a batch which is split over devices need not be gathered.
+    B stays outermost, so that a batch that is split over devices is not gathered.
     """
     if dilation == (1, 1):
         return x
@@ -246,7 +246,7 @@ def to_phases(x: jax.Array, dilation: tuple[int, int]) -> jax.Array:
 
 
 def from_phases(x: jax.Array, dilation: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
-    """Undoes `to_phases`, and cuts to `shape`, B H W C."""
+    """Undo `to_phases`, and crop to `shape`, B H W C."""
     (dy, dx), (B, H, W, C) = dilation, shape
     h, w = x.shape[1:3]
     if dilation != (1, 1):
@@ -260,7 +260,7 @@ def _input_tiles(x, dilation):
     B, H, W, _ = x.shape
     h, w = -(-H // 2), -(-W // 2)
     x = jnp.pad(x, ((0, 0), (1, 2 * h + 1 - H), (1, 2 * w + 1 - W), (0, 0)))
-    # Without the barrier whatever made x, and the padding, would be computed 16 times.
+    # Without the barrier, the computation of x and its padding would be repeated 16 times.
     x = jax.lax.optimization_barrier(x)
     return on_both_axes(BT, tiles(x, 4, (h, w))), (B, h, w)
 
@@ -269,11 +269,11 @@ def _input_tiles(x, dilation):
 def winograd_3x3(
     x: jax.Array, kernel: jax.Array, dilation: tuple[int, int], transpose: bool = False
 ) -> jax.Array:
-    """`plain_3x3` by Winograd's F(2x2, 3x3), in float32 whatever x is.
+    """`plain_3x3` by Winograd's F(2x2, 3x3), computed in float32.
 
-    With `transpose` from B H W O to B H W I: the gradient of the input, which is the
-    convolution by the kernel turned round. Of the transformed kernel that is the first and the
-    last exchanged, so that no kernel is ever copied into another order.
+    With `transpose` it maps B H W O to B H W I: the gradient of the input, which is the convolution
+    with the rotated kernel. That only exchanges the first and last row and column of the
+    transformed kernel, so no kernel is copied into another order.
     """
     inputs, (B, h, w) = _input_tiles(x, dilation)
     kernel = kernel.astype(jnp.float32)
@@ -313,9 +313,9 @@ def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int,
 def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
     """3 3 I O from x: B H W I and the gradient B H W O of a stride-1 'same' 3x3.
 
-    A matrix product a band of rows, (3 I, n W) by (n W, 3 O): the inputs at three column
-    offsets against the gradients at three row offsets meet in all nine taps. Each side
-    is copied three times rather than one side nine times, and both stay in the cache.
+    One matrix product per band of rows, (3 I, n W) by (n W, 3 O): the inputs at three column
+    offsets times the gradients at three row offsets give all nine taps. Each side is copied three
+    times instead of one side nine times, and both stay in the cache.
     """
     rows, columns = dilation
     (B, H, W, _), features_in, features_out = x.shape, x.shape[3], grad.shape[3]
@@ -346,7 +346,7 @@ def weight_gradient_by_phases(
 ) -> jax.Array:
     """`weight_gradient` by XLA's convolution, on the phases of the dilation, which are dense.
 
-    XLA gives cuDNN a weight gradient only without dilation: else it convolves by a window of the
+    XLA passes only undilated weight gradients to cuDNN. Otherwise it convolves with a window of the
     gradient's size, which took 14 of the 53 ms of PSPNet-50's step on an H200.
     """
     x_phases, grad_phases = to_phases(x, dilation), to_phases(grad, dilation)
@@ -384,7 +384,7 @@ depthwise.defvjp(
 
 
 def pad_map(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
-    """B H W C with zeros around it; a negative number cuts rows or columns off."""
+    """Pad B H W C with zeros; a negative number crops rows or columns."""
     around = ((0, 0), rows, columns, (0, 0))
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(*pair, 0) for pair in around])
 
@@ -392,9 +392,9 @@ def pad_map(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> ja
 def seen_by_taps(
     x: jax.Array, kernel_shape: tuple[int, ...], window: Window
 ) -> dict[tuple[int, int], jax.Array]:
-    """Tap (i, j) -> the cells of x that it meets, B h w C."""
+    """{tap (i, j): the cells of x that it sees, B h w C}."""
     (dy, dx), (sy, sx) = window.dilation, window.strides
-    # Without the barrier whatever made x, and the padding, would be computed for every tap.
+    # Without the barrier, the computation of x and its padding would be repeated for every tap.
     x = jax.lax.optimization_barrier(pad_map(x, *window.padding))
     h = (x.shape[1] - dy * (kernel_shape[0] - 1) - 1) // sy + 1
     w = (x.shape[2] - dx * (kernel_shape[1] - 1) - 1) // sx + 1
@@ -418,8 +418,8 @@ def depthwise_weight_gradient(
 ) -> jax.Array:
     """i j 1 C from x: B H W C and the gradient B h w C of `plain`.
 
-    All taps are summed in one pass, along each row. Then the rows are, and then the images: a sum
-    of fewer numbers rounds less, and XLA would make one sum of both were no stack between them.
+    All taps are summed in one pass along each row, then over rows, then over images: shorter sums
+    round less. The stack keeps XLA from merging the last two sums.
     """
     seen = seen_by_taps(x, kernel_shape, window).values()
     products = [cells * grad.astype(jnp.float32) for cells in seen]
@@ -439,12 +439,12 @@ def depthwise_input_gradient(
 ) -> jax.Array:
     """`shape`, B H W C, from the gradient B h w C of `plain`.
 
-    A stride splits the padded input into phases: every second row's cells, say, and the others.
-    Tap i meets those of one phase alone, i * dilation % stride, so that each is a stride-1 sum.
+    A stride splits the padded input into phases, such as even and odd rows. Tap i sees only phase
+    i * dilation % stride, so each phase is a stride-1 sum.
     """
     (sy, sx), (rows, columns), (dy, dx) = window
     B, H, W, C = shape
-    h, w = -(-(H + sum(rows)) // sy), -(-(W + sum(columns)) // sx)  # a phase
+    h, w = -(-(H + sum(rows)) // sy), -(-(W + sum(columns)) // sx)  # of a phase
     down, right = dy * (kernel.shape[0] - 1) // sy, dx * (kernel.shape[1] - 1) // sx
     grad = pad_map(grad, (down, h - grad.shape[1]), (right, w - grad.shape[2]))
     grad, kernel = jax.lax.optimization_barrier(grad), kernel.astype(jnp.float32)
@@ -470,7 +470,7 @@ def _max_pool(x, window, pad):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def max_pool(x: jax.Array, window: int, pad: int) -> jax.Array:
-    """B H W C -> B h w C at stride 2; of equal values the first one gets the gradient."""
+    """B H W C -> B h w C at stride 2; among equal values the first one gets the gradient."""
     return _max_pool(x, window, pad)
 
 
@@ -493,11 +493,11 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def max_pool_gradient(x: jax.Array, grad: jax.Array, *, window: int, pad: int) -> jax.Array:
     """The gradient of x, B H W C, from that of `max_pool`, for windows of 2 and 3 cells.
 
-    XLA scatters by a search of every window. Here each window says which of its cells was
-    the first maximum; each cell of the four parities then asks the windows it lies in.
+    XLA searches every window and scatters. Here each window stores which of its cells is the first
+    maximum; each cell of the four parities then checks the windows that contain it.
 
-    The maximum is looked for among the cells, and not by its value: XLA may compute x in two
-    kernels and round it otherwise in each, and no cell would be equal to it.
+    The position of the maximum is found among the cells instead of by its value: XLA may compute x
+    in two kernels with different rounding, and then no cell would equal the maximum.
     """
     (B, H, W, C), (h, w) = x.shape, grad.shape[1:3]
     far = ((pad, 2 * h + 2 - H - pad), (pad, 2 * w + 2 - W - pad))

@@ -4,27 +4,26 @@ arXiv 1706.05587) and v3+ (2018, arXiv 1802.02611).
 `DeepLabV1`, LargeFOV (v1 section 3.2): VGG16 with 3x3 pools, pool4 and pool5 at stride 1,
 block 5 dilated by 2; fc6 3x3 of 1024 features dilated by 12, fc7 1x1 of 1024. Its fully
 connected CRF is pspnet_jax/inference/crf.py, at inference (`eval.crf`).
-Deviations: the loss compares full-resolution logits, theirs every eighth label; the average
-pooling that the released network has behind pool5, not in the paper, is left out.
+Deviations: the loss compares full-resolution logits, theirs every eighth label; the average pooling
+after pool5 in the released network, which is not in the paper, is left out.
 
-`DeepLabV2` (section 3.2): ASPP-L, four parallel branches dilated by 6, 12, 18, 24 whose scores
-are added: on VGG16 each an fc6, fc7, fc8; on other backbones a single 3x3. With `scales`
-(section 4.1) the same network reads the image at each scale and the largest score wins;
-in training each scale's scores have the auxiliary loss. BatchNorm is trained, where the
-authors keep it frozen.
+`DeepLabV2` (section 3.2): ASPP-L, four parallel branches dilated by 6, 12, 18, 24 whose scores are
+added: on VGG16 each has an fc6, fc7, fc8, on other backbones a single 3x3. With `scales`
+(section 4.1) the same network sees the image at each scale and the largest score wins; in training
+each scale's scores have the auxiliary loss. BatchNorm is trained; the authors keep it frozen.
 
 `DeepLabV3`: ASPP with BatchNorm and the image-level average (section 3.3, figure 5),
 rates 6, 12, 18 at output stride 16, twice that at 8, multi-grid (1, 2, 4) in the backbone.
-The variants `torchvision` and `smp` add the 3x3 that those networks have behind the ASPP and
-the paper has not; torchvision resizes without align_corners. The auxiliary head,
-torchvision's, is on the features of stride 16.
+The variants `torchvision` and `smp` add the 3x3 after the ASPP that those networks have, unlike the
+paper; torchvision resizes without align_corners. The auxiliary head, as in torchvision, is on the
+features of stride 16.
 
-`DeepLabV3Plus` (section 3.1): the ASPP's output four or two times as large, next to 48 features of
-stride 4, through two separable 3x3s; the ASPP's 3x3s are separable too. With `smp` the order
-of segmentation_models_pytorch 0.6: one separable 3x3 before the upsampling, one behind,
-no BatchNorm inside them, align-corners upsampling.
-Deviations of both: dropout 0.5 behind v3's ASPP and v3+'s, as torchvision and smp have it, which
-the papers do not mention.
+`DeepLabV3Plus` (section 3.1): the ASPP's output, enlarged to stride 4 and concatenated with 48
+features of that stride, passes two separable 3x3s; the ASPP's 3x3s are separable too. `smp` follows
+segmentation_models_pytorch 0.6: one separable 3x3 before the upsampling, one after it, no BatchNorm
+inside them, align-corners upsampling.
+Deviations of both: dropout 0.5 after the ASPP, as in torchvision and smp, which the papers do not
+mention.
 """
 
 import flax.linen as nn
@@ -102,7 +101,7 @@ class DeepLabV2(nn.Module):
     def __call__(self, image: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         H, W = image.shape[1:3]
         shared = {'dropout': self.dropout, 'dtype': self.dtype, 'axis_name': self.axis_name}
-        # One, and one backbone, for all scales.
+        # All scales share the ASPP and the backbone.
         aspp = SummedASPP(self.num_classes, self.rates, self.fc_features, **shared, name='aspp')
         scores = {}
         for scale in self.scales:
@@ -176,7 +175,7 @@ class DeepLabV3(nn.Module):
         x = score(x, self.num_classes, name='classifier')
         out = {'logits': resize(x, size, align_corners=align)}
         if self.aux_head and (train or self.is_initializing()):
-            # torchvision's drops 0.1 of single values, whatever the main head drops
+            # torchvision drops 0.1 of single values here, independent of the main head
             drop = min(self.dropout, 0.1)
             head = Head(4 * self.width, self.num_classes, drop, False, **shared, name='aux')
             out['aux'] = resize(head(features[16], train), size, align_corners=align)

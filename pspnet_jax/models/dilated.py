@@ -1,13 +1,12 @@
 """Dilated convolutions (Yu and Koltun 2016, arXiv 1511.07122).
 
-The front end (section 4) is VGG16 without pool4 and pool5, block 5 dilated by 2 and fc6 by 4,
-its K scores going into the context module (section 3, table 1): 3x3s dilated by 1, 1, 2, 4,
-8, 16 and 1, then a 1x1, with K features each (`basic`) or 2K, 2K, 4K, 8K, 16K, 32K, 32K and K
-(`large`), started as the identity (equations 4 and 5), so that untrained it changes nothing
-where the scores are positive.
-Deviations: convolutions are padded by zeros, where the authors pad the image by reflection
-and lose the border layer by layer; the backbone may be another dilated one, whose last
-features are then scored without fc6 and fc7.
+The front end (section 4) is VGG16 without pool4 and pool5, with block 5 dilated by 2 and fc6 by 4.
+Its K scores go into the context module (section 3, table 1): 3x3s dilated by 1, 1, 2, 4, 8, 16 and
+1, then a 1x1, with K features each (`basic`) or 2K, 2K, 4K, 8K, 16K, 32K, 32K and K (`large`). The
+module starts as the identity (equations 4 and 5), so untrained it does not change positive scores.
+Deviations: convolutions are padded with zeros, while the authors pad the image by reflection and
+lose the border layer by layer. The backbone may be another dilated one; its last features are then
+scored without fc6 and fc7.
 """
 
 import flax.linen as nn
@@ -28,9 +27,9 @@ WIDTHS = {
 def identity_kernel(classes: int, noise: float = 0.0):
     """Initialiser of (k, k, I, O): the centre passes each class's features on.
 
-    Equation 5: feature a of c belongs to class floor(a K / c); between features of one
-    class the centre weighs K / O, so that the whole module is the identity; everything else
-    is Gaussian, of deviation `noise` times that weight. Equation 4 is I = O = K, no noise.
+    Equation 5: feature a of c belongs to class floor(a K / c). Between features of one class the
+    centre's weight is K / O, so that the whole module is the identity; other weights are Gaussian
+    with deviation `noise` times that weight. Equation 4 is the case I = O = K without noise.
     """
 
     def initialise(key, shape, dtype=jnp.float32):
@@ -46,7 +45,7 @@ def identity_kernel(classes: int, noise: float = 0.0):
 
 
 class Context(nn.Module):
-    """B h w K -> B h w K: seven dilated 3x3s and a 1x1; sees 67 x 67 cells."""
+    """B h w K -> B h w K: seven dilated 3x3s and a 1x1, with a receptive field of 67 x 67 cells."""
 
     size: str = 'basic'
     dtype: jnp.dtype = jnp.float32

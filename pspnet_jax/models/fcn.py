@@ -1,18 +1,17 @@
 """Fully convolutional networks (Long, Shelhamer and Darrell 2015, arXiv 1411.4038).
 
-`FCN` is FCN-32s, -16s and -8s (section 4, figure 3): VGG16's fc6 and fc7 as convolutions
-(4096 features; `fc_features` 512 is the light variant), 1x1 scores from fc7, pool4 and
-pool3, each started at zero, added after twofold upsampling that is learned and starts out
-bilinear; the last upsampling, 32, 16 or 8 fold, is fixed and bilinear.
-Deviations: the image is padded at its far edges to a multiple of 32 in place of the
-100 pixels that the authors pad all around and crop again; the last upsampling is
-half-pixel interpolation, which at the border repeats the outermost cell where theirs
-fades to zero; all skips are trained at once, not one network from the other. Behind
-backbones other than VGG16 there are no fc6 and fc7 unless asked for: `fc_features` 0 scores
-the last features themselves.
+`FCN` is FCN-32s, -16s and -8s (section 4, figure 3): VGG16's fc6 and fc7 as convolutions (4096
+features; `fc_features` 512 is the light variant), and 1x1 scores from fc7, pool4 and pool3. Scores
+start at zero and are added after a learned twofold upsampling that starts bilinear. The last
+upsampling, by 32, 16 or 8, is fixed and bilinear.
+Deviations: the image is padded at its bottom and right edges to a multiple of 32, while the authors
+pad 100 pixels on all sides and crop again. The last upsampling is half-pixel interpolation, which
+repeats the outermost cell at the border, while theirs fades to zero. All skips are trained at once,
+not in stages. Backbones other than VGG16 have no fc6 and fc7 unless asked for: `fc_features` 0
+scores the last features directly.
 
-`DilatedFCN` is torchvision's `fcn_resnet50` and `fcn_resnet101`, which the paper does
-not have: dilated to stride 8, a 3x3 head and an auxiliary one, no skips.
+`DilatedFCN` is torchvision's `fcn_resnet50` and `fcn_resnet101`, which are not in the paper:
+dilated to stride 8, with a 3x3 head and an auxiliary one, without skips.
 """
 
 import flax.linen as nn

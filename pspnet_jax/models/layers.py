@@ -1,9 +1,8 @@
 """Building blocks shared by every model.
 
-Adaptive average pooling and bilinear resizing are linear maps, so with static shapes each
-is a product with a constant matrix, of both axes or of one after the other: exact,
-differentiable, exportable, and the same on every platform. In a program that is exported for
-any size, the same matrices are computed when it runs.
+Adaptive average pooling and bilinear resizing are linear, so with static shapes each is a product
+with constant matrices: exact, differentiable, exportable, and the same on every platform. A program
+that is exported for any size computes the same matrices as it runs.
 """
 
 import functools
@@ -36,9 +35,9 @@ def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray | jax.Array:
 def resize_matrix(size: int, out: int, *, align_corners: bool = True) -> np.ndarray | jax.Array:
     """(out, size) matrix of bilinear interpolation along one axis.
 
-    `align_corners` maps first cell to first and last to last (the paper and
-    PyTorch's `align_corners=True`); otherwise cells are half-pixel centred with
-    clamped ends (PyTorch's False, TensorFlow 2).
+    `align_corners` maps the first cell to the first and the last to the last (the paper and
+    PyTorch's `align_corners=True`); otherwise cells are half-pixel centred with clamped ends
+    (PyTorch's False, TensorFlow 2).
     """
     if not is_static([size, out]):
         return _resize_matrix_of_symbols(size, out, align_corners)
@@ -55,7 +54,7 @@ def resize_matrix(size: int, out: int, *, align_corners: bool = True) -> np.ndar
 
 
 def _resize_matrix_of_symbols(size: Any, out: Any, align_corners: bool) -> jax.Array:
-    """`resize_matrix` in 32 bits: positions are fractions of whole numbers, so nothing is lost."""
+    """`resize_matrix` in 32 bits, exact since positions are fractions of whole numbers."""
     i, cells = jnp.arange(out)[:, None], jnp.arange(size)[None]
     size, out = jnp.asarray(size), jnp.asarray(out)
     if align_corners:
@@ -72,7 +71,7 @@ def _resize_matrix_of_symbols(size: Any, out: Any, align_corners: bool) -> jax.A
 def adaptive_pools(x: jax.Array, bins: Sequence[int]) -> list[jax.Array]:
     """B h w C -> B n n C for each n of `bins`, `torch.nn.AdaptiveAvgPool2d(n)`.
 
-    One product with all the bins' averages reads x once, and in the order it lies in.
+    One product with all the bins' averages reads x once, in memory order.
     """
     B, h, w, C = x.shape
     xp = np if is_static([h, w]) else jnp
@@ -102,7 +101,7 @@ def resize(x: jax.Array, size: Sequence[int], *, align_corners: bool = True) -> 
 
 
 def scaled(size: int, scale: float) -> int:
-    """round(size * scale), for a symbol too: to the nearest, halves to the even number."""
+    """round(size * scale), also for a symbol: to the nearest, halves to even."""
     if is_static([size]):
         return round(size * scale)
     over, under = Fraction(scale).limit_denominator(1000).as_integer_ratio()
@@ -132,7 +131,7 @@ def conv(
 ) -> nn.Conv:
     """Square convolution, padded by dilation * (kernel - 1) / 2 on every side.
 
-    With `same_padding` as TensorFlow pads: a strided one has less above and to the left.
+    With `same_padding` it is padded as in TensorFlow: with a stride, less above and to the left.
     """
     pad = dilation * (kernel - 1) // 2
     return nn.Conv(
@@ -151,11 +150,11 @@ def conv(
 
 
 class BatchNorm(nn.Module):
-    """Over all but the last axis; parameters and statistics are float32.
+    """BatchNorm over all but the last axis; parameters and statistics are float32.
 
-    Under `jax.pmap`, `axis_name` makes the statistics those of the global batch; under `jit`
-    over a mesh they are global by construction. The variables are those of `nn.BatchNorm`,
-    from which it differs by its gradient, below, and by keeping to two passes.
+    Under `jax.pmap`, `axis_name` makes the statistics those of the global batch; under `jit` over a
+    mesh they are always global. The variables are those of `nn.BatchNorm`; it differs in its
+    gradient (below) and in always using two passes.
     """
 
     momentum: float = 0.9
@@ -177,14 +176,14 @@ class BatchNorm(nn.Module):
         x, batch_mean, batch_var = normalize(x, scale, bias, self.epsilon, axis_name)
         if not self.is_initializing():
             count = x.size // x.shape[-1] * _devices(axis_name)
-            batch_var *= count / max(count - 1, 1)  # PyTorch keeps the unbiased one, so do we
+            batch_var *= count / max(count - 1, 1)  # unbiased, as in PyTorch
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
         return x.astype(self.dtype)
 
 
 def _wide(vector_C: jax.Array, x: jax.Array) -> jax.Array:
-    """With axes of length 1 in front, as many as x has."""
+    """The vector with leading axes of length 1, to the rank of x."""
     return vector_C.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -200,10 +199,10 @@ def _means(axis_name: str | None, *arrays_BHWC: jax.Array) -> tuple[jax.Array, .
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(x, scale, bias, epsilon, axis_name):
-    """(x - mean) * rsqrt(var + epsilon) * scale + bias, mean and var of x; all float32.
+    """((x - mean) * rsqrt(var + epsilon) * scale + bias, mean, var), all float32.
 
-    The variance is that of x - mean: E[x**2] - mean**2 loses a digit or two in deep
-    networks. No gradient goes through the mean and the variance that are returned.
+    The variance is that of x - mean: E[x**2] - mean**2 loses one or two digits in deep networks. No
+    gradient flows through the returned mean and variance.
     """
     return _normalize_forward(x, scale, bias, epsilon, axis_name)[0]
 
@@ -220,7 +219,7 @@ def _normalize_forward(x, scale, bias, epsilon, axis_name):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalize_backward(epsilon, axis_name, residuals, grads):
-    """Ioffe and Szegedy 2015, section 3, with the two sums over the batch taken at once."""
+    """Ioffe and Szegedy 2015, section 3, with both sums over the batch in one pass."""
     (x, mean, inverse, scale), (grad, _, _) = residuals, grads
     normal = (x.astype(jnp.float32) - _wide(mean, x)) * _wide(inverse, x)
     own = _means(None, grad, grad * normal)
@@ -237,23 +236,23 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 def batch_norm(
     train: bool, dtype: jnp.dtype, axis_name: str | None, name: str | None = None
 ) -> Callable[[jax.Array], jax.Array]:
-    """`BatchNorm` with PyTorch's constants, as a function of x alone."""
+    """`BatchNorm` with PyTorch's constants, as a function of x only."""
     return functools.partial(BatchNorm(dtype=dtype, axis_name=axis_name, name=name), train=train)
 
 
 def units(module: nn.Module, train: bool) -> tuple[Callable, Callable]:
-    """`conv` and `batch_norm` in the module's dtype, by arguments and by name."""
+    """(`conv`, `batch_norm`) with the module's dtype and axis."""
     norm = functools.partial(batch_norm, train, module.dtype, module.axis_name)
     return functools.partial(conv, dtype=module.dtype), norm
 
 
 class PyramidConv(nn.Module):
-    """Square convolution of maps B h_i w_i C_i, as if each were resized to the first's size
-    and all were concatenated.
+    """Square convolution of maps B h_i w_i C_i, as if all were resized to the first's size and
+    concatenated.
 
-    The kernel is that of the concatenation. Resizing and convolving are both linear, so a
-    small map meets its part of the kernel before it is resized, one product a tap: exact,
-    and next to nothing where the map has a few cells.
+    The kernel is that of the concatenation. Resizing and convolving are both linear, so a small map
+    is multiplied by its part of the kernel before it is resized, one product per tap: exact, and
+    very cheap if the map has few cells.
     """
 
     features: int
@@ -296,7 +295,7 @@ class PyramidConv(nn.Module):
 class ConvNorm(nn.Module):
     """Convolution without bias -> BatchNorm -> ReLU, as submodules `conv`, `bn`.
 
-    Of one map, or of a tuple of maps as `PyramidConv` takes them.
+    It takes one map, or a tuple of maps for `PyramidConv`.
     """
 
     features: int
@@ -316,7 +315,7 @@ class ConvNorm(nn.Module):
 
 
 class SeparableConvNorm(nn.Module):
-    """Depthwise 3x3 -> 1x1 -> BatchNorm -> ReLU, with BatchNorm and ReLU between if asked for."""
+    """Depthwise 3x3 -> 1x1 -> BatchNorm -> ReLU; `norm_between` adds BatchNorm and ReLU between."""
 
     features: int
     dilation: int = 1
@@ -335,10 +334,10 @@ class SeparableConvNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`torch.nn.Dropout`; with `whole_channels`, of whole channels (`torch.nn.Dropout2d`).
+    """`torch.nn.Dropout`, or `torch.nn.Dropout2d` with `whole_channels`.
 
-    Each example of the global batch has its own key, so the mask does not depend
-    on how many devices share the batch, nor on jit or pmap.
+    Each example of the global batch has its own key, so the mask does not depend on the number of
+    devices, nor on jit or pmap.
     """
 
     rate: float
@@ -358,14 +357,14 @@ class Dropout(nn.Module):
 
 
 def score(x: jax.Array, num_classes: int, kernel: int = 1, **options) -> jax.Array:
-    """Convolution with bias to K classes, in float32 whatever computed x."""
+    """Convolution with bias to K classes, in float32 for any dtype of x."""
     return conv(num_classes, kernel, use_bias=True, **options)(x.astype(jnp.float32))
 
 
 class Head(nn.Module):
     """3x3 ConvNorm -> dropout -> 1x1 to K classes; logits are float32.
 
-    semseg drops whole channels in both its heads, torchvision single values in its FCN's.
+    semseg drops whole channels in both heads; torchvision's FCN drops single values.
     """
 
     features: int
@@ -390,14 +389,14 @@ def global_indices(batch: int, axis_name: str | None) -> jax.Array:
 
 
 def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
-    """B H W C, zeros below and to the right up to the next multiple of both sizes."""
-    # Multiples by their form, so that with symbols for sizes halvings are known to be exact.
+    """Pad B H W C with zeros below and to the right, to the next multiple of both sizes."""
+    # Written so that with symbolic sizes, halvings are known to be exact.
     rows, columns = ((n + multiple - 1) // multiple * multiple - n for n in x.shape[1:3])
     return jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
 
 
 def bilinear_kernel(key, shape, dtype=jnp.float32):
-    """(2s, 2s, C, C) that interpolates by s, each channel from itself (Long 2015, section 3.3)."""
+    """(2s, 2s, C, C) that interpolates each channel by s (Long 2015, section 3.3)."""
     size, _, features_in, features_out = shape
     ramp = 1.0 - np.abs(np.arange(size) + 0.5 - size / 2) / (size / 2)
     return jnp.asarray(
@@ -406,7 +405,7 @@ def bilinear_kernel(key, shape, dtype=jnp.float32):
 
 
 def bilinear_upsample(features: int, stride: int, name: str | None = None) -> nn.ConvTranspose:
-    """Learned transposed convolution, `stride` times as large, that starts out bilinear.
+    """Learned transposed convolution that enlarges by `stride` and starts bilinear.
 
     `torch.nn.ConvTranspose2d(features, features, 2 * stride, stride, stride // 2, bias=False)`.
     """
@@ -437,7 +436,7 @@ class DoubleSize(nn.Module):
         B, h, w, C = x.shape
         kernel = self.param('kernel', nn.initializers.lecun_normal(), (2, 2, C, self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        # Transposed convolutions of JAX correlate: the window's last tap is above and left.
+        # JAX's transposed convolutions correlate: the window's last tap is above and left.
         taps = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(C, 4 * self.features)
         x = product(x.reshape(-1, C).astype(self.dtype), taps.astype(self.dtype))
         x = x.reshape(B, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
@@ -446,10 +445,10 @@ class DoubleSize(nn.Module):
 
 
 def max_unpool(x: jax.Array, before: jax.Array) -> jax.Array:
-    """B h w C -> B 2h 2w C: each value to where its window of `before` had its maximum.
+    """B h w C -> B 2h 2w C: put each value where its window of `before` has its maximum.
 
-    `torch.nn.MaxUnpool2d(2)` with the indices of `MaxPool2d(2)` on `before`, B 2h 2w C;
-    of equal values the first counts. No gather, no scatter: it jits and exports anywhere.
+    `torch.nn.MaxUnpool2d(2)` with the indices of `MaxPool2d(2)` on `before`, B 2h 2w C; among equal
+    values the first counts. Without gather or scatter, it can be compiled and exported anywhere.
     """
     B, h, w, C = x.shape
     windows = jnp.moveaxis(before.reshape(B, h, 2, w, 2, C), 3, 2).reshape(B, h, w, 4, C)

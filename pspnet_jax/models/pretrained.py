@@ -1,8 +1,8 @@
-"""`python -m pspnet_jax.convert` by its former name."""
+"""The former name of `python -m pspnet_jax.convert`."""
 
 import runpy
 import sys
 
 if __name__ == '__main__':
-    print('this is python -m pspnet_jax.convert now', file=sys.stderr)
+    print('pspnet_jax.models.pretrained is now pspnet_jax.convert', file=sys.stderr)
     runpy.run_module('pspnet_jax.convert', run_name='__main__', alter_sys=True)

@@ -1,19 +1,18 @@
 """Pyramid Scene Parsing Network (Zhao et al. 2017, arXiv 1612.01105).
 
-`PSPNet` follows section 3.2 and figure 3 with the details of the authors' PyTorch
-code: pyramid of adaptive averages, each through a 1x1 convolution to C/N channels,
-resized with align_corners and concatenated behind the features (`layers.PyramidConv`
-computes that without making it); a 3x3 head; an
-auxiliary head on layer3's output (section 3.3) in training only.
-Deviations: the backbone may be VGG16 or narrower than 64 channels, and then the
-heads' 512 and 256 channels shrink in proportion.
+`PSPNet` follows section 3.2 and figure 3 with the details of the authors' PyTorch code: a pyramid
+of adaptive averages, each with a 1x1 convolution to C/N channels, resized with align_corners and
+concatenated with the features (`layers.PyramidConv` computes the result without the
+concatenation); a 3x3 head; and in training an auxiliary head on layer3's output (section 3.3).
+Deviations: the backbone may be VGG16 or narrower than 64 channels; the heads' 512 and 256 channels
+shrink with it.
 
-`VGGPSPNetBlog` is `vgg_pspnet` of image-segmentation-keras 0.3.0, the network of
-the blog post, kept for comparison: VGG16 without dilation, output at a quarter of
-the input's size, no auxiliary head, 17,093,442 parameters and statistics for two
-classes and three channels. Its constants (BatchNorm 0.99 and 1e-3, half-pixel
-resizing) are Keras' own. Deviation: it learns the labels at the centres of its cells
-(`training.update.labels_at`), where prediction enlarges them; theirs are each fourth pixel's.
+`VGGPSPNetBlog` is `vgg_pspnet` of image-segmentation-keras 0.3.0, the network of the blog post, for
+comparison: VGG16 without dilation, output at a quarter of the input's size, no auxiliary head,
+17,093,442 parameters and statistics for two classes and three channels. Its constants (BatchNorm
+0.99 and 1e-3, half-pixel resizing) are Keras' own. Deviation: it learns the labels at the centres
+of its cells (`training.update.labels_at`), as prediction enlarges them; theirs learns every fourth
+pixel's label.
 """
 
 import flax.linen as nn
@@ -33,8 +32,9 @@ from pspnet_jax.models.layers import (
 
 
 class PyramidPooling(nn.Module):
-    """B h w C -> the maps whose concatenation, once resized, has C + N * (C // N) channels:
-    the features, and B n n C // N for each of N bins. Without bins, the features alone.
+    """B h w C -> the features, and B n n C // N for each of the N bins.
+
+    Resized and concatenated they have C + N * (C // N) channels. Without bins, only the features.
     """
 
     bins: tuple[int, ...] = (1, 2, 3, 6)

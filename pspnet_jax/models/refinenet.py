@@ -1,13 +1,11 @@
 """RefineNet (Lin, Milan, Shen and Reid 2017, arXiv 1611.06612).
 
-Section 3, figure 2: features of stride 32, 16, 8 and 4, each through a RefineNet block
-that takes the coarser block's output too: two residual convolution units for each path,
-multi-resolution fusion, chained residual pooling of two 5x5 poolings, an output unit.
-512 features in the coarsest block, 256 in the others; two units, dropout and a 3x3 make the
-scores, at stride 4.
-Deviations: upsampling is bilinear with align_corners, which the paper leaves open; 3x3s
-of the units have biases and no BatchNorm, as in the text, where the authors' later
-PyTorch code drops the biases.
+Section 3, figure 2: features of stride 32, 16, 8 and 4 each pass a RefineNet block, which also
+takes the coarser block's output: two residual convolution units per path, multi-resolution fusion,
+chained residual pooling of two 5x5 poolings, and an output unit. The coarsest block has 512
+features, the others 256; two units, dropout and a 3x3 make the scores at stride 4.
+Deviations: upsampling is bilinear with align_corners, which the paper leaves open. The units' 3x3s
+have biases and no BatchNorm, as in the text; the authors' later PyTorch code drops the biases.
 """
 
 import flax.linen as nn

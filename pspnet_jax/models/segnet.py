@@ -1,11 +1,11 @@
 """SegNet (Badrinarayanan, Kendall and Cipolla 2017, arXiv 1511.00561).
 
-Section 3: VGG16's thirteen convolutions with BatchNorm, and a mirrored decoder of thirteen
-that places each value where the encoder's pooling found its maximum; the thirteenth makes
-the scores. The max-unpooling is exact (`layers.max_unpool`).
-Deviations: the image is padded at its far edges to a multiple of 32. A backbone that does
-not pool between its blocks has no indices to give: on ResNets and MobileNetV2 the decoder
-upsamples bilinearly, the variant of the paper's section 3.3.
+Section 3: VGG16's thirteen convolutions with BatchNorm, and a mirrored decoder of thirteen that
+places each value where the encoder's pooling found its maximum; the thirteenth makes the scores.
+The max-unpooling is exact (`layers.max_unpool`).
+Deviations: the image is padded at its bottom and right edges to a multiple of 32. A backbone that
+does not pool between its blocks has no indices: with ResNets and MobileNetV2 the decoder upsamples
+bilinearly, a variant in the paper's section 3.3.
 """
 
 import flax.linen as nn

@@ -2,9 +2,9 @@
 
 `UNet` is figure 1: 64 to 1024 features, two 3x3s a level, max pooling down, 2x2 transposed
 convolutions up, skips concatenated, dropout at the end of the contracting path.
-Deviations: the convolutions are padded, so that the output has the image's size, which is
-itself padded at its far edges to a multiple of 16; BatchNorm behind each convolution
-unless `batch_norm` is off (the paper has none). `unet_mini` has 2 levels from 32 features.
+Deviations: the convolutions are padded, so the output has the image's size; the image is padded at
+its bottom and right edges to a multiple of 16; BatchNorm follows each convolution unless
+`batch_norm` is off (the paper has none). `unet_mini` has 2 levels from 32 features.
 
 `BackboneUNet` puts the decoder on a classifier's features, as segmentation_models_pytorch
 0.6 does (its `Unet`, the same numbers): nearest upsampling to the size of the skip, skips at

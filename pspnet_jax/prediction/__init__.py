@@ -1,1 +1,1 @@
-"""Masks and pictures for files: finding inputs, predicting, writing results."""
+"""Prediction for files: finding inputs, predicting, writing masks and pictures."""

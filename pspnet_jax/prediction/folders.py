@@ -1,4 +1,4 @@
-"""Masks and pictures for folders of images and volumes."""
+"""Predicts folders of images, volumes and videos."""
 
 import functools
 import itertools
@@ -50,13 +50,13 @@ from pspnet_jax.runtime.storage import sweep
 from pspnet_jax.runtime.threads import in_threads
 
 logger = logging.getLogger(__name__)
-CHUNK_BYTES = 2**28  # of pictures that are sorted by size to be predicted together
-SIZES = 8  # of images, after which the log recommends tiles
-MOST_LISTED = 20  # results that are in the way
+CHUNK_BYTES = 2**28  # of images that are sorted by size and predicted together
+SIZES = 8  # different image sizes, after which the log recommends tiles
+MOST_LISTED = 20  # existing results that an error lists
 
 
 def open_manifest(predictor: Predictor, output: Path, group: str | None) -> manifest.Manifest:
-    """The folder's manifest, for what this network writes there with its options."""
+    """The output folder's manifest, for this network with its options."""
     config = predictor.config
     options = {
         'digests': [run['digest'] for run in predictor.runs],
@@ -69,7 +69,7 @@ def open_manifest(predictor: Predictor, output: Path, group: str | None) -> mani
 
 
 def begin_manifest(predictor: Predictor, book: manifest.Manifest, group: str | None) -> None:
-    """Write which runs and options the results are of. Raises DataError."""
+    """Write into the manifest which runs and options make the results. Raises DataError."""
     config = predictor.config
     writer = ' and '.join(f'{run["workdir"]}, step {run["step"]}' for run in predictor.runs)
     options = to_dict(config)['predict'] | {'group': sources.grouping(config, group)}
@@ -81,7 +81,7 @@ def begin_manifest(predictor: Predictor, book: manifest.Manifest, group: str | N
 
 
 def _crf(config) -> dict[str, Any]:
-    """Its options where there is one: results without are those of before it could be chosen."""
+    """The CRF's options if there is one; left out otherwise, as in manifests of older versions."""
     found = {f'crf.{key}': value for key, value in to_dict(config)['crf'].items()}
     return found if config.crf.kernel != 'none' else {}
 
@@ -89,9 +89,10 @@ def _crf(config) -> dict[str, Any]:
 def find_finished(
     inputs: Mapping[Path, tuple[Path, str]], book: manifest.Manifest, kinds: Collection[str]
 ) -> tuple[set[Path], list[str]]:
-    """(the files whose every result is there, what keeps others from being written).
+    """(files whose results are all there, reasons why others can't be written).
 
-    `inputs` are {file: (its results' name without ending, its mark)}. Each result appears whole.
+    `inputs` maps a file to (its results' name without ending, its mark). Results are written
+    atomically.
     """
     output = book.path.parent
     there = {path.relative_to(output).parent / stem_of(path) for path in output.rglob('*')}
@@ -114,15 +115,15 @@ def read_cases(
     save: Sequence[str] = USUAL,
     later: list[Group] | None = None,
 ) -> tuple[int, list[Case], list[str]]:
-    """(number of files, cases, faults). Raises nothing for a file that is bad.
+    """(number of files, cases, faults). A bad file is a fault and raises nothing.
 
-    What there is no room for goes to `later`, where that is given, as others are being worked on.
-    `channels` are `stack_channels`'s. Files of a group share an intensity scale, where the run has
-    none for all. A case is a file, or the slices of one size whose numbers follow one another.
+    A group that does not fit into memory now is appended to `later` if that is given. `channels`
+    comes from `stack_channels`. Files of a group share an intensity scale, unless the run has one
+    for all images. A case is a file, or slices of one size with consecutive numbers.
     """
     several = len(group.paths) + len(group.beside) > 1
     seen = predictor.config.data.context if group.numbers else 0
-    whole = predictor.intensity is None or seen  # those beside are needed
+    whole = predictor.intensity is None or seen  # then the files of group.beside are needed
     if several and whole and (fault := _too_large(group)):
         return len(group.paths), [], [f'{path}: {fault}' for path in group.paths]
     found, faults, beside = [], [], set(group.beside)
@@ -159,8 +160,9 @@ def read_cases(
 
 
 def _scans(found: Sequence[tuple], numbers: Mapping[Path, int]) -> list[list[tuple]]:
-    """What `read_cases` read, as evaluation takes it apart (`folder.load`): each file is one, but
-    for pictures that are numbered as slices, whose every run without a gap is one of a size.
+    """Divide what `read_cases` read into scans, as evaluation does (`folder.load`).
+
+    Each file is a scan of its own, but numbered slices of one size without a gap are one scan.
     """
     if not all(path in numbers and len(image) == 1 for path, _, image in found):
         return [[item] for item in found]
@@ -174,34 +176,31 @@ def _scans(found: Sequence[tuple], numbers: Mapping[Path, int]) -> list[list[tup
 
 
 def _too_large(group: Group) -> str:
-    """Why the files of a group can't be held together; '' where they can."""
+    """Why a group's files do not fit into memory together; '' if they do."""
     needed = sum(map(_decoded_bytes, (*group.paths, *group.beside)))
     if needed <= limits.SMALL or needed <= (free := free_memory()) / 2:
         return ''
     return (
-        f'the {len(group.paths) + len(group.beside)} pictures of its patient, which are read '
+        f'the {len(group.paths) + len(group.beside)} images of its patient, which are read '
         f'together, need {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free: close '
-        'other programs, or give --group= to take each by itself'
+        'other programs, or give --group= to predict each image separately'
     )
 
 
 def _decoded_bytes(path: Path) -> int:
-    """Of a flat picture, from the header alone; 0 where that can't be read, which reading then
-    reports.
-    """
+    """Bytes of a 2D image, from its header; 0 if that can't be read, which is reported later."""
     try:
         with Image.open(path, formats=limits.PIL_FORMATS) as picture:
             return math.prod(picture.size) * len(picture.getbands())
-    except Exception:  # Pillow's parsers raise whatever a damaged header leads to
+    except Exception:  # Pillow's parsers raise anything for a corrupted header
         return 0
 
 
 def _needed(picture: Picture, predictor: Predictor, save: Sequence[str]) -> int:
-    """Bytes beside the picture that predicting it takes, about.
+    """About how many bytes it takes to predict a picture, besides the picture itself.
 
-    Of all slices a byte of labels, one of what is written, and where they are asked for the
-    probabilities, the components, and a copy to measure intensities; of one slice at a time images
-    and probabilities.
+    For all slices: a byte of labels, one of what is written, and if needed the probabilities, the
+    components, and a copy to measure intensities. For one slice at a time: image and probabilities.
     """
     D, H, W, C = picture.image.shape
     options = predictor.config.predict
@@ -224,11 +223,11 @@ def predict_files(
     changes: Mapping[str, Any] = MappingProxyType({}),
     group: str | None = None,
 ) -> list[str]:
-    """Write results below `output`; returns the faults of what was left out.
+    """Write results to the folder `output`; return the faults of the files that failed.
 
-    `group` says whose files belong together, in place of the run's `data.group`. A summary of what
-    became of every file is printed at the end. Raises DataError, CheckpointError or ConfigError
-    before anything is written, and DataError, which stops it all, where results can not be written.
+    `group` replaces the run's `data.group`, which tells which files belong together. A summary is
+    printed at the end. Raises DataError, CheckpointError or ConfigError before anything is written,
+    and DataError if results can not be written.
     """
     output = paths.local(output)
     root, there, passed = take_stock(source, output)
@@ -242,10 +241,10 @@ def predict_files(
     book = open_manifest(predictor, output, group)
     inputs = {path: (stem, manifest.mark_of(channels[path])) for path, stem in stems.items()}
     done, taken = (set(), []) if overwrite else find_finished(inputs, book, kinds)
-    hosts.wait_for_all()  # from here on each writes
+    hosts.wait_for_all()  # every process writes from here on
     if taken:
         raise DataError(
-            f'{len(taken)} result(s) in {output} are not of this command: give another --output, '
+            f'{len(taken)} result(s) in {output} are from another command: give another --output, '
             'or --overwrite to replace them:', taken[:MOST_LISTED],
         )  # fmt: skip
     targets = {path: output / stem for path, stem in stems.items()}
@@ -263,12 +262,12 @@ def predict_files(
     groups = group_inputs(predictor.config, pictures, list(beside), group)
     channels |= beside
     groups = [some for some in groups if not done.issuperset(some.paths)]
-    done = done.difference(*(some.paths for some in groups))  # of these all are done again
+    done = done.difference(*(some.paths for some in groups))  # an unfinished group is done again
     if done:
-        print(f'{len(done)} finished before are left as they are: --overwrite makes them again')
+        print(f'{len(done)} file(s) were finished before: --overwrite predicts them again')
     groups = hosts.share(groups)
     videos = hosts.share([path for path in stems if is_video(path) and path not in done])
-    faults = faults if hosts.is_first() else []  # each has found the same so far
+    faults = faults if hosts.is_first() else []  # all processes have found the same so far
     sweep(output)
     begin_manifest(predictor, book, group)
     read = functools.partial(
@@ -292,7 +291,7 @@ def predict_files(
 def _channels_beside(
     predictor: Predictor, pictures: Sequence[Path], channels: Mapping[Path, Sequence[Path]]
 ) -> dict[Path, tuple[Path, ...]]:
-    """`stack_channels` of the files beside single pictures that are no further channel of these."""
+    """`stack_channels` of other files in the same folders that are no channels of `pictures`."""
     read_already = {part for parts in channels.values() for part in parts}
     others = [path for path in files_beside(pictures) if path not in read_already]
     return stack_channels(others, predictor.config.data.images)
@@ -302,11 +301,11 @@ def _predict_groups(
     predictor: Predictor, groups: Sequence[Group], read: Callable, write: Callable,
     *, probabilities: bool,
 ) -> list[str]:  # fmt: skip
-    """`write` what the network makes of what `read` gives of each group; returns the faults.
+    """`read` each group, predict it and `write` the results; return the faults.
 
-    Files are read before and results written after the network runs on others.
+    Reading and writing overlap with the network's work on other groups.
     """
-    # Volumes are large, and long at work on: one is read while another is.
+    # Volumes are large and slow: only one is read ahead.
     flat = all(
         len(some.paths) == 1 and some.paths[0].name.lower().endswith(files.PICTURES)
         for some in groups
@@ -319,7 +318,7 @@ def _predict_groups(
         for count, found_faults in in_threads(write, predicted, threads):
             faults += found_faults
             bar.update(count)
-        for some in later:  # by itself, when nothing else takes memory
+        for some in later:  # alone, when nothing else takes memory
             for count, found_faults in map(write, predict([read(some)])):
                 faults += found_faults
                 bar.update(count)
@@ -329,7 +328,7 @@ def _predict_groups(
 def _predict_video(
     predictor: Predictor, path: Path, stem: Path, save: Sequence[str], note: Callable
 ) -> list[str]:
-    """`predict_video`, and `note` its state; returns the faults."""
+    """Run `predict_video` and `note` its state; return the faults."""
     try:
         note('begun')
         say(str(predict_video(predictor, path, stem, save=save)))
@@ -347,8 +346,9 @@ def summary(
     passed: Mapping[str, Sequence[Path]],
     further: Iterable[Path] = (),
 ) -> str:
-    """What became of every file: a line of numbers that add up, and one for each reason to pass
-    files over. `further` are those that hold a further channel of others.
+    """The summary: one line that counts every file, and one for each reason to skip files.
+
+    `further` are files that hold another channel of an input.
     """
     further = len(set(further))
     failed -= len(passed.get(UNLISTED, ()))
@@ -366,7 +366,7 @@ def summary(
         'finished before': len(done),
         'failed': failed,
         'further channels of these': further,
-        'passed over': over,
+        'skipped': over,
     }
     parts = ', '.join(f'{n} {what}' for what, n in counts.items() if n or what == 'predicted')
     head = one_line(f'{total} {things} in {source}{kinds}: {parts}')
@@ -374,7 +374,7 @@ def summary(
 
 
 def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool) -> Iterator:
-    """What `read_cases` gives, its cases with labels and probabilities."""
+    """The items of `read_cases`, with labels and probabilities added to the cases."""
     waiting, slices, size, sizes, told = [], 0, 0, set(), False
     config = predictor.config
     one_shape = config.predict.window or config.data.size
@@ -389,7 +389,7 @@ def _predict_chunks(predictor: Predictor, read: Iterable, *, probabilities: bool
                 told = True
                 logger.warning(
                     'images of %d sizes so far, and each new size is compiled: '
-                    '--window=512 cuts them into tiles of one size',
+                    'add --window=512 to cut them into tiles of one size',
                     len(sizes),
                 )
             if slices < 4 * config.eval.batch_size and size < CHUNK_BYTES:

@@ -20,7 +20,7 @@ from pspnet_jax.data.formats import files, video
 from pspnet_jax.runtime.errors import ConfigError, DataError, one_line
 
 logger = logging.getLogger(__name__)
-# Why files are passed over.
+# Why files are skipped.
 NAMED = 'named like results or masks (give one as --input to predict it)'
 LINK = 'links to folders, which are not followed'
 UNLISTED = 'folders that can not be listed'
@@ -28,9 +28,9 @@ RESULT = re.compile(r'.*_(mask|probability|probability_\d+|overlay|outline|panel
 
 
 def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[Path]]:
-    """(folder that results are named after, files) of a file, a folder or a pattern.
+    """(folder relative to which results are named, files) of a file, a folder or a pattern.
 
-    DICOM files go as `files.gather` says. Raises DataError where nothing is left.
+    DICOM files are grouped by `files.gather`. Raises DataError if nothing is found.
     """
     return take_stock(source, output)[:2]
 
@@ -38,9 +38,9 @@ def find_files(source: str | Path, output: str | Path = '') -> tuple[Path, list[
 def take_stock(
     source: str | Path, output: str | Path = ''
 ) -> tuple[Path, list[Path], dict[str, list[Path]]]:
-    """What `find_files` finds, and {why: files and folders} of all else that is there.
+    """What `find_files` finds, and {why: files and folders} of all that is skipped.
 
-    Masks, results of ours, hidden files and what is below `output` are passed over.
+    Masks, results of this program, hidden files and the folder `output` are skipped.
     """
     root, entries, ours = _list_entries(source, output)
     if entries == {Path(source).expanduser()}:  # whatever its name
@@ -60,7 +60,7 @@ def take_stock(
     if not found:
         endings = ', '.join((*files.SUFFIXES, *video.SUFFIXES))
         raise DataError(
-            f'{source} holds no pictures: the known endings are {endings}', passed_lines(passed)
+            f'{source} holds no images: the known endings are {endings}', passed_lines(passed)
         )
     if root in found:  # a DICOM series itself
         root = root.parent
@@ -68,8 +68,9 @@ def take_stock(
 
 
 def _list_entries(source: str | Path, output: str | Path) -> tuple[Path, set[Path], Path | None]:
-    """(folder that all are below, every file, `output` where that is below it too); folders
-    that are not looked into are entries themselves.
+    """(root folder, every file in it, `output` if it is in it too or None).
+
+    Folders that are not searched are entries themselves.
     """
     source = Path(source).expanduser()
     if source.is_file():
@@ -78,12 +79,12 @@ def _list_entries(source: str | Path, output: str | Path) -> tuple[Path, set[Pat
         root, below = source, [source]
     elif glob.has_magic(str(source)):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), source.parts))
-        try:  # unlike glob.glob, not into links to folders, which may lead in a circle
+        try:  # unlike glob.glob, it does not follow links to folders, which may form a circle
             below = list(root.glob(str(source.relative_to(root))))
         except ValueError as error:
             raise ConfigError(f'--input={source} is not a valid pattern: {error}') from error
     else:
-        raise DataError(f'{source} is neither a file nor a folder: give --input=PICTURE_OR_FOLDER')
+        raise DataError(f'{source} is neither a file nor a folder: give --input=IMAGE_OR_FOLDER')
     results = Path(output).expanduser().resolve()
     inside = output and root.resolve() in results.parents
     ours = root / results.relative_to(root.resolve()) if inside else None
@@ -105,7 +106,7 @@ def _list_entries(source: str | Path, output: str | Path) -> tuple[Path, set[Pat
 
 
 def _why_not(path: Path, root: Path, ours: Path | None) -> str:
-    """Why an entry is no input; '' for one that is."""
+    """Why an entry is skipped; '' if it is an input."""
     if ours is not None and ours in (path, *path.parents):
         return 'in --output'
     if any(part.startswith('.') for part in path.relative_to(root).parts):
@@ -116,12 +117,12 @@ def _why_not(path: Path, root: Path, ours: Path | None) -> str:
         return 'neither files nor folders (pipes, devices, broken links)'
     known = path.name.lower().endswith((*files.SUFFIXES, *video.SUFFIXES))
     if not (known or files.is_dicom(path)):
-        return 'of endings that are not read'
+        return 'unknown endings'
     return NAMED if RESULT.fullmatch(stem_of(path)) else ''
 
 
 def files_beside(pictures: Iterable[Path]) -> list[Path]:
-    """Other pictures and volumes in the folders of these."""
+    """Other images and volumes in the same folders."""
     pictures = set(pictures)
     return [
         path
@@ -134,18 +135,19 @@ def files_beside(pictures: Iterable[Path]) -> list[Path]:
 
 
 def passed_lines(passed: Mapping[str, Sequence[Path]]) -> list[str]:
-    """A line for each reason, with the number of entries and the names of the first."""
+    """One line per reason, with the number of entries and the first names."""
     lines = []
     for why, entries in passed.items():
         names = one_line(', '.join(path.name for path in entries[:3]))
         more = f' and {len(entries) - 3} more' if len(entries) > 3 else ''
-        lines.append(f'{len(entries)} passed over, {why}: {names}{more}')
+        lines.append(f'{len(entries)} skipped, {why}: {names}{more}')
     return lines
 
 
 def stack_channels(found: Sequence[Path], images: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
-    """{file: its channels} as a run reads them whose `data.images` has a rule for each channel; all
-    but the first are no files of their own. Other runs have one file a picture.
+    """{first file: files of its channels}, if the run's `data.images` has a rule per channel.
+
+    The other channels' files are then no inputs. Other runs have one file per image.
     """
     rules = [pairing.split(Path(place))[1] for place in images]
     stacks, others = {path: (path,) for path in found}, set()
@@ -169,19 +171,20 @@ def is_video(path: Path) -> bool:
 
 
 def check_apart(output: Path, root: Path, found: Iterable[Path]) -> None:
-    """Raise ConfigError for results among the inputs, where nobody could tell them apart."""
+    """Raise ConfigError if results would be written among the inputs."""
     if output.resolve() in {path.resolve() for path in (root, *(path.parent for path in found))}:
         raise ConfigError(
-            f'--output={output} holds the inputs: give results a folder of their own, as '
+            f'--output={output} holds the inputs: give the results a separate folder, such as '
             f'--output={output / "predictions"}'
         )
 
 
 class Group(NamedTuple):
-    """Files that share an intensity scale; those `beside` them only help to measure it, and are
-    neighbours where the network sees some.
+    """Files that share an intensity scale.
 
-    `numbers` are those of the slices of one volume; a file without is by itself.
+    Files in `beside` are not predicted: they help to measure the scale, and are neighbouring slices
+    if the network sees some. `numbers` are slice numbers within a volume; a file without one is a
+    case of its own.
     """
 
     paths: Sequence[Path]
@@ -192,12 +195,12 @@ class Group(NamedTuple):
 def group_files(
     paths: Sequence[Path], grouping: str = '', beside: Sequence[Path] = (), rule: str = pairing.STEM
 ) -> tuple[list[Group], str]:
-    """The groups of `paths`, and in words which way it was.
+    """The groups of `paths`, and a description of how they were grouped.
 
-    `grouping` is `sources.grouping`'s: '' makes each file one of its own, but for slices in
-    Kaggle's layout of LGG, which are a volume by that. `beside` are other files of the same
-    folders. Files are called as in training: by what `rule` leaves of their names, and by their
-    paths below where all are, where names alone would be the same.
+    `grouping` is `sources.grouping`'s. '' makes each file its own group, except slices in Kaggle's
+    layout of LGG, which form volumes. `beside` are other files of the same folders. Files are named
+    as in training: by what `rule` leaves of their names, or by their relative paths if names are
+    not unique.
     """
     where = {path: stem_of(path) for path in (*paths, *beside)}
     where = {p: next(iter(pairing.named({stem: p}, rule)), stem) for p, stem in where.items()}
@@ -230,12 +233,12 @@ def group_files(
 def group_inputs(
     config: ConfigDict, paths: Sequence[Path], beside: Sequence[Path], group: str | None
 ) -> list[Group]:
-    """The groups of what a run is to predict; the log says which way it was."""
+    """The groups of the files to predict; logs how they were grouped."""
     grouping = sources.grouping(config, group)
     if group is None and grouping.endswith('.csv') and not os.path.isfile(grouping):
         logger.warning(
-            '%s, which grouped the pictures of the run, is not here, so each file is a case of its '
-            'own: to group these files, give --group=TABLE.csv', grouping,
+            '%s, which grouped the images of the run, is not here, so each file is a separate '
+            'case: to group these files, give --group=TABLE.csv', grouping,
         )  # fmt: skip
         grouping = ''
     rule = pairing.split(Path(config.data.images[0]))[1]
@@ -246,14 +249,14 @@ def group_inputs(
 
 
 def _is_kaggle(path: Path) -> bool:
-    """Whether it is CASE/CASE_7.tif, with its mask beside it."""
+    """Whether it is CASE/CASE_7.tif with its mask in the same folder."""
     match = path.suffix == '.tif' and sources.SLICE.fullmatch(path.stem)
     mask = path.with_name(f'{path.stem}_mask.tif')
     return bool(match) and match['patient'] == path.parent.name and os.path.isfile(mask)
 
 
 def _say_groups(groups: Sequence[Group], grouping: str, named: Iterable[Path]) -> str:
-    """Which files belong together and by what; '' where there is one that does not."""
+    """Which files belong together, and why; '' for a single ungrouped file."""
     named = set(named)
     together = [group for group in groups if not named.isdisjoint(group.paths)]
     alone = [group.paths[0] for group in groups if named.isdisjoint(group.paths)]
@@ -263,14 +266,14 @@ def _say_groups(groups: Sequence[Group], grouping: str, named: Iterable[Path]) -
     said = []
     if together or grouping:
         said.append(
-            f'{count} files belong to {len(together)} patients by {by}: those of one share what is '
-            f'measured of intensities, and {volumes} are volumes of numbered slices'
+            f'{count} files belong to {len(together)} patients by {by}: files of one patient share '
+            f'an intensity scale, and {volumes} patients are volumes of numbered slices'
         )
     if grouping:
-        said += [f'in {len(alone)} files it finds no patient: each is by itself'] if alone else []
-        said.append('--group= takes each file by itself')
+        said += [f'{len(alone)} file(s) without a patient are separate cases'] if alone else []
+        said.append('--group= makes each file a separate case')
     elif len(alone) > 1:
-        said.append(f'each of {len(alone)} files is by itself, as evaluation takes it')
+        said.append(f'each of {len(alone)} files is a separate case, as in evaluation')
         numbered = [sources.SLICE.fullmatch(path.stem) for path in alone]
         names = collections.Counter(match['patient'] for match in numbered if match)
         if max(names.values(), default=0) > 1:

@@ -1,8 +1,8 @@
-"""What `predict` wrote into a folder: from which files, by which run, with which options.
+"""The manifest of a folder of predictions: from which files, by which run, with which options.
 
 FOLDER/pspnet_predictions.jsonl has a line that describes the run and its options, and two for each
-file: one before its results are written, one after. So an interrupted command resumes, and results
-without a line are somebody else's.
+file: one before its results are written, one after. With it an interrupted command resumes, and
+files that `predict` did not write are recognised.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ NAME = 'pspnet_predictions.jsonl'
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A folder's lines: `last` of each result, by what the names of its files start with, `kinds`
-    that were ever begun for it, and in `writers` {digest: what wrote}. `digest` is that of
-    what writes now.
+    """A manifest's lines, by the stem of each result's files.
+
+    `last` has the last line of each result, `kinds` all kinds that were begun for it, `writers`
+    {digest: description of the run}. `digest` is that of the current command.
     """
 
     path: Path
@@ -35,8 +36,9 @@ class Manifest:
 
 
 def read(folder: Path, options: Mapping[str, Any], process: int = 0) -> Manifest:
-    """The manifest of a folder, which need not exist yet, for what writes with these options: all
-    that the results depend on. Each process of several appends to a file of its own.
+    """The manifest of a folder, which need not exist yet.
+
+    `options` are all that the results depend on. Each process appends to a file of its own.
     """
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
     found = Manifest(folder / (NAME.replace('.', f'.{process}.') if process else NAME), digest)
@@ -51,7 +53,7 @@ def read(folder: Path, options: Mapping[str, Any], process: int = 0) -> Manifest
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Those that are whole: a crash may have cut the last."""
+    """The valid lines: a crash may have cut the last one."""
     try:
         text = path.read_text('utf-8', errors='replace')
     except OSError as error:
@@ -71,14 +73,14 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def begin(manifest: Manifest, writer: str, about: Mapping[str, Any]) -> None:
-    """Say who writes from here on: in words, and in full. Raises DataError."""
+    """Append who writes from here on: a description and all details. Raises DataError."""
     known = manifest.digest in manifest.writers
     line = {'how': manifest.digest, 'writer': writer, **about}
     try:
         manifest.path.parent.mkdir(parents=True, exist_ok=True)
         with open(manifest.path, 'ab+') as file:
             file.seek(max(file.tell() - 1, 0))
-            cut = file.read(1) not in (b'', b'\n')  # by a crash or a full disk
+            cut = file.read(1) not in (b'', b'\n')  # after a crash or on a full disk
             file.write(b'\n' * cut + (b'' if known else json.dumps(line).encode() + b'\n'))
     except OSError as error:
         raise DataError(not_written(manifest.path, error)) from error
@@ -96,7 +98,7 @@ def add(
     """Append that a result is 'begun' or 'done'. Raises DataError."""
     line = {'result': result, 'state': state, 'input': str(source), 'mark': mark}
     line |= {'kinds': list(kinds), 'how': manifest.digest}
-    try:  # unbuffered, so that a line of another process stands before or after it
+    try:  # unbuffered, so that lines of other processes do not mix with it
         with open(manifest.path, 'ab', buffering=0) as file:
             data = json.dumps(line).encode() + b'\n'
             if file.write(data) < len(data):
@@ -106,7 +108,7 @@ def add(
 
 
 def mark_of(paths: Iterable[Path]) -> str:
-    """Sizes and times of change of files, and of all files in a folder."""
+    """Sizes and modification times of files, and of all files in a folder."""
     parts = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -119,9 +121,9 @@ def sort_out(
     manifest: Manifest, result: str, source: Path, mark: str, wanted: Collection[str],
     there: Collection[str],
 ) -> tuple[bool, str]:  # fmt: skip
-    """(whether the result is finished, why it may not be written; '' where it may).
+    """(whether the result is finished, why it may not be written or '').
 
-    `wanted` are the kinds to write, `there` those of them that have a file.
+    `wanted` are the kinds to write, `there` those of them whose file exists.
     """
     here, last = manifest.path.parent / result, manifest.last.get(result)
     if foreign := set(there) - manifest.kinds.get(result, set()):

@@ -23,7 +23,7 @@ USUAL = ('mask', 'overlay', 'panels')
 
 
 def name_results(root: Path, found: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
-    """{file: its results' name without ending}, and a fault for each file whose name is taken."""
+    """{file: its results' name without ending}, and a fault for each name that is taken twice."""
     stems, faults = {}, []
     for path in found:
         stem = path.relative_to(root).parent / stem_of(path)
@@ -35,7 +35,7 @@ def name_results(root: Path, found: Sequence[Path]) -> tuple[dict[Path, Path], l
 
 
 def result_names(kind: str, num_classes: int) -> dict[int, str]:
-    """{class: the result's name}; only probabilities have one for each class."""
+    """{class: the result's name}; only probabilities have one per class."""
     if kind == 'probability' and num_classes > 2:
         return {label: f'{kind}_{label}' for label in range(1, num_classes)}
     return {1: kind}
@@ -44,18 +44,17 @@ def result_names(kind: str, num_classes: int) -> dict[int, str]:
 def write_results(
     item, *, predictor: Predictor, save: Sequence[str], note_of: Mapping[Path, Callable]
 ) -> tuple[int, list[str]]:
-    """Write the results of an item of `_predict_chunks`; returns the number of its files and their
-    faults.
+    """Write the results of an item of `_predict_chunks`; return (number of its files, faults).
 
-    `note_of[stem]` is told when its results are 'begun' and 'done'. Raises DataError, except for a
-    name that the file system finds too long, which is a fault of one file.
+    `note_of[stem]` is called when its results are 'begun' and 'done'. Raises DataError, except for
+    a name that is too long for the file system, which is a fault of that file.
     """
     count, predicted, faults = item
     config = predictor.config
     for case, labels_DHW, prob_DHWK in predicted:
         first, shown = 0, case.intensity
         if predictor.intensity is not None and case.image.dtype != np.uint8:
-            shown = measure_intensity(case.image)  # the run's own range is wider than is looked at
+            shown = measure_intensity(case.image)  # the run's own range is too wide to view
         for picture, stem in zip(case.pictures, case.stems, strict=True):
             part = slice(first, first + len(picture.image))
             first = part.stop
@@ -68,8 +67,8 @@ def write_results(
                 if getattr(error.__cause__, 'errno', 0) != errno.ENAMETOOLONG:
                     raise
                 faults.append(
-                    f'{picture.source}: with _{save[0]} behind it the name is too long for this '
-                    'disk: give it a shorter one'
+                    f'{picture.source}: with _{save[0]} added, the name is too long for this disk: '
+                    'rename the file'
                 )
             else:
                 note_of[stem]('done')
@@ -87,7 +86,7 @@ def _write(
     save: Sequence[str],
     config: ConfigDict,
 ) -> None:
-    """The results of one file."""
+    """Write the results of one file."""
     num_classes, ending = config.model.num_classes, formats.output_suffix(picture)
     d = int((labels_DHW > 0).sum((1, 2)).argmax())
     shown = visualize.to_uint8(image_DHWC[d], intensity[0], intensity[1])
@@ -109,7 +108,7 @@ def _write(
 
 
 def draw(kind: str, image_HWC: np.ndarray, mask_HW: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The RGB picture that a kind of result is, of a size that depends on the image's alone."""
+    """The RGB picture of a kind of result; its size depends only on the image's size."""
     if kind == 'panels':
         return visualize.three_panels(image_HWC, mask_HW)
     drawn = visualize.outline if kind == 'outline' else visualize.overlay

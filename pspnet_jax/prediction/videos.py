@@ -1,4 +1,4 @@
-"""Masks and pictures for videos, frame by frame."""
+"""Predicts videos, frame by frame."""
 
 import contextlib
 import itertools
@@ -21,15 +21,15 @@ from pspnet_jax.runtime.errors import DataError, one_line
 from pspnet_jax.runtime.threads import in_threads, prefetched
 
 logger = logging.getLogger(__name__)
-MOST_FRAMES = 64  # of a video that its intensity scale is measured on
-FRAME_PIXELS = 2**14  # of each of them
-EXACT = ('mask', 'probability')  # results of which each value counts
+MOST_FRAMES = 64  # frames on which a video's intensity scale is measured
+FRAME_PIXELS = 2**14  # pixels of each of them
+EXACT = ('mask', 'probability')  # results that need lossless encoding
 
 
 class Speed(NamedTuple):
-    """Frames done, frames a second of the input, and those reached.
+    """Frames done, frames per second of the input, and frames per second of the prediction.
 
-    The first batch does not count, as it waits for the compiler; NaN where there is no other.
+    The first batch does not count, since it includes compilation; NaN if there is no other.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Speed(NamedTuple):
     reached: float
 
     def __str__(self) -> str:
-        reached = '' if math.isnan(self.reached) else f', {self.reached:.4g} a second reached'
+        reached = '' if math.isnan(self.reached) else f', {self.reached:.4g} per second reached'
         name = one_line(self.name)
-        return f'{name}: {self.frames} frames of {self.rate:.4g} a second{reached}'
+        return f'{name}: {self.frames} frames at {self.rate:.4g} per second{reached}'
 
 
 class Spread:
-    """Frames evenly spread over the `count` that were added, at most MOST_FRAMES, made coarse."""
+    """At most MOST_FRAMES frames, subsampled and evenly spread over the `count` that were added."""
 
     def __init__(self):
         self.frames, self.count, self._every = [], 0, 1
@@ -59,7 +59,7 @@ class Spread:
             self.frames, self._every = self.frames[::2], 2 * self._every
 
     def intensity(self, predictor: Predictor, name: str) -> np.ndarray:
-        """The scale of these frames, as the network takes them."""
+        """The intensity scale of these frames, in the network's channels."""
         taken = as_taken(predictor, np.stack(self.frames), name)
         return case_of(predictor, taken).intensity
 
@@ -72,13 +72,12 @@ def predict_video(
     save: Sequence[str] = USUAL,
     limit: int = 0,
 ) -> Speed:
-    """Write videos with the input's size, frame rate and number of frames; sound is left out.
+    """Write videos with the input's size, frame rate and number of frames, without sound.
 
-    `source` is a file or the number of a camera, which is read to `limit` frames or until
-    Ctrl-C. Decoding, the network and encoding run at once. Where each volume has its own
-    intensity scale, that of a file is measured over frames from its start to its end, and that of
-    a camera again and again over those it has given so far. With `data.context` a frame stands
-    between those before and after it. Raises DataError.
+    `source` is a file, or the number of a camera that is read for `limit` frames or until Ctrl-C.
+    Decoding, the network and encoding run in parallel. If each volume has its own intensity scale,
+    a file's is measured over its whole length, and a camera's over the frames so far. With
+    `data.context` the network also sees the frames before and after. Raises DataError.
     """
     name = f'camera {source}' if isinstance(source, int) else str(source)
     config, frames, first, start = predictor.config, 0, 0, math.nan
@@ -111,7 +110,7 @@ def predict_video(
             for kind, _, result in results
         }
         bar = stack.enter_context(tqdm(total=limit or count or None, unit='frame', disable=None))
-        # Closed before the file that it reads from is.
+        # Closed before the file from which it reads.
         batches = _batched(_windows(pictures, context), config.eval.batch_size)
         batches = stack.enter_context(contextlib.closing(prefetched(batches)))
         probabilities = 'probability' in save
@@ -131,7 +130,7 @@ def predict_video(
 
 
 def _measure_file(predictor: Predictor, source: Path, name: str) -> np.ndarray | None:
-    """The intensity scale of a file, over frames from its start to its end; None without one."""
+    """The intensity scale of a file, measured over its whole length; None without frames."""
     seen = Spread()
     with video.reading(source) as (_, _, pictures):
         for frame in pictures:
@@ -151,15 +150,15 @@ def _predict_batches(
 ) -> Iterator[list]:  # fmt: skip
     """[(frame H W C, `segment`'s labels and probabilities)] of each batch of `_windows`.
 
-    Without an intensity scale it is that of the frames so far.
+    Without `intensity` the scale is measured over the frames so far.
     """
     running, seen, context = intensity is None, Spread(), predictor.config.data.context
     for windows in batches:
         frames = [window[context] for window in windows]
         if running and not seen.count:
             logger.info(
-                '%s: its intensity scale is measured on the frames so far, so that of the first '
-                'masks changes', name,
+                '%s: the intensity scale is measured on the frames so far, so the first masks are '
+                'less reliable', name,
             )  # fmt: skip
         if running:
             for frame in frames:
@@ -177,7 +176,7 @@ def _pixels(
     kind: str, label: int, frame_HWC: np.ndarray, labels_1HW: np.ndarray,
     prob_1HWK: np.ndarray | None, model: ConfigDict,
 ) -> np.ndarray:  # fmt: skip
-    """The frame of a kind of result; `model` is the config's section."""
+    """One frame of a kind of result; `model` is the config's section."""
     if kind == 'mask':
         return labels_1HW[0] * np.uint8(255 if model.num_classes == 2 else 1)
     if kind == 'probability':
@@ -186,14 +185,15 @@ def _pixels(
 
 
 def _writing(stem: Path, result: str, rate: Any, exact: bool):
-    """`video.writing` of STEM_RESULT.mp4, or .mkv where each value counts."""
+    """`video.writing` to STEM_RESULT.mp4, or to .mkv if `exact`."""
     path = stem.with_name(f'{stem.name}_{result}{".mkv" if exact else ".mp4"}')
     return video.writing(path, rate, exact=exact)
 
 
 def _windows(frames: Iterable[np.ndarray], context: int) -> Iterator[list[np.ndarray]]:
-    """Each frame between as many others on either side, of which the first and last are repeated:
-    `volumes.neighbours` of what is not there yet.
+    """Each frame with `context` frames on either side; the first and last frame are repeated.
+
+    The streaming form of `volumes.neighbours`.
     """
     seen = deque(maxlen=2 * context + 1)
     for frame in frames:

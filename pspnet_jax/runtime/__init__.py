@@ -1,3 +1,3 @@
-"""What all other folders use: errors, files, checkpoints, hosts, devices, logs."""
+"""Shared by all other folders: errors, files, checkpoints, hosts, devices, logs."""
 
 VERSION = '0.1.0'

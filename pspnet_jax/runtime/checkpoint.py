@@ -1,12 +1,12 @@
-"""Checkpoints: the full state by Orbax, asynchronous, with the config and a digest.
+"""Checkpoints: Orbax saves the full state asynchronously, with the config and a digest.
 
-WORKDIR/checkpoints/<step>/ holds each part of the state apart (params, batch_stats,
-ema_params, opt_state), so that evaluation reads parameters only. Orbax makes a step
-folder appear whole or not at all, but it can't see a byte that changed later: the
-metadata holds a sha256 of each part, and a step that doesn't match is skipped.
+WORKDIR/checkpoints/<step>/ holds each part of the state separately (params, batch_stats,
+ema_params, opt_state), so that evaluation reads only the parameters. Orbax writes a step folder
+atomically, but it can't detect a byte that changes later: the metadata holds a sha256 of each
+part, and a step that doesn't match is skipped.
 
-A checkpoint may come from an untrusted source. Nothing in it is executed, but the storage layer
-allocates whatever size the files claim, and follows links, so the files are checked first.
+A checkpoint may be an untrusted file. Nothing in it is executed, but the storage layer allocates
+whatever size the files claim and follows links, so the files are checked first.
 """
 
 import contextlib
@@ -36,29 +36,28 @@ from pspnet_jax.runtime.text import read_json, too_much
 logger = logging.getLogger(__name__)
 
 FOLDER = 'checkpoints'
-ASIDE = 'damaged'  # beside it
+ASIDE = 'damaged'  # next to FOLDER
 PARTS_OF_META = {'config', 'progress', 'inputs', 'dice', 'sha256'}
 SEAL = 'metadata_sha256'
 STEP = re.compile(r'0|[1-9][0-9]{0,9}')
 LARGEST = 2**31 - 1  # step
 MOST_CHANNELS = 4096
 MOST_BYTES = 2**36  # of a state
-MOST_TEXT = 2**22  # bytes of a file that is no array's; 1,000 arrays need 150 kB
-CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax writes with
+MOST_TEXT = 2**22  # bytes of a metadata file; 1,000 arrays need 150 kB
+CODECS = {'sharding_indexed', 'bytes', 'transpose', 'zstd', 'crc32c'}  # that Orbax uses
 DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
 )  # fmt: skip
-CONTEXT = 'data.context'  # on which the first kernel depends; configs from before it have 0
-PARTS = ('model.', CONTEXT)  # knobs that the network is made by
-NO_PART = ('pretrained', 'class_names', 'stem')  # of the config's model section: not of the network
+CONTEXT = 'data.context'  # sets the first kernel's channels; older configs have none, which is 0
+PARTS = ('model.', CONTEXT)  # keys that define the network
+NO_PART = ('pretrained', 'class_names', 'stem')  # keys of config.model that do not
 
 
 class Writer:
     """Writes to WORKDIR/checkpoints, and keeps the last step and the best by `dice`.
 
-    Orbax's checkpointer, and the save that it is still busy with, whose faults come to light in the
-    next `save` or in `close`: full and read-only disks as CheckpointError. Which step is the best
-    is by the sealed metadata: Orbax's own file of metrics has no digest.
+    Saves are asynchronous: a full or read-only disk raises CheckpointError in the next `save` or in
+    `close`. The best step is chosen by the sealed metadata: Orbax's metrics file has no digest.
     """
 
     def __init__(self, workdir: str | Path):
@@ -74,7 +73,7 @@ class Writer:
             )
 
     def start(self, step: int, parts: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Save `parts` and sealed metadata once the save before is through."""
+        """Wait for the previous save, then start to save `parts` and the sealed metadata."""
         self.wait()
         self._dice[step] = meta['dice']
         sealed = {**meta, SEAL: seal(meta)}
@@ -85,7 +84,7 @@ class Writer:
             )
 
     def wait(self) -> None:
-        """Until nothing is being saved. Each save has a thread and a loop that end here alone."""
+        """Wait for the pending save. Its thread and event loop end only here."""
         if self._pending is not None:
             (step, saving), self._pending = self._pending, None
             with _writing(self._folder / str(step)):
@@ -100,7 +99,7 @@ class Writer:
 
 
 class _LastAndBest(NamedTuple):
-    """Which steps Orbax preserves: the last one, and the newest of those with the highest Dice."""
+    """Orbax preserves the last step, and the newest of those with the highest Dice."""
 
     dice: dict[int, float | None]
 
@@ -112,13 +111,13 @@ class _LastAndBest(NamedTuple):
 
 
 def best(dice: Mapping[int, float | None]) -> int | None:
-    """The step with the highest Dice, of equal ones the newest; None where none was measured."""
+    """The step with the highest Dice, the newest if several are equal; None if none has a Dice."""
     ranked = [(value, step) for step, value in dice.items() if value is not None]
     return max(ranked)[1] if ranked else None
 
 
 def _ranked(workdir: str | Path) -> dict[int, float | None]:
-    """{step: Dice} of the steps whose metadata is sound, ascending."""
+    """{step: Dice} of the steps with sound metadata, ascending."""
     dice = {}
     for step in steps(workdir):
         with contextlib.suppress(CheckpointError):
@@ -127,9 +126,9 @@ def _ranked(workdir: str | Path) -> dict[int, float | None]:
 
 
 def _replace_metrics(folder: Path, dice: Mapping[int, float | None]) -> None:
-    """Write Orbax's own file of metrics anew where it is not what the sealed metadata says.
+    """Write Orbax's own metrics file again if it differs from the sealed metadata.
 
-    Earlier versions had it written. Orbax reads it at every start, and ends where it can't.
+    Earlier versions wrote it. Orbax reads it at every start and fails if it can't.
     """
     for step, value in dice.items():
         path = folder / str(step) / 'metrics' / 'metrics'
@@ -146,11 +145,11 @@ def _replace_metrics(folder: Path, dice: Mapping[int, float | None]) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """What Orbax and its storage layer raise where the disk is at fault becomes CheckpointError."""
+    """Turn the disk errors of Orbax and its storage layer into CheckpointError."""
     try:
         yield
     except Exception as error:
-        if hosts.lost_another(error):  # TimeoutError is an OSError, and no fault of the disk
+        if hosts.lost_another(error):  # TimeoutError is an OSError, but not a disk error
             raise hosts.lost() from error
         told = {os.strerror(code) for code in DISK if os.strerror(code) in str(error)}
         if not told and not isinstance(error, OSError):
@@ -169,14 +168,14 @@ def save(
     inputs: dict[str, Any],
     dice: float | None,
 ) -> None:
-    """Start writing `state` (a TrainState); returns once it is copied to host memory.
+    """Start writing `state` (a TrainState); return once it is copied to host memory.
 
-    `dice`, validation's, ranks the checkpoint; None where it was not measured.
-    `progress` is what the loop needs to resume that is not in the state; `inputs` what the
-    network takes: 'channels', 'normalization' (None where each volume brings its own, 'buda' where
-    that is measured as Buda's code does), and with one of all images 'range', where these are not
-    of 8 bits: (2, channels), which stand for 0 and 255.
-    Raises CheckpointError where this or the save before could not be written.
+    `dice` is the validation Dice, which ranks the checkpoint; None if it was not measured.
+    `progress` is what the loop needs to resume besides the state. `inputs` is what the network
+    takes: 'channels'; 'normalization', one for all images, or None if each volume is normalized by
+    its own intensities, or 'buda' if that is done as in Buda's code; and, with one normalization
+    and images that are not 8-bit, 'range': (2, channels), the values that become 0 and 255.
+    Raises CheckpointError if this or the previous save could not be written.
     """
     # A copy: the next step reuses the donated buffers while Orbax still writes.
     parts = jax.tree.map(lambda x: np.array(x, copy=True), _parts(state))
@@ -191,7 +190,7 @@ def save(
 
 
 def _parts(state: Any) -> dict[str, Any]:
-    """The state's fields that hold any array; `step` is the folder's name."""
+    """The state's fields that hold arrays; `step` is the folder's name."""
     fields = ('params', 'batch_stats', 'ema_params', 'opt_state')
     parts = {name: getattr(state, name) for name in fields}
     return {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
@@ -208,7 +207,7 @@ def digest(tree: Any) -> str:
 
 
 def seal(meta: dict[str, Any]) -> str:
-    """sha256 of metadata as JSON."""
+    """sha256 of the metadata as JSON."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
@@ -229,13 +228,13 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
         found = ocp.checkpointables_metadata(path).custom_metadata
     except CheckpointError:
         raise
-    except Exception as error:  # Orbax raises what its storage layer does
+    except Exception as error:  # Orbax passes on whatever its storage layer raises
         raise CheckpointError(f'{path} has no readable metadata: {first_line(error)}') from error
     if not isinstance(found, dict) or found.keys() - {SEAL} != PARTS_OF_META:
         raise CheckpointError(
             f'{path} is not a checkpoint of pspnet_jax: its metadata is incomplete'
         )
-    sealed = found.pop(SEAL, None)  # the first ones have none
+    sealed = found.pop(SEAL, None)  # the oldest checkpoints have none
     if sealed not in (None, seal(found)):
         raise CheckpointError(f'{path} has corrupted metadata: its sha256 differs')
     for key, value in found.items():
@@ -248,7 +247,7 @@ def metadata(workdir: str | Path, step: int) -> dict[str, Any]:
 
 
 def _allowed(key: str, value: Any) -> bool:
-    """Whether metadata can be used without a look at its types and ranges."""
+    """Whether a metadata value has the types and ranges that the readers rely on."""
     if key == 'dice':
         return value is None or _is_number(value, 0, 1)
     if not isinstance(value, dict):
@@ -269,7 +268,7 @@ def _allowed(key: str, value: Any) -> bool:
 
 
 def _is_nested(value: Any) -> bool:
-    value = list(value.values()) if isinstance(value, dict) else value  # as data.label_map is
+    value = list(value.values()) if isinstance(value, dict) else value  # such as data.label_map
     inside = value if isinstance(value, list) else [value]
     return any(isinstance(x, list | dict) for x in inside)
 
@@ -279,7 +278,7 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 
 def check_inputs(inputs: Any, path: str | Path) -> None:
-    """Raise CheckpointError for 'inputs' of metadata that no network has: see `save`."""
+    """Raise CheckpointError if the metadata's 'inputs' fit no network: see `save`."""
     try:
         channels, how = inputs['channels'], inputs['normalization']
         sound = type(channels) is int and 1 <= channels <= MOST_CHANNELS
@@ -303,7 +302,7 @@ def check_inputs(inputs: Any, path: str | Path) -> None:
 
 
 def _check_files(path: Path) -> int:
-    """Bytes of a step's files. Raises CheckpointError for what no checkpoint has among them."""
+    """Bytes of a step's files. Raises CheckpointError for files that no checkpoint contains."""
     total = 0
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
@@ -322,8 +321,8 @@ def _check_files(path: Path) -> int:
 
 
 def _check_arrays(path: Path, abstract: dict[str, Any]) -> None:
-    """Raise CheckpointError where `abstract` is more than the files can hold, and where an
-    array is cut into pieces larger than itself, which are made whole before they are read.
+    """Raise CheckpointError if `abstract` is more than the files can hold, or if an array's chunks
+    are larger than the array: the storage layer allocates whole chunks.
     """
     claimed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     if fault := too_much(path, claimed, _check_files(path), MOST_BYTES):
@@ -332,14 +331,14 @@ def _check_arrays(path: Path, abstract: dict[str, Any]) -> None:
         where = path / part
         kind = json.loads((where / '_METADATA').read_bytes())
         if not (kind['use_ocdbt'] is True and kind['use_zarr3'] is True):
-            raise CheckpointError(f'{where} is not in the format of our checkpoints')
+            raise CheckpointError(f'{where} is not in the format of a pspnet_jax checkpoint')
         kept = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': where.as_uri()}).result()
         names = [name for name in kept.list().result() if name.endswith(b'zarr.json')]
         for name, read in [(name, kept.read(name)) for name in names]:
             text = read.result().value
             array = json.loads(text[:MOST_TEXT])
             pieces, codecs = [array['chunk_grid']['configuration']], list(array['codecs'])
-            for codec in codecs:  # grows by those within
+            for codec in codecs:  # grows by the nested codecs
                 how = codec.get('configuration', {})
                 codecs += [*how.get('codecs', ()), *how.get('index_codecs', ())]
                 pieces += [how] if 'chunk_shape' in how else []
@@ -357,8 +356,8 @@ def restore(
 ) -> tuple[Any, dict[str, Any]] | None:
     """`state` with every array from the newest sound checkpoint, and its metadata.
 
-    None where there is no checkpoint at all. Corrupted ones are skipped with a warning; raises
-    CheckpointError when none is left, or for another model than config's.
+    None if there is no checkpoint at all. Corrupted ones are skipped with a warning. Raises
+    CheckpointError if all are corrupted or the model is not the config's.
     """
     abstract = _parts(jax.eval_shape(lambda: state))
 
@@ -374,8 +373,8 @@ def restore(
     if refused := _refused(config_changes(meta['config'], config)):
         raise CheckpointError(
             f'{workdir} holds checkpoints that this config can not resume ({"; ".join(refused)}): '
-            'give another --workdir, which can start from these weights with '
-            f'--config.train.init_from={workdir}, or the config that the run was trained with'
+            'give the config that the run was trained with, or another --workdir; to start there '
+            f'from these weights, add --config.train.init_from={workdir}'
         )
     for reason in passed_over.values():
         logger.warning('%s; this checkpoint is skipped', reason)
@@ -383,9 +382,9 @@ def restore(
 
 
 def find_damaged(workdir: str | Path, state: Any) -> list[int]:
-    """Steps whose metadata or arrays are not what was saved; `state` gives the arrays' shapes.
+    """Steps whose metadata or arrays are corrupted; `state` gives the arrays' shapes.
 
-    On several hosts all call it.
+    On several hosts, all must call it.
     """
     abstract, found = _parts(jax.eval_shape(lambda: state)), []
     for step in steps(workdir):
@@ -397,8 +396,8 @@ def find_damaged(workdir: str | Path, state: Any) -> list[int]:
 
 
 def set_aside(workdir: str | Path, damaged: Sequence[int]) -> None:
-    """Move these steps to WORKDIR/damaged: a resumed run may save them again, and a damaged best
-    one must not be kept in a sound one's place.
+    """Move these steps to WORKDIR/damaged: a resumed run may save them again, and a corrupted best
+    checkpoint must not replace a sound one.
     """
     for step in damaged:
         source, target = Path(workdir) / FOLDER / str(step), Path(workdir) / ASIDE
@@ -414,9 +413,9 @@ def set_aside(workdir: str | Path, damaged: Sequence[int]) -> None:
 def restore_variables(
     workdir: str | Path, step: int, variables: dict[str, Any], meta: dict[str, Any]
 ) -> dict[str, Any]:
-    """{'params', 'batch_stats'} for inference; the averaged parameters where kept.
+    """{'params', 'batch_stats'} for inference, with the averaged parameters if there are any.
 
-    `variables` gives shapes and dtypes, `meta` is the step's `metadata`; the arrays are numpy's.
+    `variables` gives shapes and dtypes, `meta` is the step's `metadata`; returns numpy arrays.
     """
     averaged = 'ema_params' in meta['sha256']
     abstract = {'ema_params' if averaged else 'params': variables['params']}
@@ -429,9 +428,9 @@ def restore_variables(
 
 
 def candidates(workdir: str | Path, which: str = 'best') -> list[int]:
-    """Steps in the order in which they are tried for 'best' (by validation Dice), 'last' or a step.
+    """Steps in the order in which to try them for 'best' (by validation Dice), 'last' or a step.
 
-    A step is meant alone. Raises CheckpointError where there is none.
+    For a step, only that one is tried. Raises CheckpointError if there is none.
     """
     found = steps(workdir)
     if not found:
@@ -445,7 +444,7 @@ def candidates(workdir: str | Path, which: str = 'best') -> list[int]:
         dice = _ranked(workdir)
 
         def rank(step: int) -> tuple[float, int]:
-            if step not in dice:  # its metadata is corrupted: it may be the best, and is named
+            if step not in dice:  # corrupted metadata: it may be the best, so the warning names it
                 return 2.0, step
             return -1.0 if dice[step] is None else dice[step], step
 
@@ -458,11 +457,11 @@ def candidates(workdir: str | Path, which: str = 'best') -> list[int]:
 def first_sound(
     workdir: str | Path, which: str, read: Callable[[int], Any]
 ) -> tuple[int, Any, dict[int, str]]:
-    """(step, `read(step)`, {step: why} skipped) of the first candidate that `read` can read.
+    """(step, `read(step)`, {skipped step: why}) of the first candidate that `read` can read.
 
-    `read` raises CheckpointError for a step that is corrupted. A run that is still training
-    replaces its steps, and deletes a folder file by file: what can't be read is corrupted only
-    where a second look finds the same steps and the same faults. Raises CheckpointError.
+    `read` raises CheckpointError for a corrupted step. A run that is still training replaces its
+    steps and deletes their folders file by file, so a step counts as corrupted only if a second
+    look finds the same steps and the same faults. Raises CheckpointError.
     """
     before = None
     for _ in range(100):
@@ -489,7 +488,7 @@ def first_sound(
 
 
 def locate(where: str) -> tuple[str, str]:
-    """(workdir, which) of 'WORKDIR@last', 'WORKDIR@260' or, for 'best', 'WORKDIR'."""
+    """(workdir, which) of 'WORKDIR@last', 'WORKDIR@260' or 'WORKDIR', which means 'best'."""
     workdir, which = re.fullmatch(r'(.+?)(?:@(best|last|\d+))?', where, re.DOTALL).groups()
     return str(local(workdir)), which or 'best'
 
@@ -505,9 +504,9 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
         parts = ocp.load_checkpointables(path, abstract)
     except CheckpointError:
         raise
-    except Exception as error:  # Orbax raises what its storage layer does
+    except Exception as error:  # Orbax passes on whatever its storage layer raises
         raise CheckpointError(f'{path} can not be read: {first_line(error)}') from error
-    # On the host: whoever asked places them, on however many devices there are.
+    # On the host: the caller places them on its devices.
     parts = jax.tree.map(np.asarray, parts)
     for name, tree in parts.items():
         if digest(tree) != meta['sha256'].get(name):
@@ -516,14 +515,14 @@ def _load(workdir, step, abstract, meta) -> dict[str, Any]:
 
 
 def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """'model.width is 32 there, 64 here' ... of two configs, for what the network is made of."""
+    """['model.width is 32 there, 64 here', ...]: how the networks of two configs differ."""
     return [fault for fault in _refused(config_changes(there, here)) if fault.startswith(PARTS)]
 
 
 def config_changes(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{key: (value there, value here)} of the knobs in which two configs differ.
+    """{key: (value there, value here)} of the keys in which two configs differ.
 
-    A knob that is newer than a config is left out: it has its default, which changes nothing.
+    A key that is newer than a config is left out: its default changes nothing.
     """
     old, new = {CONTEXT: 0, **_flat(there)}, _flat(here)
     return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
@@ -535,7 +534,7 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refused(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """'model.width is 32 there, 64 here' ... of changes that arrays do not fit."""
+    """['model.width is 32 there, 64 here', ...]: changes that the saved arrays do not fit."""
     return [
         f'{key} is {before!r:.200} there, {now!r:.200} here'
         for key, (before, now) in changes.items()

@@ -1,4 +1,4 @@
-"""How programs are compiled: XLA's options for the platform, and the cache of what it made."""
+"""How programs are compiled: XLA's options for the platform, and the compilation cache."""
 
 import ctypes
 import glob
@@ -16,10 +16,10 @@ from pspnet_jax.runtime import paths
 
 
 def options() -> dict[str, str]:
-    """XLA's options for this platform; what the user set in XLA_FLAGS is left to the user.
+    """XLA's options for this platform; options that the user set in XLA_FLAGS are left alone.
 
-    On a CPU, the schedule that needs least memory, which is no slower. From jax 0.11 on, XLA's
-    library of fusions (YNN) gets single products only: its larger fusions return NaN in bfloat16.
+    A CPU uses the schedule that needs least memory, which is no slower. From jax 0.11 on, XLA's
+    fusion library (YNN) is limited to single products: its larger fusions return NaN in bfloat16.
     """
     if jax.default_backend() != 'cpu':
         return {}
@@ -34,9 +34,8 @@ def options() -> dict[str, str]:
 def jit(function: Callable, **arguments: Any) -> Any:
     """`jax.jit` with `options()`, for a program that is called from Python.
 
-    It asks which platform this is and so starts JAX: call it inside functions, after
-    `hosts.start`. Where one program traces another, JAX refuses options for the inner one: a
-    function that is only a part of programs has a plain `jax.jit`.
+    It looks up the platform and so starts JAX: call it inside functions, after `hosts.start`.
+    JAX refuses options for a program that another one traces: use a plain `jax.jit` there.
     """
     return jax.jit(function, compiler_options=options(), **arguments)
 
@@ -44,8 +43,8 @@ def jit(function: Callable, **arguments: Any) -> Any:
 def use_cache() -> None:
     """Keep compiled programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/pspnet_jax/xla.
 
-    A second start loads them instead of compiling. A cache that the user or a test has set up
-    stays; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    A second start loads them instead of compiling. A cache that is already configured is kept;
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
     if jax.config.jax_compilation_cache_dir is None:
         place = paths.cache()
@@ -56,10 +55,10 @@ def use_cache() -> None:
 
 
 def _forget_the_damaged(folder: Path) -> None:
-    """From now on, delete what JAX can not read from its cache in `folder`, or not write there.
+    """From now on, delete cache entries in `folder` that JAX can't read or write.
 
     A kill or a full disk leaves half an entry under its final name: JAX warns, compiles again and
-    never replaces it. The warning names only the program: all entries of that name go.
+    never replaces it. The warning names only the program, so all its entries are deleted.
     """
     show = warnings.showwarning
 
@@ -74,14 +73,14 @@ def _forget_the_damaged(folder: Path) -> None:
 
 
 def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """`jitted`, or what `jax.pmap` returns, compiled for these arguments, and what that took.
+    """Compile a `jax.jit` or `jax.pmap` function for these arguments: (program, its cost).
 
-    Keys: seconds; gflop as XLA counts them in the program it made; temporary_mb; needed_mb, with
-    its arguments and results. NaN where XLA does not say. What the compiler used goes back to the
-    system.
+    The cost has the keys seconds; gflop, as XLA counts the compiled program; temporary_mb; and
+    needed_mb, which includes arguments and results. NaN means that XLA does not report it. The
+    compiler's memory is returned to the system.
     """
     start = time.perf_counter()
-    compiled = jitted.lower(*arguments).compile(options())  # `jax.pmap` takes none itself
+    compiled = jitted.lower(*arguments).compile(options())  # `jax.pmap` itself takes no options
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     facts = {
         'seconds': time.perf_counter() - start,
@@ -94,12 +93,12 @@ def compile_now(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
 
 
 def trim_heap() -> None:
-    """What was freed goes back to the system: glibc keeps it, hundreds of MB here."""
+    """Return freed memory to the system: glibc would keep hundreds of MB."""
     if hasattr(ctypes.CDLL(None), 'malloc_trim'):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _needed(memory: Any) -> int:
-    """Bytes: temporaries, arguments, and the results that do not take an argument's place."""
+    """Bytes of temporaries, arguments, and results that do not reuse an argument's memory."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes + results

@@ -16,7 +16,7 @@ PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 
 
 def describe() -> str:
-    """'1 device: gpu, NVIDIA H100 80GB HBM3, jax 0.12.0'. Raises ConfigError where JAX has none."""
+    """'1 device: gpu, NVIDIA H100 80GB HBM3, jax 0.12.0'. Raises ConfigError without a device."""
     try:
         first, count, processes = jax.devices()[0], jax.device_count(), jax.process_count()
     except (RuntimeError, AssertionError) as error:
@@ -30,17 +30,17 @@ def describe() -> str:
 
 
 def idle_gpu(nodes: Sequence[str] = NVIDIA) -> str | None:
-    """What to do about an NVIDIA GPU that JAX does not use; its device files are `nodes`.
+    """What to do about an NVIDIA GPU that JAX does not use; `nodes` are the GPU's device files.
 
-    None where there is no such GPU or the user asked for the CPU.
+    None if there is no such GPU or the user asked for the CPU.
     """
     asked = jax.config.jax_platforms or os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
     if asked or jax.default_backend() != 'cpu' or not any(map(os.path.exists, nodes)):
         return None
     if plugin := next(filter(importlib.util.find_spec, PLUGINS), None):
         remedy = (
-            f'{plugin} is installed, but JAX says: {_refusal()}. nvidia-smi shows whether another '
-            'program uses the GPU or the driver is too old'
+            f'{plugin} is installed, but JAX reports: {_refusal()}. nvidia-smi shows whether '
+            'another program uses the GPU or the driver is too old'
         )
     else:
         remedy = f'pip install "jax[cuda13]=={jax.__version__}"'
@@ -51,7 +51,7 @@ def idle_gpu(nodes: Sequence[str] = NVIDIA) -> str | None:
 
 
 def _refusal() -> str:
-    """JAX's words for why there is no CUDA."""
+    """JAX's reason why CUDA is unavailable."""
     try:
         jax.devices('cuda')
     except RuntimeError as error:
@@ -60,7 +60,7 @@ def _refusal() -> str:
 
 
 def _processor() -> str:
-    """'Intel(R) Xeon(R) CPU @ 2.20GHz', or the architecture where the system does not say."""
+    """'Intel(R) Xeon(R) CPU @ 2.20GHz', or the architecture if the model is unknown."""
     info = Path('/proc/cpuinfo')
     name = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
     return name[1] if name else platform.processor() or platform.machine()

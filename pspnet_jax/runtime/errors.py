@@ -1,18 +1,18 @@
-"""What can be wrong from outside: each message names the value, the limit and the remedy.
+"""Errors that the user can fix: each message names the value, the limit and the remedy.
 
-Commands print these as one line and exit with status 1; anything else is a bug in
+Commands print them as one line and exit with status 1. Any other exception is a bug in
 pspnet_jax and keeps its traceback.
 """
 
 from collections.abc import Sequence
 
-LONGEST = 4000  # characters of a line; a message quotes what an untrusted file says
+LONGEST = 4000  # characters of a line; a message may quote an untrusted file
 
 
 class PspnetError(ValueError):
-    """An input that can't be used as it is: one line, and one more for each of `faults`.
+    """An input that can't be used: one line, plus one for each of `faults`.
 
-    What a message quotes can't add a line, nor steer a terminal: such characters are escaped.
+    Control characters are escaped, so quoted text can't add lines or control the terminal.
     """
 
     def __init__(self, message: str, faults: Sequence[str] = ()):
@@ -27,7 +27,7 @@ class PspnetError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """Printable; of what is too long the start and the end."""
+    """Escape unprintable characters, and shorten a long text to its start and end."""
     if len(text) > LONGEST:
         text = f'{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}'
     if text.isprintable():
@@ -43,29 +43,29 @@ def some(items: Sequence[object], most: int = 8, separator: str = ', ') -> str:
 
 
 def say(line: str) -> None:
-    """Print a line that quotes a name: it can neither add another nor steer the terminal."""
+    """Print one line with unprintable characters escaped, since it may quote untrusted names."""
     print(one_line(line))
 
 
 def first_line(error: Exception) -> str:
-    """The reason a library gives, cut where it is long; the type of an error without words."""
+    """The first line of an error, at most 400 characters; its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
 class ConfigError(PspnetError):
-    """A key that nothing reads, one that is missing, or a value that isn't allowed."""
+    """An unknown key, a missing one, or a value that isn't allowed."""
 
 
 class DataError(PspnetError):
-    """A data set or picture that is missing, corrupted or inconsistent."""
+    """A data set or image that is missing, corrupted or inconsistent."""
 
 
 class CheckpointError(PspnetError):
-    """No checkpoint, only corrupted ones, or one of another model."""
+    """There is no checkpoint, all are corrupted, or it belongs to another model."""
 
 
 class NoRoomError(DataError):
-    """A picture that needs more memory than is free now."""
+    """An image that needs more memory than is free now."""
 
 
 class PretrainedError(PspnetError):
@@ -81,11 +81,11 @@ class OutOfMemoryError(PspnetError):
 
 
 class LogError(PspnetError):
-    """The run's own records can't be written."""
+    """The run's logs can't be written."""
 
 
 class StoppedError(PspnetError):
-    """A signal asked the run to stop, which it did after a checkpoint."""
+    """A signal stopped the run after it wrote a checkpoint."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -93,20 +93,20 @@ class StoppedError(PspnetError):
 
 
 class HostError(PspnetError):
-    """Processes of one run that do not find or no longer reach each other."""
+    """The processes of one run do not find, or no longer reach, each other."""
 
 
 class ExportError(PspnetError):
-    """An exported file that would not compute what the model does, or can't be read back."""
+    """An exported file that can't be read back or does not compute what the model does."""
 
 
 def all_faults(source: object, faults: Sequence[str], most: int = 1000) -> DataError:
-    """A list of them, cut where it is long."""
+    """One DataError that lists at most `most` of the faults."""
     more = [f'and {len(faults) - most} more'] * (len(faults) > most)
     return DataError(f'{len(faults)} fault(s) in {source}:', [*faults[:most], *more])
 
 
 def not_written(path: object, reason: object) -> str:
-    """The message for a file or folder that `reason`, an OSError or words, keeps from the disk."""
+    """The message for a file or folder that can't be written; `reason` is an OSError or a text."""
     words = getattr(reason, 'strerror', None) or reason
     return f'{path} can not be written ({words}): free some space or give another folder'

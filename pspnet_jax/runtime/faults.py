@@ -1,6 +1,6 @@
-"""What reaches a run from outside: signals, a second run in its folder, too little memory.
+"""Outside events that a run must handle: signals, a second run in its folder, too little memory.
 
-Each is a context manager around the loop, which reads as if none of them existed.
+Each has a context manager around the training loop, so the loop itself does not handle them.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pspnet_jax.runtime.text import NOTE, read_json
 logger = logging.getLogger(__name__)
 
 LOCK = 'lock'  # in the workdir
-# What flock says on file systems without locks, as Lustre and some NFS are.
+# Errors of flock on file systems without locks, such as Lustre and some NFS.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -38,11 +38,12 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 def locked(workdir: str | Path) -> Iterator[None]:
     """Hold WORKDIR/lock, so that no two runs write there.
 
-    The system releases it when the process ends, however it ends, so a stale one does no harm: it
-    tells that the run before was interrupted. Raises ConfigError that names the other run.
+    The system releases the lock when the process ends, however it ends. A stale lock file is
+    harmless: it shows that the previous run was interrupted. Raises ConfigError that names the
+    other run.
     """
     path = Path(workdir) / LOCK
-    # Never what a link leads to, nor a pipe: it is emptied and written to.
+    # The file is emptied and written to, so it must not be a link or a pipe.
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
         raise ConfigError(f'{path} is a link or device, not a file: remove it')
 
@@ -51,7 +52,7 @@ def locked(workdir: str | Path) -> Iterator[None]:
             resumes = 'resuming' if checkpoint.steps(workdir) else 'starting again'
             logger.info('%s: the previous run (%s) was interrupted', resumes, before)
         owner = {'process': os.getpid(), 'host': socket.gethostname(), 'since': time.time()}
-        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds
             os.ftruncate(file, 0)
             os.write(file, json.dumps(owner).encode())
 
@@ -76,13 +77,13 @@ def locked(workdir: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # read-only by now; or something came of it
+            with contextlib.suppress(OSError):  # read-only by now, or the folder is not empty
                 path.unlink(missing_ok=True)
                 path.parent.rmdir()
 
 
 def _owner(path: Path) -> str:
-    """'process 7 on HOST, 3.2 minutes', or '' where the file does not say."""
+    """'process 7 on HOST, 3.2 minutes', or '' if the file does not hold that."""
     try:
         owner = read_json(path, most=NOTE)
         minutes = (time.time() - float(owner['since'])) / 60
@@ -96,13 +97,13 @@ def _owner(path: Path) -> str:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[], int]]:
-    """A function that gives the number of the signal that asks to stop, 0 while there is none.
+    """A function that returns the number of the signal that asked to stop, or 0.
 
-    The first SIGTERM or SIGINT only asks; a second one does what it always did. In a thread
-    other than the main one, where Python takes no handlers, none is ever seen.
+    The first SIGTERM or SIGINT only asks to stop; a second one has its usual effect. Python takes
+    handlers only in the main thread: in other threads the function always returns 0.
 
-    On several hosts all see it after the same step, whichever of them it reached, if all ask after
-    every step: JAX takes SIGTERM there and lets them agree.
+    On several hosts, call it after every step: JAX handles SIGTERM there, and all hosts see the
+    signal after the same step, whichever of them received it.
     """
     if jax.process_count() > 1:
         calls = itertools.count()
@@ -139,9 +140,9 @@ def _as_sigterm(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_explained(what: Callable[[], str]) -> Iterator[None]:
-    """XLA's report that memory is exhausted becomes an OutOfMemoryError.
+    """Turn XLA's out-of-memory error into an OutOfMemoryError.
 
-    `what()` says what was asked for and which knobs make it less.
+    `what()` returns what needed the memory and which options reduce it.
     """
     try:
         yield
@@ -155,7 +156,7 @@ def memory_explained(what: Callable[[], str]) -> Iterator[None]:
 
 
 def device_memory() -> str:
-    """', the device has N MB', or '' where it does not say, as CPUs don't."""
+    """', the device has N MB', or '' if it does not report that, as CPUs don't."""
     stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get('bytes_limit')
     return f', the device has {limit / 2**20:.0f} MB' if limit else ''

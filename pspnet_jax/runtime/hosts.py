@@ -1,7 +1,7 @@
-"""Several processes as one run: how they start, share out what there is, gather it and stop.
+"""Several processes as one run: how they start, divide the work, gather results and stop.
 
-The same command on every host, with --coordinator, --num_processes and --process_id; on Slurm, a
-TPU pod or under Open MPI it finds them by itself. A single process goes through none of this.
+Give the same command on every host with --coordinator, --num_processes and --process_id; on Slurm,
+a TPU pod or Open MPI these are found automatically. A single process uses none of this.
 """
 
 import atexit
@@ -22,15 +22,15 @@ from jax.experimental import multihost_utils
 
 from pspnet_jax.runtime.errors import ConfigError, HostError
 
-START_SECONDS = 300  # that processes wait for each other at the start
+START_SECONDS = 300  # how long processes wait for each other at the start
 END_SECONDS = 3600  # and at the end, while the first one writes the report
-LAST_SECONDS = 1  # between an error of several processes and the end
+LAST_SECONDS = 1  # from an error in one of several processes to its exit
 NOT_TOGETHER = (
-    'error: the processes did not come together in {} s: start them all, with one --coordinator'
+    'error: the processes did not connect within {} s: start them all, with the same --coordinator'
 )
 ENDED = (
     'error: process {} of {} ended before its work was done, or another one stopped answering '
-    '(--host_timeout={} s): the first error of all processes says why. Start all again: the run '
+    '(--host_timeout={} s): the first error of all processes tells why. Start all again: the run '
     'resumes from its last checkpoint'
 )
 
@@ -38,11 +38,11 @@ ENDED = (
 def start(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> None:
-    """Join the other processes, before anything touches a device; nothing for a single one.
+    """Join the other processes; call it before anything touches a device.
 
-    Where nothing is given, those of Slurm, a TPU pod or Open MPI, as `jax.distributed` finds
-    them. Raises ConfigError for part of the three; where the others do not come, JAX's runtime
-    ends the process, and NOT_TOGETHER is said.
+    Without arguments, `jax.distributed` finds the processes of Slurm, a TPU pod or Open MPI; a
+    single process needs nothing. Raises ConfigError if only some of the three are given. If the
+    others do not connect, JAX's runtime ends the process and NOT_TOGETHER is printed.
     """
     given = (coordinator, num_processes, process_id)
     options: dict[str, Any] = {
@@ -70,11 +70,11 @@ def start(
                 '--coordinator, --num_processes and --process_id belong together: give all three'
             )
         if not re.fullmatch(r'.+:\d+', coordinator):
-            raise ConfigError(f'--coordinator={coordinator} is not HOST:PORT, of process 0')
+            raise ConfigError(f'--coordinator={coordinator} is not the HOST:PORT of process 0')
         if not 0 <= process_id < num_processes:
             raise ConfigError(
-                f'--process_id={process_id} is not one of 0 to {num_processes - 1}, '
-                f'as --num_processes={num_processes} has it'
+                f'--process_id={process_id} is not one of 0 to {num_processes - 1}: '
+                f'--num_processes is {num_processes}'
             )
         if num_processes == 1:
             return
@@ -84,8 +84,9 @@ def start(
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
-    """'slurm', 'ompi', 'tpu', or None: what starts several processes here, as far as it can be
-    known without touching a device. One task of Slurm or Open MPI is no cluster.
+    """What starts several processes here: 'slurm', 'ompi', 'tpu' or None.
+
+    It touches no device, so 'tpu' is a guess. A single task of Slurm or Open MPI is no cluster.
     """
     slurm = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_PROCID', 'SLURM_LOCALID')
     if all(name in environment for name in slurm):
@@ -97,10 +98,10 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
 
 
 def _watch() -> None:
-    """Start a shell beside this process that prints a last line if the process ends before Python.
+    """Start a shell that prints a last line if this process aborts before Python exits.
 
     JAX's runtime aborts the process when another one is silent for --host_timeout, or at once when
-    process 0 is gone: nothing in the process itself can print then.
+    process 0 is gone. The process itself can't print anything then.
     """
     global _watcher
     script = (
@@ -108,16 +109,16 @@ def _watch() -> None:
         '[ "$last" = done ] || printf "%s\\n" "$last" >&2'
     )
     _watcher = subprocess.Popen(['sh', '-c', script], stdin=subprocess.PIPE, start_new_session=True)
-    # Registered before JAX's own: these go last, but for one that waits for the others.
+    # Exit handlers run last to first: this one runs after JAX's, which waits for the others.
     atexit.register(_watch_no_more)
     _say_at_an_abort(NOT_TOGETHER.format(START_SECONDS))
 
 
 def _say_at_an_abort(words: str) -> None:
-    """One line for the shell, in place of the one before."""
+    """Send the shell one line, which replaces the previous one."""
     line = words.replace('\n', ' ').encode(errors='backslashreplace')
     if _watcher and _watcher.stdin:
-        with contextlib.suppress(BrokenPipeError):  # somebody ended the shell
+        with contextlib.suppress(BrokenPipeError):  # the shell was killed
             _watcher.stdin.write(line + b'\n')
             _watcher.stdin.flush()
 
@@ -138,9 +139,7 @@ def several() -> bool:
 
 
 def lost_another(error: Exception) -> bool:
-    """Whether this is what is raised where the other side of a collective, or of what Orbax waits
-    for, is gone.
-    """
+    """Whether the error means that a process which a collective or Orbax waits for is gone."""
     words = ('gloo', 'nccl', 'connection', 'coordination', 'heartbeat', 'deadline', 'unavailable')
     text = str(error).lower()
     told = isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
@@ -148,30 +147,30 @@ def lost_another(error: Exception) -> bool:
 
 
 def lost() -> HostError:
-    """What a person needs to know then."""
+    """The error for `lost_another`."""
     return HostError(
         f'process {jax.process_index()} of {jax.process_count()} has lost another: the first error '
-        'of all processes says why. Start all again: the run resumes from its last checkpoint'
+        'of all processes tells why. Start all again: the run resumes from its last checkpoint'
     )
 
 
 def leave_after_an_error(words: str = '') -> NoReturn:
-    """Say `words` on stderr and end with status 1; the other processes then stop too.
+    """Print `words` to stderr and exit with status 1; the other processes then stop too.
 
-    Python's way out would first wait for other processes, as they wait for this one, and for
-    threads: those of a save on a disk that became read-only end after minutes.
+    A normal exit would wait for the other processes, which wait for this one, and for threads: a
+    save to a disk that became read-only takes minutes to end.
     """
     if several() and words:
-        # JAX's runtime may abort this process for the same reason, with a list of all stacks: the
-        # shell then says behind that what the reason is.
+        # JAX's runtime may abort this process for the same reason and print all stacks: the shell
+        # then prints the reason after them.
         _say_at_an_abort(words)
-    with contextlib.suppress(OSError):  # nobody reads them any more
+    with contextlib.suppress(OSError):  # the reader of the pipe is gone
         if words:
             print(words, file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
     if several():
-        time.sleep(LAST_SECONDS)  # for that list, which would be cut here, and come last
+        time.sleep(LAST_SECONDS)  # so that the stacks are complete and come first
         _watch_no_more()
     os._exit(1)
 
@@ -182,14 +181,14 @@ def is_first() -> bool:
 
 
 def share(items: Sequence[Any]) -> list[Any]:
-    """Every n-th of `items` for this one of n processes."""
+    """This process's share of `items`: every n-th of them, for n processes."""
     return list(items[jax.process_index() :: jax.process_count()])
 
 
 def gather(rows: Sequence[Any]) -> list[Any]:
-    """The rows of all processes, those of process 0 first, on each; they are values of JSON.
+    """Return the rows of all processes on each of them, in the order of the processes.
 
-    All processes call it together.
+    Rows are JSON values. All processes must call it together.
     """
     if jax.process_count() == 1:
         return list(rows)
@@ -201,12 +200,12 @@ def gather(rows: Sequence[Any]) -> list[Any]:
 
 
 def wait_for_all() -> None:
-    """Returns on each process when all have called it."""
+    """Return once all processes have called it."""
     gather([])
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raise HostError on every process if a leaf of `facts`, a value of JSON, differs in one."""
+    """Raise HostError on every process if a leaf of `facts` (JSON values) differs between them."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(facts))
     ours = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
     first, *others = gather([ours])
@@ -216,11 +215,11 @@ def check_same(facts: Mapping[str, Any]) -> None:
             if here != there:
                 raise HostError(
                     f'{name} is {here!r} in process 0 and {there!r} in process {n}: give all the '
-                    'same command, and as --workdir a folder that all of them share'
+                    'same command, and a --workdir that all of them share'
                 )
 
 
 def nearest_batches(batch_size: int, devices: int) -> list[int]:
-    """The next smaller and larger batch size that `devices` divide; none is 0."""
+    """The next smaller and larger multiples of `devices`; 0 is left out."""
     below = batch_size // devices * devices
     return [size for size in (below, below + devices) if size]

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, and the same to TensorBoard."""
+"""The metrics of a run: metrics.jsonl and TensorBoard."""
 
 import contextlib
 import errno
@@ -18,16 +18,15 @@ from pspnet_jax.runtime.text import parse_json
 logger = logging.getLogger(__name__)
 
 LONGEST = 100_000  # characters of a line
-FURTHEST = 1e39  # of a figure: float32 holds no more
+FURTHEST = 1e39  # largest value of a metric: float32 holds no more
 
 
 class MetricLog:
-    """Appends to WORKDIR/metrics.jsonl, one line a record, and to TensorBoard.
+    """Appends records to WORKDIR/metrics.jsonl, one per line, and to TensorBoard.
 
-    Lines after `first_step` are of a run that was stopped and now resumes from there: they are
-    removed, so each step is there once. `each(step, values)` is
-    called with every record that was written. Raises LogError where the disk is full or
-    read-only; what is in metrics.jsonl then are whole lines.
+    When a stopped run resumes at `first_step`, later lines are removed, so each step is there
+    once. `each(step, values)` is called after every record. Raises LogError if the disk is full
+    or read-only; metrics.jsonl then still holds whole lines only.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class MetricLog:
         first_step: int,
         each: Callable[[int, dict[str, float | None]], object] = lambda step, values: None,
     ):
-        # Here, since it imports PyTorch where that is installed.
+        # Imported here, since it imports PyTorch where that is installed.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -48,7 +47,7 @@ class MetricLog:
                 kept = [x for x, record in _records(self._path) if record['step'] <= first_step]
                 aside = self._path.with_suffix('.tmp')
                 try:
-                    aside.unlink(missing_ok=True)  # of a killed run, or a link elsewhere
+                    aside.unlink(missing_ok=True)  # left by a killed run, or a link elsewhere
                     aside.write_text(''.join(f'{line}\n' for line in kept))
                     os.replace(aside, self._path)
                 finally:
@@ -56,16 +55,16 @@ class MetricLog:
             self._file = self._path.open('ab', buffering=0)
             folder = self._path.with_name('tensorboard')
             folder.mkdir(exist_ok=True)
-            # Not SummaryWriter: its thread dies of a full disk, and the run waits for it for ever.
+            # Not SummaryWriter: on a full disk its thread dies and the run waits for it for ever.
             self._board = EventsWriter(str(folder / 'events'))
             for fact in (
                 {'file_version': 'brain.Event:2'},
-                {'session_log': SessionLog(status=SessionLog.START)},  # what is later is void
+                {'session_log': SessionLog(status=SessionLog.START)},  # discards later steps
             ):
                 self._board.write_event(Event(step=first_step + 1, **fact))
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
-        """One record; None where a figure is undefined."""
+        """Write one record; None means that a metric is undefined."""
         line = json.dumps({'step': step, **values}, allow_nan=False).encode() + b'\n'
         with _explained(self._path):
             end = self._file.seek(0, os.SEEK_END)
@@ -79,12 +78,12 @@ class MetricLog:
         self._each(step, values)
 
     def timings(self, step: int, values: dict[str, float]) -> None:
-        """TensorBoard only: they differ from run to run, so metrics.jsonl leaves them out."""
+        """Write to TensorBoard only: timings differ between runs, so metrics.jsonl omits them."""
         for name, value in values.items():
             self._show(step, self._summary.scalar(name, value))
 
     def image(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
-        """A uint8 RGB picture, TensorBoard only."""
+        """Write a uint8 RGB image, to TensorBoard only."""
         self._show(step, self._summary.image(name, picture_HWC, dataformats='HWC'))
 
     def _show(self, step: int, summary) -> None:
@@ -92,7 +91,7 @@ class MetricLog:
             self._board.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
-        """All of it is on the disk: no checkpoint must be there that it lacks a line of."""
+        """Flush to disk. Call it before a checkpoint, whose steps must all be in the log."""
         with _explained(self._path):
             os.fsync(self._file.fileno())
             self._board.flush()
@@ -112,7 +111,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 class Silent:
-    """In place of `MetricLog` on all hosts but the first."""
+    """Replaces `MetricLog` on all hosts but the first."""
 
     def scalars(self, *_) -> None: ...
 
@@ -126,12 +125,12 @@ class Silent:
 
 
 def read(workdir: str | Path) -> list[dict[str, float | None]]:
-    """The records of WORKDIR/metrics.jsonl, in order; none where there is no such file."""
+    """The records of WORKDIR/metrics.jsonl, in order; an empty list without that file."""
     return [record for _, record in _records(Path(workdir) / 'metrics.jsonl')]
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, float | None]]]:
-    """Lines that are records: a killed process may have left half a line at the end."""
+    """(line, record) of each valid line: a killed process may have left half a line at the end."""
     if not path.is_file():
         return
     damaged = []

@@ -1,4 +1,4 @@
-"""Paths as a person types them."""
+"""Paths that the user types, and the user's cache folder."""
 
 import contextlib
 import os
@@ -9,15 +9,15 @@ from pathlib import Path
 from pspnet_jax.runtime.errors import ConfigError
 
 ZOO = Path(__file__).parent.parent / 'zoo'  # networks that come with the package
-KNOWN_DATA = 'data_read.txt'  # in the cache
+KNOWN_DATA = 'data_read.txt'  # in the cache folder
 MOST_KNOWN = 1000
 
 
 def local(path: str | Path) -> Path:
-    """`path` with ~ expanded; zoo:NAME is a network that comes with the package.
+    """Expand ~ in `path`; zoo:NAME is a network that comes with the package.
 
-    Raises ConfigError for a NAME that is not there, and for the address of a bucket or server: only
-    folders of this machine are read and written, gs://... would become a folder called gs:.
+    Raises ConfigError for an unknown NAME, and for the address of a bucket or server. Only local
+    folders are read and written: gs://... would create a folder called gs:.
     """
     text = str(path)
     if text.startswith('zoo:'):
@@ -27,12 +27,12 @@ def local(path: str | Path) -> Path:
         return ZOO / name
     if scheme := re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', text):
         raise ConfigError(
-            f'{text} is an address ({scheme[0]}/...), not a folder of this machine: mount or copy '
-            'it, and give the local path'
+            f'{text} is an address ({scheme[0]}/...), not a local folder: mount or copy it, and '
+            'give the local path'
         )
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # no home
+    except RuntimeError as error:  # no home folder
         raise ConfigError(f'{text}: {error}: give the path without ~') from error
 
 
@@ -49,7 +49,7 @@ def writable(path: str | Path, what: str) -> Path:
 
 
 def cache() -> Path | None:
-    """Where this user's programs keep what they can make again; None without a home folder."""
+    """This user's cache folder; None without a home folder."""
     try:
         return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'pspnet_jax'
     except RuntimeError:  # as in some containers
@@ -57,7 +57,7 @@ def cache() -> Path | None:
 
 
 def remember(places: Sequence[str]) -> None:
-    """Note that this user trained on the data at these places (see `are_known`)."""
+    """Record that this user trained on the data at these places (see `are_known`)."""
     place, known = cache(), _known()
     added = [path for path in places if path not in known]
     if place is None or not added:
@@ -73,7 +73,7 @@ def remember(places: Sequence[str]) -> None:
 def are_known(places: Sequence[str]) -> bool:
     """Whether this user has trained on the data at all of these places.
 
-    A checkpoint from elsewhere may name any folder, which nobody here has asked to read.
+    An untrusted checkpoint may name any folder, including ones that the user never meant to read.
     """
     return set(places) <= set(_known())
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: each is written aside and takes its name at the end."""
+"""Atomic file writes: each file is written under a temporary name and renamed at the end."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ _HOST = re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())[:40]
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place at the end; after an error nothing is left.
+    """A temporary file that replaces `path` at the end; after an error it is removed.
 
-    It has a name of its own, so that two processes may write the same `path`; `sweep` removes those
-    of processes that were killed.
+    Its name is unique, so two processes may write the same `path`. `sweep` removes the temporary
+    files of killed processes.
     """
     aside = path.with_name(f'.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
     try:
@@ -36,18 +36,18 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """By `writing`. Raises ValueError for NaN, which JSON has not."""
+    """Write JSON atomically. Raises ValueError for NaN, which JSON does not have."""
     with writing(path) as aside:
         aside.write_text(json.dumps(tree, indent=1, allow_nan=False) + '\n')
 
 
 def sweep(folder: Path) -> None:
-    """Remove what `writing` left below a folder when its process was killed on this machine."""
+    """Remove the temporary files in a folder whose process was killed on this machine."""
     for path in folder.rglob(f'.{_HOST}.*.*.tmp'):
         try:
             os.kill(int(path.name.split('.')[2]), 0)
         except (ProcessLookupError, ValueError, OverflowError):
             with contextlib.suppress(OSError):
                 path.unlink()
-        except OSError:  # another user's
+        except OSError:  # another user's process
             pass

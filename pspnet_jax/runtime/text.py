@@ -1,5 +1,5 @@
-"""What untrusted files may cost: text and JSON are limited in size, depth and time, each fault one
-DataError; and arrays are limited by the size of their file.
+"""Limits on untrusted files. Text and JSON are limited in size, depth and time; arrays are limited
+by the size of their file. Each fault is a DataError.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ from typing import Any
 
 from pspnet_jax.runtime.errors import DataError, one_line
 
-# A COCO file of some 100,000 outlines; parsed, text takes up to 30 times as much memory.
+# A COCO file of about 100,000 outlines. Parsed text takes up to 30 times as much memory.
 MAX_BYTES = 2**26
-NOTE = 100_000  # bytes of a file that a run keeps about itself
-MOST_TIMES = 100  # the size of a file of weights: they are noise, averages begin as zeros
+NOTE = 100_000  # bytes of a small file that a run writes for itself
+MOST_TIMES = 100  # most that a weight file may expand: weights barely compress, zeros do
 
 
 def read(path: str | Path, remedy: str = 'make it again', most: int | None = None) -> str:
-    """UTF-8, with or without a byte order mark, of at most so many bytes (None: MAX_BYTES).
+    """Read UTF-8, with or without a byte order mark, of at most `most` bytes (None: MAX_BYTES).
 
-    Raises DataError, also for what is no file.
+    Raises DataError, also if `path` is not a regular file.
     """
     if not os.path.isfile(path):  # a FIFO or a device would never end
         raise DataError(f'{path} is not a file: {remedy}')
@@ -41,15 +41,16 @@ def read(path: str | Path, remedy: str = 'make it again', most: int | None = Non
     except UnicodeDecodeError as error:
         raise DataError(
             f'{path} is not UTF-8 text (byte {error.start}): save it as UTF-8 in an editor, or '
-            'convert it with iconv -f GBK -t UTF-8 (or UTF-16, SHIFT-JIS, CP1252: as it was saved)'
+            'convert it with iconv -f GBK -t UTF-8 (instead of GBK its own encoding: UTF-16, '
+            'SHIFT-JIS, CP1252)'
         ) from error
 
 
 @contextlib.contextmanager
 def within(seconds: float, what: str) -> Iterator[None]:
-    """Raise DataError where the block takes longer: an expression may try for ever to match.
+    """Raise DataError if the block takes longer: a regular expression may backtrack for ever.
 
-    By a timer, which only the main thread has; in others there is no limit.
+    It uses a timer, which only the main thread has; other threads have no limit.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGALRM'):
         yield
@@ -68,8 +69,8 @@ def within(seconds: float, what: str) -> Iterator[None]:
 
 
 def parse_json(text: str, remedy: str = 'make it again') -> Any:
-    """Raises DataError for what is no JSON, NaN and infinity among it, is nested too deeply or
-    holds a key twice.
+    """Parse strict JSON. Raises DataError for anything else, including NaN and infinity, for a
+    duplicate key and for too deep nesting.
     """
 
     def unique(pairs):
@@ -91,7 +92,7 @@ def parse_json(text: str, remedy: str = 'make it again') -> Any:
 
 
 def read_json(path: str | Path, remedy: str = 'make it again', most: int | None = None) -> Any:
-    """`parse_json` of `read`. Raises DataError."""
+    """Read and parse a JSON file. Raises DataError."""
     content = read(path, remedy, most)
     try:
         return parse_json(content, remedy)
@@ -100,13 +101,14 @@ def read_json(path: str | Path, remedy: str = 'make it again', most: int | None 
 
 
 def too_much(path: str | Path, claimed: int, stored: int, most: int) -> str:
-    """Why a file of `stored` bytes is not believed to hold weights of `claimed` bytes; '' where it
-    is. More than `most` are never believed. For before anything of that size is made.
+    """Why a file of `stored` bytes can't hold weights of `claimed` bytes; '' if it can.
+
+    More than `most` bytes are always refused. Call it before anything of that size is allocated.
     """
     most = min(most, 2**26 + MOST_TIMES * stored)
     if claimed <= most:
         return ''
     return (
-        f'{path} claims to hold {claimed / 2**20:,.0f} MiB, at most {most / 2**20:,.0f} are '
-        'believed of its size: it is damaged, or made to exhaust the memory'
+        f'{path} claims to hold {claimed / 2**20:,.0f} MiB, but a file of its size may hold at '
+        f'most {most / 2**20:,.0f}: it is corrupted, or made to exhaust the memory'
     )

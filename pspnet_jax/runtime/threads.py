@@ -1,4 +1,4 @@
-"""Work in background threads: results in order, items made ahead."""
+"""Background threads: compute items ahead, yield the results in order."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ def in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 def prefetched(items: Iterable) -> Iterator:
-    """Yield the same items, made ahead in a background thread."""
+    """Yield the same items, computed one ahead in a background thread."""
     items, end = iter(items), object()
     made = in_threads(lambda _: next(items, end), itertools.repeat(None), 1)
     with contextlib.closing(made):

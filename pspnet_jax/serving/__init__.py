@@ -1,1 +1,1 @@
-"""Exporting a trained network for other programs, and reading exports."""
+"""Exports a trained network for other programs, and reads exports."""

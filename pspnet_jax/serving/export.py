@@ -1,6 +1,6 @@
-"""A checkpoint written as one file that serves without this package: StableHLO, ONNX, parameters.
+"""Exports a checkpoint as one file that runs without this package: StableHLO, ONNX, parameters.
 
-Each file is read again and compared with the model before it is there.
+Each file is read back and compared with the model before it gets its name.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from pspnet_jax.serving import onnx_graph
 from pspnet_jax.serving.read import FILES, KEY, METADATA, PROGRAM, READERS, Predict, reference
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-SMALLEST = 32  # pixels a side: the deepest features have at least a cell
+SMALLEST = 32  # side in pixels: the deepest features then have at least one cell
 TOLERANCE = {
     'float32': 1e-4,
     'float16': 3e-2,
     'bfloat16': 3e-2,
-}  # of a probability: other forms round otherwise
+}  # on probabilities, since other forms round differently
 
 
-# What the function expects of a run that resizes its images, `data.fit`.
+# What the caller must do for a run that resizes its images, by `data.fit`.
 RESIZED = {
     'letterbox': 'resize an image in proportion until it just fits into this height and width, and '
     'resize the probabilities back; in training what was left over was 0 once normalised, so where '
@@ -51,8 +51,8 @@ RESIZED = {
 def measure_intensity(image_BHWC: jax.Array) -> jax.Array:
     """`data.volumes.measure_intensity` of a uint8 volume, in the graph: (4, C) float32.
 
-    All of it follows from how often each of 256 values occurs, so nothing is sorted and no
-    long sum is rounded: percentiles are exact to the last bit but one.
+    It uses only counts of the 256 values, so nothing is sorted and no long sum is rounded:
+    percentiles are exact up to the last two bits.
     """
     C = image_BHWC.shape[-1]
     cells = image_BHWC.reshape(-1, C).astype(jnp.int32) + 256 * jnp.arange(C)[None]
@@ -62,7 +62,7 @@ def measure_intensity(image_BHWC: jax.Array) -> jax.Array:
     count = up_to_C256[:1, -1]  # pixels, (1,)
 
     def percentile(q: int) -> jax.Array:
-        """(C,), linear between neighbours; q (count - 1) / 100 by whole numbers."""
+        """(C,), linear between neighbours; q (count - 1) / 100 in whole numbers."""
         hundreds, rest = jax.lax.div(count - 1, 100), jax.lax.rem(count - 1, 100) * q
         rank, part = hundreds * q + jax.lax.div(rest, 100), jax.lax.rem(rest, 100)
         lower, upper = (
@@ -91,8 +91,8 @@ def serve(
 ) -> jax.Array:
     """B H W C uint8 -> B H W K float32: `data.volumes.normalize`, then `infer.probabilities`.
 
-    With `context` the batch is the slices of one scan in turn, `data.volumes.neighbours` of which
-    are stacked here.
+    With `context` the batch is the slices of one scan in order, and the neighbours of each
+    (`data.volumes.neighbours`) are stacked here.
     """
     if intensity is None:
         intensity = measure_intensity(image_BHWC)
@@ -105,7 +105,7 @@ def serve(
 
 
 def stack_neighbours(image_BHWC: jax.Array, context: int) -> jax.Array:
-    """B H W (2 context + 1)C, of a batch of any size."""
+    """B H W (2 context + 1)C, for a batch of any size."""
     B = image_BHWC.shape[0]
     first, last = (jax.lax.slice_in_dim(image_BHWC, n, n + 1) for n in (0, B - 1))
     longer = jnp.concatenate([first] * context + [image_BHWC] + [last] * context)
@@ -117,12 +117,12 @@ def stack_neighbours(image_BHWC: jax.Array, context: int) -> jax.Array:
 
 
 def input_type(inputs: dict[str, Any]) -> str:
-    """Of the images that a network with these 'inputs' of a checkpoint is exported for."""
+    """The dtype of the exported function's images, by a checkpoint's 'inputs'."""
     return 'float32' if 'range' in inputs else 'uint8'
 
 
 def to_stablehlo(function: Callable, channels: int, dtype: str = 'uint8') -> jax.export.Exported:
-    """`function` of B H W C for all PLATFORMS, its batch, height and width symbols."""
+    """Export `function` of B H W C for all PLATFORMS, with symbolic batch, height and width."""
     sizes = jax.export.symbolic_shape(
         'b, h, w', constraints=[f'h >= {SMALLEST}', f'w >= {SMALLEST}']
     )
@@ -143,7 +143,7 @@ def to_onnx(
     metadata: dict[str, Any],
     dtype: str = 'uint8',
 ):
-    """`onnx.ModelProto` of `function` for any batch of one height and width."""
+    """`onnx.ModelProto` of `function` for any batch size and one height and width."""
     (batch,) = jax.export.symbolic_shape('b')
     return onnx_graph.convert(
         function,
@@ -155,7 +155,7 @@ def to_onnx(
 
 
 def left_out(config) -> list[str]:
-    """What `evaluate` and `predict` do around the network that no file does, 'knob = value'."""
+    """What `evaluate` and `predict` do around the network but no file does: 'key = value'."""
     usual = from_dict({})  # every default
     knobs = [('data', 'size'), *(('predict', key) for key in usual.predict)]
     return [
@@ -168,18 +168,18 @@ def left_out(config) -> list[str]:
 def describe(
     fmt: str, config, inputs: dict[str, Any], step: int, size: tuple[int, int], crf: str
 ) -> dict[str, Any]:
-    """The metadata: what goes in and comes out, and what made it."""
+    """The metadata: input, output and origin of the file."""
     intensity = fixed_intensity(inputs)
     if measured_how(inputs) == 'buda':
         normalization = {
             'kind': 'buda',
-            'how': 'the batch is one volume, measured as pspnet_jax.data.volumes.measure_head says',
+            'how': 'the batch is one volume, measured as in pspnet_jax.data.volumes.measure_head',
         }
     elif intensity is None:
         normalization = {
             'kind': 'volume',
-            'how': 'the batch is one volume, measured by channel: clipped to its 10th and 99th '
-            'percentile, minus the mean of that, over its deviation (1 where that is 0)',
+            'how': 'the batch is one volume, measured per channel: clipped to its 10th and 99th '
+            'percentile, minus the mean of that, over its deviation (1 if that is 0)',
         }
     else:
         rows = ('low', 'high', 'mean', 'deviation')
@@ -188,8 +188,8 @@ def describe(
     if config.data.context:
         context = {
             'slices': config.data.context,
-            'how': 'the batch is the slices of one volume in turn: the network sees each with so '
-            'many before and behind it, where there are fewer the first and last again',
+            'how': 'the batch is the slices of one volume in order: the network sees each slice '
+            'with so many before and after it; the first and last slice are repeated',
         }
     trained = None
     if config.data.size:
@@ -240,15 +240,15 @@ def export_checkpoint(
     crf: bool = True,
     dtype: str = 'float32',
 ) -> Path:
-    """Write the file, read it again, compare it with the model; only then it has its name.
+    """Write the file, read it back, compare it with the model, and then give it its name.
 
-    `output` is the file, WORKDIR/ and the name in FILES if empty; `size` that of ONNX and of the
-    images compared; without `crf` the config's CRF is left out. `dtype` is of the parameters that
-    savedparams has, 'float16' makes half the file. Raises ExportError where the file computes
-    something else, and leaves nothing.
+    `output` is the file, by default WORKDIR/ and the name in FILES. `size` is that of ONNX and of
+    the compared images. Without `crf` the config's CRF is left out. `dtype` is that of the
+    parameters in savedparams; 'float16' halves the file. Raises ExportError if the file computes
+    something else, and then leaves no file.
     """
     if min(size) < SMALLEST:
-        raise ConfigError(f'size {size[0]} x {size[1]} is too small: {SMALLEST} x {SMALLEST} is')
+        raise ConfigError(f'size {size[0]} x {size[1]} is too small: use at least {SMALLEST}')
     target = paths.local(output) if output else paths.writable(workdir, '--output') / FILES[fmt]
     run = open_run(workdir, which)
     config, model, variables, inputs = run.config, run.model, run.variables, run.inputs
@@ -256,12 +256,12 @@ def export_checkpoint(
     check_crf(fmt, crf_options['kernel'])
     if run.measured == 'buda' and fmt != 'savedparams':
         raise ConfigError(
-            f"data.normalize 'buda' has no form in {fmt}: give --format=savedparams, or train with "
-            '--config.data.normalize=volume'
+            f"data.normalize 'buda' can not be exported as {fmt}: give --format=savedparams, or "
+            'train with --config.data.normalize=volume'
         )
     if dtype != 'float32' and fmt != 'savedparams':
-        raise ConfigError(f'--dtype={dtype} is for savedparams, {fmt} has float32: leave it out')
-    if fmt == 'onnx':  # whose runtimes have no bfloat16 on CPUs
+        raise ConfigError(f'--dtype={dtype} is only for savedparams, {fmt} has float32')
+    if fmt == 'onnx':  # ONNX runtimes have no bfloat16 on CPUs
         model = models.create(**(config.model.to_dict() | {'dtype': 'float32'}))
     metadata = describe(fmt, config, inputs, run.step, size, crf_options['kernel'])
     metadata['left_out'] = left_out(with_choice(config, paths.local(workdir), run.step, {})[0])
@@ -302,11 +302,11 @@ def export_checkpoint(
             print(compare(predict, expect, inputs, (size, other), limit, batches))
     except BaseException:
         for folder in made:
-            with contextlib.suppress(OSError):  # it could not be made
+            with contextlib.suppress(OSError):  # it was not created
                 folder.rmdir()
         raise
     if metadata['left_out']:
-        say(f'not in the file, the caller has to do it: {", ".join(metadata["left_out"])}')
+        say(f'not in the file, so the caller must do it: {", ".join(metadata["left_out"])}')
     if trained := metadata['trained_size']:
         say(f'the network was trained at {trained["height"]}x{trained["width"]}: {trained["how"]}')
     return target
@@ -318,13 +318,13 @@ def check_crf(fmt: str, kernel: str) -> None:
         return
     if fmt == 'onnx' or kernel == 'exact':
         raise ConfigError(
-            f'crf.kernel {kernel!r} has no form in {fmt} for every size: export the network '
-            'without it by --nocrf'
+            f'crf.kernel {kernel!r} can not be exported as {fmt} for any size: add --nocrf to '
+            'export the network without it'
         )
 
 
 def sample_images(channels: int, size: tuple[int, int], batch: int) -> np.ndarray:
-    """B H W C uint8: blocks of every brightness, with noise."""
+    """B H W C uint8: blocks of random brightness, with noise."""
     rng = np.random.default_rng(0)
     H, W = size
     blocks = rng.integers(0, 220, (batch, -(-H // 16), -(-W // 16), channels))
@@ -340,9 +340,9 @@ def compare(
     limit: float,
     batches: tuple[int, int] = (2, 1),
 ) -> str:
-    """A line with the largest difference over two batches, of each size in turn.
+    """A line with the largest difference over two batches, one per size.
 
-    Raises ExportError where it is above the limit.
+    Raises ExportError if it is above the limit.
     """
     worst, differing, pixels, shapes = 0.0, 0, 0, []
     for batch, (H, W) in zip(batches, sizes, strict=True):
@@ -352,17 +352,17 @@ def compare(
             image = (low + (high - low) * image / 255).astype(np.float32)
         got, expected = predict(image), expect(image)
         if got.shape != expected.shape:
-            raise ExportError(f'the file gives {got.shape} where the model gives {expected.shape}')
+            raise ExportError(f'the file gives {got.shape}, but the model {expected.shape}')
         worst = max(worst, float(np.abs(got - expected).max()))
         differing += int((got.argmax(-1) != expected.argmax(-1)).sum())
         pixels += batch * H * W
         shapes.append(f'{batch} x {H} x {W}')
     if not worst <= limit:  # NaN too
         raise ExportError(
-            f'the file computes something else than the model: probabilities differ by '
+            f'the file does not compute the same as the model: probabilities differ by '
             f'{worst:.1e}, the limit is {limit:.0e}; nothing was written'
         )
     return (
-        f'read again and compared on {" and ".join(shapes)}: probabilities differ by at most '
+        f'read back and compared on {" and ".join(shapes)}: probabilities differ by at most '
         f'{worst:.1e}, {differing} of {pixels} labels differ'
     )

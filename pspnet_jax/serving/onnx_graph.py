@@ -1,11 +1,11 @@
-"""A traced inference function as an ONNX graph: the few primitives that our networks are made of.
+"""Converts a traced inference function to an ONNX graph, for the primitives of our networks.
 
-Every equation of the jaxpr whose inputs are known is computed here, so that kernels are
-stored in ONNX's order and BatchNorm is a product and a sum; each other one becomes the ONNX
-operator in RULES. Images stay B H W C, with a transposition around what ONNX has for B C H W
-only; onnxruntime moves them together. The batch is a symbol, all other sizes are numbers.
+Every equation of the jaxpr whose inputs are known is computed here, so that kernels are stored in
+ONNX's order and BatchNorm is a product and a sum; every other equation becomes the ONNX operator in
+RULES. Images stay B H W C, with transpositions around operators that need B C H W; onnxruntime
+merges these. The batch is a symbol, all other sizes are numbers.
 
-jax2onnx, which does this for any function, can't be installed beside the Orbax we need.
+jax2onnx, which does this for any function, can't be installed together with the Orbax we need.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ from pspnet_jax.runtime.errors import ExportError
 
 OPSET = 18
 END = 2**63 - 1  # of an axis of any size
-IR_VERSION = 9  # of 2023: older runtimes read it too
+IR_VERSION = 9  # of 2023, so that older runtimes can read it
 NEED = 'ONNX needs onnx and onnxruntime: pip install "onnx>=1.23,<1.24" "onnxruntime>=1.30,<1.31"'
 
-Value = np.ndarray | str  # known, or the name of a value in the graph
+Value = np.ndarray | str  # a known array, or the name of a value in the graph
 
 
 @dataclasses.dataclass
 class Graph:
-    """What is added one by one: nodes, and known arrays by name."""
+    """The graph under construction: nodes, and known arrays by name."""
 
-    batch: Any  # the symbol
+    batch: Any  # the batch's symbol
     nodes: list = dataclasses.field(default_factory=list)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     size_of_batch: str = ''
 
     def name(self, value: Value) -> str:
-        """The value's name; an array that has none yet gets one."""
+        """The value's name; an array without one gets one."""
         if isinstance(value, str):
             return value
         name = f'array{len(self.arrays)}'
@@ -46,7 +46,7 @@ class Graph:
         return name
 
     def add(self, operator: str, *inputs: Value, **attributes) -> str:
-        """A node; the name of its output."""
+        """Add a node; return the name of its output."""
         from onnx import helper
 
         out = f'value{len(self.nodes)}'
@@ -66,7 +66,7 @@ class Graph:
         return self.add('Mul', self.size_of_batch, np.array([self.times(size)], np.int64))
 
     def times(self, size: Any) -> int:
-        """How many times the batch a size is. Raises ExportError where it is no multiple."""
+        """A size divided by the batch. Raises ExportError if it is not a multiple."""
         times = size // self.batch
         if not isinstance(times, int) or times * self.batch != size:
             raise ExportError(
@@ -122,7 +122,7 @@ def convert(
     return model
 
 
-INSIDE = {  # primitives that hold a jaxpr -> under which name
+INSIDE = {  # {primitive that holds a jaxpr: the parameter with it}
     'jit': 'jaxpr',
     'pjit': 'jaxpr',
     'closed_call': 'call_jaxpr',
@@ -160,7 +160,7 @@ def _evaluate(graph: Graph, jaxpr, consts, inputs: Sequence[Value]) -> list[Valu
 
 
 def _is_known(equation, arguments) -> bool:
-    """Whether an equation can be computed now: arrays in, and sizes that are numbers out."""
+    """Whether an equation can be computed now: its inputs are arrays, its sizes numbers."""
     sizes = [size for out in equation.outvars for size in out.aval.shape]
     return (
         equation.primitive.name != 'dim_as_value'
@@ -169,7 +169,7 @@ def _is_known(equation, arguments) -> bool:
     )
 
 
-# ---- one rule a primitive: (graph, equation, inputs) -> the output ---------------------------
+# ---- one rule per primitive: (graph, equation, inputs) -> the output -------------------------
 
 
 def _node(operator: str) -> Callable[..., str]:
@@ -191,7 +191,7 @@ def _transpose(graph, equation, x):
 
 
 def _convolution(graph, equation, x, kernel):
-    """B C H W inside; a dilated input is ONNX's ConvTranspose, by the kernel turned round."""
+    """In B C H W; a dilated input becomes ONNX's ConvTranspose with the rotated kernel."""
     params = equation.params
     order = params['dimension_numbers']
     (below, left), (above, right) = zip(*params['padding'], strict=True)
@@ -237,7 +237,7 @@ def _max_pool(graph, equation, x):
 
 
 def _product(graph, equation, x, y):
-    """MatMul where it is one, else Einsum: batch axes, then those of x, then those of y."""
+    """MatMul if possible, else Einsum: batch axes, then those of x, then those of y."""
     (x_sum, y_sum), (x_batch, y_batch) = equation.params['dimension_numbers']
     x_rank, y_rank = (len(atom.aval.shape) for atom in equation.invars)
     if (x_rank, y_rank, *x_sum, *y_sum) == (2, 2, 1, 0):
@@ -255,7 +255,7 @@ def _product(graph, equation, x, y):
 
 
 def _broadcast(graph, equation, x, *_):
-    """Reshaped to the right rank, then expanded where a size is new."""
+    """Reshape to the right rank, then expand new sizes."""
     shape, axes = equation.params['shape'], equation.params['broadcast_dimensions']
     from_shape = equation.invars[0].aval.shape
     sizes, expanded = [1] * len(shape), list(shape)
@@ -270,7 +270,7 @@ def _broadcast(graph, equation, x, *_):
 
 
 def _reshaped(graph: Graph, x: Value, sizes: Sequence[Any]) -> Value:
-    """-1 for the size that has the batch in it."""
+    """A reshape with -1 for the size that contains the batch."""
     sizes = [size if isinstance(size, int) else -1 for size in sizes]
     if isinstance(x, np.ndarray):
         return x.reshape(sizes)
@@ -290,7 +290,7 @@ def _cast(graph, equation, x):
 
 
 def _slice(graph, equation, x):
-    """Whole axes are left alone. Places that depend on the batch are counted from the end."""
+    """Whole axes are left out. Positions that depend on the batch are counted from the end."""
     params, shape = equation.params, equation.invars[0].aval.shape
     strides = params['strides'] or (1,) * len(shape)
 
@@ -310,7 +310,7 @@ def _slice(graph, equation, x):
 
 
 def _sliced(graph: Graph, x: Value, rows: Sequence[tuple[int, ...]]) -> Value:
-    """By (axis, start, stop, stride) each."""
+    """A Slice by (axis, start, stop, stride) per axis."""
     if not rows:
         return x
     axes, starts, stops, strides = (
@@ -331,7 +331,7 @@ def _split(graph, equation, x):
 
 def _unstack(graph, equation, x):
     axis = equation.params['axis']
-    places = range(len(equation.outvars))  # a place without a shape takes its axis away
+    places = range(len(equation.outvars))  # an index without a shape removes its axis
     return [graph.add('Gather', x, np.array(n, np.int64), axis=axis) for n in places]
 
 
@@ -400,7 +400,7 @@ def _different(graph, equation, x, y):
 
 
 def _gather(graph, equation, x, index):
-    """Rows of one axis by known numbers, as x[:, rows] gives them; or x[:, :H], from numbers."""
+    """Rows of one axis by known indices, as in x[:, rows]; or x[:, :H] by known numbers."""
     params, shape = equation.params, equation.invars[0].aval.shape
     numbers = params['dimension_numbers']
     axes = tuple(numbers.collapsed_slice_dims)
@@ -423,7 +423,7 @@ def _gather(graph, equation, x, index):
 
 
 def _scatter_add(graph, equation, x, index, updates):
-    """Additions to single cells of a vector, as a histogram has them."""
+    """Additions to single cells of a vector, as in a histogram."""
     if [len(atom.aval.shape) for atom in equation.invars] != [1, 2, 1]:
         raise ExportError('this scatter has no form in ONNX')
     index = _reshaped(graph, index, [-1])

@@ -1,4 +1,4 @@
-"""An exported network as a function of images."""
+"""Reads an exported network as a function of images."""
 
 import functools
 import zipfile
@@ -37,7 +37,7 @@ def reference(
     measured: str,
     context: int = 0,
 ) -> np.ndarray:
-    """The same as `evaluate` and `predict` have it: measured, normalised and stacked by numpy."""
+    """The network as in `evaluate` and `predict`: measure, normalise and stack by numpy."""
     if intensity is None:
         intensity = volumes.measure([image_BHWC], measured)
     else:
@@ -60,14 +60,14 @@ def read_stablehlo(path: str | Path) -> tuple[Predict, dict[str, Any]]:
         raise ExportError(f'{path}: {error}') from error
     except PspnetError:
         raise
-    except Exception as error:  # of zipfile, flatbuffers and MLIR each its own
-        raise ExportError(f'{path} is no exported StableHLO: export it again') from error
+    except Exception as error:  # zipfile, flatbuffers and MLIR raise their own
+        raise ExportError(f'{path} is not an exported StableHLO: export it again') from error
     predict = compilation.jit(exported.call)
     return (lambda image: np.asarray(predict(image))), metadata
 
 
 def _file(path: str | Path) -> Path:
-    """Raises ExportError for what is no file: a pipe would be waited for."""
+    """The path. Raises ExportError if it is not a file: reading a pipe would block."""
     if not Path(path).is_file():
         raise ExportError(f'{path} is not a file')
     return Path(path)
@@ -82,14 +82,14 @@ def read_onnx(path: str | Path) -> tuple[Predict, dict[str, Any]]:
     path = _file(path)
     try:
         session = onnxruntime.InferenceSession(
-            path.read_bytes(),  # from bytes, other files are out of its reach
+            path.read_bytes(),  # bytes, so that it can't read other files
             providers=['CPUExecutionProvider'],
-            disabled_optimizers=['ConstantFolding'],  # it would compute, of whatever size
+            disabled_optimizers=['ConstantFolding'],  # it would compute constants of any size
         )
         metadata = read_metadata(session.get_modelmeta().custom_metadata_map[KEY])
-    except Exception as error:  # onnxruntime's kinds share no base but this
+    except Exception as error:  # onnxruntime's exceptions have no other common base
         reason = first_line(error)
-        raise ExportError(f'{path} is not read by onnxruntime: {reason}') from error
+        raise ExportError(f'{path} can not be read by onnxruntime: {reason}') from error
     return (lambda image: session.run(None, {'image': image})[0]), metadata
 
 
@@ -113,8 +113,8 @@ READERS = {'stablehlo': read_stablehlo, 'onnx': read_onnx, 'savedparams': read_s
 
 
 def read(path: str | Path) -> tuple[Predict, dict[str, Any]]:
-    """(predict, metadata) of an exported file of any format, by the end of its name."""
+    """(predict, metadata) of an exported file of any format, by its ending."""
     for fmt, name in FILES.items():
         if str(path).endswith(name.removeprefix('model')):
             return READERS[fmt](path)
-    raise ExportError(f'{path} has none of the names {", ".join(FILES.values())}')
+    raise ExportError(f'{path} must be named like one of {", ".join(FILES.values())}')

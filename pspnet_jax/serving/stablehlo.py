@@ -1,7 +1,7 @@
-"""What a StableHLO program does, found out in a process of its own.
+"""Checks in a separate process what a StableHLO program does.
 
-MLIR's parser is made for programs of friends: a damaged one can end the process in which it is
-parsed, or never come back. So another process reads it first, within a time and a memory.
+MLIR's parser expects trusted programs: a corrupted one can crash the parsing process, or hang. So
+another process reads it first, with limits on time and memory.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import sys
 from pspnet_jax.runtime.errors import ExportError
 
 OUTSIDE = {f'stablehlo.{name}' for name in ('infeed', 'outfeed', 'send', 'recv')}
-START_SECONDS = 300  # of the other process, on a busy machine
-SECONDS_A_MEGABYTE, SECONDS = 0.25, 10.0  # of one program
+START_SECONDS = 300  # to start the other process on a busy machine
+SECONDS_A_MEGABYTE, SECONDS = 0.25, 10.0  # for one program
 MEMORY = 2**34  # bytes of address space for data
 ANSWER = 'from pspnet_jax.serving import stablehlo; stablehlo.answer()'
 
-_reader: subprocess.Popen | None = None  # lives as long as this process: its start takes a second
+_reader: subprocess.Popen | None = None  # kept alive, since its start takes a second
 
 
 def check(program: bytes) -> None:
@@ -30,14 +30,14 @@ def check(program: bytes) -> None:
         reader.stdin.write(f'{len(program)}\n'.encode() + program)
         reader.stdin.flush()
         foreign = json.loads(_line(reader, seconds))
-    except (OSError, ValueError):  # it ended, or is silent
+    except (OSError, ValueError):  # it crashed or does not answer
         _stop()
         foreign = None
     if foreign is None:
-        raise ExportError('it holds no StableHLO program that can be parsed')
+        raise ExportError('its StableHLO program can not be parsed')
     if foreign:
         names = ', '.join(foreign)[:200]
-        raise ExportError(f'it does more than compute ({names}): no export here does')
+        raise ExportError(f'it does more than compute ({names}), unlike exports of pspnet_jax')
 
 
 def _start() -> subprocess.Popen:
@@ -56,7 +56,7 @@ def _start() -> subprocess.Popen:
 
 
 def _line(reader: subprocess.Popen, seconds: float) -> bytes:
-    """What it says next; nothing where it ended or is silent for so long."""
+    """Its next line; empty if it ended or does not answer in time."""
     ready, _, _ = select.select([reader.stdout], [], [], seconds)
     return reader.stdout.readline() if ready else b''
 
@@ -70,7 +70,7 @@ def _stop() -> None:
 
 
 def answer() -> None:
-    """The other process: of each program on stdin the foreign operations, or that it is none."""
+    """Run the other process: print the foreign operations of each program on stdin, or null."""
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
@@ -78,22 +78,22 @@ def answer() -> None:
         least = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
         resource.setrlimit(resource.RLIMIT_DATA, (least, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from jax.extend.mlir import ir  # noqa: F401  before it says that it is there
+    from jax.extend.mlir import ir  # noqa: F401  before it prints 'ready'
 
     print('ready', flush=True)
     while words := sys.stdin.buffer.readline():
         program = sys.stdin.buffer.read(int(words))
         try:
             found = sorted(foreign_operations(program))
-        except Exception:  # MLIR's own
+        except Exception:  # MLIR raises its own
             found = None
         print(json.dumps(found), flush=True)
 
 
 def foreign_operations(program: bytes) -> set[str]:
-    """What a program does but to compute with arrays; those we export do nothing else.
+    """A program's operations that do not just compute with arrays; our exports have none.
 
-    A custom call can be any function of the process, at an address that the file states.
+    A custom call can be any function of the process, at an address that the file gives.
     """
     from jax.extend.mlir import ir
     from jax.extend.mlir.dialects import stablehlo

@@ -1,1 +1,1 @@
-"""From a config to checkpoints: the loop, the pure update, losses, optimisers."""
+"""Training, from a config to checkpoints: the loop, the pure update, losses, optimisers."""

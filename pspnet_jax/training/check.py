@@ -1,4 +1,4 @@
-"""What is in a data set, and what is wrong with it."""
+"""`pspnet check`: what is in a data set, and what is wrong with it."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +16,17 @@ from pspnet_jax.runtime.errors import DataError, say
 from pspnet_jax.runtime.storage import writing
 from pspnet_jax.training.start import complete, normalize_by_weights
 
-THUMB = 16  # pixels a side of what is compared
-ALIKE = 0.999  # correlation of two thumbnails from which they are the same picture
+THUMB = 16  # side in pixels of the thumbnails that are compared
+ALIKE = 0.999  # thumbnails with this correlation or more show the same image
 SHEET = {'train': 8, 'validation': 2, 'test': 2}  # columns of the contact sheet, at most
-CELL = 160  # pixels a side of its pictures
+CELL = 160  # side in pixels of its images
 NAME = 18  # pixels below each, for its name
 
 
 def statistics(slices: Slices) -> tuple[dict[str, int], dict[int, int], np.ndarray]:
-    """({'HxWxC dtype': slices}, {class: pixels}, (N, THUMB**2) thumbnails), every slice read once.
+    """Read every slice: ({'HxWxC dtype': slices}, {class: pixels}, (N, THUMB**2) thumbnails).
 
-    A thumbnail has mean 0 and length 1, or is all zeros where the picture is nearly flat.
+    A thumbnail has mean 0 and length 1, or is all zeros if the image is nearly flat.
     """
     sizes, pixels = collections.Counter(), np.zeros(256, np.int64)
     thumbs = np.zeros((len(slices), THUMB * THUMB), np.float32)
@@ -45,7 +45,7 @@ def statistics(slices: Slices) -> tuple[dict[str, int], dict[int, int], np.ndarr
 def leaks(
     thumbs: np.ndarray, patient: np.ndarray, parts: dict[str, list[str]]
 ) -> Iterator[tuple[int, int]]:
-    """Pairs of rows, of two parts, whose thumbnails are the same picture."""
+    """Pairs of rows from two different parts whose thumbnails show the same image."""
     part_of = {p: number for number, names in enumerate(parts.values()) for p in names}
     part = np.array([part_of.get(p, -1) for p in patient.tolist()])
     for number in range(len(parts) - 1):
@@ -65,11 +65,11 @@ def contact_sheet(
     ignore_label: int = IGNORE_LABEL,
     names: Sequence[str] = (),
 ) -> np.ndarray:
-    """RGB uint8: slices with most lesion of each part, one a patient where there are enough, with
-    their outlines and names, and a legend.
+    """RGB uint8: the slices of each part with the largest lesions, outlined and named; a legend.
 
-    A column of 'train' is a slice and two of its augmentations, as the network gets them; a column
-    of another part is three slices, which are never augmented. `names` are of all classes.
+    It shows one slice per patient if there are enough patients. A column of 'train' is a slice and
+    two augmentations of it, as the network sees them; a column of another part is three slices.
+    `names` are the names of all classes.
     """
     import jax
 
@@ -92,7 +92,7 @@ def contact_sheet(
                 changed, labels = augment(
                     key, normal, mask.astype(np.int32), augment_options, ignore_label=ignore_label
                 )
-                changed = np.asarray(changed) * intensity[3] + intensity[2]  # back to its own unit
+                changed = np.asarray(changed) * intensity[3] + intensity[2]  # original unit
                 picture = visualize.to_uint8(changed.astype(np.float32), *intensity[:2])
                 labels = np.asarray(labels)
                 labels = np.where(labels == ignore_label, 0, labels).astype(np.uint8)
@@ -106,7 +106,7 @@ def contact_sheet(
 
 
 def _with_most(slices: Slices) -> list[int]:
-    """All rows, by area of lesion: first one of each patient, then the others."""
+    """All rows by decreasing lesion area: first one of each patient, then the others."""
     first, rest, seen = [], [], set()
     for row in np.argsort(-slices.lesion_pixels, kind='stable').tolist():
         (rest if slices.patient[row] in seen else first).append(row)
@@ -115,14 +115,14 @@ def _with_most(slices: Slices) -> list[int]:
 
 
 def _name(slices: Slices, row: int) -> str:
-    """The patient's, and where there are several slices of it the slice's number."""
+    """The patient's name, with the slice's number if the patient has several."""
     patient = str(slices.patient[row])
     several = np.count_nonzero(slices.patient == patient) > 1
     return f'{patient}, {slices.slice[row]}' if several else patient
 
 
 def _cell(picture: np.ndarray, name: str) -> np.ndarray:
-    """The picture inside CELL x CELL, on grey, and its name below."""
+    """The image within CELL x CELL on grey, with its name below."""
     image = Image.fromarray(picture)
     image.thumbnail((CELL - 4, CELL - 4))
     cell = Image.new('RGB', (CELL, CELL + NAME), 'white')
@@ -135,11 +135,11 @@ def _cell(picture: np.ndarray, name: str) -> np.ndarray:
 
 
 def _missing(pixels: dict[int, int], num_classes: int) -> list[str]:
-    """A fault for each of the model's classes that no pixel has."""
+    """One fault for each class of the model that no pixel has."""
     there = [label for label in range(num_classes) if label in pixels]
     if there in ([0], []):
         return [
-            'no pixel is of any class but 0: look at a mask, and say what its values are by '
+            'all pixels are of class 0: look at a mask, and describe its values with '
             'data.mask_format, data.mask_colors or data.label_map'
         ]
     faults = []
@@ -148,15 +148,15 @@ def _missing(pixels: dict[int, int], num_classes: int) -> list[str]:
         if label < there[-1]:
             places = {old: new for new, old in enumerate(there) if old != new}
             remedy = (
-                f'if there is none, number the others without a gap, data.label_map="{places}" '
-                f'with model.num_classes={len(there)}'
+                'if there is no such class, number the others without a gap: '
+                f'data.label_map="{places}" with model.num_classes={len(there)}'
             )
         faults.append(f'no pixel is of class {label}: {remedy}')
     return faults
 
 
 def check(config, out: str | Path) -> None:
-    """Print what is in the data set; raise DataError with all its faults."""
+    """Print what is in the data set; raise one DataError with all its faults."""
     validate(config)
     slices, parts = sources.load(config)
     config = complete(config, slices, int(np.isin(slices.patient, parts['train']).sum()))
@@ -193,10 +193,10 @@ def check(config, out: str | Path) -> None:
     found = leaks(thumbs, slices.patient, parts)
     pairs = collections.Counter((str(slices.patient[a]), str(slices.patient[b])) for a, b in found)
     faults += [
-        f'{a} and {b} are in two parts and have {n} pair(s) of nearly the same picture: '
-        'give both one patient (data.group), or remove one'
+        f'{a} and {b} are in different parts and have {n} pair(s) of nearly identical images: '
+        'make them one patient (data.group), or remove one'
         for (a, b), n in sorted(pairs.items())
     ]
     if faults:
         raise DataError(f'{len(faults)} fault(s):', faults[:50])
-    print('no fault found')
+    print('no faults found')

@@ -1,4 +1,4 @@
-"""Turning published weights into a run."""
+"""Turns published weights into a run."""
 
 import contextlib
 import types
@@ -19,9 +19,9 @@ def convert(
 ) -> None:
     """Write OUT/checkpoints/0 from the network in `source`, a file or hf:REPO[/FILE].
 
-    `config` is of what the file does not say. `model` is a name that the network must go by;
-    `order`, 'RGB' or 'BGR', that of the channels it was trained on, where not its source's. Raises
-    ConfigError, PretrainedError.
+    `config` sets what the file does not tell. `model` is a name that the network must have. `order`
+    ('RGB' or 'BGR') is the channel order that it was trained on, if not the source's usual one.
+    Raises ConfigError, PretrainedError.
     """
     if checkpoint.steps(out):
         raise ConfigError(f'{out} holds checkpoints already: give another --out')

@@ -1,4 +1,4 @@
-"""The loop around the update: data, checkpoints, validation, logs; then the evaluation."""
+"""The training loop: data, updates, checkpoints, validation and logs; then the evaluation."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,7 @@ from pspnet_jax.training.progress import (
     tell_network,
     tell_plan,
 )
-from pspnet_jax.training.start import (
-    as_before,
-    begin,
-    complete,
-    pretrained_file,
-)
+from pspnet_jax.training.start import Start, as_before, begin, complete, pretrained_file
 from pspnet_jax.training.update import AugmentFn, LossFn, TrainState, bind_step
 
 logger = logging.getLogger(__name__)
@@ -58,10 +53,10 @@ def read_metrics(
     """Wait for `pending` updates, log every `train.log_every`-th, and return (the last loss, the
     number of updates skipped so far).
 
-    `loss` and `skipped` are those before these updates. `pending` holds the number of the first
-    update of each call and a vector of each metric. A skipped update is always logged, with None
-    for NaN and infinity. Raises
-    NonFiniteLossError where one is not skipped, and where more than `train.max_skipped` were.
+    `loss` and `skipped` are the values before these updates. `pending` holds, for each call, the
+    number of its first update and a vector of each metric. A skipped update is always logged, with
+    None for NaN and infinity. Raises NonFiniteLossError if a NaN or infinite update is not skipped
+    or more than `train.max_skipped` were.
     """
     train = config.train
     for first, metrics in pending:
@@ -70,7 +65,7 @@ def read_metrics(
         loss = vectors['loss'][-1]
         for i, skip in enumerate(was_skipped):
             step, values = first + i, {name: vector[i] for name, vector in vectors.items()}
-            made = step - 1 - skipped  # updates before it, which the optimiser counts
+            made = step - 1 - skipped  # the optimiser's count of updates before this one
             skipped += int(skip)
             sound = all(map(math.isfinite, values.values()))
             if (not sound and not skip) or skipped > train.max_skipped:
@@ -88,7 +83,7 @@ def read_metrics(
 
 
 def not_finite(step: int, values: dict[str, float], skipped: int, config: ConfigDict) -> str:
-    """What happened, and what to do; `skipped` updates of the run were such."""
+    """The error text: what happened and what to do; `skipped` counts such updates of the run."""
     train, found = config.train, [f'{n} {x}' for n, x in values.items() if not math.isfinite(x)]
     count, skip = '', 'skip such updates (--config.train.nan_policy=skip)'
     if train.nan_policy == 'skip':
@@ -98,7 +93,7 @@ def not_finite(step: int, values: dict[str, float], skipped: int, config: Config
     lower = f'--config.optim.learning_rate={config.optim.learning_rate / 10:g}'
     return (
         f'step {step}: the loss or its gradient is NaN or infinite ({", ".join(found)}){count}. '
-        f'Give the same command with a lower rate ({lower}), which resumes from the last '
+        f'Repeat the command with a lower learning rate ({lower}), which resumes from the last '
         f'checkpoint if there is one, or {skip}; python -m pspnet_jax.check finds faults in the '
         'data'
     )
@@ -107,7 +102,7 @@ def not_finite(step: int, values: dict[str, float], skipped: int, config: Config
 def validate_volumes(
     predict, state: TrainState, slices: volumes.Slices, intensity, config, log
 ) -> float:
-    """Mean Dice over the validation volumes, -1 where undefined; logs it with a few pictures."""
+    """Mean Dice over the validation volumes, -1 if undefined; logs it with a few images."""
     params = state.params if state.ema_params is None else state.ema_params
     variables = {'params': params, 'batch_stats': state.batch_stats}
     pictures = []
@@ -143,11 +138,12 @@ def loader(
     first_step: int,
     unread: dict[int, str],
 ):
-    """(placed, next_batch): the step on all devices, and what `placed.put_batch` takes for its
-    next `count` updates, from the one after `first_step` on.
+    """(placed, next_batch): the step on all devices, and a function of the batches from the one
+    after `first_step` on.
 
-    `count` is 1 unless the slices are on the device, where a batch is their rows. `unread`
-    collects the faults of slices that are skipped, where the config says so.
+    `next_batch(count)` gives `placed.put_batch` the batches of the next `count` updates. `count` is
+    1 unless the slices are on the device, where a batch is their row numbers. `unread` collects the
+    errors of skipped slices (data.bad_slices='skip').
     """
     data, batch_size = config.data, config.train.batch_size
     slices = volumes.with_context(slices, data.context)
@@ -174,12 +170,12 @@ def loader(
 
 
 def do_nothing(*_) -> None:
-    """What a hook does where none was given."""
+    """The default hook."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What a caller adds to a run: see `train_and_evaluate`."""
+    """The caller's functions: see `train_and_evaluate`."""
 
     augment_fn: AugmentFn | None = None
     loss_fn: LossFn | None = None
@@ -196,18 +192,19 @@ def train_and_evaluate(
     on_log: Callable[[int, dict[str, float | None]], object] = do_nothing,
     on_validation: Callable[[int, float, TrainState], object] = do_nothing,
 ) -> dict[str, Any]:
-    """Train, validate and checkpoint in `workdir`, resuming a run that stopped; then evaluate.
+    """Train, validate and checkpoint in `workdir`, resuming a stopped run; then evaluate.
 
-    Hooks add and take nothing away. `augment_fn(key, image_HWC, mask_HW)` changes each example
-    after the built-in augmentation, the channels of its `data.context` with it.
-    `loss_fn(logits_BHWK, labels_BHW)` is one more term of the loss, for the main output and (times
-    loss.aux) each auxiliary one: it sees the whole batch on any number of devices, and stands alone
-    with loss.cross_entropy=0 and loss.dice=0. A loss whose weight the config keeps is an entry of
-    `losses.TERMS`. `on_log(step, values)` gets every record of metrics.jsonl,
-    `on_validation(step, dice, state)` every validated state once its checkpoint is under way: the
-    next step reuses its arrays, so copy what is kept.
-    Returns the evaluation of the test cases, else of the validation cases, as
-    `evaluation.protocol.evaluate_checkpoint` does; {} where there are neither. Raises
+    `augment_fn(key, image_HWC, mask_HW)` changes each example after the built-in augmentation; the
+    channels of `data.context` are part of the image. `loss_fn(logits_BHWK, labels_BHW)` adds a term
+    to the loss of the main output and (times loss.aux) of each auxiliary one. It sees the whole
+    batch on any number of devices, and is the only loss with loss.cross_entropy=0 and loss.dice=0.
+    For a loss with a weight in the config, add an entry to `losses.TERMS`.
+    `on_log(step, values)` gets every record of metrics.jsonl. `on_validation(step, dice, state)`
+    gets every validated state after its checkpoint was started; the next step reuses its arrays,
+    so copy what you keep.
+
+    Returns the evaluation of the test cases, or without any of the validation cases, as
+    `evaluation.protocol.evaluate_checkpoint` does; {} if there are neither. Raises
     ConfigError, DataError, PretrainedError, CheckpointError, NonFiniteLossError.
     """
     validate(config)
@@ -218,37 +215,37 @@ def train_and_evaluate(
     if batch_size % jax.device_count():
         near = ' or '.join(map(str, hosts.nearest_batches(batch_size, jax.device_count())))
         raise ConfigError(
-            f'train.batch_size {batch_size} does not divide over {jax.device_count()} devices: '
+            f'train.batch_size {batch_size} is not a multiple of {jax.device_count()} devices: '
             f'set it to {near}'
         )
 
     if config.parallel == 'pmap' and batch_size // jax.device_count() % config.train.accumulate:
         raise ConfigError(
-            f'train.accumulate={config.train.accumulate} does not divide the '
-            f'{batch_size // jax.device_count()} slices that each device gets of '
-            f"train.batch_size={batch_size} under parallel='pmap': change one"
+            f"with parallel='pmap', each device gets {batch_size // jax.device_count()} slices of "
+            f'train.batch_size={batch_size}, which is not a multiple of '
+            f'train.accumulate={config.train.accumulate}: change one'
         )
 
-    # A new run needs its first weights: fetched before the data is read, which can take minutes.
-    # Data that is not there is reported first: below.
+    # A new run downloads its initial weights before it reads the data, which can take minutes;
+    # missing data is still reported first, below.
     source = config.data.source
     if not checkpoint.steps(workdir) and (not source or Path(source).expanduser().exists()):
         pretrained_file(config)
 
-    # Data: which patients, and how many of their slices hold a lesion. What the config leaves open
-    # is found out, and kept with the run: the numbers of the classes stay the same in every file.
+    # Read the data and fill in what the config leaves open. It is stored with the run, so that the
+    # numbers of the classes stay the same in every file.
     config = as_before(config, workdir)
     slices, parts = sources.load(config)
     paths.remember(sources.places(config))
     config = complete(config, slices, int(np.isin(slices.patient, parts['train']).sum()))
     split = {name: volumes.select(slices, patients) for name, patients in parts.items()}
-    if config.data.size:  # validation and test stay at their own size
+    if config.data.size:  # validation and test slices keep their own size
         split['train'] = volumes.resized(
             split['train'], config.data.size, config.data.fit, config.loss.ignore_label
         )
     check_crop(config.augment.crop, split['train'])
     if config.data.cache == 'memory':
-        for name in ('train', 'validation'):  # each at most half: together they fit
+        for name in ('train', 'validation'):  # each takes at most half, so both fit
             split[name] = volumes.in_memory(split[name])
     tell_data(split)
 
@@ -269,8 +266,8 @@ def train_and_evaluate(
 
 
 def check_losses(config: ConfigDict, own_loss: bool) -> None:
-    """Raise ConfigError where nothing would be minimised, unless there is a loss of the caller's,
-    and for a weight of a loss that nobody has added to `losses.TERMS`.
+    """Raise ConfigError if all losses have weight 0 and the caller adds none (`own_loss`), or if a
+    weight names a loss that is not in `losses.TERMS`.
     """
     loss, distill = config.loss.to_dict(), config.distill
     taught = bool(distill.teacher and (distill.weight or distill.pairwise))
@@ -280,16 +277,16 @@ def check_losses(config: ConfigDict, own_loss: bool) -> None:
         raise ConfigError(f'{weights} are all 0: give one a weight, such as --config.loss.dice=1')
     if unknown := sorted(extra.keys() - losses.TERMS.keys()):
         raise ConfigError(
-            f'loss.extra gives a weight to {", ".join(unknown)}, which losses.TERMS lacks: add it '
-            f"before training, as in losses.TERMS['{unknown[0]}'] = (function, {{}})"
+            f'loss.extra gives a weight to {", ".join(unknown)}, which is not in losses.TERMS: add '
+            f"it before training, as in losses.TERMS['{unknown[0]}'] = (function, {{}})"
         )
 
 
 def check_crop(crop: int, slices: volumes.Slices) -> None:
-    """Raise ConfigError for a crop that is larger than the first slice; all have one size."""
+    """Raise ConfigError if the crop is larger than the slices, which all have one size."""
     if not len(slices):
         raise ConfigError(
-            'no case is left to train on: lower --config.data.test_fraction or '
+            'no training cases are left: lower --config.data.test_fraction or '
             '--config.data.validation_fraction, or add cases'
         )
     height, width = slices.read(int(slices.key[0]))[1].shape
@@ -301,10 +298,10 @@ def check_crop(crop: int, slices: volumes.Slices) -> None:
 
 
 def schedule(config: ConfigDict, slices: int) -> tuple[int, int, int, int]:
-    """(updates of the run, of a call, between validations, between checkpoints).
+    """Numbers of updates: (of the run, of a call, between validations, between checkpoints).
 
-    The run's are `train.steps`, or the `train.epochs` over `slices` in whole calls. Raises
-    ConfigError where that is none.
+    The run has `train.steps` updates, or `train.epochs` over `slices`, rounded up to whole calls.
+    Raises ConfigError if that is 0.
     """
     train = config.train
     chunk = train.steps_per_call if config.data.cache == 'device' else 1
@@ -321,7 +318,7 @@ def schedule(config: ConfigDict, slices: int) -> tuple[int, int, int, int]:
 
 @dataclasses.dataclass
 class Window:
-    """Updates since speed was last logged; compiling, validating and saving begin a new one."""
+    """Updates since speed was last logged; compiling, validating and saving start a new window."""
 
     step: int  # before the first of them
     waited: float = 0.0  # seconds, for data
@@ -335,6 +332,24 @@ class Window:
         }
 
 
+def bind_hooks(config: ConfigDict, begun: Start, hooks: Hooks) -> Callable:
+    """`update.train_step` of the config, with the caller's functions."""
+    ours = {'augment_fn': hooks.augment_fn, 'loss_fn': hooks.loss_fn, 'teacher': begun.teacher}
+    return bind_step(config, begun.model, begun.tx, **ours)
+
+
+def compiled(
+    config: ConfigDict, size: int, placed, state: TrainState, batch, *, first: bool
+) -> tuple[Any, float]:
+    """The step for such a batch, and the MB it needs; the first one of a run is logged."""
+    if first:
+        logger.info('compiling the training step')
+    program, facts = placed.compile(state, batch)
+    if first:
+        tell_network(config, size, facts)
+    return program, facts['needed_mb']
+
+
 def run_steps(
     config: ConfigDict,
     workdir: str,
@@ -343,9 +358,9 @@ def run_steps(
     *,
     keep_split: Callable[[], object],
 ) -> None:
-    """The loop: from the newest checkpoint, or from the first weights, to the last step.
+    """The loop, from the newest checkpoint or the initial weights to the last step.
 
-    Raises what `train_and_evaluate` does, and StoppedError where a signal asked to stop.
+    Raises what `train_and_evaluate` does, and StoppedError if a signal asked to stop.
     """
     train = config.train
     total, chunk, validate_every, checkpoint_every = schedule(config, len(split['train']))
@@ -354,47 +369,38 @@ def run_steps(
     intensity, how = weights.fixed_intensity(inputs), weights.measured_how(inputs)
     split = split | {name: volumes.measured(split[name], how) for name in ('train', 'validation')}
 
-    # The step on all devices, the batches it eats, and what the loop carries.
-    given = {'augment_fn': hooks.augment_fn, 'loss_fn': hooks.loss_fn, 'teacher': begun.teacher}
-    step_fn, unread = bind_step(config, begun.model, begun.tx, **given), {}
+    # The step on all devices, its batches, and the loop's variables.
+    step_fn, unread = bind_hooks(config, begun, hooks), {}
     placed, next_batch = loader(config, split['train'], step_fn, intensity, step, unread)
     predict = infer.compile_predict(begun.model, size=config.data.size, fit=config.data.fit)
     state, programs, needed = placed.put_state(state), {}, math.nan
+    tell_plan(config, len(split['train']), total, validate_every)
     pending, loss, skipped = [], math.nan, progress.get('skipped', 0)
 
-    # However the loop ends: closing waits for a checkpoint that is still being written, and
-    # the curves are drawn last, also those of a run that diverged.
+    # However the loop ends, the last checkpoint is written, and then the curves are drawn.
     with (
         contextlib.ExitStack() as end,
         faults.memory_explained(lambda: what_takes_memory(config, needed)),
         contextlib.closing(checkpoint.Writer(workdir)) as writer,
-        contextlib.closing(open_log(workdir, step, hooks.on_log)) as log,
+        contextlib.closing(open_log(workdir, step, hooks.on_log, begun.changed)) as log,
         faults.signals() as asked_to_stop,
         Progress(Pace(total, validate_every, step), train.batch_size) as shown,
     ):
         read = functools.partial(read_metrics, log=log, rate=begun.rate, config=config)
         save = functools.partial(checkpoint.save, writer, config=to_dict(config), inputs=inputs)
         end.callback(draw_curves, workdir)
-        if begun.changed:
-            log.scalars(step, {'config_changes': len(begun.changed)})
         end.callback(warn_of_unread, unread)
         window = Window(step)
-        if step >= total:
-            logger.info('training is complete: step %d of %d', step, total)
         while step < total and not out_of_patience(config, progress):
-            # Start these updates, then read those before: the device never waits for the host.
+            # Start these updates, then read the previous ones: the device never waits for the host.
             stops = (total, *((step // n + 1) * n for n in (validate_every, checkpoint_every)))
             count, first, start = min(chunk, min(stops) - step), step + 1, time.perf_counter()
             batch = placed.put_batch(next_batch(count))
             window.waited += time.perf_counter() - start
             if count not in programs:
-                if not programs:
-                    logger.info('compiling the training step')
-                programs[count], facts = placed.compile(state, batch)
-                if len(programs) == 1:
-                    tell_network(config, begun.size, facts)
-                    tell_plan(config, len(split['train']), total, validate_every)
-                needed, window = facts['needed_mb'], Window(step)
+                given = config, begun.size, placed, state, batch
+                programs[count], needed = compiled(*given, first=not programs)
+                window = Window(step)
                 shown.pace.skip(step)
             state, metrics = programs[count](state, batch)
             loss, skipped = read(pending, loss, skipped)
@@ -404,7 +410,7 @@ def run_steps(
                 log.timings(step, window.speed(step, train.batch_size))
                 window = Window(step)
 
-            # Validate on whole volumes, and keep the state with the Dice that ranks it.
+            # Validate on whole volumes, and save the state with the Dice that ranks it.
             stop, validates = asked_to_stop(), step % validate_every == 0 or step == total
             if not (validates or step % checkpoint_every == 0 or stop):
                 continue
@@ -413,12 +419,10 @@ def run_steps(
             pending, dice, whole = [], None, placed.get_state(state)
             if validates and len(split['validation']):
                 dice = validate_volumes(predict, whole, split['validation'], intensity, config, log)
-                shown.pace.finish_validation()
                 progress = ranked(progress, dice, step)
                 shown.tell_validation(step, dice, progress)
-            progress = {**progress, 'skipped': skipped}
             log.flush()
-            save(step, whole, progress=progress, dice=dice)
+            save(step, whole, progress={**progress, 'skipped': skipped}, dice=dice)
             if dice is not None:
                 hooks.on_validation(step, dice, whole)
             if stop:
@@ -428,21 +432,25 @@ def run_steps(
             shown.pace.skip(step)
 
 
-def open_log(workdir: str, first_step: int, on_log: Callable) -> MetricLog | Silent:
-    return MetricLog(workdir, first_step, on_log) if hosts.is_first() else Silent()
+def open_log(workdir: str, step: int, on_log: Callable, changed: Mapping) -> MetricLog | Silent:
+    """The log from `step` on, with the number of knobs that were `changed` since the checkpoint."""
+    log = MetricLog(workdir, step, on_log) if hosts.is_first() else Silent()
+    if changed:
+        log.scalars(step, {'config_changes': len(changed)})
+    return log
 
 
 def ranked(progress: dict[str, Any], dice: float, step: int) -> dict[str, Any]:
-    """The best Dice of the run's validations, its step, and how many since were no better."""
+    """`progress` with the best validation Dice, its step, and how many since were no better."""
     best = progress['best_dice']
     if best is None or dice > best:
         return {**progress, 'best_dice': dice, 'best_step': step, 'stale': 0}
-    newest = {'best_step': step} if dice == best else {}  # as `checkpoint.best` has it
+    newest = {'best_step': step} if dice == best else {}  # the newest, as in `checkpoint.best`
     return {**progress, **newest, 'stale': progress['stale'] + 1}
 
 
 def out_of_patience(config: ConfigDict, progress: dict[str, Any]) -> bool:
-    """Whether `train.patience` validations in a row were no better; the log says so."""
+    """Whether `train.patience` validations in a row were no better; logs it."""
     if not 0 < config.train.patience <= progress['stale']:
         return False
     logger.info(
@@ -452,7 +460,7 @@ def out_of_patience(config: ConfigDict, progress: dict[str, Any]) -> bool:
 
 
 def stopped(number: int, step: int, total: int) -> StoppedError:
-    """What a run raises when a signal asked it to stop."""
+    """The error of a run that a signal asked to stop."""
     return StoppedError(
         f'{signal.Signals(number).name}: stopped after the checkpoint of step {step} of {total}; '
         'the same command resumes from there',
@@ -461,7 +469,7 @@ def stopped(number: int, step: int, total: int) -> StoppedError:
 
 
 def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
-    """What a step needs, and the knobs that reduce it."""
+    """What memory a step needs, and the options that reduce it."""
     train = config.train
     size = 'whole slices' if not config.augment.crop else f'crops of {config.augment.crop}'
     about = '' if math.isnan(needed_mb) else f' needs about {needed_mb:.0f} MB'
@@ -474,7 +482,7 @@ def what_takes_memory(config: ConfigDict, needed_mb: float) -> str:
 
 
 def draw_curves(workdir: str) -> None:
-    """The run's curves; an error in writing them must not hide the one that ended the run."""
+    """Draw the run's curves; an error here must not hide the one that ended the run."""
     try:
         if hosts.is_first():
             charts.write_curves(workdir)
@@ -483,7 +491,7 @@ def draw_curves(workdir: str) -> None:
 
 
 def warn_of_unread(unread: dict[int, str]) -> None:
-    """The slices that could not be read, at the end of the run."""
+    """Log the slices that could not be read, at the end of the run."""
     if unread:
         logger.warning('%d slice(s) could not be read and were replaced by others:', len(unread))
         for reason in unread.values():

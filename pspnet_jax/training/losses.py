@@ -1,8 +1,8 @@
-"""Losses: (logits B H W K, labels B H W) -> float32 scalar; two learn from a teacher's arrays.
+"""Losses: (logits B H W K, labels B H W) -> float32 scalar; two also take a teacher's arrays.
 
-Pixels labelled `ignore_label` count nowhere. Sums run over the whole batch; under `jax.pmap` give
-`axis_name`, so that numerator and denominator are each summed over the global batch before they
-are divided: the same number on 1 and on N devices. `TERMS` names those that the config sums.
+Pixels labelled `ignore_label` are left out. Sums run over the whole batch. Under `jax.pmap` give
+`axis_name`: numerator and denominator are then each summed over the global batch before they are
+divided, so the loss is the same on 1 and on N devices. `TERMS` lists the losses of the config.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-Axis = str | None  # mapped by `jax.pmap`
+Axis = str | None  # the axis name of `jax.pmap`
 
 
 def cross_entropy(
@@ -23,7 +23,7 @@ def cross_entropy(
     class_weights: Sequence[float] = (),
     axis_name: Axis = None,
 ) -> Array:
-    """Mean over counted pixels, weighted by their class (`torch.nn.CrossEntropyLoss`)."""
+    """Mean over counted pixels, weighted by class (`torch.nn.CrossEntropyLoss`)."""
     log_prob_BHW, weight_BHW = _true_class(logits_BHWK, labels_BHW, ignore_label, class_weights)
     return mean(-log_prob_BHW, weight_BHW, axis_name)
 
@@ -40,12 +40,12 @@ def focal(
     """`cross_entropy` with each pixel times (1 - p)^gamma, p the probability of its class.
 
     Lin et al. 2017 (arXiv 1708.02002), equation 5; their alpha is `class_weights`.
-    Deviation: of a softmax, and the mean over pixels, where theirs is of sigmoids and divided
-    by the number of objects. gamma 0 is `cross_entropy`.
+    Deviation: they use sigmoids and divide by the number of objects; this uses a softmax and the
+    mean over pixels. gamma 0 gives `cross_entropy`.
     """
     log_prob_BHW, weight_BHW = _true_class(logits_BHWK, labels_BHW, ignore_label, class_weights)
-    # log(1 - p) as what the other classes have: of p near 1 no digit is lost, and the gradient
-    # of a power below 1 stays finite.
+    # log(1 - p) is computed from the other classes: no digits are lost for p near 1, and the
+    # gradient of a power below 1 stays finite.
     other_BHWK = jax.nn.one_hot(labels_BHW, logits_BHWK.shape[-1]) == 0
     log_rest_BHW = jax.nn.logsumexp(
         jax.nn.log_softmax(logits_BHWK.astype(jnp.float32)), axis=-1, where=other_BHWK
@@ -63,14 +63,14 @@ def top_k_cross_entropy(
     class_weights: Sequence[float] = (),
     axis_name: Axis = None,
 ) -> Array:
-    """`cross_entropy` of the `share` of the batch's counted pixels that have most of it.
+    """`cross_entropy` over the hardest `share` of the batch's counted pixels.
 
-    Online bootstrapping (Wu et al. 2016, arXiv 1605.06885); nnU-Net's TopKLoss, which counts
-    ignored pixels too. The number of pixels is rounded, and at least one.
+    Online bootstrapping (Wu et al. 2016, arXiv 1605.06885), as nnU-Net's TopKLoss, which also
+    counts ignored pixels. The number of pixels is rounded, and at least one.
     """
     log_prob_BHW, weight_BHW = _true_class(logits_BHWK, labels_BHW, ignore_label, class_weights)
     counted_BHW = labels_BHW != ignore_label
-    # What is ignored comes last, even after pixels that cost nothing.
+    # Ignored pixels come last, even after pixels without loss.
     negative_BHW = jnp.where(counted_BHW, weight_BHW * log_prob_BHW, 1.0)
     negative_N, weight_N = jax.lax.sort(
         tuple(gather(x, axis_name).ravel() for x in (negative_BHW, weight_BHW)), num_keys=1
@@ -90,11 +90,11 @@ def soft_dice(
     smooth: float = 1.0,
     axis_name: Axis = None,
 ) -> Array:
-    """1 - Dice of the probabilities, mean over the classes 1..K-1 but the one that is ignored.
+    """1 - Dice of the probabilities, mean over the classes 1..K-1 without the ignored one.
 
-    Milletari et al. 2016, with p rather than p^2 in the denominator, summed over the
-    batch as one volume: a slice without tumour then pulls the probabilities down
-    there, instead of being a Dice of its own that no prediction but zero can meet.
+    Milletari et al. 2016, with p instead of p^2 in the denominator, summed over the batch as one
+    volume. A slice without tumour then just lowers the probabilities there; with a Dice of its own
+    it would score only for a prediction of exactly zero.
     """
     prob_BHWK, true_BHWK = _counted(logits_BHWK, labels_BHW, ignore_label)
     overlap_K = _sum((prob_BHWK * true_BHWK).sum((0, 1, 2)), axis_name)
@@ -113,10 +113,10 @@ def tversky(
     smooth: float = 0.5,
     axis_name: Axis = None,
 ) -> Array:
-    """1 - TP / (TP + alpha FP + beta FN), mean over structures and over the batch as `soft_dice`.
+    """1 - TP / (TP + alpha FP + beta FN), over structures and the batch as in `soft_dice`.
 
-    Salehi et al. 2017 (arXiv 1706.05721), who have no `smooth`. A beta above alpha prefers a
-    lesion outlined too widely to one that is missed; 0.5 and 0.5 are `soft_dice`.
+    Salehi et al. 2017 (arXiv 1706.05721), who have no `smooth`. A beta above alpha
+    prefers outlines that are too wide to missed lesions; 0.5 and 0.5 give `soft_dice`.
     """
     prob_BHWK, true_BHWK = _counted(logits_BHWK, labels_BHW, ignore_label)
     hit_K, false_K, missed_K = (
@@ -132,26 +132,26 @@ def tversky(
 def lovasz_softmax(
     logits_BHWK: Array, labels_BHW: Array, *, ignore_label: int = 255, axis_name: Axis = None
 ) -> Array:
-    """The Lovasz extension of 1 - IoU, mean over the classes that the batch has.
+    """The Lovasz extension of 1 - IoU, mean over the classes in the batch, background included.
 
-    Berman et al. 2018 (arXiv 1705.08790), the authors' code with classes='present' and
-    per_image=False: background is a class too. A class's errors |truth - p| are sorted over the
-    whole batch, and each is weighted by what it adds to 1 - IoU once it is counted as wrong.
-    Deviation: these weights are written out. Theirs are differences of ratios near 1, of which
-    float32 keeps a digit or two at a million pixels.
+    Berman et al. 2018 (arXiv 1705.08790), as the authors' code with classes='present' and
+    per_image=False. A class's errors |truth - p| are sorted over the whole batch, and each is
+    weighted by how much it increases 1 - IoU. Deviation: these weights are computed in closed form.
+    Theirs are differences of ratios near 1, which leaves float32 one or two digits at a million
+    pixels.
     """
     prob_NK = jax.nn.softmax(logits_BHWK.astype(jnp.float32)).reshape(-1, logits_BHWK.shape[-1])
     prob_NK, labels_N = gather(prob_NK, axis_name), gather(labels_BHW.ravel(), axis_name)
     counted_N1 = (labels_N != ignore_label)[:, None]
     true_KN = ((jax.nn.one_hot(labels_N, prob_NK.shape[-1]) > 0) & counted_N1).T
     error_KN = jnp.where(true_KN, 1.0 - prob_NK.T, prob_NK.T)
-    error_KN = jnp.where(counted_N1.T, error_KN, 0.0)  # ignored: last, where it changes nothing
+    error_KN = jnp.where(counted_N1.T, error_KN, 0.0)  # ignored pixels come last, without effect
     negative_KN, true_KN = jax.lax.sort(
         (-error_KN, true_KN.astype(jnp.int32)), dimension=1, num_keys=1
     )
     size_K1, hits_KN = true_KN.sum(1, keepdims=True), jnp.cumsum(true_KN, axis=1)
     union_KN = size_K1 + jnp.cumsum(1 - true_KN, axis=1)
-    # A wrong pixel of the class takes one from the intersection, another adds one to the union.
+    # A missed pixel removes one from the intersection, a false one adds one to the union.
     union_KN, left_KN = union_KN.astype(jnp.float32), (size_K1 - hits_KN).astype(jnp.float32)
     before_KN = jnp.maximum(union_KN - 1.0, 1.0)
     weight_KN = jnp.where(true_KN > 0, 1.0, left_KN / before_KN) / jnp.maximum(union_KN, 1.0)
@@ -165,10 +165,10 @@ def boundary(
 ) -> Array:
     """Probability times `signed_distance`, mean over counted pixels and structures; may be < 0.
 
-    Kervadec et al. 2019 (arXiv 1812.07032). It needs a loss of regions beside it: an image
-    without the structure gives no gradient. Deviations: the maps are those of the augmented crop,
-    made in the compiled step, where theirs are read with the image; the weight is constant,
-    where theirs rises with the epochs.
+    Kervadec et al. 2019 (arXiv 1812.07032). Combine it with a region loss such as Dice: an image
+    without the structure gives no gradient. Deviations: the distance maps are computed in the
+    compiled step from the augmented crop, theirs are read with the image; the weight is constant,
+    theirs rises with the epochs.
     """
     K = logits_BHWK.shape[-1]
     structures = _structures(K, ignore_label)
@@ -182,11 +182,11 @@ def boundary(
 
 
 def signed_distance(inside_BHWS: Array, outside_BHWS: Array) -> Array:
-    """B H W S float32, pixels: outside the distance to the nearest pixel inside; inside 1 minus
-    that to the nearest one outside, 0 at the edge and negative further in.
+    """B H W S float32, in pixels: outside, the distance to the nearest inside pixel; inside, 1
+    minus the distance to the nearest outside pixel, which is 0 at the edge and negative within.
 
-    The authors' `one_hot2dist`, by Euclidean distances between the centres of pixels, exact. 0
-    where a pixel is neither inside nor outside, and throughout an image that lacks one of both.
+    As the authors' `one_hot2dist`: exact Euclidean distances between pixel centres. 0 for a pixel
+    that is neither inside nor outside, and for an image that has only one of both.
     """
     S = inside_BHWS.shape[-1]
     square = _squared_distance(jnp.concatenate([inside_BHWS, outside_BHWS], axis=-1))
@@ -198,12 +198,12 @@ def signed_distance(inside_BHWS: Array, outside_BHWS: Array) -> Array:
 
 
 def _squared_distance(goal_BHWC: Array) -> Array:
-    """To the nearest True, in squared pixels: along columns, then of these along rows.
+    """Squared distance to the nearest True, in pixels: first along columns, then along rows.
 
-    The two passes of Felzenszwalb and Huttenlocher 2012. Deviation: a minimum is over all
-    offsets, H W (H + W) steps without a branch, in place of their lower envelope.
+    The two passes of Felzenszwalb and Huttenlocher 2012. Deviation: the minimum over all offsets,
+    H W (H + W) steps without a branch, replaces their lower envelope.
     """
-    far = 4.0 * max(goal_BHWC.shape[1:3]) ** 2  # further than any two pixels are apart
+    far = 4.0 * max(goal_BHWC.shape[1:3]) ** 2  # larger than any distance between two pixels
     x = jnp.where(goal_BHWC, 0.0, far)
     for axis in (1, 2):
         n = x.shape[axis]
@@ -217,7 +217,7 @@ def _squared_distance(goal_BHWC: Array) -> Array:
             )
             return jnp.minimum(best, jnp.minimum(left, right) + jnp.float32(offset) ** 2)
 
-        x = jax.lax.fori_loop(1, n, nearer, x, unroll=4)  # 4 offsets in a kernel
+        x = jax.lax.fori_loop(1, n, nearer, x, unroll=4)  # 4 offsets per kernel
     return x
 
 
@@ -231,12 +231,12 @@ def distillation(
     ignore_label: int = 255,
     axis_name: Axis = None,
 ) -> Array:
-    """How far the probabilities are from the teacher's, mean over counted pixels.
+    """Distance of the probabilities from the teacher's, mean over counted pixels.
 
     'kl': T^2 KL(teacher || student) of the softmax of logits / T; T^2 keeps the gradient's
     size at any temperature (Hinton et al. 2015, section 2). 'l1', 'l2': mean over the classes
     of the absolute or squared difference, at T = 1. The teacher gets no gradient; the labels
-    only say which pixels count. Raises ValueError for another `loss`.
+    only mark the ignored pixels. Raises ValueError for another `loss`.
     """
     teacher_BHWK = jax.lax.stop_gradient(teacher_BHWK).astype(jnp.float32)
     logits_BHWK = logits_BHWK.astype(jnp.float32)
@@ -259,9 +259,9 @@ def pairwise_affinity(
     """Mean over examples and pairs of cells of (a - a')^2; a is the cosine of two cells' features.
 
     The pair-wise distillation of Liu et al. 2019, "Structured Knowledge Distillation for
-    Semantic Segmentation" (arXiv 1903.04197, section 3), every cell connected to every other.
-    The caller has pooled both maps to the same few cells; they may differ in channels.
-    Deviation: a cell of zeros has cosine 0 with all, and no gradient. The teacher gets none.
+    Semantic Segmentation" (arXiv 1903.04197, section 3), with all pairs of cells. Both maps must be
+    pooled to the same few cells; their channels may differ. Deviation: a cell of zeros has cosine 0
+    with all cells, and no gradient. The teacher gets no gradient.
     """
     ours_Bnn = _cosines(features_BhwC)
     theirs_Bnn = _cosines(jax.lax.stop_gradient(teacher_BhwD))
@@ -270,7 +270,7 @@ def pairwise_affinity(
 
 
 def _cosines(x_BhwC: Array) -> Array:
-    """B n n of every pair of n = h w cells."""
+    """B n n cosines of all pairs of the n = h w cells."""
     x_BnC = x_BhwC.astype(jnp.float32).reshape(len(x_BhwC), -1, x_BhwC.shape[-1])
     square_Bn1 = (x_BnC**2).sum(-1, keepdims=True)
     some_Bn1 = square_Bn1 > 1e-12
@@ -279,14 +279,14 @@ def _cosines(x_BhwC: Array) -> Array:
 
 
 def mean(x_BHW: Array, weight_BHW: Array, axis_name: Axis) -> Array:
-    """Weighted by pixels over the whole batch; 0 where nothing has a weight."""
+    """The weighted mean over the pixels of the whole batch; 0 if all weights are 0."""
     weight_BHW = weight_BHW.astype(jnp.float32)
     total = _sum((weight_BHW * x_BHW).sum(), axis_name)
     return total / jnp.maximum(_sum(weight_BHW.sum(), axis_name), 1e-6)
 
 
 def _counted(logits_BHWK: Array, labels_BHW: Array, ignore_label: int) -> tuple[Array, Array]:
-    """B H W K each: probabilities and truth, 0 where pixels are ignored."""
+    """B H W K each: probabilities and one-hot truth, 0 at ignored pixels."""
     counted_BHW1 = (labels_BHW != ignore_label)[..., None].astype(jnp.float32)
     true_BHWK = jax.nn.one_hot(labels_BHW, logits_BHWK.shape[-1])
     prob_BHWK = jax.nn.softmax(logits_BHWK.astype(jnp.float32))
@@ -309,7 +309,7 @@ def _true_class(
 
 
 def _structures(num_classes: int, ignore_label: int) -> np.ndarray:
-    """The classes but background and the one that is ignored."""
+    """The classes without background and the ignored one."""
     return np.array([k for k in range(1, num_classes) if k != ignore_label])
 
 
@@ -318,12 +318,12 @@ def _sum(x: Array, axis_name: Axis) -> Array:
 
 
 def gather(x: Array, axis_name: Axis) -> Array:
-    """Of all devices, one after the other along the first axis."""
+    """Concatenate `x` of all devices along the first axis."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
-# The config's weight in the sum -> the loss, and its arguments by the knobs that they come from. An
-# entry from outside, (loss, {}), has its weight in loss.extra, and may use `mean` and `gather`.
+# {key of the weight in config.loss: (loss, {argument: key of config.loss})}. Your own entry,
+# (loss, {}), has its weight in loss.extra and may use `mean` and `gather`.
 TERMS: dict[str, tuple[Callable[..., Array], dict[str, str]]] = {
     'cross_entropy': (cross_entropy, {'class_weights': 'class_weights'}),
     'dice': (soft_dice, {}),

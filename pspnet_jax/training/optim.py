@@ -16,10 +16,10 @@ def warmup_length(steps: int, *, warmup: float, warmup_steps: int) -> int:
 def learning_rate_schedule(
     name: str, *, learning_rate: float, steps: int, warmup_steps: int = 0, power: float = 0.9
 ) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up to it, then poly, cosine or constant decay.
+    """Step -> learning rate: linear warm-up, then poly, cosine or constant decay.
 
-    poly is (1 - progress)^power, of every iteration, as PSPNet's section 5.1 has it; progress
-    goes from 0 at the end of the warm-up to 1 at the end of the run.
+    poly is (1 - progress)^power at every iteration (PSPNet, section 5.1); progress goes from 0 at
+    the end of the warm-up to 1 at the end of the run.
     """
     decays = {
         'poly': lambda progress: (1.0 - progress) ** power,
@@ -42,15 +42,13 @@ def learning_rate_schedule(
 def create(
     options: Mapping[str, Any], *, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser of the config's section `optim` with PyTorch's formula, and its learning rate
-    by step.
+    """The optimiser of the config's section `optim`, as in PyTorch, and its learning-rate schedule.
 
-    Weight decay spares parameters whose last name is in `decay_exclude` ('bias',
-    'scale'). AdamW decouples it, all others add it to the gradient (PyTorch's, so that
-    momentum and scale see it). adagrad's sum of squares starts at Keras' 0.1. Layers
-    outside the backbone learn `new_layer_factor` times faster. Gradients longer than
-    `clip_norm` are scaled to it; 0 leaves them.
-    Raises ValueError for an unknown optimiser or schedule.
+    Weight decay spares parameters whose last name is in `decay_exclude` ('bias', 'scale'). AdamW
+    decouples it; all others add it to the gradient, before momentum and scaling, as PyTorch does.
+    adagrad's sum of squares starts at Keras' 0.1. Layers outside the backbone learn
+    `new_layer_factor` times faster. Gradients longer than `clip_norm` are scaled to it; 0 turns
+    that off. Raises ValueError for an unknown optimiser or schedule.
     """
     name, momentum, beta2, rho = (options[key] for key in ('name', 'momentum', 'beta2', 'rho'))
     rate = learning_rate_schedule(

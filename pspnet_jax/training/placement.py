@@ -1,4 +1,4 @@
-"""Where a step runs: over a mesh of devices, from slices on the device, or by pmap."""
+"""Places a step on devices: over a mesh, with the slices on the devices, or with pmap."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from pspnet_jax.runtime import compilation
 
 
 class Placed(NamedTuple):
-    """A step on devices, and how state and batch get there and back.
+    """A step on devices, and functions that move state and batch there and back.
 
-    `compile(state, batch)` gives the step for batches of that shape and what compiling it
-    took. A step returns its metrics as vectors, one value for each update that it made.
+    `compile(state, batch)` returns the step for batches of that shape and the cost of compiling
+    it. A step returns its metrics as vectors with one value per update.
     """
 
     compile: Callable[[Any, Any], tuple[Callable, dict[str, float]]]
@@ -57,10 +57,10 @@ def over_mesh(step: Callable) -> Placed:
 
 
 def over_mesh_cached(step: Callable, store: dict[str, np.ndarray]) -> Placed:
-    """`over_mesh` for a data set that is on every device: a batch is k B rows of `store`.
+    """`over_mesh` for a data set that every device holds: a batch is k B row numbers of `store`.
 
     The k updates are one program (`lax.scan`) that gathers, normalises, augments and steps;
-    `pipeline.store` made the store. The updates are those of k batches of the host.
+    `pipeline.store` makes the store. The updates equal those of k batches from the host.
     """
     mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, 'data'))
@@ -89,19 +89,19 @@ def over_mesh_cached(step: Callable, store: dict[str, np.ndarray]) -> Placed:
 
 
 def _put_whole(tree, whole: NamedSharding):
-    """`tree`, which is the same in all processes, on every device of all of them."""
+    """Put `tree`, which is the same in all processes, on every device of all of them."""
     if jax.process_count() > 1:
         tree = jax.device_get(tree)
     return jax.device_put(tree, whole)
 
 
 def _get_whole(tree):
-    """A tree that every device has, for this process alone: on the host if there are several."""
+    """A tree that every device has, for this process only; on the host if there are several."""
     return tree if jax.process_count() == 1 else jax.device_get(tree)
 
 
 def gather(store: dict[str, jax.Array], rows_B: jax.Array) -> dict[str, jax.Array]:
-    """The batch of these rows, as `pipeline.batches` makes it on the host."""
+    """The batch of these rows, equal to what `pipeline.batches` makes on the host."""
     low, high, mean, std = jnp.moveaxis(store['intensity'][rows_B][:, :, None, None], 1, 0)
     image = store['image'][rows_B].astype(jnp.float32)
     image = (jnp.clip(image, low, high) - mean) * (1 / std)
@@ -118,14 +118,14 @@ def under_pmap(step: Callable) -> Placed:
     step = _as_vectors(functools.partial(step, axis_name='data'))
     mapped = jax.pmap(step, axis_name='data', donate_argnums=0)
     devices = [x for process in range(jax.process_count()) for x in jax.local_devices(process)]
-    split = NamedSharding(Mesh(devices, ('data',)), P('data'))  # as pmap has it
+    split = NamedSharding(Mesh(devices, ('data',)), P('data'))  # pmap's sharding
 
     def put(tree):
-        # Arrays over all processes: a step that was compiled ahead takes no others.
+        # A step that was compiled ahead takes only arrays over all processes.
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), tree)
 
     def first(tree):
-        # Of this process: an array over several can't be indexed.
+        # This process's shard: an array over several processes can't be indexed.
         return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
 
     def compile_step(state, batch):

@@ -1,4 +1,4 @@
-"""What a run prints: how it starts, how far it is, and how long it takes."""
+"""What a run prints: its settings, its progress, and the time that is left."""
 
 import dataclasses
 import logging
@@ -20,12 +20,12 @@ from pspnet_jax.data import volumes
 
 logger = logging.getLogger(__name__)
 
-LINE_SECONDS = 60.0  # between two lines on a console that is no terminal
+LINE_SECONDS = 60.0  # between two lines if stderr is not a terminal
 TIMED = 3  # updates before the first estimate
 
 
 def tell_config(config: ConfigDict, workdir: str) -> None:
-    """One line with what differs from the defaults and is not left to the data, which is None."""
+    """Log one line with what differs from the defaults, without None: that is left to the data."""
     defaults = flatten(base.get_config().to_dict())
     values = flatten(config.to_dict())
     changed = [
@@ -34,21 +34,21 @@ def tell_config(config: ConfigDict, workdir: str) -> None:
         if value is not None and value != defaults.get(key)
     ]
     listed, path = ', '.join(changed) or 'all defaults', Path(workdir) / 'config.json'
-    logger.info('config: %s (all of it in %s)', listed, path)
+    logger.info('config: %s (full config in %s)', listed, path)
 
 
 def tell_data(split: Mapping[str, volumes.Slices]) -> None:
-    """One line with what each part holds."""
+    """Log one line with what each part holds."""
     told = (f'{name} {volumes.describe(part)}' for name, part in split.items())
     logger.info('data: %s', '; '.join(told))
 
 
 def tell_network(config: ConfigDict, size: int, facts: Mapping[str, float]) -> None:
-    """One line: `size` parameters, and `compile_now`'s `facts` of the training step."""
+    """Log one line: `size` parameters, and `compile_now`'s `facts` about the training step."""
     _, backbone, _ = models.resolve(**config.model)
-    # XLA counts one device, and the body of a loop once: of micro-batches, and of several updates.
+    # XLA counts one device, and counts a loop's body once (over micro-batches or updates).
     gflop = facts['gflop'] * config.train.accumulate * jax.device_count()
-    cost = f', {_digits(gflop)} GFLOP a training step' if gflop > 0 else ''
+    cost = f', {_digits(gflop)} GFLOP per training step' if gflop > 0 else ''
     logger.info(
         'network: %s%s, %d classes, %s parameters%s; compiled in %.0f s',
         config.model.name,
@@ -61,10 +61,10 @@ def tell_network(config: ConfigDict, size: int, facts: Mapping[str, float]) -> N
 
 
 def tell_plan(config: ConfigDict, slices: int, total: int, validate_every: int) -> None:
-    """One line; how long it takes is not known yet."""
+    """Log one line; the duration is not known yet."""
     epochs = total * config.train.batch_size / slices
     logger.info(
-        'plan: %d steps of %d images, %s epochs, a validation every %d steps',
+        'plan: %d steps of %d images, %s epochs, validation every %d steps',
         total,
         config.train.batch_size,
         _digits(epochs),
@@ -73,7 +73,7 @@ def tell_plan(config: ConfigDict, slices: int, total: int, validate_every: int) 
 
 
 def _digits(x: float) -> str:
-    """'0.384', '57.1', '14,286': three digits, or all before the point."""
+    """'0.384', '57.1', '14,286': three digits, or all digits before the point."""
     return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
 
 
@@ -88,9 +88,9 @@ def duration(seconds: float) -> str:
 
 @dataclasses.dataclass
 class Pace:
-    """What updates and validations took in this process, and so how long the rest takes.
+    """Times updates and validations in this process, and estimates how long the rest takes.
 
-    Compiling is in none of it.
+    Compilation is not counted.
     """
 
     total: int
@@ -106,7 +106,7 @@ class Pace:
         self.since = self.clock()
 
     def finish(self, step: int) -> None:
-        """All updates up to `step` are finished now."""
+        """Record that all updates up to `step` are finished now."""
         now = self.clock()
         self.updates, self.seconds = (
             self.updates + step - self.step,
@@ -120,13 +120,13 @@ class Pace:
         self.since = now
 
     def skip(self, step: int) -> None:
-        """What passed since the last call, `step` included, is not counted."""
+        """Leave out the time since the last call, and the updates up to `step`."""
         self.step, self.since = step, self.clock()
 
     def left(self) -> float:
-        """Seconds to the end of training; NaN while no update was timed.
+        """Seconds to the end of training; NaN before an update was timed.
 
-        Validations are in it as soon as one was timed; the last step is always validated.
+        They include validations once one was timed; the last step is always validated.
         """
         if not self.updates:
             return math.nan
@@ -136,14 +136,15 @@ class Pace:
 
 
 class Progress:
-    """A bar on a terminal, elsewhere a line a minute; both say the loss, the speed and the time
-    that is left. A context manager: the bar is closed at the end.
+    """A progress bar on a terminal, elsewhere one line per minute: loss, speed and time left.
+
+    A context manager, which closes the bar at the end.
     """
 
     def __init__(self, pace: Pace, batch_size: int):
         self.pace, self._batch_size = pace, batch_size
-        self._told = None  # when the last line was
-        columns, rows = shutil.get_terminal_size()  # not 0, which a terminal of docker has at first
+        self._told = None  # time of the last line
+        columns, rows = shutil.get_terminal_size()  # never 0, as docker's terminals are at first
         self._bar = tqdm(
             total=pace.total,
             initial=pace.step,
@@ -166,7 +167,7 @@ class Progress:
         pace.finish(step)
         if pace.updates >= TIMED and self._told is None:
             logger.info(
-                'time: %s left, %.2g s a step%s',
+                'time: %s left, %.2g s per step%s',
                 self.left(),
                 pace.seconds / pace.updates,
                 '' if pace.validations else ', without validations',
@@ -182,15 +183,16 @@ class Progress:
         self._bar.update(step - self._bar.n)
 
     def tell_validation(self, step: int, dice: float, progress: Mapping[str, Any]) -> None:
-        """One line; `progress` is the checkpoint's, `dice` -1 where it is undefined."""
+        """Log one line; `progress` is the checkpoint's, `dice` is -1 if it is undefined."""
         best, at = f'best {progress["best_dice"]:.4f}', progress.get('best_step')
-        if at is not None:  # older checkpoints do not say
+        if at is not None:  # older checkpoints do not have it
             best = 'the best so far' if at == step else f'{best} at step {at}'
+        self.pace.finish_validation()
         found = f'{dice:.4f}, {best}' if dice >= 0 else 'undefined: no case has a structure'
         left = '' if step == self.pace.total else f'; {self.left()} left'
         logger.info('step %d of %d: validation Dice %s%s', step, self.pace.total, found, left)
 
     def left(self) -> str:
-        """As words: before any update was timed nobody knows."""
+        """The time left as text; unknown before an update was timed."""
         seconds = self.pace.left()
         return 'an unknown time' if math.isnan(seconds) else duration(seconds)

@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 def pretrained_file(config: ConfigDict) -> Path | None:
-    """The file that `model.pretrained` stands for, fetched if it is not on this machine yet.
+    """The file that `model.pretrained` names, downloaded if it is not on this machine yet.
 
-    None: the weights are random, or train.init_from's. Raises PretrainedError.
+    None if the weights are random or come from train.init_from. Raises PretrainedError.
     """
     where = config.model.pretrained
     if not where or config.train.init_from:
@@ -40,7 +40,7 @@ def pretrained_file(config: ConfigDict) -> Path | None:
         return weights.fetch(where)
     _, backbone, options = models.resolve(**config.model)
     if backbone is None:
-        return None  # the network has an encoder of its own
+        return None  # the network has its own encoder
     public = weights.public(backbone, **options)
     if public is None:
         logger.warning(
@@ -54,13 +54,13 @@ def pretrained_file(config: ConfigDict) -> Path | None:
 
 
 def normalize_by_weights(config: ConfigDict) -> bool:
-    """Whether images are normalised as the pretrained weights were fed, not by volume."""
+    """Whether images are normalised as the pretrained weights expect, not volume by volume."""
     own_choice = 'volume' if config.model.pretrained in ('', 'imagenet') else 'weights'
     return (config.data.normalize or own_choice) == 'weights'
 
 
 def chosen_normalization(config: ConfigDict) -> weights.Normalization | str | None:
-    """What `data.normalize` asks for, as `checkpoint.save` has it: before any weights are read."""
+    """What `data.normalize` asks for, before any weights are read (see `checkpoint.save`)."""
     if config.data.normalize == 'buda':
         return 'buda'
     return weights.IMAGENET if normalize_by_weights(config) else None
@@ -69,9 +69,9 @@ def chosen_normalization(config: ConfigDict) -> weights.Normalization | str | No
 def normalize_as_there(
     config: ConfigDict, theirs: weights.Normalization | str | None
 ) -> weights.Normalization | str | None:
-    """Of a run that starts from another: data.normalize's, or where it is None that run's.
+    """The normalisation of a run that starts from another: data.normalize, or if None the other's.
 
-    Warns where the two differ.
+    Logs a warning if the two differ.
     """
     if config.data.normalize is None:
         return theirs
@@ -81,8 +81,8 @@ def normalize_as_there(
     if ours != theirs:
         there, here = (transfer.words({'normalization': plain(x)}) for x in (theirs, ours))
         logger.warning(
-            'the run that the weights are from normalised images %s, this run does %s '
-            '(data.normalize=%r): with --config.data.normalize=None it does the same',
+            'the run that the weights come from normalised images %s, this run normalises them %s '
+            '(data.normalize=%r): add --config.data.normalize=None to do the same',
             there,
             here,
             config.data.normalize,
@@ -91,12 +91,12 @@ def normalize_as_there(
 
 
 def is_fixed(normalization: weights.Normalization | str | None) -> bool:
-    """Whether it is the same for all images, and not measured volume by volume."""
+    """Whether it is the same for all images instead of measured volume by volume."""
     return isinstance(normalization, weights.Normalization)
 
 
 def plain(normalization: weights.Normalization | str | None) -> dict[str, Any] | str | None:
-    """As a checkpoint's 'inputs' have it."""
+    """The form that a checkpoint's 'inputs' store."""
     return normalization._asdict() if is_fixed(normalization) else normalization
 
 
@@ -108,11 +108,12 @@ def start_or_resume(
     workdir: str,
     measure: Callable[[], np.ndarray | None] = lambda: None,
 ):
-    """(state, progress, inputs, config): from the newest sound checkpoint, else new, pretrained or
-    from another run if asked for. `channels` are a picture's. `inputs` is what the network takes,
-    `checkpoint.save`'s; the config is the checkpoint's, None of a new run.
+    """(state, progress, inputs, config) from the newest sound checkpoint, else from pretrained
+    weights, another run or random weights.
 
-    `measure` is `volumes.joint_range` of the training images, asked for where one scale is for all.
+    `channels` is an image's number of channels. `inputs` is what the network takes (see
+    `checkpoint.save`); the config is the checkpoint's, None for a new run. `measure` returns
+    `volumes.joint_range` of the training images; it is called if all images share one scale.
     """
     ema = config.train.ema_decay > 0
     context = config.data.context
@@ -146,7 +147,7 @@ def start_or_resume(
         )
         normalization = theirs if is_fixed(normalization) else normalization
         logger.info('%s', report)
-    # A copy of the average: the step donates both, and a buffer can be donated once.
+    # The average is a copy: the step donates both, and a buffer can be donated only once.
     params = variables['params']
     average = jax.tree.map(jnp.copy, params) if ema else None
     state = state.replace(
@@ -168,8 +169,8 @@ class Start:
     rate: optax.Schedule
     teacher: nn.Module | None
     size: int  # parameters
-    inputs: dict[str, Any]  # `checkpoint.save`'s
-    changed: dict[str, tuple[Any, Any]]  # of the config, since the checkpoint
+    inputs: dict[str, Any]  # see `checkpoint.save`
+    changed: dict[str, tuple[Any, Any]]  # config changes since the checkpoint
 
 
 def begin(
@@ -181,8 +182,8 @@ def begin(
 ) -> tuple[Start, TrainState, dict[str, Any]]:
     """Model, optimiser, state and progress: restored, or new with pretrained weights.
 
-    What a run keeps beside its checkpoints is written once nothing that was asked for can fail;
-    `keep_split` is called then.
+    The run's other files are written only after everything that can fail; `keep_split` is called
+    then.
     """
     model, channels = models.create(**config.model), split['train'].channels
     tx, rate = optim.create(config.optim, steps=steps)
@@ -196,7 +197,8 @@ def begin(
     )
     step, now = int(state.step), to_dict(config)
     if before is not None:
-        logger.info('resuming at step %d of %d', step, steps)
+        told = 'resuming at' if step < steps else 'training is complete:'
+        logger.info('%s step %d of %d', told, step, steps)
     hosts.check_same({'the first step': step, **now})
     teacher = taught = None
     if config.distill.teacher:
@@ -211,7 +213,7 @@ def begin(
     damaged = checkpoint.find_damaged(workdir, state)
     changed = checkpoint.config_changes(before, now) if before else {}
     tell_changes(changed, step)
-    if hosts.is_first():  # nothing that was asked for fails now
+    if hosts.is_first():  # nothing that the user asked for can fail any more
         checkpoint.set_aside(workdir, damaged)
         keep_split()
         keep_config(workdir, now, step, before if changed else None)
@@ -221,7 +223,7 @@ def begin(
     return start, state.replace(teacher=taught), progress
 
 
-# What a config may leave open, to be found out at the start and kept with the run.
+# Keys that a config may leave open: chosen at the start and stored with the run.
 FOUND_OUT = {
     'model.num_classes': None,
     'model.class_names': (),
@@ -231,20 +233,20 @@ FOUND_OUT = {
     'optim.new_layer_factor': None,
     'train.epochs': None,
 }
-PASSES, FEWEST_STEPS, MOST_STEPS = 50, 600, 10_000  # of a run that is told neither epochs nor steps
+PASSES, FEWEST_STEPS, MOST_STEPS = 50, 400, 10_000  # if neither epochs nor steps are given
 PRETRAINED_RATE, RANDOM_RATE = 3e-4, 1e-3
 NEW_LAYERS = 3.0  # times PRETRAINED_RATE
 
 
 def as_before(config: ConfigDict, workdir: str) -> ConfigDict:
-    """The config with what it leaves open as the run's newest sound checkpoint has it."""
+    """The config, its open keys filled in from the run's newest sound checkpoint."""
     for step in reversed(checkpoint.steps(workdir)):
         with contextlib.suppress(CheckpointError, ConfigError):
             before = from_dict(checkpoint.metadata(workdir, step)['config'])
             found = flatten(before.to_dict())
             given = flatten(config.to_dict())
             if given['model.num_classes'] not in (None, found['model.num_classes']):
-                found['model.class_names'] = ()  # of other classes
+                found['model.class_names'] = ()  # they name other classes
             changes = {k: found[k] for k, is_open in FOUND_OUT.items() if given[k] == is_open}
             if config.train.epochs is None and not config.train.steps:
                 changes['train.steps'] = found['train.steps']
@@ -253,9 +255,9 @@ def as_before(config: ConfigDict, workdir: str) -> ConfigDict:
 
 
 def complete(config: ConfigDict, slices: volumes.Slices, training: int) -> ConfigDict:
-    """The config with what it leaves open, by the data: a line in the log for each.
+    """The config, its open keys filled in from the data; the choices are logged.
 
-    `training` is the number of slices that are trained on. Raises ConfigError.
+    `training` is the number of training slices. Raises ConfigError.
     """
     changes: dict[str, Any] = {'data.fit': config.data.fit or 'letterbox'}
     if config.model.num_classes is None:
@@ -267,8 +269,9 @@ def complete(config: ConfigDict, slices: volumes.Slices, training: int) -> Confi
     if several and not config.data.size:
         changes['data.size'] = height, width = volumes.common_size(slices.sizes)
         logger.info(
-            'images of %d sizes are resized to %dx%d, in proportion, for the network; masks come '
-            'out at their own size. Another: --config.data.size="(HEIGHT, WIDTH)"',
+            'images of %d sizes are resized to %dx%d for the network, keeping their aspect ratio; '
+            'predicted masks have the original size. Other size: '
+            '--config.data.size="(HEIGHT, WIDTH)"',
             len(np.unique(slices.sizes, axis=0)), height, width,
         )  # fmt: skip
     pretrained = bool(config.train.init_from) or starts_pretrained(config)
@@ -294,14 +297,12 @@ def complete(config: ConfigDict, slices: volumes.Slices, training: int) -> Confi
 
 
 def steps_for(slices: int, batch_size: int) -> int:
-    """PASSES over so many slices, but enough updates to learn from a few and a bounded time for
-    many.
-    """
+    """Updates for PASSES over so many slices, at least FEWEST_STEPS and at most MOST_STEPS."""
     return min(max(round(PASSES * slices / batch_size), FEWEST_STEPS), MOST_STEPS)
 
 
 def starts_pretrained(config: ConfigDict) -> bool:
-    """Whether `pretrained_file` finds weights for the network, without fetching them."""
+    """Whether `pretrained_file` finds weights for the network, without downloading them."""
     if config.model.pretrained != 'imagenet':
         return bool(config.model.pretrained)
     _, backbone, options = models.resolve(**config.model)
@@ -316,19 +317,19 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-NO_EFFECT = ('model.pretrained', 'model.stem', 'train.init_from')  # on a run that is resumed
+NO_EFFECT = ('model.pretrained', 'model.stem', 'train.init_from')  # on a resumed run
 
 
 def tell_changes(changed: dict[str, tuple[Any, Any]], step: int) -> None:
-    """What a resumed run does differently from before."""
+    """Log what a resumed run does differently from before."""
     idle = [key for key in changed if key in NO_EFFECT]
     listed = [f'{key} from {a!r} to {b!r}' for key, (a, b) in changed.items() if key not in idle]
     if listed:
         logger.warning('the config changed, from step %d on: %s', step, '; '.join(listed))
     if idle:
         logger.warning(
-            '%s changed, which has no effect on a resumed run: give another --workdir to start '
-            'anew',
+            '%s changed, which has no effect on a resumed run: give another --workdir to start a '
+            'new run',
             ', '.join(idle),
         )
 
@@ -336,7 +337,7 @@ def tell_changes(changed: dict[str, tuple[Any, Any]], step: int) -> None:
 def keep_config(
     workdir: str, config: dict[str, Any], step: int, before: dict[str, Any] | None
 ) -> None:
-    """WORKDIR/config.json, and of a changed one config_until_step_N.json as it was before."""
+    """Write WORKDIR/config.json, and if it changed the previous one as config_until_step_N.json."""
     kept = {'config.json': config} | ({f'config_until_step_{step}.json': before} if before else {})
     for name, tree in kept.items():
         with writing(Path(workdir) / name) as aside:

@@ -1,7 +1,7 @@
-"""What a run takes over from another: its first weights (train.init_from), its teacher.
+"""What a run takes from another run: its initial weights (train.init_from) or its teacher.
 
-Both are named as WORKDIR (the best checkpoint), WORKDIR@last or WORKDIR@STEP, and need only that
-folder's checkpoints. A published network that `convert` turned into a run is one too.
+Both are given as WORKDIR (the best checkpoint), WORKDIR@last or WORKDIR@STEP, and need only that
+folder's checkpoints. The other run may be a published network that `convert` turned into a run.
 """
 
 import collections
@@ -22,13 +22,12 @@ from pspnet_jax.runtime.errors import CheckpointError, ConfigError, one_line
 def first_weights(
     variables: Mapping[str, Any], where: str, *, channels: int, stem: str, context: int = 0
 ) -> tuple[dict[str, Any], Normalization | str | None, str]:
-    """`variables` with all that the run at `where` has for them, its normalisation (None or 'buda'
-    volume by volume), a report.
+    """(`variables` with the matching weights of the run at `where`, its normalisation, a report).
 
-    The average of its parameters, where it kept one. `channels` are those of the images here,
-    `context` its `data.context`: where that run has others, the first kernel is made from its own
-    as `stem` and `models.weights.adapt_stem` say. Raises
-    CheckpointError where there is no checkpoint, and where nothing of it fits.
+    It takes the average of that run's parameters if there is one. The normalisation is None or
+    'buda' if it is volume by volume. `channels` and `context` describe the images here: if that
+    run's differ, its first kernel is adapted by `stem` (`models.weights.adapt_stem`). Raises
+    CheckpointError if there is no checkpoint or nothing in it fits.
     """
     workdir, which = checkpoint.locate(where)
     run = open_run(workdir, which)
@@ -61,11 +60,11 @@ def merge(
     context: int = 0,
     their_context: int = 0,
 ) -> tuple[dict[str, Any] | None, str]:
-    """`variables` with each module of `theirs` that has its path and shapes, and a report of
-    both sides; None in place of variables where there is no such module.
+    """(`variables` with each module of `theirs` of the same path and shapes, a report).
 
-    A module is taken whole or not at all: a classifier of other classes keeps neither its
-    kernel nor its bias. Only the kernel that sees the image may have other channels.
+    The variables are None if there is no such module. A module is copied whole or not at all: of a
+    classifier with other classes neither kernel nor bias is copied. Only the kernel that sees the
+    image may have other channels.
     """
     ours: dict[str, Any] = flatten_dict(dict(variables), sep='/')
     found = {name: np.asarray(x) for name, x in flatten_dict(dict(theirs), sep='/').items()}
@@ -107,7 +106,7 @@ def merge(
 
 
 def _sees_image(here, channels: int, there, their_channels: int) -> bool:
-    """Whether two shapes are of kernels that differ in the image's channels alone."""
+    """Whether two shapes are those of kernels that differ only in the image's channels."""
     one, other = (*here[:2], channels, *here[3:]), (*there[:2], their_channels, *there[3:])
     return (
         len(here) == len(there) == 4
@@ -118,12 +117,12 @@ def _sees_image(here, channels: int, there, their_channels: int) -> bool:
 
 
 def _module(name: str) -> str:
-    """'params/head/conv/kernel' -> 'head/conv': where its statistics are, too."""
+    """'params/head/conv/kernel' -> 'head/conv', the same for its statistics."""
     return name.split('/', 1)[1].rpartition('/')[0]
 
 
 def _summary(names) -> str:
-    """'head (4 arrays), aux (6 arrays)': by the modules of the network's first level."""
+    """'head (4 arrays), aux (6 arrays)', by the network's top-level modules."""
     count = collections.Counter(name.split('/')[1] for name in names)
     return ', '.join(f'{module} ({n} arrays)' for module, n in sorted(count.items())) or 'none'
 
@@ -137,12 +136,12 @@ def load_teacher(
     class_names: Sequence[str] = (),
     context: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of the run at `where` and its variables, to teach `student`.
+    """(network, variables) of the run at `where`, to teach `student`.
 
-    Both see the same image, so that classes, channels, context and normalisation must be the same;
-    `inputs` are the student's (`checkpoint.save`), `class_names` and `context` its config's. With
-    `features` both need a backbone.
-    Raises ConfigError that names both sides, and CheckpointError.
+    Both see the same images, so classes, channels, context and normalisation must be the same.
+    `inputs` are the student's (see `checkpoint.save`), `class_names` and `context` its config's.
+    With `features` both need a backbone. Raises CheckpointError, and ConfigError that names both
+    sides.
     """
     workdir, which = checkpoint.locate(where)
     run = open_run(workdir, which)
@@ -151,44 +150,44 @@ def load_teacher(
     classes = run.config.model.num_classes
     if classes != student.num_classes:
         raise ConfigError(
-            f'{name} has {classes} classes, this run has {student.num_classes}: give '
+            f'{name} has {classes} classes, but this run has {student.num_classes}: give '
             f'--config.model.num_classes={classes} or another teacher'
         )
     named = run.config.model.class_names
     if class_names and named not in ((), tuple(class_names)):
         raise ConfigError(
-            f'{name} calls its classes {named}, this run {tuple(class_names)} '
+            f'{name} names its classes {named}, this run {tuple(class_names)} '
             '(model.class_names): give this run the names of the teacher'
         )
     if theirs['channels'] != inputs['channels']:
         raise ConfigError(
-            f'{name} takes {theirs["channels"]} channels, the images here have '
+            f'{name} takes {theirs["channels"]} channels, but the images here have '
             f'{inputs["channels"]}: use a teacher that was trained on such images'
         )
     if run.context != context:
         raise ConfigError(
-            f'{name} has data.context={run.context}, this run {context}: '
-            f'set data.context={run.context}, or use a teacher that sees as many slices'
+            f'{name} has data.context={run.context}, but this run has {context}: set '
+            f'--config.data.context={run.context}, or use a teacher that sees as many slices'
         )
     if measured_how(theirs) != measured_how(inputs) or not np.array_equal(
         fixed_intensity(theirs), fixed_intensity(inputs)
     ):
         raise ConfigError(
-            f'{name} was trained on images normalised {words(theirs)}, this run '
-            f'normalises them {words(inputs)}: set --config.data.normalize as there; a measured '
-            'range is that of the training cases, so use the same split (data.split_file)'
+            f'{name} was trained on images normalised {words(theirs)}, but this run normalises '
+            f'them {words(inputs)}: set --config.data.normalize as in that run; a measured range '
+            'depends on the training cases, so also use the same split (data.split_file)'
         )
     for side, module in (('the teacher', teacher), ('this network', student)):
         if features and not hasattr(module, 'backbone'):
             raise ConfigError(
-                f'distill.pairwise compares the backbones, and {side} '
-                f'({type(module).__name__}) has none: set it to 0'
+                f'distill.pairwise compares the backbones, but {side} '
+                f'({type(module).__name__}) has none: set --config.distill.pairwise=0'
             )
     return teacher, run.variables
 
 
 def words(inputs: Mapping[str, Any]) -> str:
-    """'volume by volume', or 'by mean (...) and deviation (...)', of a checkpoint's 'inputs'."""
+    """'volume by volume' or 'by mean (...) and deviation (...)', from a checkpoint's 'inputs'."""
     normalization = inputs['normalization']
     if normalization is None:
         return 'volume by volume'

@@ -20,42 +20,42 @@ from pspnet_jax.models.layers import adaptive_pools, global_indices, resize
 from pspnet_jax.runtime import compilation
 from pspnet_jax.training import losses
 
-# (key, image H W C, mask H W) -> (image, mask), traced inside the compiled step.
+# (key, image H W C, mask H W) -> (image, mask), traced in the compiled step.
 AugmentFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-# (logits B h w K, labels B h w, of the global batch) -> scalar, traced there too.
+# (logits B h w K, labels B h w of the global batch) -> scalar, traced in the compiled step.
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
-# What a network made of a batch: logits B h w K, and its backbone's last map where it is asked for.
+# A network's output: logits B h w K, and its backbone's last feature map or None.
 Seen = tuple[jax.Array, jax.Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What the config decides of an update; `loss`, `augment` and `distill` are its sections."""
+    """An update's options from the config; `loss`, `augment` and `distill` are its sections."""
 
     seed: int
     loss: Mapping[str, Any]
     augment: Mapping[str, Any]
-    distill: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a teacher
-    context: int = 0  # neighbours on either side, whose channels the images have
-    # The gradient is the mean over so many micro-batches, each of every so-many-th example, in
-    # one compiled loop; BatchNorm then sees that much fewer images at a time.
+    distill: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    context: int = 0  # neighbours on each side, whose channels are part of the images
+    # The gradient is the mean over n micro-batches in one compiled loop, each of every n-th
+    # example. BatchNorm sees one micro-batch at a time.
     accumulate: int = 1
-    # 'pointwise': the outputs of convolutions are kept for the gradient and all that lies between
-    # them, BatchNorm and ReLU mostly, is computed again.
+    # 'pointwise': keep the outputs of convolutions for the gradient, and recompute what lies
+    # between them, mostly BatchNorm and ReLU.
     remat: str = 'none'
     ema_decay: float = 0.0
-    # 'skip': a NaN or infinite loss or gradient changes nothing but the step; the metric
-    # 'skipped' is 1 there.
+    # 'skip': after a NaN or infinite loss or gradient only the step changes, and the metric
+    # 'skipped' is 1.
     nan_policy: str = 'stop'
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes. `ema_params` is None where no average is kept; where one is, it is
-    evaluated with the live `batch_stats`, of which there is no average.
+    """All that a step changes, and the teacher's variables.
 
-    And the teacher's variables, which it gives back as they are: here they are arguments of
-    the program and not constants in it. Checkpoints leave them out.
+    `ema_params` is the average of the parameters, or None; it is evaluated with the current
+    `batch_stats`, which are not averaged. A step does not change the teacher's variables: they are
+    here to be arguments of the program instead of constants in it. Checkpoints leave them out.
     """
 
     step: jax.Array
@@ -69,7 +69,7 @@ class TrainState:
 def create_state(model: nn.Module, tx, *, seed: int, channels: int, ema: bool) -> TrainState:
     """Random parameters from `seed` for images of `channels` channels."""
 
-    def make(key: jax.Array) -> TrainState:  # one program: on a GPU each small one costs 0.1 s
+    def make(key: jax.Array) -> TrainState:  # one program: on a GPU each small one takes 0.1 s
         image = jnp.zeros((1, 64, 64, channels), jnp.float32)  # no parameter depends on the size
         variables = model.init(key, image, train=False)
         params = variables['params']
@@ -95,13 +95,13 @@ def segmentation_loss(
     loss_fn: LossFn | None = None,
     **knobs: Any,
 ) -> jax.Array:
-    """The sum of `losses.TERMS` and of `loss_fn`, and `aux` times the same for every other output.
+    """The sum of `losses.TERMS` and `loss_fn`, plus `aux` times the same for every other output.
 
-    `knobs` are the rest of the config's section `loss`: each term's weight, at 0 of which it is
-    not computed, and what the terms read; `extra` has the weights of terms without a knob.
-    `loss_fn` sees the logits and labels of the whole batch, whatever number of devices share it.
-    Smaller logits meet the labels at the centres of their cells, where `infer.probabilities`
-    puts them when it enlarges them: labels are never interpolated.
+    `knobs` are the other keys of the config's section `loss`: the weight of each term (0: it is not
+    computed) and the terms' arguments. `extra` holds the weights of terms without a key. `loss_fn`
+    sees the logits and labels of the whole batch on any number of devices. Smaller logits are
+    compared with the labels at the centres of their cells, which is where `infer.probabilities`
+    puts them when it enlarges them. Labels are never interpolated.
     """
     terms = {name: knobs[name] for name in losses.TERMS if name in knobs} | (extra or {})
 
@@ -125,7 +125,7 @@ def segmentation_loss(
 
 
 def labels_at(labels_BHW: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """B h w: the labels at the centres of h x w cells, as `volumes.resize_labels` has them."""
+    """B h w: the labels at the centres of h x w cells, as in `volumes.resize_labels`."""
     rows, columns = map(volumes.centres, size, labels_BHW.shape[1:])
     return labels_BHW[:, rows][:, :, columns]
 
@@ -133,7 +133,7 @@ def labels_at(labels_BHW: jax.Array, size: tuple[int, int]) -> jax.Array:
 def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: bool, **options):
     """(outputs, batch statistics, features) of a network in training or inference.
 
-    `features` asks for its backbone's last map, B h w C; else they are None.
+    With `features`, these are its backbone's last feature map, B h w C; else None.
     """
 
     def is_backbone(module: nn.Module, method: str) -> bool:
@@ -146,7 +146,7 @@ def forward(model: nn.Module, variables, image_BHWC: jax.Array, *, features: boo
         capture_intermediates=is_backbone if features else False,
         **options,
     )
-    # The last of its calls: deeplab_v2 has one for each scale, the largest at the end.
+    # The last call: deeplab_v2 calls it once per scale, ending with the largest.
     last = updates['intermediates']['backbone']['__call__'][-1][32] if features else None
     return out, updates.get('batch_stats', {}), last
 
@@ -160,11 +160,11 @@ def teacher_losses(
     ignore_label: int,
     axis_name: str | None,
 ) -> dict[str, jax.Array]:
-    """{'distillation', 'pairwise'}: what the teacher adds to the loss, each times its weight.
+    """{'distillation', 'pairwise'}: the weighted terms that the teacher adds to the loss.
 
     `options` is the config's section `distill`. The teacher's logits are resized to the student's.
-    The affinities are between `nodes` x `nodes` cells, averages of the maps;
-    image-segmentation-keras has maxima of 4 x 4 features.
+    The affinities are between `nodes` x `nodes` cells, averages of the feature maps;
+    image-segmentation-keras takes maxima of 4 x 4 features.
     """
     parts, (logits_BhwK, features), (teacher_logits, teacher_features) = {}, seen, taught
     if weight := options['weight']:
@@ -202,7 +202,7 @@ def augmented(
     def change(key, image_HWC, mask_HW):
         image_HWC, mask_HW = augment(key, image_HWC, mask_HW, options.augment, **filled)
         if augment_fn is not None:
-            own_key = jax.random.fold_in(key, 1000)  # beyond those that `augment` splits it into
+            own_key = jax.random.fold_in(key, 1000)  # differs from all keys that `augment` uses
             image_HWC, mask_HW = augment_fn(own_key, image_HWC, mask_HW)
         return image_HWC, mask_HW
 
@@ -224,9 +224,9 @@ def train_step(
     """One update from {'image': B H W C, 'mask': B H W}; metrics: loss, gradient_norm.
 
     Randomness is a function of seed, step and the example's place in the global batch.
-    `augment_fn` changes each example behind `augment`; `loss_fn` is added to the config's losses.
-    `teacher` sees the same images in inference mode, with `state.teacher`; what it adds to the
-    loss is in the metrics.
+    `augment_fn` changes each example after `augment`; `loss_fn` is added to the config's losses.
+    `teacher` sees the same images in inference mode, with the variables `state.teacher`; the
+    metrics include its terms of the loss.
     """
     if axis_name is not None:
         model = models.over_axis(model, axis_name)  # BatchNorm and dropout over all devices
@@ -254,7 +254,7 @@ def train_step(
 
     def micro_step(carry, micro):
         (batch_stats, i), taught = carry, None
-        if teacher is not None:  # outside of what is differentiated and computed again
+        if teacher is not None:  # outside the function that is differentiated and recomputed
             out, _, last = forward(teacher, state.teacher, micro[0], features=features, train=False)
             taught = (out['logits'], last)
         (loss, (batch_stats, parts)), grads = jax.value_and_grad(total_loss, has_aux=True)(
@@ -284,12 +284,12 @@ def apply_gradients(
     tx: optax.GradientTransformation,
     options: StepOptions,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after an update by these gradients, and the metrics with the gradient's norm."""
+    """(state after an update by these gradients, metrics with the gradient's norm)."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
-        n = state.step  # updates before; without the warm-up the first average is of random heads
+        n = state.step  # without this warm-up the average would start from random heads
         decay = jnp.minimum(options.ema_decay, (1.0 + n) / (10.0 + n))
         ema_params = optax.incremental_update(params, ema_params, 1.0 - decay)
     metrics = {**metrics, 'gradient_norm': optax.tree.norm(grads)}
@@ -312,7 +312,7 @@ def bind_step(
     teacher: nn.Module | None = None,
     **changes: Any,
 ) -> Callable:
-    """`train_step(state, batch)` with what the config decides, or `changes` of that."""
+    """`train_step(state, batch)` with the config's options; `changes` replace some."""
     sections, train = config.to_dict(), config.train
     decided = StepOptions(
         seed=config.seed,

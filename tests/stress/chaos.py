@@ -259,10 +259,10 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def timeless(path: Path) -> bytes:
-    """The bytes of a file; of a report without the time and folder in its head."""
+    """The bytes of a file; of a report without the time and folder at its head."""
     found = path.read_bytes()
     if path.name == 'report.html':
-        found = re.sub(rb', evaluated [^<]*|--workdir=[^ <]*', b'', found)
+        found = re.sub(rb'<title>[^<]*|<h1>[^<]*|, evaluated [^<]*|--workdir=[^ <]*', b'', found)
     return found
 
 

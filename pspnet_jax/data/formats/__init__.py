@@ -1,4 +1,4 @@
-"""Pictures, volumes, videos and annotations of every format, in and out."""
+"""Reads and writes images, volumes, videos and annotations of all formats."""
 
 from pspnet_jax.data.formats.picture import (
     Picture,

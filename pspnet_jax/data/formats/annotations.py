@@ -1,10 +1,10 @@
-"""What annotation tools write, read as shapes with class numbers.
+"""Reads the files of annotation tools as shapes with class numbers.
 
-VGG Image Annotator 1 and 2 (JSON of the whole project or of the annotations only, and CSV),
-COCO (polygons and run-length masks) and labelme with its kin (a file, or a folder of them).
+VGG Image Annotator 1 and 2 (JSON of the whole project or only of the annotations, and CSV), COCO
+(polygons and run-length masks), and labelme and similar tools (a file, or a folder of files).
 
-The files are not trusted: their size is limited before they are parsed, every value is checked,
-and the picture names in them are only ever compared with names that are there.
+The files are not trusted: their size is limited before they are parsed, every value is checked, and
+the image names in them are only compared with existing names.
 """
 
 import base64
@@ -29,26 +29,26 @@ from pspnet_jax.data.formats.outlines import MAX_PIXELS, MAX_SIDE, Shape, has_ar
 from pspnet_jax.runtime import text
 from pspnet_jax.runtime.errors import ConfigError, DataError, first_line, some
 
-MAX_FAULTS = 1000  # of a file, after which it is not read on
+MAX_FAULTS = 1000  # after which reading of a file stops
 CSV_HEADER = (
     'filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,'
     'region_attributes'
 )
 AGAIN = 'export the annotations again'
 REDRAW = 'draw it again'
-# What is passed over, as notes name it.
+# What is skipped, as named in notes.
 POINTS = 'points, which have no area'
-NO_OUTLINE = 'annotations without an outline, as a box is none'
-NO_AREA = 'outlines of fewer than three points or without area'
-NO_SIZE = 'comparison with sizes that the file does not have'
+NO_OUTLINE = 'annotations without an outline (a box is not an outline)'
+NO_AREA = 'outlines with fewer than three points or without area'
+NO_SIZE = 'the check of image sizes, which the file does not have'
 
 
 class Annotations(NamedTuple):
-    """What a file says: {picture name: shapes in file order}, {class name: number}, {picture
-    name: (H, W)} where it tells, and notes for a person.
+    """A file's content: {image name: shapes in file order}, {class name: number}, {image name:
+    (H, W)} if it has sizes, and notes for the user.
 
-    `attribute` is the one that tells the classes apart, '' where there is none. `loose` names may
-    be those of pictures in another folder: labelme does not say in which one.
+    `attribute` is the one that distinguishes the classes, or ''. With `loose`, images may be in
+    another folder: labelme files do not tell in which one.
     """
 
     shapes: dict[str, list[Shape]]
@@ -60,9 +60,9 @@ class Annotations(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Shapes, several where COCO has one annotation in parts, before they have a class.
+    """Shapes without a class yet; several if a COCO annotation has parts.
 
-    `attributes` holds a text for each, or a tuple where several boxes are ticked.
+    `attributes` holds a text for each attribute, or a tuple if several boxes are ticked.
     """
 
     where: str
@@ -71,7 +71,7 @@ class Region(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture as the file names it, its (H, W) where the file tells, and its regions."""
+    """An image: its name in the file, its (H, W) or None, and its regions."""
 
     name: str
     size: tuple[int, int] | None
@@ -79,8 +79,8 @@ class Picture(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What reading turns up beside the pictures: faults, {reason: where} of what is passed over,
-    and the names of all classes in their order, where the file lists them.
+    """What reading finds besides the images: faults, {reason: where} of what is skipped, and the
+    names of all classes in order if the file lists them.
     """
 
     faults: list[str]
@@ -91,14 +91,14 @@ class Findings(NamedTuple):
 def read(
     path: str | Path, classes: Mapping[str, int] | None = None, attribute: str = ''
 ) -> tuple[Annotations, list[str]]:
-    """The regions of every picture that a file names, whichever tool wrote it, and its faults.
+    """(the regions of every image in a file of any tool, its faults).
 
-    Without `classes`, COCO's categories are numbered 1, 2, ... in the order of their ids, found
-    in a region or not, and the values of other attributes in sorted order, of those found alone;
-    'background' and '_background_' are 0, and where regions have no attribute all are class 1.
-    With `classes`, other names are a fault. `attribute` is needed where regions have several;
-    COCO's is called category, labelme's label. Raises DataError for what is no file of annotations,
-    ConfigError for classes that no mask can hold.
+    Without `classes`, COCO's categories are numbered 1, 2, ... in the order of their ids, used or
+    not. The values of other attributes are numbered in sorted order if they are used. 'background'
+    and '_background_' are 0; if regions have no attribute, all are class 1. With `classes`, other
+    names are a fault. `attribute` is needed if regions have several; COCO's is named category,
+    labelme's label. Raises DataError if it is not an annotation file, ConfigError for classes that
+    no mask can hold.
     """
     for name, number in (classes or {}).items():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= 255:
@@ -110,17 +110,19 @@ def read(
         tool, pictures = (_open_folder if os.path.isdir(path) else _open)(path, findings)
         for picture in pictures:
             if picture.name in shapes:
-                faults.append(f'{show(picture.name)} is there twice: keep one, or rename a picture')
+                faults.append(f'{show(picture.name)} is listed twice: keep one, or rename an image')
             shapes.setdefault(picture.name, [])
             regions += [(picture.name, region) for region in picture.regions]
             if picture.size:
                 sizes[picture.name] = picture.size
     if not shapes and not faults:
-        faults.append(f'no picture is named: {AGAIN}')
+        faults.append(f'it names no image: {AGAIN}')
     without_area = len(passed[POINTS]) + len(passed[NO_OUTLINE])
     if without_area and not regions and not faults:
         told = count(without_area, 'region')
-        faults.append(f'none of its {told} has an area (points and boxes have none): draw outlines')
+        faults.append(
+            f'none of its {told} has an outline (points and boxes have none): draw outlines'
+        )
     numbers, labels, attribute, note = _number_classes(
         [region for _, region in regions], classes, attribute, findings
     )
@@ -128,7 +130,7 @@ def read(
         shapes[name] += [shape._replace(label=label, where=region.where) for shape in region.shapes]
     found = f'{tool}: {count(len(shapes), "picture")}, {count(len(regions), "region")}'
     left = [
-        f'passed over: {reason} ({len(places)}): {some(places, separator="; ")}'
+        f'skipped: {reason} ({len(places)}): {some(places, separator="; ")}'
         for reason, places in passed.items()
         if places
     ]
@@ -143,14 +145,14 @@ def is_labelme(path: Path) -> bool:
     return False
 
 
-# What messages are made of.
+# Messages.
 
 _shorten = reprlib.Repr()
 _shorten.maxlevel, _shorten.maxstring, _shorten.maxother = 2, 120, 80
 
 
 def show(value: Any) -> str:
-    """One short printable line, whatever the value."""
+    """One short printable line for any value."""
     return _shorten.repr(value)
 
 
@@ -159,7 +161,7 @@ def count(number: int, noun: str) -> str:
 
 
 def all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
-    """One line where there is one fault, else a list."""
+    """A DataError with one line for a single fault, else a list."""
     if len(faults) == 1:
         return DataError(f'{source}: {faults[0]}')
     more = ['and there may be more'] * (len(faults) >= MAX_FAULTS)
@@ -168,7 +170,7 @@ def all_faults(source: str | Path, faults: Sequence[str]) -> DataError:
 
 @contextlib.contextmanager
 def listed(faults: list[str], where: str = '') -> Iterator[None]:
-    """A DataError inside becomes a line of `faults`."""
+    """Append a DataError to `faults` instead of raising it."""
     try:
         yield
     except DataError as error:
@@ -180,7 +182,7 @@ class _TooManyFaultsError(Exception):
 
 
 class _PassedOverError(Exception):
-    """What is read is left out, for a reason that a note gives; it is no fault."""
+    """Something is skipped for a reason that is noted; it is not a fault."""
 
 
 @contextlib.contextmanager
@@ -219,8 +221,8 @@ def _open(path: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
         if any(isinstance(item, dict) and 'filename' in item for item in tree.values()):
             return 'VIA', _read_via(tree, findings)
     raise DataError(
-        f'{path} is none of VIA 1 or 2 (JSON or CSV), COCO (images and annotations) and labelme '
-        '(shapes and imagePath): export the annotations as one of these'
+        f'{path} is not VIA 1 or 2 (JSON or CSV), COCO (images and annotations) or labelme '
+        '(shapes and imagePath): export the annotations in one of these formats'
     )
 
 
@@ -237,19 +239,20 @@ def _list(value: Any, what: str) -> list[Any]:
 
 
 def _name(value: Any) -> str:
-    """The picture's way below some folder, whichever way its slashes lean: a whole path, too, is
-    only compared with pictures that are there.
+    """The image's path below some folder, with forward slashes.
+
+    An absolute path, too, is only compared with existing images.
     """
     name = unicodedata.normalize('NFC', value if isinstance(value, str) else '')
     parts = name.replace('\\', '/').split('/')
     name = '/'.join(part for part in parts if part not in ('', '.'))
     if not name.strip():
-        raise DataError(f'the picture name is {show(value)}: write the name of the file')
+        raise DataError(f'the image name is {show(value)}: write the name of the file')
     return name
 
 
 def _whole(value: Any) -> Any:
-    """A whole number that is written as 7, 7.0 or '7', as an int; else the value."""
+    """An int for a whole number written as 7, 7.0 or '7'; else the value."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch('0|-?[1-9][0-9]{0,17}', value):
@@ -262,16 +265,16 @@ def _is_int(value: Any) -> bool:
 
 
 def _size(height: Any, width: Any) -> tuple[int, int] | None:
-    """(H, W), or None where the file has none, or 0."""
+    """(H, W), or None if the file has none or 0."""
     sides = _whole(height), _whole(width)
     known = [side for side in sides if side is not None]
     if all(_is_int(side) and 0 <= side < MAX_SIDE for side in known):
         return sides if all(sides) else None
-    raise DataError(f'{show(width)} x {show(height)} is no size of a picture: {AGAIN}')
+    raise DataError(f'{show(width)} x {show(height)} is not a valid image size: {AGAIN}')
 
 
 def _attributes(value: Any) -> dict[str, str | tuple[str, ...]]:
-    """Attribute -> value, those without one left out; VIA's checkboxes are {value: ticked}."""
+    """{attribute: value}, without empty ones; VIA's checkboxes are {value: ticked}."""
     found = {}
     for key, item in _object({} if value is None else value, 'its region_attributes').items():
         if isinstance(item, dict):
@@ -287,16 +290,16 @@ def _attributes(value: Any) -> dict[str, str | tuple[str, ...]]:
 
 
 def _number(value: Any, what: str, low: float = -MAX_SIDE) -> float:
-    """A coordinate, or with `low` 0 a length, in pixels."""
+    """A coordinate in pixels, or a length with `low` 0."""
     if not isinstance(value, float) and not _is_int(value):
         raise DataError(f'its {what} is {show(value)}, not a number: {REDRAW}')
-    if not low <= value <= MAX_SIDE:  # as NaN is not
+    if not low <= value <= MAX_SIDE:  # True for NaN too
         raise DataError(f'its {what} is {show(value)}, not from {low} to {MAX_SIDE}: {REDRAW}')
     return float(value)
 
 
 def _points(xs: Any, ys: Any) -> np.ndarray:
-    """(N, 2) of two lists."""
+    """(N, 2) from two lists."""
     xs, ys = _list(xs, 'its list of x'), _list(ys, 'its list of y')
     if len(xs) != len(ys):
         raise DataError(f'it has {len(xs)} x and {len(ys)} y: {REDRAW}')
@@ -305,8 +308,9 @@ def _points(xs: Any, ys: Any) -> np.ndarray:
 
 
 def _outline(points: Any, open_line: bool = False) -> Shape:
-    """A closed outline; VIA 1 repeats the first point at the end. An open line whose ends meet is
-    the region that it encloses.
+    """A closed outline; VIA 1 repeats the first point at the end.
+
+    An open line whose ends meet is the region that it encloses.
     """
     points_N2 = np.array(points, np.float64).reshape(-1, 2)
     meets = len(points_N2) > (3 if open_line else 1) and (points_N2[0] == points_N2[-1]).all()
@@ -325,7 +329,7 @@ def _ellipse(x: float, y: float, rx: float, ry: float, theta: float = 0.0) -> Sh
 def _unknown_shape(name: Any) -> Exception:
     if name in ('point', 'points'):
         return _PassedOverError(POINTS)
-    return DataError(f'its shape is {show(name)}, which is not known here: draw its outline')
+    return DataError(f'its shape {show(name)} is unknown: draw its outline')
 
 
 # VIA
@@ -350,7 +354,7 @@ def _read_via(entries: Any, findings: Findings) -> Iterator[Picture]:
 def _via_regions(regions: Any) -> list[Any]:
     if not isinstance(regions, dict):
         return _list(regions, 'its regions')
-    # As JavaScript, and so VIA, goes through them: numbers first, in their order.
+    # In the order of JavaScript, and so of VIA: numbers first, in ascending order.
     numbers = {key for key in regions if re.fullmatch('[0-9]{1,9}', key)}
     order = [*sorted(numbers, key=int), *(key for key in regions if key not in numbers)]
     return [regions[key] for key in order]
@@ -381,7 +385,7 @@ def _via_shape(value: Any) -> Shape:
 
 
 def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
-    """A line for each region, or one with the shape {} for a picture that has none."""
+    """One line per region, or one with the shape {} for an image without regions."""
     regions, bytes_of, numbers = defaultdict(list), {}, Counter()
     before = csv.field_size_limit(text.MAX_BYTES)  # an outline of many points is a long field
     try:
@@ -395,7 +399,7 @@ def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
                     )
                 name = _name(row[0])
                 if bytes_of.setdefault(name, row[1]) != row[1]:
-                    raise DataError(f'{show(name)} is of two sizes: rename one of the pictures')
+                    raise DataError(f'{show(name)} has two file sizes: rename one of the images')
                 shape, attributes = (text.parse_json(field, AGAIN) for field in row[5:7])
                 attributes, found = _attributes(attributes), regions[name]
                 if shape != {} or attributes:
@@ -403,7 +407,7 @@ def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
                     where = f'{show(name)}, region {numbers[name]}'
                     found.append(Region(where, [_via_shape(shape)], attributes))
     except csv.Error as error:
-        findings.faults.append(f'line {lines.line_num} is damaged ({error}): {AGAIN}')
+        findings.faults.append(f'line {lines.line_num} is corrupted ({error}): {AGAIN}')
     finally:
         csv.field_size_limit(before)
     for name, found in regions.items():
@@ -416,7 +420,7 @@ def _read_via_csv(content: str, findings: Findings) -> Iterator[Picture]:
 def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
     images = _coco_table(tree, 'images', findings, _coco_image)
     categories = _coco_table(tree, 'categories', findings, _coco_category)
-    # Without the category 0 that is only the group of others, as Roboflow writes it.
+    # Roboflow writes a category 0 that is only the group of the others: leave it out.
     groups = {group for name, group in categories.values() if group != name}
     ids = sorted(categories, key=lambda key: (isinstance(key, str), key))
     names = [categories[key][0] for key in ids if key != 0 or categories[key][0] not in groups]
@@ -424,7 +428,7 @@ def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
     items, unnamed = [], set()
     with _listed(findings):
         items = _list(tree['annotations'], 'annotations')
-    if findings.faults:  # what an annotation refers to may be what could not be read
+    if findings.faults:  # annotations may refer to items that could not be read
         items = []
     for n, item in enumerate(items, 1):
         where = f'annotation {n}'
@@ -442,7 +446,7 @@ def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
                     images[_whole(item['image_id'])] = picture._replace(size=shapes[0].size)
     if len(unnamed) > 1:
         findings.faults.append(
-            f'its annotations have category_id {some(sorted(unnamed))}, and it has no categories: '
+            f'its annotations have category_id {some(sorted(unnamed))}, but it has no categories: '
             'add them, "categories": [{"id": 1, "name": "..."}, ...]'
         )
     for picture in images.values():
@@ -452,7 +456,7 @@ def _read_coco(tree: dict[str, Any], findings: Findings) -> Iterator[Picture]:
 
 
 def _coco_table(tree: dict[str, Any], key: str, findings: Findings, make: Callable) -> dict:
-    """{id: what `make` makes of the item}."""
+    """{id: `make(item)`}."""
     items, found = [], {}
     with _listed(findings):
         items = _list(tree.get(key, []), key)
@@ -462,7 +466,7 @@ def _coco_table(tree: dict[str, Any], key: str, findings: Findings, make: Callab
             if not _is_int(identity) and not isinstance(identity, str):
                 raise DataError(f'its id is {show(identity)}: give it a number')
             if identity in found:
-                raise DataError(f'its id {show(identity)} is there twice: give it another')
+                raise DataError(f'its id {show(identity)} is used twice: give it another')
             found[identity] = make(item)
     return found
 
@@ -472,14 +476,14 @@ def _coco_image(item: dict[str, Any]) -> Picture:
 
 
 def _coco_category(item: dict[str, Any]) -> tuple[str, str]:
-    """Its name, and that of its group."""
+    """(name, name of its group)."""
     if not isinstance(item.get('name'), str) or not item['name'].strip():
         raise DataError(f'its name is {show(item.get("name"))}: give it one')
     return item['name'].strip(), str(item.get('supercategory') or '').strip()
 
 
 def _find(table: dict[Any, Any], item: dict[str, Any], key: str) -> Any:
-    """What item[key] refers to."""
+    """The item to which item[key] refers."""
     identity = _whole(item.get(key))
     if (_is_int(identity) or isinstance(identity, str)) and identity in table:
         return table[identity]
@@ -487,7 +491,7 @@ def _find(table: dict[Any, Any], item: dict[str, Any], key: str) -> Any:
 
 
 def _coco_shapes(parts: Any, picture: Picture, findings: Findings, where: str) -> list[Shape]:
-    """The parts, whose union the annotation is: one after the other they give that."""
+    """The parts of an annotation, which is their union."""
     shapes = [_coco_mask(parts, picture)] if isinstance(parts, dict) else []
     for part in _list(parts or [], 'its segmentation') if not shapes else ():
         if len(_list(part, 'a part of its segmentation')) % 2:
@@ -501,10 +505,10 @@ def _coco_shapes(parts: Any, picture: Picture, findings: Findings, where: str) -
 
 
 def _coco_mask(item: dict[str, Any], picture: Picture) -> Shape:
-    """Of the lengths of runs, outside and inside in turn, down the columns.
+    """A mask from run lengths, alternately outside and inside, down the columns.
 
-    Compressed ones are unpacked here and not by pycocotools (2.0.11), which reads beyond a text
-    that is cut off and fills what too few runs leave over with whatever is in memory.
+    Compressed ones are unpacked here instead of by pycocotools (2.0.11), which reads beyond the end
+    of a truncated text and fills missing runs with uninitialised memory.
     """
     sides = _list(item.get('size'), 'the size of its mask')
     size = _size(*sides) if len(sides) == 2 else None
@@ -512,7 +516,7 @@ def _coco_mask(item: dict[str, Any], picture: Picture) -> Shape:
         raise DataError(f'the size of its mask is {show(sides)}, not height and width: {AGAIN}')
     if picture.size and size != picture.size:
         raise DataError(
-            f'its mask is {size[1]} x {size[0]} pixels, the picture {picture.size[1]} x '
+            f'its mask is {size[1]} x {size[0]} pixels, but the image is {picture.size[1]} x '
             f'{picture.size[0]}: {AGAIN}'
         )
     counts, whole = item.get('counts'), math.prod(size)
@@ -528,8 +532,10 @@ def _coco_mask(item: dict[str, Any], picture: Picture) -> Shape:
 
 
 def _unpack(counts: str) -> list[int]:
-    """Of COCO's compressed run lengths: five bits a character, low ones first, a sixth where more
-    follow; from the fourth number on the difference to the last but one.
+    """Unpack COCO's compressed run lengths.
+
+    Each character has five bits, low ones first, and a sixth if more follow. From the fourth number
+    on, it is the difference from the last but one.
     """
     found, value, bits = [], 0, 0
     for character in counts:
@@ -552,13 +558,13 @@ def _unpack(counts: str) -> list[int]:
 
 
 def _open_folder(folder: Path, findings: Findings) -> tuple[str, Iterator[Picture]]:
-    """Every labelme file in the folder and below, in the order of their names.
+    """Every labelme file in the folder and its subfolders, sorted by name.
 
-    A picture is taken to be in the same sub-folder as its file, if there are several of its name.
+    If several images share a name, the image is in the same subfolder as its file.
     """
     paths = files.below(folder, ('.json',))
     if not paths:
-        raise DataError(f'{folder} holds no .json: give the annotation file, or labelme files')
+        raise DataError(f'{folder} holds no .json: give an annotation file, or labelme files')
 
     def pictures() -> Iterator[Picture]:
         for path in paths:
@@ -567,7 +573,7 @@ def _open_folder(folder: Path, findings: Findings) -> tuple[str, Iterator[Pictur
                 with _listed(findings):
                     tool, found = _open(path, inner)
                     if tool != 'labelme':
-                        raise DataError(f'{path} is of {tool}, not labelme: give that file alone')
+                        raise DataError(f'{path} is {tool}, not labelme: give only that file')
                     below = path.parent.relative_to(folder).as_posix()
                     for picture in found:
                         yield picture._replace(name=_name(f'{below}/{picture.name}'))
@@ -578,7 +584,7 @@ def _open_folder(folder: Path, findings: Findings) -> tuple[str, Iterator[Pictur
 
 
 def _read_labelme(tree: dict[str, Any], findings: Findings) -> Picture:
-    """labelme writes the way from its file to the picture: of that, the last name is taken."""
+    """Read one file; labelme stores the path to the image, of which the last name is used."""
     value, name, size, items, regions = tree['imagePath'], 'imagePath', None, [], []
     with _listed(findings):
         name = _name(re.split(r'[/\\]', value)[-1] if isinstance(value, str) else value)
@@ -596,7 +602,7 @@ def _read_labelme(tree: dict[str, Any], findings: Findings) -> Picture:
 
 
 def _labelme_shape(item: dict[str, Any]) -> Shape:
-    """Also of X-AnyLabeling's kinds: 'rotation', 'quadrilateral', rectangles of four corners."""
+    """A shape of labelme or X-AnyLabeling ('rotation', 'quadrilateral', four-corner rectangles)."""
     kind = item.get('shape_type') or 'polygon'
     pairs = _list(item.get('points'), 'its list of points')
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
@@ -604,7 +610,7 @@ def _labelme_shape(item: dict[str, Any]) -> Shape:
     points = _points([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     if kind == 'rectangle' and len(points) == 4:
         low, high = points.min(0), points.max(0)
-        level = ((points == low) | (points == high)).all()  # then in any order
+        level = ((points == low) | (points == high)).all()  # corners may be in any order
         return _rectangle(*low, *high) if level else _outline(points)
     if kind in ('polygon', 'oriented_rectangle', 'rotation', 'quadrilateral'):
         return _outline(points)
@@ -613,7 +619,7 @@ def _labelme_shape(item: dict[str, Any]) -> Shape:
     if kind not in ('rectangle', 'circle', 'mask'):
         raise _unknown_shape(kind)
     if len(points) != 2:
-        raise DataError(f'it is a {kind} of {count(len(points), "point")}, not two: {REDRAW}')
+        raise DataError(f'it is a {kind} with {count(len(points), "point")}, not two: {REDRAW}')
     (x0, y0), (x1, y1) = points.tolist()
     if kind == 'circle':  # its centre and a point on it
         return _ellipse(x0, y0, *[math.hypot(x1 - x0, y1 - y0)] * 2)
@@ -623,7 +629,7 @@ def _labelme_shape(item: dict[str, Any]) -> Shape:
 
 
 def _labelme_mask(value: Any, corners: np.ndarray) -> Shape:
-    """A PNG in base64, not 0 inside; its first and its last pixel are the corners."""
+    """A mask from a base64 PNG, nonzero inside; its first and last pixel are the corners."""
     (x0, y0), (x1, y1) = np.rint([corners.min(0), corners.max(0)]).astype(int).tolist()
     try:
         content = io.BytesIO(base64.b64decode(value, validate=True))
@@ -631,7 +637,7 @@ def _labelme_mask(value: Any, corners: np.ndarray) -> Shape:
             width, height = picture.size
             if abs(width - (x1 - x0 + 1)) > 1 or abs(height - (y1 - y0 + 1)) > 1:
                 raise DataError(
-                    f'its mask is {width} x {height} pixels, between its corners are '
+                    f'its mask is {width} x {height} pixels, but its corners span '
                     f'{x1 - x0 + 1} x {y1 - y0 + 1}: {REDRAW}'
                 )
             if width * height > MAX_PIXELS:
@@ -639,8 +645,8 @@ def _labelme_mask(value: Any, corners: np.ndarray) -> Shape:
             inside = np.asarray(picture) > 0
     except DataError:
         raise
-    except Exception as error:  # base64's, and whatever a damaged picture leads Pillow's parser to
-        raise DataError(f'its mask is no PNG ({first_line(error)}): {REDRAW}') from error
+    except Exception as error:  # base64 and Pillow's parser raise their own
+        raise DataError(f'its mask is not a PNG ({first_line(error)}): {REDRAW}') from error
     if inside.ndim != 2:
         raise DataError(f'its mask is in colour: {REDRAW}')
     flat = np.pad(inside.ravel(order='F'), 1)
@@ -652,12 +658,12 @@ def _labelme_mask(value: Any, corners: np.ndarray) -> Shape:
 
 
 def is_background(name: str) -> bool:
-    """'background' as any tool writes it: labelme '_background_', others '__background__'."""
+    """Whether a tool's name means background: 'background', '_background_', '__background__'."""
     return name.strip('_').lower() == 'background'
 
 
 def _choose_attribute(regions: Sequence[Region], attribute: str) -> str:
-    """The one that tells the classes apart, '' where there is none."""
+    """The attribute that distinguishes the classes, or ''."""
     values = defaultdict(set)
     for region in regions:
         for key, value in region.attributes.items():
@@ -668,7 +674,7 @@ def _choose_attribute(regions: Sequence[Region], attribute: str) -> str:
         raise DataError(f'no region has the attribute {show(attribute)}: {there}')
     if not attribute and len(values) > 1:
         raise DataError(
-            f'regions have several attributes, choose the one with the class: {choices}'
+            f'regions have several attributes: choose the one with the class: {choices}'
         )
     return attribute or next(iter(values), '')
 
@@ -676,9 +682,7 @@ def _choose_attribute(regions: Sequence[Region], attribute: str) -> str:
 def _number_classes(
     regions: Sequence[Region], classes: Mapping[str, int] | None, attribute: str, findings: Findings
 ) -> tuple[dict[str, int], list[int], str, str]:
-    """({class name: number}, each region's number, the attribute that tells them apart, a note that
-    says all).
-    """
+    """({class name: number}, each region's number, the attribute with the class, a note)."""
     faults, declared = findings.faults, findings.declared
     numbers = {'background': 0, **(classes or {})}
     try:
@@ -689,7 +693,7 @@ def _number_classes(
     if not attribute and not declared:
         names = [name for name in classes or () if numbers[name]] or ['region']
         if len(names) > 1 and regions:
-            faults.append(f'no region has an attribute that tells {some(names)} apart: give one')
+            faults.append(f'no region has an attribute that distinguishes {some(names)}: add one')
         number = numbers.setdefault(names[0], 1)
         note = f'every region is {show(names[0])} = {number}'
         return numbers, [number] * len(regions), '', note
@@ -699,29 +703,29 @@ def _number_classes(
         if not value:
             faults.append(f'{region.where} has no {show(attribute)}: fill it in, or delete it')
         elif isinstance(value, tuple):
-            faults.append(f'{region.where} has {show(attribute)} {show(value)}: leave one ticked')
+            faults.append(f'{region.where} has {show(attribute)} {show(value)}: tick only one')
         elif value not in numbers and is_background(value):
             value = 'background'
         values.append(value)
     found = Counter(value for value in values if value and isinstance(value, str))
-    # Of what a file lists a number depends on no region: a file of some classes has the same.
+    # Numbers of listed classes do not depend on regions, so files of some classes agree.
     listed = () if classes else declared or sorted(found)
     new = [name for name in dict.fromkeys(listed) if name != 'background']
     odd = [show(name) for name in new if len(name) > 200 or not name.isprintable()]
     if len(new) > 254:
-        told = f'{len(new)} values, a mask holds 254: give the classes, or another attribute'
+        told = f'{len(new)} values, but a mask holds 254: give the classes, or another attribute'
         faults.append(f'{show(attribute)} has {told}')
     elif odd:
-        told = f'no names, of 200 printable characters at most: {some(odd)}'
+        told = f'not names of at most 200 printable characters: {some(odd)}'
         faults.append(f'{show(attribute)} has values that are {told}')
     else:
         numbers |= {name: number for number, name in enumerate(new, 1)}
         if unknown := sorted(found.keys() - numbers.keys()):
             told = some([f'{show(name)} ({count(found[name], "region")})' for name in unknown], 254)
             faults.append(
-                f'{show(attribute)} has values that are no class: {told}; known are '
-                f'{some([show(name) for name in numbers], 254)}: rename or remove them there, or '
-                'before training add them to the classes (model.class_names; of data.via --classes)'
+                f'{show(attribute)} has values that are not classes: {told}; the classes are '
+                f'{some([show(name) for name in numbers], 254)}: rename or remove the values, or '
+                'before training add them to the classes (model.class_names, or --classes)'
             )
     told = some([f'{show(name)} = {number}' for name, number in numbers.items()], 254)
     how = 'in the order of their ids' if declared else 'those found, in sorted order'

@@ -15,8 +15,8 @@ from pspnet_jax.runtime.errors import DataError, first_line, some
 logger = logging.getLogger(__name__)
 
 PLACE = ('ImagePositionPatient', 'ImageOrientationPatient')  # of a slice
-DEFLATED = '1.2.840.10008.1.2.1.99'  # inflated by pydicom whole, however much it gives
-TOOLS = {  # what makes a mask of that which is none
+DEFLATED = '1.2.840.10008.1.2.1.99'  # pydicom inflates it whole, without a limit
+TOOLS = {  # how to convert these to masks
     'SEG': 'convert it to NIfTI, for instance by segimage2itkimage of dcmqi, or by highdicom',
     'RTSTRUCT': 'convert it to NIfTI, for instance by plastimatch or dcmrtstruct2nii',
 }
@@ -24,8 +24,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes to NIfTI's
 
 
 class Look(NamedTuple):
-    """At a header: the series of a slice that says where it lies, else ''; and what it is that
-    holds no picture, else ''.
+    """From a header: the series of a slice with a position, else ''; and the kind of a file without
+    an image, else ''.
     """
 
     series: str
@@ -33,13 +33,13 @@ class Look(NamedTuple):
 
 
 def look(path: Path) -> Look | None:
-    """None of what can't be read, which reading reports."""
+    """Read a file's header; None if it can't be read, which is reported when it is loaded."""
     tags = ['SeriesInstanceUID', 'SOPClassUID', 'Modality', 'Rows', *PLACE]
     try:
         header = _header(path, limits.imported('pydicom', path), specific_tags=tags)
         placed = all(header.get(tag) for tag in PLACE)
         return Look(str(header.get('SeriesInstanceUID', '')) * placed, _no_picture(header))
-    except Exception:  # of any kind, as decoders raise what a damaged file leads them to
+    except Exception:  # parsers raise anything for a corrupted file
         return None
 
 
@@ -49,9 +49,7 @@ def named(others: Mapping[Path, str]) -> str:
 
 
 def load(files: Sequence[Path], source: Path, labels: bool) -> tuple:
-    """Of one file, or the slices of one series: (D H W C, affine of column, row and slice or None,
-    spacing or None).
-    """
+    """(D H W C, affine of column, row and slice or None, spacing or None) of one file or series."""
     pydicom = limits.imported('pydicom', source)
     slices, others = [], {}
     for path in files:
@@ -65,9 +63,9 @@ def load(files: Sequence[Path], source: Path, labels: bool) -> tuple:
     if not slices:
         path, what = next(iter(others.items()))
         remedy = TOOLS.get(what, 'leave it out')
-        raise DataError(f'{path} is DICOM of the kind {what}, which holds no picture: {remedy}')
+        raise DataError(f'{path} is DICOM of the kind {what}, which holds no image: {remedy}')
     if others:
-        logger.info('%s: passed over, as they hold no slice: %s', source, named(others))
+        logger.info('%s: skipped files without a slice: %s', source, named(others))
     with limits.reading(source, 'DICOM series'):
         order, affine, spacing = _geometry(slices, source)
     image = None
@@ -82,10 +80,10 @@ def load(files: Sequence[Path], source: Path, labels: bool) -> tuple:
                 image = np.empty((len(slices), *pixels.shape), pixels.dtype)
             if pixels.shape != image.shape[1:]:
                 raise DataError(
-                    f'{path} is {pixels.shape}, {slices[order[0]][0]} {image.shape[1:]}: '
-                    'the slices of a series are of one size'
+                    f'{path} is {pixels.shape}, but {slices[order[0]][0]} is {image.shape[1:]}: '
+                    'all slices of a series must have one size'
                 )
-            # Each slice may have its own slope, so a later one may need another kind of number.
+            # Each slice may have its own slope, so a later one may need another dtype.
             image = image.astype(np.result_type(image, pixels), copy=False)
             image[d] = pixels
     return image, affine, spacing
@@ -98,7 +96,7 @@ def _header(path: Path, pydicom, **options: Any):
 
 
 def _no_picture(header) -> str:
-    """What DICOM is that holds no picture of a patient: 'RTSTRUCT', 'SR' and on; else ''."""
+    """The kind of a DICOM file without an image of a patient, 'RTSTRUCT', 'SR', ...; else ''."""
     modality = str(header.get('Modality', ''))
     if header.get('Rows') and modality not in ('SEG', 'RTDOSE'):
         return ''
@@ -107,7 +105,7 @@ def _no_picture(header) -> str:
 
 
 def _check(header, path: Path, pydicom) -> None:
-    """Raise DataError for pictures that are not read, and where a decoder is missing."""
+    """Raise DataError for unsupported images and missing decoders."""
     if int(header.get('NumberOfFrames', None) or 1) > 1:
         raise DataError(f'{path} has several frames: convert it to NIfTI, for instance by dcm2niix')
     if header.get('PhotometricInterpretation') == 'PALETTE COLOR':
@@ -121,28 +119,28 @@ def _check(header, path: Path, pydicom) -> None:
     except NotImplementedError:
         remedy, there = 'unpack it, for instance by gdcmconv --raw', False
     if not there:
-        raise DataError(f'{path} is packed as {syntax.name}: {remedy}')
+        raise DataError(f'{path} is compressed as {syntax.name}: {remedy}')
 
 
 def _plugin(syntax) -> str:
-    """What to install for the decoding of a transfer syntax, by pydicom's own list."""
+    """What to install to decode a transfer syntax, by pydicom's list."""
     plugin = 'openjpeg' if re.search('2000|HTJ2K|High-Throughput', syntax.name) else 'libjpeg'
     return f'pip install pylibjpeg pylibjpeg-{plugin}'
 
 
 def _pixels(path: Path, pydicom, labels: bool) -> np.ndarray:
-    """H W C. Images with the modality's own scale (CT: Hounsfield units), higher is brighter."""
+    """H W C; images are in the modality's scale (CT: Hounsfield units), higher is brighter."""
     data = pydicom.dcmread(path)
     try:
         pixels = pydicom.pixels.pixel_array(data)
-    except Exception as error:  # of each decoder its own
+    except Exception as error:  # each decoder raises its own
         syntax = data.file_meta.TransferSyntaxUID
         missing = importlib.util.find_spec('pylibjpeg') is None
         if not (missing and syntax.is_compressed and 'JPEG' in syntax.name):
             raise
         raise DataError(
-            f'{path} can not be unpacked ({first_line(error)}): {_plugin(syntax)}, '
-            'and copy it again if that does not read it either'
+            f'{path} can not be decompressed ({first_line(error)}): {_plugin(syntax)}; if that '
+            'does not help, copy the file again'
         ) from error
     if not labels:
         if data.get('PhotometricInterpretation') == 'MONOCHROME1':  # stored as a negative
@@ -160,13 +158,17 @@ def _geometry(slices: Sequence[tuple[Path, Any]], source: Path) -> tuple:
     placed, turned = ([header.get(tag) for header in headers] for tag in PLACE)
     if not across or None in placed or None in turned:
         if len(slices) > 1:
-            raise DataError(f'{source}: DICOM files without position are no series: give one file')
+            raise DataError(
+                f'{source}: DICOM files without a position are not a series: give one file'
+            )
         return [0], None, (1.0, *map(float, across)) if across else None
     series = {str(header.get('SeriesInstanceUID', '')) for header in headers}
     if len(series) > 1:
         raise DataError(f'{source} holds {len(series)} DICOM series: give each its own folder')
     if not np.allclose(np.array(turned, float), np.array(turned[0], float), atol=1e-3):
-        raise DataError(f'{source}: the slices lie at different angles (localizers?): sort them')
+        raise DataError(
+            f'{source}: the slices have different orientations (localizers?): separate them'
+        )
     along_row, along_column = np.array(turned[0], float).reshape(2, 3)
     normal = np.cross(along_row, along_column)
     positions = np.array(placed, float)
@@ -177,7 +179,7 @@ def _geometry(slices: Sequence[tuple[Path, Any]], source: Path) -> tuple:
     else:
         near, far = (slices[order[i]][0] for i in (np.argmin(steps), np.argmin(steps) + 1))
         if steps.min() < 1e-3:
-            raise DataError(f'{near} and {far} lie at the same place: keep one volume a folder')
+            raise DataError(f'{near} and {far} have the same position: keep one volume per folder')
         if steps.max() > steps.min() + 0.1 * np.median(steps):
             near, far = (slices[order[i]][0] for i in (np.argmax(steps), np.argmax(steps) + 1))
             raise DataError(

@@ -1,4 +1,4 @@
-"""Which pictures and volumes a folder holds, by their endings and by what DICOM files say."""
+"""Finds the images and volumes in a folder, by their endings and DICOM headers."""
 
 import collections
 import contextlib
@@ -21,7 +21,7 @@ SUFFIXES = (*PICTURES, *NIFTI, *DICOM, '.npy')
 
 
 def suffix(path: str | Path) -> str:
-    """The known ending, in small letters, or ''; '.nii.gz' is one."""
+    """The known ending in lower case, such as '.nii.gz', or ''."""
     name = Path(path).name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), '')
 
@@ -33,14 +33,14 @@ def stem(path: str | Path) -> str:
 
 
 def numbers_in_order(path: Path) -> list:
-    """A key by which slice_2 comes before slice_10."""
+    """A sort key that puts slice_2 before slice_10."""
     parts = re.split(r'(\d+)', path.name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Every file in the folder and below with one of the endings, in the order of their names, but
-    for what systems and editors leave behind a leading dot.
+    """Every file in the folder and its subfolders with one of the endings, sorted, without hidden
+    ones.
     """
     return [
         path
@@ -52,15 +52,15 @@ def below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 def find(folder: str | Path) -> dict[str, Path]:
-    """{path below the folder, without ending: file}, in order, of the pictures and volumes in it.
+    """{path below the folder, without ending: file} of the images and volumes in it, sorted.
 
-    Names are NFC, which macOS does not keep. DICOM goes as `gather` says; hidden files are left
-    out. One DataError lists every symlink that leads out of the folder, every two files that differ
-    by their ending alone and every folder that is closed.
+    Names are NFC, unlike those of macOS. DICOM files are grouped by `gather`; hidden files are left
+    out. One DataError lists all symlinks that lead out of the folder, files that differ only by
+    their ending, and folders that can't be listed.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise DataError(f'{folder} is not a folder: give the one that holds the pictures')
+        raise DataError(f'{folder} is not a folder: give the one that holds the images')
     root, found, faults, closed = os.path.realpath(folder), {}, [], []
     for here, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
@@ -80,12 +80,12 @@ def find(folder: str | Path) -> dict[str, Path]:
     if faults:
         raise all_faults(folder, faults)
     if not found:
-        raise DataError(f'{folder} holds no picture: the endings known are {", ".join(SUFFIXES)}')
+        raise DataError(f'{folder} holds no images: the known endings are {", ".join(SUFFIXES)}')
     return dict(sorted(found.items()))
 
 
 def is_dicom(path: Path) -> bool:
-    """By the ending, or by its first bytes where there is none that is known."""
+    """Whether a file is DICOM, by its ending, or by its first bytes if the ending is unknown."""
     return suffix(path) in DICOM or (not suffix(path) and path.is_file() and says_dicom(path))
 
 
@@ -98,13 +98,12 @@ def says_dicom(path: Path) -> bool:
 def gather(
     paths: Iterable[Path], root: Path, whole: bool = True
 ) -> tuple[list[Path], dict[Path, str]]:
-    """(what to `read`, {file that is passed over: what it holds}) of DICOM files below `root`.
+    """(paths to `read`, {skipped file: what it holds}) of DICOM files in `root`.
 
-    A folder is one volume, and goes by its name, where two or more of its files are slices that
-    share their series and say where they lie; so does one that holds a single file. Of other
-    folders each picture is by itself (radiographs, ultrasound), and of `root` unless it may be the
-    `whole` volume. What holds no picture (RTSTRUCT, reports) is passed over where pictures are
-    beside it.
+    A folder is one volume if two or more of its files are slices of one series with a position, or
+    if it holds a single file. In other folders each image stands alone (radiographs, ultrasound);
+    so it does in `root`, unless `whole` allows that folder to be a volume. Files without an image
+    (RTSTRUCT, reports) are skipped if there are images in the folder.
     """
     folders = collections.defaultdict(list)
     for path in sorted(paths):
@@ -122,10 +121,10 @@ def gather(
             continue
         if volume:
             logger.warning(
-                '%s itself holds the slices of %d DICOM series, which count as pictures: put each '
-                'series into a folder of its own, and they are volumes', folder, len(series),
+                '%s itself holds the slices of %d DICOM series, which count as single images: to '
+                'read volumes, put each series into a folder of its own', folder, len(series),
             )  # fmt: skip
         entries += pictures
     if others:
-        logger.info('passed over, as they hold no picture: %s', dicom.named(others))
+        logger.info('skipped files without an image: %s', dicom.named(others))
     return entries, others

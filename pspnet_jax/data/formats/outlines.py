@@ -1,7 +1,7 @@
-"""Regions given by their outlines or run lengths: their masks, and what is wrong with them.
+"""Regions given by outlines or run lengths: makes their masks and finds their faults.
 
-Coordinates are x to the right and y down in pixels, (0, 0) is the upper left corner of the
-picture, and pixel (row r, column c) is in a region where its centre (c + 0.5, r + 0.5) is.
+Coordinates are x to the right and y down in pixels; (0, 0) is the upper left corner of the image.
+Pixel (row r, column c) is in a region if its centre (c + 0.5, r + 0.5) is.
 """
 
 import math
@@ -12,23 +12,22 @@ import numpy as np
 
 from pspnet_jax.runtime.errors import DataError
 
-MAX_SIDE = 2**16  # of a picture, and twice that the largest coordinate
+MAX_SIDE = 2**16  # of an image; coordinates may be up to twice that
 MAX_PIXELS = 2**29  # a slide of 20,000 x 20,000 has 2**28.6
-MAX_WORK = 2**32  # visits to pixels for one picture's regions: under a minute
-MAX_PAIRS = 2**26  # of edges that are searched for crossings, a picture
-ONE = 2**13  # steps of the grid in a pixel: products of two differences stay below 2**62
+MAX_WORK = 2**32  # visits to pixels for one image's regions: under a minute
+MAX_PAIRS = 2**26  # of edges per image that are searched for crossings
+ONE = 2**13  # grid steps per pixel: products of two differences stay below 2**62
 HALF = ONE // 2
 BAND = 2**22  # pixels that are filled at a time
 
 
 class Shape(NamedTuple):
-    """A 'polygon' or 'polyline' of points (N, 2) x y, an 'ellipse' about points[0], or a 'mask' of
+    """A 'polygon' or 'polyline' of points (N, 2) x y, an 'ellipse' around points[0], or a 'mask' of
     `size` H W whose upper left corner is points[0], in whole pixels.
 
-    An ellipse's `radii` are along its own axes, the first of which is turned by `theta`
-    radians from x towards y. A mask's `runs` (N, 2) are the first pixel of each run inside and
-    that after its last, counted down the columns as COCO does. `where` names the region in
-    messages.
+    An ellipse's `radii` are along its own axes; the first is rotated by `theta` radians from x
+    towards y. A mask's `runs` (N, 2) hold the first pixel of each run and the one after its last,
+    counted down the columns as in COCO. `where` names the region in messages.
     """
 
     kind: str
@@ -44,13 +43,13 @@ class Shape(NamedTuple):
 def rasterize(
     shapes: Sequence[Shape], size: tuple[int, int], *, line_width: float = 1.0
 ) -> np.ndarray:
-    """H W uint8: the label of the last shape that a pixel's centre is in, else 0.
+    """H W uint8: the label of the last shape that contains a pixel's centre, else 0.
 
-    Polygons by the even-odd rule, exactly, their points taken to 1/8192 of a pixel: a centre
-    on an edge is inside if the region lies to its right, or below where the edge is level, so
-    neighbours never both own or both miss a pixel. Ellipses without their edge. A polyline is a
-    line `line_width` pixels wide with round ends and joints. A mask is as it is. Raises DataError
-    for a size, or an amount of shapes, that is out of all proportion.
+    Polygons follow the even-odd rule exactly, with points rounded to 1/8192 of a pixel. A centre on
+    an edge is inside if the region is to its right, or below a horizontal edge, so two neighbouring
+    regions never share or miss a pixel. Ellipses exclude their edge. A polyline is a line of
+    `line_width` pixels with round ends and joints. Raises DataError for an excessive size or
+    number of shapes.
     """
     check_size('a picture', size)
     if fault := _out_of_proportion(shapes, size):
@@ -66,11 +65,11 @@ def rasterize(
 def check_size(what: object, size: tuple[int, int]) -> None:
     H, W = size
     if not (0 < H < MAX_SIDE and 0 < W < MAX_SIDE and H * W <= MAX_PIXELS):
-        raise DataError(f'{what} of {W} x {H} pixels is no size for a mask: cut it in pieces')
+        raise DataError(f'{what} of {W} x {H} pixels is too large for a mask: cut it into pieces')
 
 
 def _parts(shape: Shape, line_width: float) -> Iterator[Shape]:
-    """What to fill: the shape itself; of a polyline, a rectangle a segment and a disc a point."""
+    """The shape itself; for a polyline, one rectangle per segment and one disc per point."""
     if shape.kind != 'polyline':
         yield shape
         return
@@ -85,7 +84,7 @@ def _parts(shape: Shape, line_width: float) -> Iterator[Shape]:
 
 
 def _bounds(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest x y."""
+    """The smallest and the largest x y."""
     if shape.kind == 'ellipse':
         cos, sin = math.cos(shape.theta), math.sin(shape.theta)
         rx, ry = shape.radii
@@ -97,7 +96,7 @@ def _bounds(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _box(shape: Shape, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """First row, row after the last, first column, column after the last within the picture."""
+    """(first row, row after the last, first column, column after the last) within the image."""
     if not len(shape.points):
         return 0, 0, 0, 0
     (x0, y0), (x1, y1) = _bounds(shape)
@@ -107,8 +106,8 @@ def _box(shape: Shape, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _fill(shape: Shape, size: tuple[int, int]) -> Iterator[tuple[Any, np.ndarray]]:
-    """(window of the picture, where in it the shape is), a band of rows at a time, or of columns
-    where the shape is a mask.
+    """Yield (window of the image, where in it the shape is) for bands of rows, or of columns if the
+    shape is a mask.
     """
     top, bottom, left, right = _box(shape, size)
     if bottom == top or right == left:
@@ -130,14 +129,14 @@ def _grid(points_N2: np.ndarray) -> np.ndarray:
 def _in_polygon(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
     """Where the number of edges to the left of, or at, a pixel's centre is odd.
 
-    Each edge toggles a row from the first centre that is not left of it. In integers: no
-    rounding decides, and an edge that two polygons share is the same for both.
+    Each edge toggles a row from the first centre that is not left of it. Integers avoid rounding,
+    so an edge that two polygons share is the same for both.
     """
     start = _grid(shape.points)
     end = np.roll(start, -1, axis=0)
     down = (start[:, 1] < end[:, 1])[:, None]
     (x0, y0), (x1, y1) = np.where(down, start, end).T, np.where(down, end, start).T
-    # An edge has the rows whose centre is in y0 <= y < y1, so of two that meet only one does.
+    # An edge covers the rows with centres in y0 <= y < y1, so two edges that meet share no row.
     first = np.clip(-((HALF - y0) // ONE), rows.start, rows.stop)
     count = np.clip(-((HALF - y1) // ONE), rows.start, rows.stop) - first
     kept = np.flatnonzero(count)
@@ -157,7 +156,7 @@ def _in_polygon(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
 
 
 def _ranks(counts: np.ndarray) -> np.ndarray:
-    """0 .. n-1 for each n of counts, one after the other."""
+    """0 .. n-1 for each n in counts, concatenated."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
@@ -181,7 +180,7 @@ def _in_ellipse(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
 
 
 def _in_mask(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
-    """Where the number of ends of runs before a pixel, or at it, is odd."""
+    """Where the number of run boundaries before or at a pixel is odd."""
     (x, y), height = shape.points[0].astype(int), shape.size[0]
     first, last = (columns.start - x) * height, (columns.stop - x) * height
     begin = np.searchsorted(shape.runs[:, 1], first)
@@ -193,13 +192,13 @@ def _in_mask(shape: Shape, rows: slice, columns: slice) -> np.ndarray:
 
 
 def _out_of_proportion(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
-    """A fault where a coordinate is, or filling would take minutes, as no drawing's does."""
+    """A fault if a coordinate is excessive or filling would take minutes; else ''."""
     (H, W), work = size, 0
     for shape in shapes:
         if not len(shape.points):
             continue
         numbers = np.append(shape.points, [*shape.radii, shape.theta])
-        if not (np.abs(numbers) <= 2 * MAX_SIDE).all():  # as NaN is not
+        if not (np.abs(numbers) <= 2 * MAX_SIDE).all():  # True for NaN too
             return f'{shape.where} has coordinates beyond {2 * MAX_SIDE} pixels: draw it again'
         top, bottom, left, right = _box(shape, size)
         area = (bottom - top) * (right - left) * (4 if shape.kind == 'ellipse' else 1)
@@ -217,17 +216,16 @@ def _out_of_proportion(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
     if work <= MAX_WORK:
         return ''
     return (
-        f'the {len(shapes)} regions of {shapes[0].where} and on cover {work / MAX_WORK:.0f} times '
-        'what is filled: remove those that are not meant'
+        f'the {len(shapes)} regions from {shapes[0].where} on cover {work / MAX_WORK:.0f} times '
+        'the limit: remove those that are not intended'
     )
 
 
 def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[str], list[str]]:
-    """(faults, notes) about the shapes of a picture of size H W.
+    """(faults, notes) about the shapes on an image of size H W.
 
-    Faults: too few points, no area (a slip of the hand would be a structure that the mask
-    lacks), nothing within the picture. Notes: clipped, crossing itself, no pixel's centre, an
-    open line.
+    Faults: too few points, no area (the mask would lack that structure), outside the image. Notes:
+    clipped, crosses itself, contains no pixel's centre, an open line.
     """
     faults, notes, pairs = [], [], MAX_PAIRS
     if fault := _out_of_proportion(shapes, size):
@@ -237,7 +235,7 @@ def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[s
         least = {'polygon': 3, 'polyline': 2, 'ellipse': 1, 'mask': 1}[shape.kind]
         if len(shape.points) < least:
             faults.append(
-                f'{shape.where} has only {len(shape.points)} points, a {shape.kind} needs '
+                f'{shape.where} has only {len(shape.points)} points, but a {shape.kind} needs '
                 f'{least}: draw it again or delete it'
             )
             continue
@@ -252,14 +250,14 @@ def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[s
         )
         if empty and beyond > 0:
             faults.append(
-                f'{shape.where} is outside the picture ({W} x {H} pixels; it spans x '
-                f'{x0:.1f} to {x1:.1f}, y {y0:.1f} to {y1:.1f}): is it of another picture or size?'
+                f'{shape.where} is outside the image ({W} x {H} pixels; it spans x {x0:.1f} to '
+                f'{x1:.1f}, y {y0:.1f} to {y1:.1f}): does it belong to another image or size?'
             )
             continue
         if empty:
-            notes.append(f"{shape.where} is so small that no pixel's centre is in it")
+            notes.append(f"{shape.where} is so small that it contains no pixel's centre")
         if beyond >= 1:
-            notes.append(f'{shape.where} reaches {beyond:.1f} pixels out of the picture: clipped')
+            notes.append(f'{shape.where} reaches {beyond:.1f} pixels out of the image: clipped')
         if shape.kind == 'polyline':
             notes.append(f'{shape.where} is an open line: drawn as a line, not as an area')
         if shape.kind == 'polygon':
@@ -267,8 +265,8 @@ def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[s
             pairs -= used
             if crosses:
                 notes.append(
-                    f'{shape.where} crosses itself: what is enclosed twice is outside; draw it '
-                    'again if that is not meant'
+                    f'{shape.where} crosses itself: areas that it encloses twice are outside; draw '
+                    'it again if that is not intended'
                 )
     if pairs <= 0:
         notes.append('not all outlines were searched for crossings: they have too many points')
@@ -276,7 +274,7 @@ def check_shapes(shapes: Sequence[Shape], size: tuple[int, int]) -> tuple[list[s
 
 
 def has_area(shape: Shape) -> bool:
-    """Whether a shape of points enough is more than a point or a line."""
+    """Whether a shape with enough points is more than a point or a line."""
     if shape.kind == 'mask':
         return bool((shape.runs[:, 1] > shape.runs[:, 0]).any())
     if shape.kind == 'ellipse':
@@ -289,9 +287,9 @@ def has_area(shape: Shape) -> bool:
 
 
 def _crosses_itself(points_N2: np.ndarray, most: int) -> tuple[bool, int]:
-    """Do two edges cross (to touch is not to cross), and how many pairs was that of?
+    """(whether two edges cross (touching does not count), number of pairs).
 
-    Only edges that share rows are compared. With more than `most` pairs: not looked at.
+    Only edges that share rows are compared. With more than `most` pairs there is no search.
     """
     start, end = points_N2, np.roll(points_N2, -1, axis=0)
     low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
@@ -311,6 +309,6 @@ def _crosses_itself(points_N2: np.ndarray, most: int) -> tuple[bool, int]:
 
 
 def _side(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """1, 0, -1: on which side of the line from a to b is p?"""
+    """1, 0 or -1: the side of the line from a to b on which p is."""
     ab, ap = b - a, p - a
     return np.sign(ab[:, 0] * ap[:, 1] - ab[:, 1] * ap[:, 0])

@@ -1,15 +1,14 @@
-"""Every picture and volume format in; label volumes and probabilities out, in the geometry of
-their input.
+"""Reads images and volumes; writes labels and probabilities in the geometry of the input.
 
-Flat pictures (png, jpg, bmp, tif, webp; 8 and 16 bit; grey, palette, RGB, RGBA) keep their grid,
+2D images (png, jpg, bmp, tif, webp; 8 and 16 bit; grey, palette, RGB, RGBA) keep their grid,
 upright as viewers show it.
-Volumes with a position in space (NIfTI, DICOM series) are turned by quarters, never resampled,
-into one orientation, that in which radiologists look at them: slices from the feet to the head,
-rows from front to back, columns from the patient's right to the left. A volume of a single
-coronal or sagittal slice is that slice, head up. `Geometry` remembers how to turn back.
+Volumes with a position in space (NIfTI, DICOM series) are rotated by quarter turns, never
+resampled, into the orientation in which radiologists view them: slices from the feet to the head,
+rows from front to back, columns from the patient's right to the left. A single coronal or sagittal
+slice is shown with the head up. `Geometry` stores how to rotate back.
 
-Files are not trusted: what a file says of its size is checked before it is allocated (`limits`),
-nothing is unpickled, and whatever is wrong becomes one DataError.
+Files are not trusted: the size that a file claims is checked before it is allocated (`limits`),
+nothing is unpickled, and every fault is a DataError.
 """
 
 import contextlib
@@ -29,14 +28,14 @@ from pspnet_jax.runtime.storage import writing
 
 logger = logging.getLogger(__name__)
 
-# The directions in which slices, rows and columns go: sagittal, coronal and axial.
+# Directions of slices, rows and columns in sagittal, coronal and axial views.
 VIEWS = ('LIP', 'PIL', 'SPL')
 
 
 class Geometry(NamedTuple):
     """Where a volume lies in space, and how its file's axes became D, H, W."""
 
-    affine: np.ndarray  # 4x4: voxel of the file -> position, towards right, front, head
+    affine: np.ndarray  # 4x4: voxel in the file -> position (right, front, head)
     shape: tuple[int, int, int]  # of the file
     turn: np.ndarray  # nibabel's orientation transform of the file's axes to D, H, W
     back: np.ndarray  # and the other way
@@ -44,7 +43,7 @@ class Geometry(NamedTuple):
 
 
 class SliceFiles(NamedTuple):
-    """A folder of flat pictures, in the order of the slices."""
+    """A folder of 2D images, in the order of the slices."""
 
     names: tuple[str, ...]
 
@@ -52,7 +51,7 @@ class SliceFiles(NamedTuple):
 class Picture(NamedTuple):
     """image D H W C uint8, uint16 or float32; (slice, row, column) spacing in mm or None.
 
-    `geometry` is None for flat pictures, pages and arrays.
+    `geometry` is None for 2D images, pages and arrays.
     """
 
     image: np.ndarray
@@ -62,25 +61,25 @@ class Picture(NamedTuple):
 
 
 def read(path: str | Path) -> Picture:
-    """The picture or volume of a file, of a folder of slices or of a folder with a DICOM series.
+    """Read an image or volume: a file, a folder of slices or a folder with a DICOM series.
 
-    Grey gives C = 1; palette, RGB and RGBA C = 3 (alpha is dropped, which the log says); TIFFs the
-    channels and bands that they name, a 4-dimensional NIfTI its last axis. Negatives (TIFF, DICOM)
-    come as viewers show them. Whole numbers from 0 to 65535 stay whole, others become
-    float32 with the file's slope and intercept applied. Values that are no number become 0, which
-    the log says. Arrays (.npy) are D H W C, H W C or H W. Raises DataError.
+    Grey gives C = 1; palette, RGB and RGBA give C = 3 (dropped alpha is logged); a TIFF gives its
+    channels and bands, a 4-dimensional NIfTI its last axis. Negatives (TIFF, DICOM) are inverted,
+    as in viewers. Whole numbers from 0 to 65535 stay whole; others become float32 with the file's
+    slope and intercept applied. NaN and infinity become 0, which is logged. Arrays (.npy) are
+    D H W C, H W C or H W. Raises DataError.
     """
     picture = _load(Path(path).expanduser(), labels=False)
     return picture._replace(image=_as_image(picture.image, picture.source))
 
 
 def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
-    """D H W integers, or D H W 3 of an RGB mask: the values as they are stored.
+    """Read a mask as stored: D H W integers, or D H W 3 of an RGB mask.
 
-    Palette pictures give their indices (`read_palette` the colours), 1-bit ones 0 and 1, those of
-    one colour their alpha. Volumes are turned as `read` turns them; with `like`, the image that the
-    mask belongs to, size and place in space must agree. Arrays (.npy) are D H W or H W. Raises
-    DataError, for values that are not whole too.
+    Palette images give their indices (`read_palette` gives the colours), 1-bit images 0 and 1, and
+    images of a single colour their alpha. Volumes are rotated as in `read`. With `like`, the image
+    of the mask, size and position must agree. Arrays (.npy) are D H W or H W. Raises DataError,
+    also for values that are not whole.
     """
     path = Path(path).expanduser()
     mask = _load(path, labels=True)
@@ -89,24 +88,25 @@ def read_labels(path: str | Path, like: Picture | None = None) -> np.ndarray:
         labels = labels[..., 0]
     elif labels.shape[-1] != 3 or suffix(path) in NIFTI:
         many = labels.shape[-1]
-        raise DataError(f'{path} has {many} values a voxel, a mask has one: save labels alone')
+        raise DataError(f'{path} has {many} values a voxel, but a mask has one: save only labels')
     if like is not None:
         _check_same_grid(mask._replace(image=labels), like)
     return labels
 
 
 def read_palette(path: str | Path) -> np.ndarray | None:
-    """D H W 3 uint8: what `read_labels` gives, in the colours that a palette shows; None of masks
-    that have none. Raises DataError.
+    """D H W 3 uint8: the mask of `read_labels` in its palette's colours; None without a palette.
+
+    Raises DataError.
     """
     path = Path(path).expanduser()
     return flat.palette(path) if suffix(path) in PICTURES and path.is_file() else None
 
 
 def stack(pictures: Sequence[Picture]) -> Picture:
-    """One picture of the channels of several (the sequences of an MRI), in their order.
+    """Stack the channels of several pictures (such as the sequences of an MRI), in order.
 
-    Raises DataError where size, spacing or place in space differ.
+    Raises DataError if size, spacing or position differ.
     """
     first, *others = pictures
     if not others:
@@ -121,8 +121,8 @@ def stack(pictures: Sequence[Picture]) -> Picture:
 
 
 def output_suffix(like: Picture) -> str:
-    """The ending of what is written for a picture: .nii.gz, .nii, .tif, .npy, .png; '' for a
-    folder of slices, whose masks are a folder.
+    """The ending of the results for a picture: .nii.gz, .nii, .tif, .npy, .png; '' for a folder of
+    slices, whose results are a folder.
     """
     if isinstance(like.geometry, SliceFiles):
         return ''
@@ -136,13 +136,12 @@ def output_suffix(like: Picture) -> str:
 def write_labels(
     path: str | Path, labels_DHW: np.ndarray, like: Picture, palette: np.ndarray | None = None
 ) -> None:
-    """Write whole numbers on the grid of `like`'s file; `path` ends as `output_suffix` says.
+    """Write whole numbers on the grid of `like`'s file; `path` must end with `output_suffix`.
 
-    NIfTI and DICOM: a NIfTI volume of the input's shape, orientation and affine. Pages: a TIFF of
-    as many. Flat: a PNG of 8 bits, or 16 where a label is above 255; for a folder of slices a
-    folder of PNGs with their names. `palette`, (256, 3) uint8, is what PNGs of 8 bits show the
-    numbers in: their pixels are still the numbers. Raises DataError; then nothing is left of the
-    file.
+    NIfTI and DICOM give a NIfTI volume of the input's shape, orientation and affine; pages a TIFF
+    of as many pages; a 2D image a PNG of 8 bits, or 16 bits for labels above 255; a folder of
+    slices a folder of PNGs with the same names. `palette`, (256, 3) uint8, sets the colours of
+    8-bit PNGs; their pixels are still the numbers. Raises DataError and then leaves no file.
     """
     placed = isinstance(like.geometry, Geometry)
     kinds = (np.uint8, np.int16, np.int32) if placed else (np.uint8, np.uint16)
@@ -150,9 +149,9 @@ def write_labels(
 
 
 def write_probabilities(path: str | Path, prob_DHW: np.ndarray, like: Picture) -> None:
-    """Write one class' probabilities, 0 to 1, where `write_labels` writes labels.
+    """Write one class' probabilities, 0 to 1, in the same formats as `write_labels`.
 
-    float32; in a PNG 16 bits, where 65535 stands for 1. Raises DataError.
+    They are float32, or in a PNG 16 bits, where 65535 means 1. Raises DataError.
     """
     if output_suffix(like) in ('.png', ''):
         prob_DHW = np.rint(np.clip(prob_DHW, 0, 1) * 65535).astype(np.uint16)
@@ -161,14 +160,14 @@ def write_probabilities(path: str | Path, prob_DHW: np.ndarray, like: Picture) -
     _write(Path(path), prob_DHW, like)
 
 
-# What is in a file: a Picture whose image D H W C still has the file's own kind of numbers.
+# Reading: a Picture whose image D H W C still has the file's own dtype.
 
 
 def _load(path: Path, labels: bool) -> Picture:
     if os.path.isdir(path):
         return _load_folder(path, labels)
     if not os.path.isfile(path):
-        raise DataError(f'{path} is not there: give a picture, a volume or a folder of slices')
+        raise DataError(f'{path} does not exist: give an image, a volume or a folder of slices')
     kind = suffix(path)
     if kind in NIFTI:
         return _turned(*nifti.load(path, labels), path)
@@ -178,7 +177,7 @@ def _load(path: Path, labels: bool) -> Picture:
         return Picture(flat.load([path], labels), None, None, path)
     if kind in DICOM or files.says_dicom(path):
         return _load_dicom([path], path, labels)
-    raise DataError(f'{path} is of no known kind: the endings known are {", ".join(SUFFIXES)}')
+    raise DataError(f'{path} is of no known kind: the known endings are {", ".join(SUFFIXES)}')
 
 
 def _load_folder(folder: Path, labels: bool) -> Picture:
@@ -207,7 +206,7 @@ def _load_dicom(paths: Sequence[Path], source: Path, labels: bool) -> Picture:
 
 def _load_array(path: Path, labels: bool) -> np.ndarray:
     with limits.reading(path, 'array'):
-        # Mapped, so that a shape that the file is too short for is refused and not allocated.
+        # Mapped, so that a shape that is too large for the file is refused before allocation.
         mapped = np.lib.format.open_memmap(path, mode='r')
         limits.check_size(path, mapped.shape, mapped.dtype.itemsize)
         values = np.array(mapped)
@@ -225,14 +224,14 @@ def _load_array(path: Path, labels: bool) -> np.ndarray:
 
 
 def _turned(values_XYZC, affine, header, unit: float, path: Path) -> Picture:
-    """The picture of a volume in the file's own axes."""
+    """The Picture of a volume that is given in the file's own axes."""
     nibabel = limits.imported('nibabel', path).orientations
     shape = values_XYZC.shape[:3]
     axes = affine[:3, :3]
     with np.errstate(over='ignore'):
         sound = np.isfinite(affine).all() and np.isfinite(axes**2).all()
     if not sound or abs(np.linalg.det(axes)) < 1e-12:
-        raise DataError(f'{path} has an affine that spans no volume: set its sform or qform')
+        raise DataError(f'{path} has a singular affine: set its sform or qform')
     with limits.reading(path, 'volume'):
         there = nibabel.io_orientation(affine)
         flat_axis = there[shape.index(1), 0] if shape.count(1) == 1 else 2  # right, front or head
@@ -252,15 +251,15 @@ def _turned_affine(geometry: Geometry) -> np.ndarray:
 
 
 def _check_same_grid(one: Picture, other: Picture) -> None:
-    """Same size, and the corners within a tenth of a voxel of one another."""
+    """Raise DataError unless sizes agree and corners are within a tenth of a voxel."""
     both = f'{one.source} and {other.source}'
     placed = isinstance(one.geometry, Geometry) and isinstance(other.geometry, Geometry)
     if placed and one.geometry.shape == other.geometry.shape:
         for without, there in ((one, other), (other, one)):
             if _lacks_affine(without.geometry) and not _lacks_affine(there.geometry):
                 raise DataError(
-                    f'{without.source} does not say where it lies (its affine is the default), '
-                    f'{there.source} does: if their voxels are the same, give it that affine: '
+                    f'{without.source} has no position in space (its affine is the default), but '
+                    f'{there.source} has one: if their voxels correspond, copy that affine: '
                     'python -c "import nibabel as n, numpy as np; '
                     f"a, b = map(n.load, ('{there.source}', '{without.source}')); "
                     'n.save(n.Nifti1Image(np.array(b.dataobj), a.affine), '
@@ -269,7 +268,7 @@ def _check_same_grid(one: Picture, other: Picture) -> None:
     if one.image.shape[:3] != other.image.shape[:3]:
         sizes = ' and '.join('x'.join(map(str, p.image.shape[:3])) for p in (one, other))
         raise DataError(
-            f'{both} are not of one size: {sizes} (slices, rows, columns){_exif_told(one, other)}'
+            f'{both} have different sizes: {sizes} (slices, rows, columns){_exif_told(one, other)}'
         )
     spacings = [p.spacing for p in (one, other) if p.spacing]
     if len(spacings) == 2 and not np.allclose(*spacings, rtol=1e-2):
@@ -287,22 +286,22 @@ def _check_same_grid(one: Picture, other: Picture) -> None:
 
 
 def _lacks_affine(geometry: Geometry) -> bool:
-    """Whether a file says nothing of its place: what tools write that are given an array alone."""
+    """Whether a file has no position, as when a tool wrote only an array."""
     header = geometry.header
     unsaid = header is not None and not header['sform_code'] and not header['qform_code']
     return unsaid or np.array_equal(np.abs(geometry.affine), np.eye(4))
 
 
 def _exif_told(one: Picture, other: Picture) -> str:
-    """What to do where one of two pictures is turned by EXIF and the other is not."""
+    """What to do if EXIF rotates one of two images but not the other; else ''."""
     for turned, still in ((one, other), (other, one)):
         turn = flat.turn_by_exif(turned.source)
         swapped = turned.image.shape[1:3] == still.image.shape[2:0:-1]
         if turn in (5, 6, 7, 8) and swapped and flat.turn_by_exif(still.source) == 1:
             return (
-                f'; {turned.source.name} is turned by its EXIF orientation ({turn}), as viewers '
-                f'show it, and {still.source.name} is not: remove the tag (exiftool -Orientation= '
-                f'{turned.source}), or turn the other too'
+                f'; {turned.source.name} is rotated by its EXIF orientation ({turn}), as viewers '
+                f'show it, but {still.source.name} is not: remove the tag (exiftool -Orientation= '
+                f'{turned.source}), or rotate the other too'
             )
     return ''
 
@@ -311,7 +310,7 @@ def _exif_told(one: Picture, other: Picture) -> str:
 
 
 def _as_image(values: np.ndarray, path: Path) -> np.ndarray:
-    """uint8, uint16 or float32, the values unchanged where these hold them."""
+    """Convert to uint8, uint16 or float32, without changing the values if possible."""
     _check_kind(values, path)
     if values.dtype.kind == 'b':
         return values.astype(np.uint8)
@@ -320,19 +319,19 @@ def _as_image(values: np.ndarray, path: Path) -> np.ndarray:
     if values.dtype.kind in 'iu':
         whole = values.min() >= 0 and values.max() < 2**16
         return values.astype(np.uint16 if whole else np.float32)
-    with np.errstate(over='ignore'):  # beyond float32 is infinite, which is dealt with below
+    with np.errstate(over='ignore'):  # overflow becomes infinity, which is handled below
         values = values.astype(np.float32, copy=False)
     finite = np.isfinite(values)
     if not finite.any():
-        raise DataError(f'{path} holds no number at all, only NaN or infinity: make it again')
+        raise DataError(f'{path} holds only NaN or infinity: make it again')
     if not finite.all():
-        logger.warning('%s: %d values that are no number are set to 0', path, (~finite).sum())
+        logger.warning('%s: %d NaN or infinite values are set to 0', path, (~finite).sum())
         values = np.where(finite, values, np.float32(0))
     return values
 
 
 def _as_labels(values: np.ndarray, path: str | Path) -> np.ndarray:
-    """The smallest of uint8, uint16, int32 and int64 that holds them. Raises DataError."""
+    """Convert to the smallest of uint8, uint16, int32 and int64. Raises DataError."""
     _check_kind(values, path)
     if values.dtype.kind == 'f':
         whole = np.rint(values)
@@ -340,15 +339,15 @@ def _as_labels(values: np.ndarray, path: str | Path) -> np.ndarray:
             wrong = ~(np.abs(values - whole) < 1e-4) | (np.abs(whole) > 2**31)
         if wrong.any():
             raise DataError(
-                f'{path} holds {values[wrong].flat[0]:.6g}, labels are whole numbers: was it '
-                'resampled or is it a map of probabilities?'
+                f'{path} holds {values[wrong].flat[0]:.6g}, but labels are whole numbers: was it '
+                'resampled, or is it a map of probabilities?'
             )
         values = whole
     return _smallest(values, (np.uint8, np.uint16, np.int32, np.int64), path)
 
 
 def _smallest(labels: np.ndarray, kinds: Sequence[type], path: str | Path) -> np.ndarray:
-    """The same labels as the first kind of number that holds them. Raises DataError."""
+    """The labels in the first of `kinds` that holds them. Raises DataError."""
     low, high = labels.min(), labels.max()
     for kind in kinds:
         if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
@@ -358,9 +357,9 @@ def _smallest(labels: np.ndarray, kinds: Sequence[type], path: str | Path) -> np
 
 def _check_kind(values: np.ndarray, path: str | Path) -> None:
     if not values.size:
-        raise DataError(f'{path} has no pixel (its shape is {values.shape}): make it again')
+        raise DataError(f'{path} has no pixels (its shape is {values.shape}): make it again')
     if values.dtype.kind not in 'biuf':
-        raise DataError(f'{path} holds {values.dtype}: whole or real numbers are read')
+        raise DataError(f'{path} holds {values.dtype}: only whole and real numbers can be read')
 
 
 # Writing.
@@ -372,17 +371,17 @@ def _write(
     path = path.expanduser()
     if values_DHW.shape != like.image.shape[:3]:
         raise DataError(
-            f'{path}: results of {values_DHW.shape} for {like.source}, which has '
+            f'{path}: results have the size {values_DHW.shape}, but {like.source} has '
             f'{like.image.shape[:3]} (slices, rows, columns)'
         )
     ending = output_suffix(like)
     if ending and ending.split('.')[1] != suffix(path)[1:].split('.')[0]:
-        raise DataError(f'{path} must end in {ending}, as what is made from {like.source} does')
+        raise DataError(f'{path} must end in {ending}, like all results of {like.source}')
     if isinstance(geometry := like.geometry, Geometry):
         values_XYZ = limits.imported('nibabel', path).apply_orientation(values_DHW, geometry.back)
         nifti.save(path, values_XYZ, geometry.affine, geometry.header)
         return
-    # Every slice of a folder is written aside before the first takes its name.
+    # All slices of a folder are written to temporary files before the first is renamed.
     names = [f'{files.stem(name)}.png' for name in like.geometry.names] if not ending else ['']
     with contextlib.ExitStack() as all_or_none:
         for values_HW, name in zip(values_DHW, names, strict=False):

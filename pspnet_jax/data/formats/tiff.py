@@ -1,8 +1,8 @@
-"""TIFFs: their pages, and by tifffile those that Pillow can not read or takes for something else.
+"""TIFFs: counts their pages, and reads by tifffile those that Pillow can't read correctly.
 
-Pillow gives pages of one or three samples. Channels that ImageJ and OME keep as pages would be
-slices to it, a fourth band is dropped, and numbers of 16 or 64 bits, many bands and some
-compressions are unknown to it.
+Pillow reads pages of one or three samples. It would read the channels that ImageJ and OME store as
+pages as slices, it drops a fourth band, and it does not know many bands, some compressions and some
+numbers of 16 or 64 bits.
 """
 
 import math
@@ -18,13 +18,14 @@ from pspnet_jax.runtime.errors import DataError
 
 BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION, SAMPLES, FORMAT = 258, 259, 262, 270, 277, 339
 WHITE_IS_ZERO = 0  # of PHOTOMETRIC
-# none, LZW, deflate (twice), PackBits, LZMA, Zstandard: the others unpack to an unknown size.
+# none, LZW, deflate (twice), PackBits, LZMA, Zstandard; others decompress to an unknown size.
 UNPACKED = (1, 5, 8, 32946, 32773, 34925, 50000)
 
 
 def count_pages(path: Path) -> int:
-    """Pages along their directories, as Pillow goes, but without reading the entries: directories
-    that overlap make a file of 1 MB hours of work. 0 for what is no TIFF.
+    """Count pages by their directories, as Pillow does; 0 if it is not a TIFF.
+
+    Entries are not read: overlapping directories could make a file of 1 MB take hours.
     """
     size = path.stat().st_size
     with open(path, 'rb') as file:
@@ -35,28 +36,28 @@ def count_pages(path: Path) -> int:
         of_count, of_entry, of_place = (8, 20, 8) if head[2] == 43 else (2, 12, 4)  # bytes
         place = int.from_bytes(head[of_place : 2 * of_place], order)
         seen, used = set(), 0
-        while place and place not in seen:  # what leads back ends there
+        while place and place not in seen:  # stop at a cycle
             seen.add(place)
             file.seek(place)
             entries = of_entry * int.from_bytes(file.read(of_count), order)
             used += entries
             limits.check_slices(path, len(seen))
             if used > size:
-                raise DataError(f'{path} has pages that lie on one another: copy it again')
+                raise DataError(f'{path} has overlapping pages: copy it again')
             file.seek(entries, os.SEEK_CUR)
             place = int.from_bytes(file.read(of_place), order)
     return len(seen)
 
 
 def beyond_pillow(path: Path, pages: int, labels: bool) -> str:
-    """Why this TIFF of so many pages is not Pillow's, in words; '' where it is.
+    """Why Pillow can't read this TIFF correctly; '' if it can.
 
-    Of a mask's bands Pillow's three are enough.
+    For a mask, Pillow's three bands are enough.
     """
     try:
         with Image.open(path, formats=('TIFF',)) as picture:
             tags, bands = picture.tag_v2, len(picture.getbands())
-    except (UnidentifiedImageError, KeyError):  # the latter of a compression that it lacks
+    except (UnidentifiedImageError, KeyError):  # KeyError for an unknown compression
         return _unknown(path)
     samples = tags.get(SAMPLES, 1)
     if not labels and samples > bands and tags.get(PHOTOMETRIC) in (0, 1, 2):
@@ -65,7 +66,7 @@ def beyond_pillow(path: Path, pages: int, labels: bool) -> str:
 
 
 def _unknown(path: Path) -> str:
-    """What is unusual in a file that Pillow does not know; '' where it is no TIFF at all."""
+    """What Pillow does not support in the file; '' if it is not a TIFF."""
     with open(path, 'rb') as file:
         head = file.read(8)
         tags = TiffImagePlugin.ImageFileDirectory_v2(head + file.read(8 * (head[2] == 43)))
@@ -80,11 +81,11 @@ def _unknown(path: Path) -> str:
 
 
 def _named_axes(description: str, pages: int, samples: int) -> str:
-    """Axes that ImageJ, OME or tifffile note, where pages may be other than slices, in words."""
+    """The axes in ImageJ's, OME's or tifffile's notes, if pages may be other than slices."""
     if description.startswith('ImageJ='):
         lines = re.findall(r'^(images|channels|slices|frames)=(\d{1,9})\s*$', description, re.M)
         sizes = {name: int(number) for name, number in lines}
-        images = sizes.pop('images', 1)  # beyond 4 GB one directory is for all
+        images = sizes.pop('images', 1)  # beyond 4 GB there is one directory for all
         long = [name for name, number in sizes.items() if number > 1]
         odd = 'channels' in long or len(long) > 1 or images > pages
         return f'has pages of {", ".join(long) or images}' * odd
@@ -101,10 +102,10 @@ def _named_axes(description: str, pages: int, samples: int) -> str:
 
 
 def load(path: Path, why: str, labels: bool) -> np.ndarray:
-    """D H W C of a TIFF that is not Pillow's; channels are those that its metadata names."""
+    """D H W C of a TIFF that Pillow can't read; its metadata names the channels."""
     reading = f'{path} {why}: reading it'
     tifffile = limits.imported('tifffile', reading)
-    with tifffile.TiffFile(path, _multifile=False) as file:  # others that it names are not opened
+    with tifffile.TiffFile(path, _multifile=False) as file:  # do not open files that it names
         first, *others = file.series
         if first.keyframe.compression not in UNPACKED:
             raise DataError(
@@ -114,9 +115,11 @@ def load(path: Path, why: str, labels: bool) -> np.ndarray:
         if first.keyframe.compression != 1:
             limits.imported('imagecodecs', reading)
         if file.is_ome and first.kind != 'ome':
-            raise DataError(f'{path} has OME planes in other files, or damaged: export it as one')
+            raise DataError(
+                f'{path} has OME planes that are corrupted or in other files: export one file'
+            )
         if any(not series.keyframe.is_reduced for series in others):
-            raise DataError(f'{path} holds {1 + len(others)} images: save each as a file')
+            raise DataError(f'{path} holds {1 + len(others)} images: save each as its own file')
         limits.check_size(path, first.shape, first.dtype.itemsize, path.stat().st_size)
         if any(page is None for page in first.pages):
             raise DataError(f'{path} lacks pages that its metadata names: export it again')
@@ -127,22 +130,23 @@ def load(path: Path, why: str, labels: bool) -> np.ndarray:
 
 
 def brighter_is_higher(values: np.ndarray, path: Path) -> np.ndarray:
-    """Of an image that is stored as a negative, what viewers show; Pillow does it at 8 bits."""
+    """Invert an image that is stored as a negative, as viewers do; Pillow does it for 8 bits."""
     if values.dtype.kind != 'u':
         raise DataError(f'{path} stores white as 0 in {values.dtype}: save it with black as 0')
     return np.iinfo(values.dtype).max - values
 
 
 def arrange(values: np.ndarray, axes: str, path: Path) -> np.ndarray:
-    """D H W C: channels and samples last, and of the other axes one at most longer than 1.
+    """Reorder to D H W C, with channels and samples last.
 
-    Raises DataError.
+    Raises DataError if more than one of the other axes is longer than 1.
     """
     slices = [a for a, size in zip(axes, values.shape, strict=True) if size > 1 and a not in 'YXCS']
     if len(slices) > 1 or not {'Y', 'X'}.issubset(axes):
         raise DataError(
-            f'{path} has the axes {axes} of {values.shape}: slices, rows, columns and channels are '
-            f'read; save each step of {slices[0] if slices else axes[0]} as a file of its own'
+            f'{path} has the axes {axes} of {values.shape}, but only slices, rows, columns and '
+            f'channels can be read: save each step of {slices[0] if slices else axes[0]} as a '
+            'separate file'
         )
     leading = [i for i, axis in enumerate(axes) if axis not in 'YXCS']
     last = [i for i, axis in enumerate(axes) if axis in 'CS']

@@ -1,7 +1,7 @@
-"""Label masks from the regions that were drawn in an annotation tool.
+"""Makes label masks from the regions of an annotation file.
 
-Files are of VGG Image Annotator 1 or 2 (JSON or CSV), COCO or labelme. `pspnet_jax.rasterize` is
-the command.
+It reads VGG Image Annotator 1 and 2 (JSON or CSV), COCO and labelme. `pspnet_jax.rasterize` is the
+command.
 """
 
 import os
@@ -23,10 +23,10 @@ from pspnet_jax.runtime.storage import writing
 
 
 def holds_annotations(masks: Path, images: Path) -> tuple[bool, list[str]]:
-    """(whether this is a file of annotations or a folder of labelme's, and no folder of masks;
-    notes of what is passed over in it).
+    """(whether `masks` holds annotations instead of masks, notes about skipped files).
 
-    Masks may have a .json of another kind beside them, and labelme files pictures.
+    Annotations are a file, or a folder of labelme files. A folder of masks may contain other .json
+    files, and a folder of labelme files may contain images.
     """
     if not masks.is_dir():
         return masks.is_file(), []
@@ -37,22 +37,21 @@ def holds_annotations(masks: Path, images: Path) -> tuple[bool, list[str]]:
     pictures = [path for path in pictures if not path.is_relative_to(elsewhere)]
     drawn = any(map(annotations.is_labelme, found)) or not pictures
     left = pictures if drawn else found
-    what = 'pictures beside labelme files' if drawn else 'other .json beside masks'
+    what = 'images among labelme files' if drawn else 'other .json files among masks'
     told = some([show(path.name) for path in left])
-    return drawn, [f'passed over: {what} ({len(left)}): {told}'] if left else []
+    return drawn, [f'skipped: {what} ({len(left)}): {told}'] if left else []
 
 
 def match_pictures(
     drawn: Annotations, images: str | Path, *, leave_out: str | Path | None = None
 ) -> tuple[dict[Path, list[Shape]], list[str], list[str]]:
-    """({path of every picture below `images`: its shapes}, faults, notes).
+    """({path of every image in `images`: its shapes}, faults, notes).
 
-    A name is a picture's where one of the two ways ends in the other: 'a.png' may be in a
-    sub-folder, and 'train/a.png' or '/home/ann/train/a.png' in a folder that is itself called
-    train. A loose name is also that of a picture in another folder, if there is only one. A name
-    with no picture, or with several, is a fault; a picture without a name has no shapes, by a
-    note.
-    What is below `leave_out` is not looked at. Raises DataError where there is no picture.
+    A name in the annotations matches an image if one of the two paths ends with the other: 'a.png'
+    may be in a subfolder, and 'train/a.png' or '/home/ann/train/a.png' in a folder named train. A
+    loose name also matches an image in another folder, if there is only one. A name that matches no
+    image or several is a fault; an image without a name has no shapes, with a note. The folder
+    `leave_out` is skipped. Raises DataError if there is no image.
     """
     root = Path(images).expanduser()
     pictures = _find_pictures(root, leave_out)
@@ -67,10 +66,12 @@ def match_pictures(
         if not ways:
             missing.append(show(name))
         elif len(ways) > 1:
-            faults.append(f'{show(name)} can be {some(list(map(show, ways)))}: name the folder too')
+            faults.append(
+                f'{show(name)} may be {some(list(map(show, ways)))}: add the folder to its name'
+            )
         elif owner.setdefault(ways[0], name) != name:
             faults.append(
-                f'{show(ways[0])} is named as {show(owner[ways[0]])} and as {show(name)}: keep one'
+                f'{show(ways[0])} is listed as {show(owner[ways[0]])} and as {show(name)}: keep one'
             )
     if missing:
         faults.append(
@@ -81,7 +82,7 @@ def match_pictures(
     if unnamed and not faults:
         notes.append(
             f'not in the annotations, so all background: {some(unnamed)}; move them away if they '
-            'were only not looked at'
+            'were not annotated yet'
         )
     if empty := [show(way) for way, name in owner.items() if not drawn.shapes[name]]:
         notes.append(f'without a region, so all background: {some(empty)}')
@@ -91,16 +92,16 @@ def match_pictures(
                 size = flat.size(pictures[way])
                 if size != told:
                     faults.append(
-                        f'{show(way)} is {size[1]} x {size[0]} pixels, the annotations are of '
-                        f'{told[1]} x {told[0]}: take the picture that was annotated'
+                        f'{show(way)} is {size[1]} x {size[0]} pixels, but its annotations are for '
+                        f'{told[1]} x {told[0]}: use the image that was annotated'
                     )
     return {p: drawn.shapes.get(owner.get(way), []) for way, p in pictures.items()}, faults, notes
 
 
 def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
-    """{way below the folder: path} of every picture, in order."""
+    """{path below the folder: path} of every image, sorted."""
     if not os.path.isdir(root):
-        raise DataError(f'{root} is not a folder: give the one that holds the pictures')
+        raise DataError(f'{root} is not a folder: give the one that holds the images')
     outer, inner = root.resolve(), leave_out and Path(leave_out).expanduser().resolve()
     masks = inner and inner.is_relative_to(outer) and root / inner.relative_to(outer)
     found = {
@@ -110,14 +111,14 @@ def _find_pictures(root: Path, leave_out: str | Path | None) -> dict[str, Path]:
     }
     if not found:
         known = ', '.join(files.PICTURES)
-        raise DataError(f'{root} holds no picture: the endings known are {known}')
+        raise DataError(f'{root} holds no images: the known endings are {known}')
     return found
 
 
 def check_drawn(
     matched: Mapping[Path, Sequence[Shape]],
 ) -> tuple[dict[Path, tuple[int, int]], list[str], list[str]]:
-    """({picture: (H, W)}, faults, notes) of pictures and the shapes on them."""
+    """({image: (H, W)}, faults, notes) of images and the shapes on them."""
     sizes, faults, notes = {}, [], []
     for path, shapes in matched.items():
         with listed(faults):
@@ -138,23 +139,23 @@ def write_masks(
     attribute: str = '',
     line_width: float = 1.0,
 ) -> list[str]:
-    """OUT/NAME.png, 8-bit class numbers, for every picture below `images`; returns the notes.
+    """Write OUT/NAME.png, 8-bit class numbers, for every image in `images`; return the notes.
 
-    A picture in a sub-folder has its mask in that of `out`. Every fault is in one DataError, and
-    then nothing is written; each mask is written aside and renamed.
+    `out` gets the same subfolders as `images`. If there are faults, one DataError lists all of them
+    and nothing is written. Masks are written atomically.
     """
     if not 0 < line_width <= 1000:
-        raise ConfigError(f'line width {line_width}: it must be above 0 and up to 1000 pixels')
+        raise ConfigError(f'line width {line_width}: it must be above 0 and at most 1000 pixels')
     root, out = Path(images).expanduser(), Path(out).expanduser()
     if out.resolve() == root.resolve():
-        raise DataError(f'{out} holds the pictures themselves: give another folder for the masks')
+        raise DataError(f'{out} holds the images themselves: give another folder for the masks')
     drawn, faults = annotations.read(source, classes, attribute)
     matched, wrong, more = match_pictures(drawn, root, leave_out=out)
     sizes, odd, small = check_drawn(matched)
     notes = drawn.notes + more + small
     if not classes and len(drawn.classes) > 2 and ',' not in ''.join(drawn.classes):
         told = ','.join(f'{name}={number}' for name, number in drawn.classes.items() if number)
-        notes.append(f'for other files of these classes: {shlex.quote(f"--classes={told}")}')
+        notes.append(f'for other files with these classes: {shlex.quote(f"--classes={told}")}')
     targets = {path: out / path.relative_to(root).with_suffix('.png') for path in matched}
     faults = list(dict.fromkeys(faults + wrong + odd + _check_targets(targets, root, out)))
     if faults:
@@ -167,7 +168,7 @@ def write_masks(
 
 
 def _check_targets(targets: Mapping[Path, Path], root: Path, out: Path) -> list[str]:
-    """Faults of masks that would share a file, lie among the pictures or outside of `out`."""
+    """Faults for masks that would share a file, be among the images or be outside of `out`."""
     faults, pictures, first = [], {path.resolve() for path in targets}, {}
     root, below = root.resolve(), out.resolve()
     for path, target in targets.items():
@@ -177,7 +178,7 @@ def _check_targets(targets: Mapping[Path, Path], root: Path, out: Path) -> list[
         elif folder / target.name in pictures or (
             folder.is_relative_to(root) and not below.is_relative_to(root)
         ):
-            faults.append(f'the mask of {path} would lie among the pictures: give another folder')
+            faults.append(f'the mask of {path} would be among the images: give another folder')
         if (other := first.setdefault(target, path)) != path:
             faults.append(f'{other} and {path} would share the mask {target}: rename one of them')
     return faults

@@ -1,4 +1,4 @@
-"""Videos and cameras, by PyAV: RGB frames in, RGB or grey frames out."""
+"""Videos and cameras by PyAV: reads RGB frames, writes RGB or grey frames."""
 
 import contextlib
 import logging
@@ -19,26 +19,26 @@ from pspnet_jax.runtime.errors import DataError, first_line
 logger = logging.getLogger(__name__)
 
 SUFFIXES = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv')
-# System -> how FFmpeg calls its cameras, and the camera of a number.
+# {system: (FFmpeg's name for its cameras, pattern of a camera's number)}.
 CAMERAS = {
     'linux': ('v4l2', '/dev/video{}'),
     'darwin': ('avfoundation', '{}'),
     'win32': ('vfwcap', '{}'),
 }
-# What SUFFIXES hold. FFmpeg goes by the content: a list of other files, which may be private ones
-# or elsewhere on the net, is a video to it whatever its name.
+# The containers of SUFFIXES. FFmpeg goes by the content: otherwise a file with any name could be a
+# playlist of private files or network addresses.
 CONTAINERS = 'mov,matroska,avi,mpeg,mpegvideo,mpegts,asf'
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
-MOST_PARTS = 10_000  # of a container that are looked at
-MOST_MISSING = 1  # second at the end that a sound file may be short of what its header says
+MOST_PARTS = 10_000  # of a container that are inspected
+MOST_MISSING = 1  # seconds by which a sound file may be shorter than its header claims
 
 
 @contextlib.contextmanager
 def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.ndarray]]]:
-    """(frames a second, number of frames or 0 where unknown, the frames H W 3 uint8).
+    """(frames per second, number of frames or 0 if unknown, the frames H W 3 uint8).
 
-    `source` is a file or the number of a camera. Frames come upright, as players show them.
-    Raises DataError, also while the frames are read and for a file that ends before they do.
+    `source` is a file or the number of a camera. Frames are upright, as players show them. Raises
+    DataError, also while the frames are read, and for a file that ends early.
     """
     av = limits.imported('av', source)
     kind, options = None, {}
@@ -46,21 +46,21 @@ def reading(source: Path | int) -> Iterator[tuple[Fraction, int, Iterator[np.nda
         kind, pattern = CAMERAS.get(sys.platform, CAMERAS['linux'])
         place = pattern.format(source)
     elif not os.path.isfile(source):
-        raise DataError(f'{source} is not a readable video (it is no file): give another')
+        raise DataError(f'{source} is not a readable video (it is not a file): give another')
     else:
-        place = os.path.abspath(source)  # FFmpeg takes 'concat:...' for more than a name
+        place = os.path.abspath(source)  # FFmpeg would interpret names such as 'concat:...'
         options = {'format_whitelist': CONTAINERS, 'protocol_whitelist': 'file'}
     with contextlib.ExitStack() as stack:
         with _readable(source):
             container = stack.enter_context(av.open(place, format=kind, options=options))
         if not container.streams.video:
-            raise DataError(f'{source} has no picture in it: give a video')
+            raise DataError(f'{source} has no video stream: give a video')
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise DataError(f'{source} is coded in a way that is not known: export it as H.264')
+            raise DataError(f'{source} has an unknown codec: export it as H.264')
         if stream.width * stream.height > MAX_PIXELS:
             raise DataError(
-                f'{source} has frames of {stream.width} x {stream.height}, the limit is '
+                f'{source} has frames of {stream.width} x {stream.height}, but the limit is '
                 f'{MAX_PIXELS} pixels: make it smaller'
             )
         stream.thread_type = 'AUTO'
@@ -99,18 +99,18 @@ def _frames(container, stream, source: Path | int, rate: Fraction) -> Iterator[n
 
 
 def _seconds(stream) -> float:
-    """How long the stream is by its own header; 0 where that is unknown, or only another's."""
-    if stream.container.format.name == 'avi':  # which counts frames, dropped ones too
+    """The stream's duration by its own header; 0 if unknown."""
+    if stream.container.format.name == 'avi':  # its count includes dropped frames
         return float(stream.frames / (stream.average_rate or 1))
     written = re.fullmatch(r'(\d+):(\d+):(\d+\.\d+)', stream.metadata.get('DURATION', ''))
-    if not written:  # of Matroska
+    if not written:  # only Matroska has it
         return 0.0
     hours, minutes, seconds = map(float, written.groups())
     return 3600 * hours + 60 * minutes + seconds
 
 
 def _check_cut(av, place: str, options: dict[str, str], rate: Fraction) -> None:
-    """Raise DataError for a file that was cut off, unless only its index was."""
+    """Raise DataError for a file that is cut off, unless only its index is missing."""
     with _readable(place), av.open(place, options=options) as container:
         stream = container.streams.video[0]
         expected = stream.frames or round(_seconds(stream) * rate)
@@ -127,13 +127,13 @@ def _check_cut(av, place: str, options: dict[str, str], rate: Fraction) -> None:
 
 def _ends_early(source, there: int, expected: int | str) -> DataError:
     return DataError(
-        f'{source} ends early: {there} of {expected} frames are there; copy or export it again, '
-        'or to go on with these, write them into a file of their own (ffmpeg -i FILE -c copy NEW)'
+        f'{source} ends early: it has {there} of {expected} frames; copy or export it again, or to '
+        'use these frames, write them to a new file (ffmpeg -i FILE -c copy NEW)'
     )
 
 
 def claimed_bytes(path: str | Path) -> int:
-    """How long the file is by its container's own account; 0 where that does not say."""
+    """The file's size that its container claims; 0 if it claims none."""
 
     def number(place: int, length: int, order: str = 'big') -> int:
         file.seek(place)
@@ -156,7 +156,7 @@ def claimed_bytes(path: str | Path) -> int:
                 if length < first or end >= size:  # 0: to the end of the file
                     break
                 end += length
-        elif head[:4] == b'\x1a\x45\xdf\xa3':  # Matroska: a header, and a segment of all the rest
+        elif head[:4] == b'\x1a\x45\xdf\xa3':  # Matroska: a header, and one segment for the rest
             segment = sum(_vint(file, 4)[:2])
             if number(segment, 4) == 0x18538067:
                 first, length, known = _vint(file, segment + 4)
@@ -169,7 +169,7 @@ def claimed_bytes(path: str | Path) -> int:
 
 
 def _vint(file, place: int) -> tuple[int, int, bool]:
-    """(place behind, value, whether it is known) of an EBML number."""
+    """(position after it, value, whether it is known) of an EBML number."""
     file.seek(place)
     data = file.read(8).ljust(8, b'\0')
     length = 9 - max(data[0].bit_length(), 1)
@@ -180,10 +180,10 @@ def _vint(file, place: int) -> tuple[int, int, bool]:
 
 @contextlib.contextmanager
 def writing(path: Path, rate: Fraction, *, exact: bool) -> Iterator[Callable[[np.ndarray], None]]:
-    """`write(frame)`, H W 3 or H W uint8, into a video that appears at the end.
+    """A function `write(frame)`, H W 3 or H W uint8, for a video that is renamed at the end.
 
-    H.264 in .mp4, which every player shows; with `exact` FFV1 in .mkv, which keeps each value.
-    After an error, and where no frame came, nothing is left. Raises DataError.
+    It is H.264 in .mp4, which every player shows, or with `exact` lossless FFV1 in .mkv. After an
+    error, or without frames, no file is left. Raises DataError.
     """
     av = limits.imported('av', path)
     with contextlib.ExitStack() as stack:
@@ -211,7 +211,7 @@ def _add_stream(av, container, frame: np.ndarray, rate: Fraction, exact: bool) -
     stream.width, stream.height = width, height
     if exact:
         stream.pix_fmt = 'gray' if frame.ndim == 2 else 'bgr0'
-    else:  # colour at half the resolution needs even sides, and is what every player knows
+    else:  # every player knows colour at half the resolution, but it needs even sides
         stream.pix_fmt = 'yuv444p' if width % 2 or height % 2 else 'yuv420p'
         stream.options = {'crf': '18'}
     return stream
@@ -227,5 +227,5 @@ def _readable(source: Path | str | int) -> Iterator[None]:
             raise
         raise DataError(
             f'camera {source} does not answer ({first_line(error.__cause__)}): is it plugged in, '
-            'and yours to read?'
+            'and may you read it?'
         ) from error

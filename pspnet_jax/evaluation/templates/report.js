@@ -5,7 +5,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
     const a = x.dataset.value, b = y.dataset.value;
     if (a === undefined)  // a name
       return sign * x.textContent.localeCompare(y.textContent, 'en', {numeric: true});
-    if (a === '' || b === '') return (a === '') - (b === '');  // undefined: last either way
+    if (a === '' || b === '') return (a === '') - (b === '');  // undefined: always last
     return sign * (a - b);
   };
   heads.forEach((head, column) => head.firstElementChild.addEventListener('click', () => {

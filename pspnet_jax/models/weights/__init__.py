@@ -1,5 +1,5 @@
-"""Published weights in our networks: which file (`sources`), what is in it (`readers`), under whose
-names (`tables`), and as which of our arrays (`translate`).
+"""Published weights for our networks: finds files (`sources`), reads them (`readers`), knows their
+names (`tables`) and translates their arrays (`translate`).
 
   model.pretrained=FILE                         weights of a classifier into the backbone
   model.pretrained=hf:REPO[@REVISION][/FILE]    the same, by huggingface_hub

@@ -1,14 +1,13 @@
-"""Files of weights: {name: array} of .safetensors, .npz, .h5 and PyTorch's .pth and .pt.
+"""Reads weight files: {name: array} of .safetensors, .npz, .h5 and PyTorch's .pth and .pt.
 
-Nothing in a file is executed, and what it claims to hold is compared with its own size before
-anything of that size is made.
+Nothing in a file is executed, and the size that it claims is compared with its own size before
+anything of that size is allocated.
 
-torch.save writes a pickle, a program for a stack machine that may call any function of Python,
-and the numbers beside it. Here, without PyTorch, the program is read opcode by opcode. It can make
-dicts, lists, tuples, text and numbers, and say which numbers are a tensor and how they lie; it
-calls nothing, and every other opcode and name is refused. Both formats are read: the zip archive,
-and the stream that PyTorch wrote before 1.6 (2020), as torchvision's VGG16 and MobileNetV2 and
-semseg's weights still are.
+torch.save writes the numbers and a pickle, a program for a stack machine that may call any Python
+function. Here, without PyTorch, the program is interpreted opcode by opcode. It can make dicts,
+lists, tuples, texts and numbers, and describe tensors; it calls nothing, and every other opcode and
+name is refused. Both formats are read: the zip archive, and the stream that PyTorch wrote before
+1.6 (2020), which torchvision's VGG16 and MobileNetV2 and semseg's weights still have.
 """
 
 import io
@@ -29,16 +28,18 @@ from pspnet_jax.runtime.text import too_much
 
 Arrays = dict[str, np.ndarray]
 
-MOST_BYTES = 2**32  # of all arrays, as float32: the largest network here has an eighth of it
+MOST_BYTES = 2**32  # of all arrays as float32; the largest network here needs an eighth
 MOST_ARRAYS = 10_000  # in a file; ResNet-152 has 932
-WRAPPERS = ('module.', 'model.', '_orig_mod.')  # in front of every name, 'module.' of DataParallel
+WRAPPERS = ('module.', 'model.', '_orig_mod.')  # prefixes of all names, such as DataParallel's
 
 
 def read_arrays(path: str | Path) -> Arrays:
-    """{name: array} of a file, without WRAPPERS and counters of batches. Raises PretrainedError."""
+    """{name: array} of a file, without WRAPPERS and batch counters. Raises PretrainedError."""
     path = existing(path)
     if path.suffix not in READERS:
-        raise PretrainedError(f'{path.name} ends in none of {", ".join(READERS)}: convert it')
+        raise PretrainedError(
+            f'{path.name} must end in one of {", ".join(READERS)}: convert the file'
+        )
     try:
         check_size(path, path.stat().st_size)
         arrays = READERS[path.suffix](path)
@@ -49,7 +50,7 @@ def read_arrays(path: str | Path) -> Arrays:
         ) from error
     except PretrainedError:
         raise
-    except Exception as error:  # each reader raises its own kinds
+    except Exception as error:  # each reader raises its own
         reason = first_line(error)
         raise PretrainedError(f'{path} is not a readable weight file: {reason}') from error
     arrays = {k: x for k, x in arrays.items() if not k.endswith('num_batches_tracked')}
@@ -61,20 +62,20 @@ def read_arrays(path: str | Path) -> Arrays:
 
 
 def check_size(path: Path, claimed: int) -> None:
-    """Raise PretrainedError where a file of this size can't hold arrays of `claimed` bytes."""
+    """Raise PretrainedError if a file of this size can't hold arrays of `claimed` bytes."""
     if fault := too_much(path, claimed, path.stat().st_size, MOST_BYTES):
         raise PretrainedError(fault)
 
 
 def check_archive(path: Path) -> None:
-    """`check_size` of all that a zip file claims to unpack to."""
+    """`check_size` of the size that a zip file claims to unpack to."""
     with zipfile.ZipFile(path) as archive:
         check_size(path, sum(entry.file_size for entry in archive.infolist()))
 
 
 def _check_names(arrays: Mapping[Any, Any]) -> None:
     if len(arrays) > MOST_ARRAYS:
-        raise PretrainedError(f'{len(arrays)} arrays are in it, at most {MOST_ARRAYS} are read')
+        raise PretrainedError(f'it holds {len(arrays)} arrays, but at most {MOST_ARRAYS} are read')
     for name, array in arrays.items():
         named = isinstance(name, str) and len(name) < 500 and name.isprintable()
         if not named or array.dtype.kind not in 'fiub':
@@ -84,7 +85,7 @@ def _check_names(arrays: Mapping[Any, Any]) -> None:
 def _read_safetensors(path: Path) -> Arrays:
     from safetensors import safe_open
 
-    # PyTorch's bfloat16 is no type of numpy's own; ml_dtypes, which JAX brings, has it.
+    # numpy has no bfloat16; ml_dtypes, which comes with JAX, has it.
     with safe_open(path, 'flax') as file:
         names = list(file.keys())
         return {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
@@ -95,11 +96,11 @@ def _read_npz(path: Path) -> Arrays:
     read_1_0, read_2_0 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
     headers = {(1, 0): read_1_0, (2, 0): read_2_0}
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():  # NumPy makes what a header says, then reads
+        for entry in archive.infolist():  # NumPy allocates what a header claims, then reads
             with archive.open(entry) as file:
                 shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
                 if entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
-                    raise PretrainedError(f'{entry.filename!r:.80} has not the size of its shape')
+                    raise PretrainedError(f"{entry.filename!r:.80}'s size does not fit its shape")
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
@@ -108,9 +109,9 @@ def _read_npz(path: Path) -> Arrays:
 
 
 def _read_h5(path: Path) -> Arrays:
-    """Keras' arrays as 'layer/kernel', of `save`, and of `save_weights` of Keras 1 to 3.
+    """Keras' arrays as 'layer/kernel', from `save`, and from `save_weights` of Keras 1 to 3.
 
-    Layers that Keras numbers by itself, conv2d_7, come as 'conv2d#0', 'conv2d#1' in order.
+    Layers with automatic numbers, such as conv2d_7, become 'conv2d#0', 'conv2d#1' in order.
     """
     import h5py
 
@@ -129,13 +130,13 @@ def _read_h5(path: Path) -> Arrays:
             for layer, kinds in layers.items()
             for kind, dataset in kinds.items()
         }
-        # All of them together, before any is read: one dataset can have many names.
+        # All together, before any is read: one dataset can have many names.
         check_size(path, sum(map(_claimed, datasets.values())))
         return {name: dataset[()] for name, dataset in datasets.items()}
 
 
 def _member(group, name: str):
-    """group[name], by hard links alone: others lead in circles, or into other files."""
+    """group[name] by hard links only: others may form circles or lead into other files."""
     import h5py
 
     for part in filter(None, name.split('/')):
@@ -146,15 +147,15 @@ def _member(group, name: str):
 
 
 def _claimed(dataset) -> int:
-    """Bytes that reading it takes. Raises PretrainedError for one that is in other files."""
+    """Bytes that reading it takes. Raises PretrainedError if it is stored in other files."""
     if dataset.external or dataset.is_virtual:
-        raise PretrainedError(f'{dataset.name!r:.80} is kept in other files: save it in one')
+        raise PretrainedError(f'{dataset.name!r:.80} is stored in other files: save one file')
     each = max(4, dataset.dtype.itemsize)
     return each * max(dataset.size or 0, math.prod(dataset.chunks or (0,)))
 
 
 def _keras_layers(root) -> dict[str, dict[str, Any]]:
-    """{layer: {kind: dataset}} of the .h5 of Keras 1 and 2, and of `Model.save` of 3."""
+    """{layer: {kind: dataset}} from the .h5 of Keras 1 and 2, and from `Model.save` of Keras 3."""
 
     def owner(name: str) -> str:
         return name.rpartition('/')[0].rpartition('/')[2]
@@ -163,7 +164,7 @@ def _keras_layers(root) -> dict[str, dict[str, Any]]:
     for layer in map(_text, root.attrs['layer_names']):
         group = _member(root, layer)
         names = [_text(name) for name in group.attrs['weight_names']]
-        is_model = len({owner(name) for name in names}) > 1  # its name alone would not do
+        is_model = len({owner(name) for name in names}) > 1  # then use the inner layers' names
         found: dict[str, list[tuple[str, Any]]] = {}
         for name in names:
             kind = name.rpartition('/')[2].partition(':')[0]
@@ -174,7 +175,7 @@ def _keras_layers(root) -> dict[str, dict[str, Any]]:
 
 
 def _keras_3_layers(file) -> dict[str, dict[str, Any]]:
-    """{layer: {kind: dataset}} of `save_weights` of Keras 3: numbered, names as attributes."""
+    """{layer: {kind: dataset}} from Keras 3's `save_weights`: numbered, names as attributes."""
     layers = {}
 
     def visit(path: str, group) -> None:
@@ -190,7 +191,7 @@ OF_NORM = ('gamma', 'beta', 'moving_mean', 'moving_variance')
 
 
 def _by_kind(arrays: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A layer's arrays by Keras' word for each; by their order, which never changed, without."""
+    """A layer's arrays by Keras' names; without names by their order, which never changed."""
     known = {*OF_NORM, 'kernel', 'depthwise_kernel', 'bias'}
     if known.issuperset(kind for kind, _ in arrays):
         return dict(arrays)
@@ -224,17 +225,17 @@ EMPTY: dict[str, Callable[[], Any]] = {
     'EMPTY_DICT': dict, 'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple, 'NONE': lambda: None,
     'NEWTRUE': lambda: True, 'NEWFALSE': lambda: False,
 }  # fmt: skip
-TAKEN = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2}  # values; else to a mark
+TAKEN = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2}  # else: to the mark
 
 
 class Name(NamedTuple):
-    """'module name' of something that the pickle would import."""
+    """The 'module name' that the pickle would import."""
 
     name: str
 
 
 class Storage(NamedTuple):
-    """`numel` numbers, kept in the file under `key`."""
+    """`numel` numbers that the file stores under `key`."""
 
     key: str
     dtype: np.dtype
@@ -242,7 +243,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A strided view of a storage, in numbers and not in bytes."""
+    """A strided view of a storage; offset and strides count numbers, not bytes."""
 
     storage: Storage
     offset: int
@@ -258,7 +259,7 @@ class Tensor(NamedTuple):
 def _read_torch(path: Path) -> Arrays:
     """The arrays of a state dict, or of one under 'state_dict' or 'model', as float32.
 
-    Raises ValueError for all that is no such file.
+    Raises ValueError for any other file.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -272,9 +273,9 @@ def _read_torch(path: Path) -> Arrays:
                 raise ValueError(
                     'a tensor is longer or shorter than the file states: download it again'
                 )
-    except (KeyError, IndexError, TypeError) as error:  # of a pickle that does not add up
-        raise ValueError('it is damaged: download it again') from error
-    # One number in the file can stand for any shape, by strides of 0.
+    except (KeyError, IndexError, TypeError) as error:  # from an inconsistent pickle
+        raise ValueError('it is corrupted: download it again') from error
+    # With strides of 0, one number in the file can have any shape.
     check_size(path, sum(4 * math.prod(tensor.shape) for tensor in tensors.values()))
     return {
         name: np.asarray(tensor.of(data[tensor.storage.key]), np.float32)
@@ -295,7 +296,7 @@ def _read_archive(archive: zipfile.ZipFile) -> tuple[dict[str, Tensor], dict[str
 
 
 def _read_stream(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, bytes]]:
-    """A number, a version, the machine, the state dict, the storages' keys; then each storage."""
+    """Read a magic number, a version, the machine, the state dict, the keys, then each storage."""
     if unpickle(file) != MAGIC:
         raise ValueError('PyTorch did not write it')
     unpickle(file)
@@ -324,17 +325,17 @@ def _state_dict(tree: Any) -> dict[str, Tensor]:
 
 
 def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
-    """The value of the pickle at the file's position, and the position moves to its end.
+    """The value of the pickle at the file's position, which moves to the pickle's end.
 
-    `storages` gets all that it names, by their keys. Raises ValueError, and KeyError, IndexError
-    or TypeError where its parts do not fit together.
+    `storages` gets all storages by their keys. Raises ValueError, and KeyError, IndexError or
+    TypeError if the pickle is inconsistent.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
 
     def pop(count: int | None = None) -> list[Any]:
-        """The last `count` values; None: all since the last mark."""
+        """Pop the last `count` values, or all since the last mark if None."""
         start = marks.pop() if count is None else len(stack) - count
         if start < 0:
             raise IndexError
@@ -362,9 +363,9 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
             case 'SETITEM' | 'SETITEMS' as name:
                 items = pop(TAKEN.get(name))
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    # A tuple of tuples takes any time to hash.
+                    # Hashing nested tuples could take for ever.
                     _of(dict, stack[-1])[_of(str | int, key)] = value
-            case 'BUILD':  # what an OrderedDict has beside its items: versions of modules
+            case 'BUILD':  # an OrderedDict's attributes: versions of modules
                 pop(1)
                 _of(dict, stack[-1])
             case 'BINPUT' | 'LONG_BINPUT':
@@ -389,7 +390,7 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
 
 
 def _of(kind: Any, value: Any) -> Any:
-    """The value, which has to be of this type. Raises TypeError."""
+    """The value. Raises TypeError if it has another type."""
     if not isinstance(value, kind):
         raise TypeError
     return value
@@ -410,7 +411,7 @@ def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None 
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Tensor:
-    """Raises ValueError for a view that would leave the storage."""
+    """A Tensor. Raises ValueError for a view that would leave the storage."""
     if len(_of(tuple, shape)) != len(_of(tuple, strides)) or len(shape) > MOST_AXES:
         raise ValueError('a tensor has an impossible shape')
     last = _size(offset)
@@ -431,7 +432,7 @@ def _ordered_dict() -> dict:  # with no items: pickles fill it afterwards
     return {}
 
 
-# What a pickle may name beside the storages, and what stands for it here.
+# The names that a pickle may use besides the storages, and their replacements here.
 MADE: dict[str, Callable[..., Any]] = {
     'collections OrderedDict': _ordered_dict,
     'torch._utils _rebuild_tensor': _tensor,

