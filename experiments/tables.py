@@ -6,6 +6,7 @@ Each table is between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_read
 the pages are up to date.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -372,7 +373,31 @@ def _row(name: str, lines: list[dict[str, Any]]) -> str:
     )
 
 
+def zoo(name: str) -> str:
+    """Every patient of the newest evaluation of a network of the zoo, and their mean and median."""
+    line = [line for line in read_lines('zoo') if line['experiment'] == f'zoo:{name}'][-1]
+    keys = {'dice': 3, 'sensitivity': 3, 'precision': 3, 'hd95': 1}
+    rows = ['| patient | Dice | sensitivity | precision | HD95, voxels | lesion, voxels |',
+            '|---|---:|---:|---:|---:|---:|']  # fmt: skip
+    for patient in line['patients']:
+        cells = [f'{patient[key]:.{digits}f}' for key, digits in keys.items()]
+        voxels = f'{patient["lesion_voxels"]:,}'
+        rows.append(f'| {patient["patient"]} | {" | ".join(cells)} | {voxels} |')
+    for what in ('mean', 'median'):
+        cells = [f'{line["summary"][key][what]:.{digits}f}' for key, digits in keys.items()]
+        rows.append(f'| **{what}** | {" | ".join(cells)} | |')
+    low, high = line['summary']['dice']['ci95']
+    command = (
+        f'python -m experiments.score --workdir=zoo:{name} --split={line["data"]["split"]} ...'
+    )
+    return '\n'.join([
+        *rows, '', f'95 % interval of the mean Dice: {low:.3f} to {high:.3f}. '
+        f'Trained as {line["trained"]}, evaluated by {_made_by(command, [line])}'
+    ])  # fmt: skip
+
+
 TABLES = {
+    'experiments/zoo/lgg/README.md': {'zoo': functools.partial(zoo, 'lgg')},
     'docs/results.md': {'lgg': lgg, 'gpu_lgg': gpu_lgg},
     'docs/models.md': {'architectures': architectures},
     'docs/speed.md': {'speed': speed},

@@ -125,7 +125,7 @@ def evaluate_checkpoint(
         given = {'batching': options['batching'], 'temperature': temperature, **labels}
         predict = functools.partial(predict_foreground, predict_fn, **given)
         given = {'split': split or None, 'data': data or None, 'checkpoint': which or None}
-        command = _command(named, given | {'group': group, 'out': out or None} | changes)
+        command = _command(workdir, given | {'group': group, 'out': out or None} | changes)
         _write(workdir, folder, result, predict, open_volumes, config.loss.ignore_label, command)
         if own and not out:
             _copy_to(workdir, folder)
