@@ -322,7 +322,7 @@ def test_a_teacher_sees_as_many_slices(tmp_path):
         transfer.load_teacher, str(tmp_path / 'teacher'), model, inputs, features=False
     )
     teach(context=2)
-    words = 'has data.context=2, this run 1: set data.context=2, or use a teacher that sees as many'
+    words = 'has data.context=2, but this run has 1: set --config.data.context=2, or use a teacher'
     with pytest.raises(ConfigError, match=words):
         teach(context=1)
     config = tiny_config(

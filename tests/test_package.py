@@ -90,7 +90,7 @@ def test_lgg_without_its_extra_says_what_to_install():
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith('pspnet_jax.runtime.errors.DataError: ')
-    assert 'needs tensorflow_datasets: pip install "pspnet_jax[lgg]"' in last
+    assert 'need tensorflow_datasets: pip install "pspnet_jax[lgg]"' in last
 
 
 def test_pyright_looks_at_the_public_interface():

@@ -83,8 +83,9 @@ def test_lines_between_two_classes_are_seen_too():
         picture = visualize.outline(np.full((30, 30, 3), grey, np.uint8), mask)
         seen = contrast(luminance(picture), luminance([grey] * 3)) >= 3
         assert touched(seen)[:, 14:16].all()
-        assert (picture[15, 14] == visualize.class_color(1)).all()
-        assert (picture[15, 15] == visualize.class_color(2)).all()
+        assert (picture[15, 14] == 0).all()
+        assert (picture[15, 15] == visualize.class_color(2)).all()  # the higher one alone
+        assert (picture[0, 5] == visualize.class_color(1)).all()
 
 
 def test_lines_of_large_pictures_are_wider():

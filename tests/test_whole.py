@@ -181,7 +181,7 @@ def test_a_video_goes_through_the_network(own, tmp_path):
             write(pixels(box)[0])
     told = ok('predict', f'--workdir={workdir}', f'--input={tmp_path / "film.mp4"}',
               f'--output={tmp_path / "out"}')  # fmt: skip
-    assert '10 frames of 25 a second' in told
+    assert '10 frames at 25 per second' in told
     with video.reading(tmp_path / 'out' / 'film_overlay.mp4') as (rate, count, frames):
         assert (rate, count) == (25, 10)
         assert {frame.shape for frame in frames} == {(*SIZE, 3)}
