@@ -9,11 +9,13 @@ the pages are up to date.
 import functools
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pspnet_jax.config import base, flatten
+from pspnet_jax.evaluation import metrics
 from tests.stress.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
@@ -350,27 +352,30 @@ def knobs() -> str:
 
 
 def gpu_lgg() -> str:
-    """One row for the newest line of each run of gpu_lgg.sh, and one over its folds."""
-    lines = {line['experiment']: line for line in read_lines('gpu_lgg')}
-    folds = [line for name, line in lines.items() if name.startswith('fold_')]
-    rows = ['| tested | patients | Dice mean | median | largest component | commit |',
-            '|---|---:|---:|---:|---:|---|']  # fmt: skip
-    for name, line in lines.items():
-        if not name.startswith('fold_'):
-            rows.append(_row('public hold-out', [line]))
-    rows.append(_row(f'{len(folds)} folds by patient', folds))
-    return '\n'.join([*rows, '', _made_by('bash experiments/gpu_lgg.sh', [*lines.values()])])
-
-
-def _row(name: str, lines: list[dict[str, Any]]) -> str:
-    dice, largest = (
-        [patient[key] for line in lines for patient in line['patients']]
-        for key in ('dice', 'dice_largest')
+    """Dice of the runs of gpu_lgg.sh: as they are, and with what validation patients chose."""
+    plain, chosen = (
+        {line['experiment']: line for line in read_lines(name)}
+        for name in ('gpu_lgg', 'gpu_lgg_chosen')
     )
-    return (
-        f'| {name} | {len(dice)} | {statistics.mean(dice):.3f} | {statistics.median(dice):.3f} | '
-        f'{statistics.mean(largest):.3f} | {lines[0]["commit"][:7]} |'
-    )
+    rows = ['| tested | patients | Dice mean | median | chosen: mean | 95 % interval | median |',
+            '|---|---:|---:|---:|---:|---:|---:|']  # fmt: skip
+    for what, prefix in (('public hold-out', 'holdout_0'), ('5 folds by patient', 'fold_')):
+        dice, better = (
+            np.array([
+                patient['dice']
+                for name, line in lines.items() if name.startswith(prefix)
+                for patient in line['patients']
+            ])
+            for lines in (plain, chosen)
+        )  # fmt: skip
+        low, high = metrics.bootstrap_ci(better)
+        rows.append(
+            f'| {what} | {len(dice)} | {dice.mean():.3f} | {np.median(dice):.3f} | '
+            f'{better.mean():.3f} | {low:.3f} to {high:.3f} | {np.median(better):.3f} |'
+        )
+    choose = 'python -m experiments.score --workdir=RUN --choose_postprocessing --split=test ...'
+    made = _made_by('bash experiments/gpu_lgg.sh', [*plain.values()])
+    return '\n'.join([*rows, '', f'{made} Chosen: {_made_by(choose, [*chosen.values()])}'])
 
 
 def zoo(name: str) -> str:

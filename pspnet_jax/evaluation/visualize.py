@@ -111,9 +111,9 @@ def outline(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
     """The picture with a line along the inner edge of each class in its colour, and a black line
     next to it, so that one of the two is visible on any background.
 
-    Between two classes only the higher one has a coloured line, as for a tumour inside an organ. The
-    black line is outside, or inside if the border leaves no room. Both are one pixel wide; in large
-    pictures, 1/512 of the longer side.
+    Between two classes only the higher one has a coloured line, as for a tumour inside an organ.
+    The black line is outside, or inside if the border leaves no room. Both are one pixel wide; in
+    large pictures, 1/512 of the longer side.
     """
     picture, width = to_rgb(image_HWC), max(1, round(max(mask_HW.shape) / 512))
     line = np.zeros(mask_HW.shape, bool)
