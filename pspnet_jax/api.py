@@ -132,7 +132,7 @@ def load(
     from pspnet_jax.inference import predictors
     from pspnet_jax.runtime import paths
 
-    if workdir in paths.zoo() and not Path(workdir).exists():
+    if isinstance(workdir, str) and workdir in paths.zoo() and not Path(workdir).exists():
         workdir = f'zoo:{workdir}'
     return Model(predictors.load(workdir, checkpoint, options), workdir)
 
