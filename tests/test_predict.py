@@ -118,7 +118,7 @@ def test_slices_are_grouped_in_the_order_of_their_numbers():
     assert [list(group.numbers.values()) for group in groups] == [[1, 9, 10], [], [1]]
     assert told == (
         f'4 files belong to 2 patients by the group {NUMBERED!r}: files of one patient share '
-        'an intensity scale, and 2 patients are volumes of numbered slices; 1 file(s) without a '
+        'an intensity scale; numbered slices form a volume (2 of 2); 1 file(s) without a '
         'patient are separate cases; --group= makes each file a separate case'
     )
     groups, told = inputs.group_files(paths, '')
@@ -348,7 +348,7 @@ def test_a_folder_in_kaggles_layout_is_of_volumes_whatever_the_run(bright_run, t
         )  # fmt: skip
     assert len(rows) == 2
     assert "22 files belong to 2 patients by Kaggle's layout" in caplog.text
-    assert 'and 2 patients are volumes of numbered slices' in caplog.text
+    assert 'numbered slices form a volume (2 of 2)' in caplog.text
 
 
 def test_volumes_of_one_patient_share_their_scale_as_in_training(bright_run, tmp_path):

@@ -261,13 +261,14 @@ def _say_groups(groups: Sequence[Group], grouping: str, named: Iterable[Path]) -
     together = [group for group in groups if not named.isdisjoint(group.paths)]
     alone = [group.paths[0] for group in groups if named.isdisjoint(group.paths)]
     volumes = sum(bool(group.numbers) for group in together)
-    count = sum(len(group.paths) for group in together)
+    count, patients = sum(len(group.paths) for group in together), len(together)
     by = f'the group {grouping!r}' if grouping else "Kaggle's layout"
     said = []
     if together or grouping:
         said.append(
-            f'{count} files belong to {len(together)} patients by {by}: files of one patient share '
-            f'an intensity scale, and {volumes} patients are volumes of numbered slices'
+            f'{count} files belong to {patients} patient{"s" * (patients != 1)} by {by}: files of '
+            'one patient share an intensity scale; numbered slices form a volume '
+            f'({volumes} of {patients})'
         )
     if grouping:
         said += [f'{len(alone)} file(s) without a patient are separate cases'] if alone else []
