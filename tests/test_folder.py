@@ -860,7 +860,7 @@ def test_what_the_config_leaves_open_is_found_out_and_kept(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ('slices', 'steps'),
-    [(1, 600), (9, 600), (96, 600), (400, 2500), (9000, 10_000), (10**6, 10_000)],
+    [(1, 400), (9, 400), (96, 600), (400, 2500), (9000, 10_000), (10**6, 10_000)],
 )
 def test_a_run_is_long_enough_for_few_pictures_and_bounded_for_many(slices, steps):
     assert start.steps_for(slices, 8) == steps

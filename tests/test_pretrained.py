@@ -331,6 +331,7 @@ def test_every_backbone_has_one_public_file():
 
 
 def test_the_commits_are_segmentation_models_own():
+    pytest.importorskip('torch', reason='PyTorch is the reference')
     from experiments.benchmarks import peers
 
     peers.import_torchvision()
