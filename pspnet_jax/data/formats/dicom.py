@@ -113,13 +113,13 @@ def _check(header, path: Path, pydicom) -> None:
     syntax = header.file_meta.get('TransferSyntaxUID', '')
     if not syntax or not syntax.is_transfer_syntax or not syntax.is_compressed:
         return
+    compressed = f'{path} is compressed as {syntax.name}'
     try:
-        remedy = f'to read it, {_plugin(syntax)}'
-        there = pydicom.pixels.get_decoder(syntax).is_available
-    except NotImplementedError:
-        remedy, there = 'unpack it, for instance by gdcmconv --raw', False
-    if not there:
-        raise DataError(f'{path} is compressed as {syntax.name}: {remedy}')
+        decoder = pydicom.pixels.get_decoder(syntax)
+    except NotImplementedError as error:  # pydicom knows no decoder for this syntax
+        raise DataError(f'{compressed}: unpack it, for instance by gdcmconv --raw') from error
+    if not decoder.is_available:
+        raise DataError(f'{compressed}: to read it, {_plugin(syntax)}')
 
 
 def _plugin(syntax) -> str:
