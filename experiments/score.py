@@ -21,10 +21,10 @@ from pspnet_jax.evaluation.protocol import evaluate_checkpoint
 
 def main() -> None:
     options, start, made_by = flags.FLAGS, time.time(), commit()
-    where = {'data': options.data, 'out': options.out}
-    if options.choose_postprocessing:
-        evaluate_checkpoint(options.workdir, split='validation', fit=['postprocessing'], **where)
-    result = evaluate_checkpoint(options.workdir, split=options.split, **where)
+    if options.choose_postprocessing:  # on the run's own data
+        evaluate_checkpoint(options.workdir, split='validation', fit=['postprocessing'])
+    given = {'split': options.split, 'data': options.data, 'out': options.out}
+    result = evaluate_checkpoint(options.workdir, **given)
     config = result['checkpoint']['config']
     line = {
         'experiment': options.name or options.workdir,
