@@ -69,6 +69,41 @@ def test_the_mask_follows_the_image(rng):
         assert agree[sure].all()
 
 
+@pytest.mark.parametrize('context', [0, 1])
+@pytest.mark.parametrize('kept', [0, 2])
+def test_channel_dropout_leaves_one_channel_of_each_slice_in_place_of_all(rng, context, kept):
+    slices = 2 * context + 1
+    image = jnp.asarray(rng.standard_normal((6, 5, 3 * slices)), jnp.float32)
+    mask = jnp.zeros((6, 5), jnp.int32)
+    options = {'channel_dropout': 1.0, 'kept_channel': kept}
+    out_image, out_mask = augment(jax.random.key(0), image, mask, options, context=context)
+    for s in range(slices):
+        for c in range(3):
+            np.testing.assert_allclose(
+                out_image[..., 3 * s + c], image[..., 3 * s + kept], atol=1e-5
+            )
+    assert (out_mask == mask).all()
+
+
+def test_channel_dropout_is_drawn_for_each_example_and_so_is_the_channel(rng):
+    image, mask = pair(rng)
+    keys = jax.random.split(jax.random.key(0), 600)
+    options = {'channel_dropout': 0.5}
+    out = jax.vmap(lambda key: augment(key, image, mask, options)[0])(keys)
+    out = np.asarray(out)
+    is_whole = np.abs(out - image).max((1, 2, 3)) < 1e-5
+    is_channel = [np.abs(out - image[..., c : c + 1]).max((1, 2, 3)) < 1e-5 for c in range(3)]
+    counts = [int(one.sum()) for one in (is_whole, *is_channel)]
+    assert sum(counts) == 600
+    for count, share in zip(counts, (1 / 2, 1 / 6, 1 / 6, 1 / 6), strict=True):
+        assert abs(count - 600 * share) < 5 * np.sqrt(600 * share * (1 - share))
+
+
+def test_a_kept_channel_that_the_image_lacks_is_refused(rng):
+    with pytest.raises(ValueError, match=r'kept_channel 3 is not one of the 3 channels, 0 to 2'):
+        augment(jax.random.key(0), *pair(rng), {'channel_dropout': 0.1, 'kept_channel': 3})
+
+
 def test_outside_is_the_minimum_and_ignored(rng):
     image, mask = pair(rng)
     out_image, out_mask = augment(jax.random.key(3), image, mask, {'rotate': 45.0})

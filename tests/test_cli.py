@@ -62,6 +62,11 @@ BAD = [
         [PHANTOM, '--config.augment.crop=500', *FEW],
         'is larger than the slices, which are 128',
     ),
+    (
+        'main',
+        [PHANTOM, '--config.augment.channel_dropout=1', '--config.augment.kept_channel=3', *FEW],
+        'augment.kept_channel=3 is not a channel of the images, which have',
+    ),
     ('main', ['--config', 'nowhere.py'], '--config=nowhere.py is not a file'),
     (
         'main',

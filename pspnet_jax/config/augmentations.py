@@ -14,7 +14,8 @@
 | strong    | geometric, intensity, blur, low resolution, gamma   | aug_all, aug_all2        |
 | nnunet    | what nnU-Net v2 does to 2-D patches; see below      |                          |
 
-A recipe sets every key of `augment` but the crop. Upside-down flips suit images without a top.
+A recipe sets every key of `augment` but `crop` and `kept_channel`. Upside-down flips suit images
+without a top.
 `nnunet` has the ranges of nnU-Net (Isensee et al. 2021), its mirroring of both axes, and its
 probabilities of blur, low resolution and gamma. Zoom, rotation, gain and noise change every image
 here, whereas nnU-Net changes 10 to 20 %; noise is therefore a third of nnU-Net's largest.
@@ -36,6 +37,7 @@ NONE = {
     'gain': 0.0,
     'bias': 0.0,
     'noise': 0.0,
+    'channel_dropout': 0.0,
 }
 GEOMETRIC = {'flip': 0.5, 'flip_vertical': 0.2, 'scale': 0.25, 'rotate': 45.0, 'elastic': 2.0}
 SHARPNESS = {'blur': 1.0, 'low_resolution': 0.5}

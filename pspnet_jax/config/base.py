@@ -30,7 +30,7 @@ def get_config(arg: str = '') -> ConfigDict:
     # None: as in the network's paper (pspnet_jax/models/__init__.py). Else
     # vgg16, vgg16_bn, resnet18 .. 152, mobilenet_v2, efficientnet_lite0 .. 4
     model.backbone = placeholder(str)
-    model.output_stride = placeholder(int)  # 8, 16 or 32, for networks that allow a choice
+    model.output_stride = placeholder(int)  # 4, 8, 16 or 32, for networks that allow a choice
     model.dropout = placeholder(float)  # rate before the classifiers
     model.rates = placeholder(tuple)  # dilations of the ASPP
     model.multi_grid = placeholder(tuple)  # factors on the dilation of each block of layer4
@@ -111,6 +111,8 @@ def get_config(arg: str = '') -> ConfigDict:
     augment.gain = 0.1  # +- share, per channel
     augment.bias = 0.1  # +- standard deviations, per channel
     augment.noise = 0.0  # largest standard deviation
+    augment.channel_dropout = 0.0  # probability that one channel replaces all, as if alone measured
+    augment.kept_channel = placeholder(int)  # which one; None: another one each time
 
     config.loss = loss = ConfigDict()
     loss.cross_entropy = 1.0  # weight in the sum

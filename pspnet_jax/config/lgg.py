@@ -36,6 +36,7 @@ def get_config(arg: str = ''):
     config = base.get_config()
     config.data.name = 'lgg'
     config.data.normalize = 'volume'  # z-scores (Buda 2019): intensities of MRI have no unit
+    config.augment.kept_channel = 1  # FLAIR, which fills the place of missing sequences
     choose_network(config, arg)
     if config.model.name in ('deeplab_v1', 'deeplab_v2'):
         config.crf.kernel = 'windowed'  # 256 x 256 pixels are too many for all pairs

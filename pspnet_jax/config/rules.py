@@ -212,6 +212,8 @@ LIMITS: dict[str, Rule] = {
     'augment.low_resolution_probability': _number(0, 1),
     'augment.gamma_probability': _number(0, 1),
     'augment.gain': _number(0, 1),
+    'augment.channel_dropout': _number(0, 1),
+    'augment.kept_channel': _or_none(_integer(0)),
     'loss.tversky_alpha': _POSITIVE,
     'loss.tversky_beta': _POSITIVE,
     'loss.top_k_share': ((lambda x: _is_number(x) and 0 < x <= 1), 'a number above 0, at most 1'),

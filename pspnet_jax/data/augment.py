@@ -34,6 +34,8 @@ OFF = {
     'gain': 0.0,  # channel-wise factor 1 +- gain
     'bias': 0.0,  # channel-wise shift, in units of the normalised image
     'noise': 0.0,  # largest standard deviation of a pixel's, in that unit
+    'channel_dropout': 0.0,  # probability that one channel replaces the others
+    'kept_channel': None,  # that channel's number; None draws one
 }
 
 
@@ -41,7 +43,7 @@ def augment(
     key: jax.Array,
     image_HWC: jax.Array,
     mask_HW: jax.Array,
-    options: Mapping[str, float],
+    options: Mapping[str, float | None],
     *,
     ignore_label: int = IGNORE_LABEL,
     context: int = 0,
@@ -52,7 +54,8 @@ def augment(
     pixels from outside. The image also holds the channels of `context` neighbours on each side
     (`volumes.channels_seen`); they share the random changes of a channel.
 
-    Raises ValueError for a crop larger than the image, and for an unknown key.
+    Raises ValueError for a crop larger than the image, an unknown key, and a kept channel that the
+    image lacks.
     """
     if unknown := sorted(options.keys() - OFF.keys()):
         raise ValueError(f'augment has no {", ".join(unknown)}, it has {", ".join(OFF)}')
@@ -68,7 +71,13 @@ def augment(
     above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_11C)
     image_HWC = above + lowest_11C
     mask_HW = sample(mask_HW, 0, ignore_label)
-    return with_other_intensities(key, keys, image_HWC, options, context), mask_HW
+    image_HWC = with_other_intensities(key, keys, image_HWC, options, context)
+    if options['channel_dropout'] > 0.0:
+        chance, which = jax.random.split(jax.random.fold_in(key, 11))
+        dropped = jax.random.bernoulli(chance, options['channel_dropout'])
+        single = one_channel(which, image_HWC, options['kept_channel'], 2 * context + 1)
+        image_HWC = jnp.where(dropped, single, image_HWC)
+    return image_HWC, mask_HW
 
 
 def sampling_grid(
@@ -146,6 +155,23 @@ def with_other_intensities(
         sigma = jax.random.uniform(amount, maxval=options['noise'])
         image_HWC = image_HWC + sigma * jax.random.normal(pixels, image_HWC.shape)
     return image_HWC
+
+
+def one_channel(key: jax.Array, image_HWC: jax.Array, kept: int | None, slices: int) -> jax.Array:
+    """The image with channel `kept` of each of its `slices` in place of that slice's others.
+
+    So looks an examination of which all but one sequence are missing; None draws the channel.
+    """
+    by_slice_HWnC = image_HWC.reshape(*image_HWC.shape[:2], slices, -1)
+    channels = by_slice_HWnC.shape[-1]
+    if kept is not None and not 0 <= kept < channels:
+        raise ValueError(
+            f'augment.kept_channel {kept} is not one of the {channels} channels, 0 to '
+            f'{channels - 1}: give one of these, or None'
+        )
+    number = jax.random.randint(key, (), 0, channels) if kept is None else kept
+    kept_HWn1 = jnp.take(by_slice_HWnC, number, axis=-1)[..., None]
+    return jnp.broadcast_to(kept_HWn1, by_slice_HWnC.shape).reshape(image_HWC.shape)
 
 
 def _uniform(key: jax.Array, limit, shape: tuple[int, ...] = ()) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Backbones: image -> {nominal stride: features}, at output stride 8, 16 or 32.
+"""Backbones: image -> {nominal stride: features}, at output stride 4, 8, 16 or 32.
 
 VGG16 (Simonyan and Zisserman 2015, arXiv 1409.1556, configuration D), with and without
 BatchNorm; ResNet (He et al. 2016, arXiv 1512.03385); MobileNetV2 (Sandler et al. 2018,
@@ -18,10 +18,11 @@ backbone they have.
 | 16  | pool4 (see below) | layer3 | block 13    | block 10 | 512, 1024, 96, 112                |
 | 32  | pool5 (see below) | layer4 | the head    | the head | 512, 2048, 1280, 1280             |
 
-VGG16 also returns, at -2 .. -32, the blocks before they are pooled into 2 .. 32. At output stride 8
-it leaves out pool4 and pool5 and dilates block 5 by 2; at 16 it leaves out pool5 (no convolution
-after it needs dilation). Features 16 and 32 are then the outputs of blocks 4 and 5. With `pool` 3
-it pools by 3x3 as DeepLab's VGG16 does, and keeps the pools that it would leave out, at stride 1.
+VGG16 also returns, at -2 .. -32, the blocks before they are pooled into 2 .. 32. At output stride
+16 it leaves out pool5 (no convolution after it needs dilation); at 8 also pool4, and dilates block
+5 by 2; at 4 also pool3, and dilates block 4 by 2 and block 5 by 4. Where a pool is left out, the
+features are the block's own output. With `pool` 3 it pools by 3x3 as DeepLab's VGG16 does, and
+keeps the pools that it would leave out, at stride 1.
 """
 
 import inspect
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 from pspnet_jax.models.convolution import max_pool
 from pspnet_jax.models.layers import units
 
-OUTPUT_STRIDES = (8, 16, 32)
+OUTPUT_STRIDES = (4, 8, 16, 32)
 
 
 class VGG16(nn.Module):
@@ -312,7 +313,7 @@ OWN_OPTIONS = {'deep_stem': 'ResNet', 'stride_in_1x1': 'ResNet', 'same_padding':
 def create(name: str, *, output_stride: int, **options) -> nn.Module:
     """The backbone with this name; options that it does not have are ignored.
 
-    Raises ValueError for an unknown name, an output stride other than 8, 16 or 32, or an
+    Raises ValueError for an unknown name, an output stride other than OUTPUT_STRIDES, or an
     option that only another backbone has.
     """
     if output_stride not in OUTPUT_STRIDES:

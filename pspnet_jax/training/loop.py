@@ -243,7 +243,7 @@ def train_and_evaluate(
         split['train'] = volumes.resized(
             split['train'], config.data.size, config.data.fit, config.loss.ignore_label
         )
-    check_crop(config.augment.crop, split['train'])
+    check_augment(config.augment, split['train'])
     if config.data.cache == 'memory':
         for name in ('train', 'validation'):  # each takes at most half, so both fit
             split[name] = volumes.in_memory(split[name])
@@ -282,18 +282,26 @@ def check_losses(config: ConfigDict, own_loss: bool) -> None:
         )
 
 
-def check_crop(crop: int, slices: volumes.Slices) -> None:
-    """Raise ConfigError if the crop is larger than the slices, which all have one size."""
+def check_augment(augment: ConfigDict, slices: volumes.Slices) -> None:
+    """Raise ConfigError for a crop larger than the slices, which all have one size, and for a
+    channel that they lack.
+    """
     if not len(slices):
         raise ConfigError(
             'no training cases are left: lower --config.data.test_fraction or '
             '--config.data.validation_fraction, or add cases'
         )
-    height, width = slices.read(int(slices.key[0]))[1].shape
-    if crop > min(height, width):
+    height, width, channels = slices.read(int(slices.key[0]))[0].shape
+    if augment.crop > min(height, width):
         raise ConfigError(
-            f'augment.crop={crop} is larger than the slices, which are {height}x{width}: lower it, '
-            'or set it to 0 for whole slices'
+            f'augment.crop={augment.crop} is larger than the slices, which are {height}x{width}: '
+            'lower it, or set it to 0 for whole slices'
+        )
+    kept = augment.kept_channel
+    if augment.channel_dropout and kept is not None and kept >= channels:
+        raise ConfigError(
+            f'augment.kept_channel={kept} is not a channel of the images, which have {channels}, '
+            'numbered from 0: give one of these, or None'
         )
 
 
