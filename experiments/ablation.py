@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import run
-from pspnet_jax import cli
+from pspnet_jax import cli, models
 from pspnet_jax.config import augmentations, lgg
 from pspnet_jax.runtime.errors import ConfigError
 
@@ -43,12 +43,15 @@ QUICK = {
     'eval.bootstrap': 1000,
 }
 BASE = 'base'
-UNET = QUICK | {'model.backbone': 'mobilenet_v2'}
-PSPNET = QUICK | {'model.backbone': 'mobilenet_v2', 'model.output_stride': 8}
+OWN_ENCODER = ('unet_mini', 'vgg_pspnet_blog')
+ON_MOBILENET = QUICK | {'model.backbone': 'mobilenet_v2'}
+PSPNET = ON_MOBILENET | {'model.output_stride': 8}
+# The same steps and pixels per step at full resolution, so each crop shows a quarter of the brain.
+FINE = {'data.size': (256, 256), 'augment.crop': 128}
 
 
 class Study(NamedTuple):
-    """`variants` are {name: its changes}; the first changes nothing.
+    """`variants` are {name: its changes}; 'base', where there is one, changes nothing.
 
     The key 'page' replaces the study's argument of configs/lgg.py.
     """
@@ -89,14 +92,14 @@ STUDIES = {
     ),
     'stride': pspnet(
         'How fine must the last map be?',
-        **one_knob('model.output_stride', 16, 32),
+        **one_knob('model.output_stride', 4, 16, 32),
     ),
     'backbone': pspnet(
         'Which encoder?',
         **one_knob('model.backbone', 'efficientnet_lite0'),
         **{
             f'{name}, random weights': {'model.backbone': name, 'model.pretrained': ''}
-            for name in ('mobilenet_v2', 'resnet18', 'vgg16')
+            for name in ('mobilenet_v2', 'resnet18')
         },
     ),
     'loss': pspnet(
@@ -125,15 +128,16 @@ STUDIES = {
         'Which augmentation?',
         **{name: recipe(name) for name in ('none', 'flips', 'geometric', 'intensity', 'strong')},
         nnunet=recipe('nnunet'),
+        **one_knob('augment.channel_dropout', 0.2),
     ),
     'average': pspnet('What does the average of the parameters add?',
                       **one_knob('train.ema_decay', 0.0)),
     'unet': Study(
         'What helps a U-Net on MobileNetV2?',
         'unet',
-        UNET,
+        ON_MOBILENET,
         {
-            'base': {},
+            BASE: {},
             **one_knob('model.backbone', 'efficientnet_lite0'),
             **one_knob('data.context', 1),
             **one_knob('model.deep_supervision', True),
@@ -144,15 +148,65 @@ STUDIES = {
             'random weights': {'model.pretrained': ''},
         },
     ),
+    'outlines': pspnet(
+        "What does PSPNet lack to follow outlines as a U-Net does?",
+        **{
+            'finer input': FINE,
+            'finer input, output_stride 4': FINE | {'model.output_stride': 4},
+            'a skip (deeplab_v3plus)': {'page': 'deeplab_v3plus'},
+            'a skip, finer input': FINE | {'page': 'deeplab_v3plus'},
+            'unet': {'page': 'unet', 'model.output_stride': None},
+            'unet, finer input': FINE | {'page': 'unet', 'model.output_stride': None},
+        },
+    ),
+    'sequences': Study(
+        'Does channel dropout help patients who lack sequences? All four folds',
+        'unet',
+        ON_MOBILENET,
+        {
+            f'fold {fold}, channel_dropout {value}': {
+                'data.fold': fold,
+                'augment.channel_dropout': value,
+            }
+            for fold in range(4)
+            for value in (0.0, 0.2)
+        },
+        seeds=(0,),
+    ),
     'networks': Study(
-        'Every network under one protocol',
+        'Every network under one protocol: on MobileNetV2 if it takes another backbone',
         'pspnet',
         QUICK,
         {
-            'pspnet, mobilenet_v2': {'model.backbone': 'mobilenet_v2', 'model.output_stride': 8},
-            'unet, mobilenet_v2': {'page': 'unet', 'model.backbone': 'mobilenet_v2'},
-            'unet, efficientnet_lite0': {'page': 'unet', 'model.backbone': 'efficientnet_lite0'},
+            name: {'page': name, 'model.backbone': None if name in OWN_ENCODER else 'mobilenet_v2'}
+            for name in models.MODELS
+        }
+        | {'unet, its own': {'page': 'unet', 'model.backbone': None}},
+    ),
+    'blog': Study(
+        "The blog's setting and ours at its 5,000 views",
+        'vgg_pspnet_blog',
+        {key: value for key, value in QUICK.items() if key.startswith(('data', 'eval'))},
+        {
+            # 50 epochs of 50 steps, 384 x 384, Adam, cross-entropy alone, no augmentation.
+            'vgg_pspnet_blog': {
+                'data.size': (384, 384),
+                'data.normalize': 'weights',
+                'data.sampling': 'uniform',
+                'train.batch_size': 2,
+                'train.steps': 2500,
+                'optim.name': 'adam',
+                'optim.learning_rate': 1e-3,
+                'optim.schedule': 'constant',
+                'optim.weight_decay': 0.0,
+                'optim.new_layer_factor': 1.0,
+                'loss.dice': 0.0,
+                **recipe('none'),
+            },
+            'pspnet': {'page': 'pspnet', **PSPNET, 'train.steps': 625},
+            'unet': {'page': 'unet', **ON_MOBILENET, 'train.steps': 625},
         },
+        seeds=(0,),
     ),
 }  # fmt: skip
 
@@ -170,7 +224,7 @@ def main() -> None:
     options = flags.FLAGS
     if options.list:
         for name, study in STUDIES.items():
-            print(f'{name}: {study.question} {", ".join(study.variants)}')
+            print(f'{name}: {study.question} {"; ".join(study.variants)}')
         return
     chosen = list(STUDIES) if options.study == ['all'] else options.study
     if unknown := [name for name in chosen if name not in STUDIES]:
