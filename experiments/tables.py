@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.ablation import BASE, STUDIES
 from pspnet_jax.config import base, flatten
 from pspnet_jax.evaluation import metrics
 from tests.stress.faults import FAULTS
@@ -376,6 +377,43 @@ def gpu_lgg() -> str:
     choose = 'python -m experiments.score --workdir=RUN --choose_postprocessing --split=test ...'
     made = _made_by('bash experiments/gpu_lgg.sh', [*plain.values()])
     return '\n'.join([*rows, '', f'{made} Chosen: {_made_by(choose, [*chosen.values()])}'])
+
+
+def ablation() -> str:
+    """One row per variant of each study: mean Dice of each seed, and its difference to the base.
+
+    A difference is the mean over patients of a seed's run less the base's run of that seed.
+    """
+    runs = {(line['study'], line['variant'], line['seed']): line for line in read_lines('ablation')}
+    rows = ['| study | variant | seeds | Dice | less the base | by seed |',
+            '|---|---|---:|---:|---:|---|']  # fmt: skip
+    for name, study in STUDIES.items():
+        home = BASE if study.page == 'pspnet' and BASE in study.variants else name
+        for variant in study.variants:
+            place = home if variant == BASE else name
+            found = {seed: runs[place, variant, seed] for seed in study.seeds
+                     if (place, variant, seed) in runs}  # fmt: skip
+            if not found:
+                continue
+            dice = {seed: _by_patient(line) for seed, line in found.items()}
+            less = [
+                np.mean([dice[seed][patient] - plain[patient] for patient in plain])
+                for seed in dice
+                if variant != BASE and (home, BASE, seed) in runs
+                for plain in [_by_patient(runs[home, BASE, seed])]
+            ]
+            mean = np.mean([np.mean([*one.values()]) for one in dice.values()])
+            each = ', '.join(f'{x:+.3f}' for x in less)
+            rows.append(
+                f'| {name} | {variant} | {len(dice)} | {mean:.3f} | '
+                f'{f"{np.mean(less):+.3f}" if less else ""} | {each} |'
+            )
+    command = 'python -m experiments.ablation --study=all ...'
+    return '\n'.join([*rows, '', _made_by(command, [*runs.values()])])
+
+
+def _by_patient(line: dict[str, Any]) -> dict[str, float]:
+    return {patient['patient']: patient['dice'] for patient in line['patients']}
 
 
 def zoo(name: str) -> str:
