@@ -380,40 +380,52 @@ def gpu_lgg() -> str:
 
 
 def ablation() -> str:
-    """One row per variant of each study: mean Dice of each seed, and its difference to the base.
+    """A table per study, one row per variant: means over patients and seeds.
 
     A difference is the mean over patients of a seed's run less the base's run of that seed.
     """
     runs = {(line['study'], line['variant'], line['seed']): line for line in read_lines('ablation')}
-    rows = ['| study | variant | seeds | Dice | less the base | by seed |',
-            '|---|---|---:|---:|---:|---|']  # fmt: skip
+    tables = []
     for name, study in STUDIES.items():
         home = BASE if study.page == 'pspnet' and BASE in study.variants else name
+        rows = []
         for variant in study.variants:
             place = home if variant == BASE else name
             found = {seed: runs[place, variant, seed] for seed in study.seeds
                      if (place, variant, seed) in runs}  # fmt: skip
             if not found:
                 continue
-            dice = {seed: _by_patient(line) for seed, line in found.items()}
+            dice, surface = (
+                {seed: _by_patient(line, figure) for seed, line in found.items()}
+                for figure in ('dice', 'surface_dice')
+            )
             less = [
                 np.mean([dice[seed][patient] - plain[patient] for patient in plain])
                 for seed in dice
                 if variant != BASE and (home, BASE, seed) in runs
-                for plain in [_by_patient(runs[home, BASE, seed])]
+                for plain in [_by_patient(runs[home, BASE, seed], 'dice')]
             ]
-            mean = np.mean([np.mean([*one.values()]) for one in dice.values()])
-            each = ', '.join(f'{x:+.3f}' for x in less)
+            means = [
+                np.mean([np.mean([*one.values()]) for one in each.values()])
+                for each in (dice, surface)
+            ]
             rows.append(
-                f'| {name} | {variant} | {len(dice)} | {mean:.3f} | '
-                f'{f"{np.mean(less):+.3f}" if less else ""} | {each} |'
+                f'| {variant} | {len(dice)} | {means[0]:.3f} | '
+                f'{f"{np.mean(less):+.3f}" if less else ""} | '
+                f'{", ".join(f"{x:+.3f}" for x in less)} | {means[1]:.3f} |'
             )
+        if any(not row.startswith(f'| {BASE} ') for row in rows):
+            tables.append('\n'.join([
+                f'**{study.question}** (`{name}`)', '',
+                '| variant | seeds | Dice | less the base | by seed | surface Dice |',
+                '|---|---:|---:|---:|---|---:|', *rows,
+            ]))  # fmt: skip
     command = 'python -m experiments.ablation --study=all ...'
-    return '\n'.join([*rows, '', _made_by(command, [*runs.values()])])
+    return '\n\n'.join([*tables, _made_by(command, [*runs.values()])])
 
 
-def _by_patient(line: dict[str, Any]) -> dict[str, float]:
-    return {patient['patient']: patient['dice'] for patient in line['patients']}
+def _by_patient(line: dict[str, Any], figure: str) -> dict[str, float]:
+    return {patient['patient']: patient[figure] for patient in line['patients']}
 
 
 def zoo(name: str) -> str:
@@ -441,7 +453,7 @@ def zoo(name: str) -> str:
 
 TABLES = {
     'experiments/zoo/lgg/README.md': {'zoo': functools.partial(zoo, 'lgg')},
-    'docs/results.md': {'lgg': lgg, 'gpu_lgg': gpu_lgg},
+    'docs/results.md': {'lgg': lgg, 'gpu_lgg': gpu_lgg, 'ablation': ablation},
     'docs/models.md': {'architectures': architectures},
     'docs/speed.md': {'speed': speed},
     'docs/configs.md': {'knobs': knobs},
