@@ -30,20 +30,28 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 
 def lgg() -> str:
-    """Dice and HD95 on the ten held-out patients, one row per run, and each run's command."""
+    """Dice and HD95 on the ten held-out patients, as trained and with what validation patients
+    chose, and each run's command.
+    """
     rows = [
-        '| config | Dice mean | median | 95 % interval | largest component | HD95, voxel steps |',
-        '|---|---:|---:|---:|---:|---:|',
+        '| config | chosen | Dice mean | median | 95 % interval | HD95, voxels |',
+        '|---|---|---:|---:|---:|---:|',
     ]
-    notes = []
+    notes, chosen = [], {line['trained']: line for line in read_lines('lgg_chosen')}
     for line in read_lines('lgg'):
-        dice, hd95 = line['summary']['dice'], line['summary']['hd95']
-        ends = ' to '.join(f'{end:.3f}' for end in dice['ci95'] or ()) or 'none'
-        rows.append(
-            f'| {line["config"].removeprefix("configs/")} | {dice["mean"]:.3f} | '
-            f'{dice["median"]:.3f} | {ends} | '
-            f'{line["summary"]["dice_largest"]["mean"]:.3f} | {hd95["mean"]:.1f} |'
-        )
+        better = chosen.get(f'lgg.jsonl, {line["config"]}, seed {line["seed"]}')
+        for one, options in ((line, {}), (better, better and better['postprocessing']['options'])):
+            if one is None:
+                continue
+            dice, hd95 = one['summary']['dice'], one['summary']['hd95']
+            ends = ' to '.join(f'{end:.3f}' for end in dice['ci95'] or ()) or 'none'
+            told = ', '.join(f'{key} {value}' for key, value in options.items() if value)
+            network = line['overrides'].get('model.backbone', '')
+            rows.append(
+                f'| {line["config"].removeprefix("configs/")}{" on " * bool(network)}{network} | '
+                f'{told.replace(" True", "")} | {dice["mean"]:.3f} | {dice["median"]:.3f} | '
+                f'{ends} | {hd95["mean"]:.1f} |'
+            )
         flags = [
             f'--workdir=runs/{line["experiment"]}',
             '--results=experiments/results/lgg.jsonl',
