@@ -35,12 +35,20 @@ COMMANDS = {  # of `pspnet`: the module, and what it does
     'export': ('export', 'write a trained network as StableHLO or ONNX'),
     'convert': ('convert', 'turn published weights into a run'),
 }
+WORKDIRS = 'folder of a run; several, repeated or separated by commas, are averaged'
 GROUP = "the patient in a file's name, as data.group; '': each file alone; default: as in the run"
 # The packages whose INFO is printed: ours, and a command's own module.
 OURS = ('pspnet_jax', 'experiments', '__main__')
 # Others print WARNING and above, except these: Orbax, tfds and Grain log details by absl's logger,
 # and like asyncio they log errors at length before they raise them.
 LEAST = {'absl': logging.CRITICAL, 'asyncio': logging.CRITICAL + 1}
+
+
+def workdirs(values: Sequence[str]) -> list[str]:
+    """The folders that a --workdir of WORKDIRS names; a folder's own name may have commas."""
+    return [
+        name for text in values for name in ([text] if Path(text).exists() else text.split(','))
+    ]
 
 
 class _Console(logging.StreamHandler):

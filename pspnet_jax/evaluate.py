@@ -2,6 +2,7 @@
 
   python -m pspnet_jax.evaluate --workdir=RUN --split=test
   python -m pspnet_jax.evaluate --workdir=RUN --data=FOLDER
+  python -m pspnet_jax.evaluate --workdir=RUN1,RUN2,RUN3 --out=FOLDER --flip
   python -m pspnet_jax.evaluate --workdir=RUN --split=validation --fit_temperature
   python -m pspnet_jax.evaluate --workdir=RUN --split=validation --choose_postprocessing
 
@@ -29,7 +30,7 @@ def main() -> None:
         'temperature': options.fit_temperature,
     }
     evaluate_checkpoint(
-        options.workdir,
+        cli.workdirs(options.workdir),
         split=options.split,
         data=options.data,
         which=options.checkpoint,
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'folder of a training run', required=True)
+    flags.DEFINE_multi_string('workdir', None, cli.WORKDIRS, required=True)
     flags.DEFINE_enum(
         'split', '', ['', 'train', 'validation', 'test'],
         "which cases; '': test (validation if that is empty), or all cases of --data",

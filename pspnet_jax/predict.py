@@ -43,9 +43,7 @@ def main() -> None:
     from pspnet_jax.prediction.videos import predict_video
 
     options = flags.FLAGS
-    workdirs = []
-    for text in options.workdir:
-        workdirs += [text] if Path(text).exists() else text.split(',')
+    workdirs = cli.workdirs(options.workdir)
     if wrong := [kind for kind in options.save if kind not in KINDS]:
         raise ConfigError(f'--save={",".join(wrong)} is not known: give some of {",".join(KINDS)}')
     changes, group = prediction_changes(), options.group
@@ -75,9 +73,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_multi_string(
-        'workdir', None, 'folder of a run; several are averaged', required=True
-    )
+    flags.DEFINE_multi_string('workdir', None, cli.WORKDIRS, required=True)
     flags.DEFINE_string(
         'input', None, 'file, folder, pattern, or number of a camera', required=True
     )

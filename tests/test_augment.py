@@ -90,7 +90,7 @@ def test_channel_dropout_is_drawn_for_each_example_and_so_is_the_channel(rng):
     keys = jax.random.split(jax.random.key(0), 600)
     options = {'channel_dropout': 0.5}
     out = jax.vmap(lambda key: augment(key, image, mask, options)[0])(keys)
-    out = np.asarray(out)
+    image, out = np.asarray(image), np.asarray(out)
     is_whole = np.abs(out - image).max((1, 2, 3)) < 1e-5
     is_channel = [np.abs(out - image[..., c : c + 1]).max((1, 2, 3)) < 1e-5 for c in range(3)]
     counts = [int(one.sum()) for one in (is_whole, *is_channel)]

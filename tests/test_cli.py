@@ -37,7 +37,7 @@ BAD = [
     ('main', ['--config=nowhere.py'], '--config=nowhere.py is not a file'),
     ('main', [PHANTOM, '--config.model.bacbone=vgg16'], 'did you mean model.backbone?'),
     ('main', [PHANTOM, '--config.model.width=wide'], 'must be a whole number of at least 4'),
-    ('main', [PHANTOM, '--config.model.output_stride=12'], 'one of 8, 16, 32'),
+    ('main', [PHANTOM, '--config.model.output_stride=12'], 'one of 4, 8, 16, 32'),
     ('main', ['--config=configs/lgg.py:segnext'], "model.name is 'segnext': it must be one of"),
     ('main', [f'{PHANTOM}:,loud'], "augmentation 'loud' is not one of none, flips"),
     ('main', ['--config=configs/lgg.py', '--config.data.source=/no'], '/no is not a folder'),

@@ -691,6 +691,48 @@ def test_an_evaluation_replaces_no_other(trained, tmp_path, capsys):
     assert sum(line.endswith('  trained on') for line in said.splitlines()) == n
 
 
+@pytest.mark.slow
+def test_a_run_and_itself_are_evaluated_as_the_run_and_nothing_is_written_to_it(trained, tmp_path):
+    runs = [shutil.copytree(trained[0], tmp_path / name) for name in ('first', 'second')]
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    result = protocol.evaluate_checkpoint(runs, out=tmp_path / 'out')
+    for row, alone in zip(result['patients'], trained[1]['patients'], strict=True):
+        assert row['dice'] == pytest.approx(alone['dice'], abs=1e-3)
+        assert 'seen' not in row
+    told = result['checkpoint']['members']
+    assert [each['workdir'] for each in told] == [str(run) for run in runs]
+    assert {each['step'] for each in told} == {trained[1]['checkpoint']['step']}
+    report = (tmp_path / 'out' / 'report.html').read_text()
+    assert f'--workdir={runs[0]},{runs[1]} ' in report
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in tmp_path.iterdir()} == {'first', 'second', 'out'}
+
+
+@pytest.mark.slow
+def test_cases_on_which_any_member_was_trained_are_told(trained, tmp_path, caplog):
+    runs = [shutil.copytree(trained[0], tmp_path / name) for name in ('first', 'second')]
+    kept = runs[1] / 'splits.json'
+    parts = json.loads(kept.read_text())
+    stolen = parts['test'][0]
+    parts['test'][0], parts['train'][0] = parts['train'][0], stolen
+    kept.write_text(json.dumps(parts))
+    result = protocol.evaluate_checkpoint(runs, split='test', out=tmp_path / 'out')
+    seen = {row['patient'] for row in result['patients'] if row.get('seen') == 'train'}
+    assert seen == {stolen}
+    assert 'have images that the run was trained on' in caplog.text
+
+
+def test_an_ensemble_needs_a_folder_and_is_not_fitted(tmp_path):
+    with pytest.raises(ConfigError, match=r'names 2 runs, .*ensemble: give --out=FOLDER'):
+        protocol.evaluate_checkpoint(['a', 'b'])
+    with pytest.raises(ConfigError, match=r'names 2 runs, .*ensemble: fit one run at a time'):
+        protocol.evaluate_checkpoint(
+            ['a', 'b'], split='validation', fit=['temperature'], out=tmp_path
+        )
+    with pytest.raises(ConfigError, match='workdir is empty'):
+        protocol.evaluate_checkpoint([])
+
+
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match='holds no checkpoint'):
         protocol.evaluate_checkpoint(tmp_path)

@@ -12,6 +12,7 @@ import subprocess
 import tomllib
 import urllib.request
 from html.parser import HTMLParser
+from pathlib import Path
 
 import jinja2
 import numpy as np
@@ -439,7 +440,7 @@ def test_the_title_names_run_data_date_and_command(evaluated):
 
 def test_the_command_makes_the_same_evaluation():
     command = protocol._command(
-        'runs/a b',
+        [Path('runs/a b')],
         {'split': 'test', 'data': None, 'group': '', 'flip': True, 'scales': (0.75, 1.0)},
     )
     assert shlex.split(command) == [

@@ -31,7 +31,7 @@ from pspnet_jax.evaluation.scores import (
 )
 from pspnet_jax.evaluation.words import Words, words_for
 from pspnet_jax.inference import calibration, choice, infer
-from pspnet_jax.inference.runs import Run, open_run
+from pspnet_jax.inference.runs import Run, open_runs, together
 from pspnet_jax.inference.settings import (
     choice_views,
     label_options,
@@ -51,7 +51,7 @@ ABOUT = 'source.json'  # in a folder of results: what was evaluated
 
 
 def evaluate_checkpoint(
-    workdir: str | Path,
+    workdir: str | Path | Sequence[str | Path],
     *,
     split: str = '',
     data: str = '',
@@ -69,25 +69,24 @@ def evaluate_checkpoint(
     Without it the data of the training are read, if this user trained on them on this machine or
     says that the run is `trusted`: a run from elsewhere may name any folder. `split` is a part of
     WORKDIR/splits.json; '' takes all of `data`, or 'test', or where that is empty 'validation'.
-    `group` replaces the run's `data.group`. `changes` to the config are those of `with_prediction`.
-    The folder is `out`, or that of `_results_folder`; evaluation.json and report.html of the part
-    that training evaluates are copied to WORKDIR.
+    `group` replaces the run's `data.group`; `changes` are those of `with_prediction`. The folder is
+    `out` or that of `_results_folder`. Several workdirs, split by the first, are an ensemble, which
+    needs `out`. `loaded` is what `sources.load` gave, where the caller has it.
 
     `fit` lists what is fitted on the validation patients first, kept with the run, and applied to
     that checkpoint by this and later calls: 'postprocessing' (`with_choice`, postprocessing.json)
-    and 'temperature' (temperature.json, for the same `views`). `loaded` is what `sources.load` gave
-    for that data set, where the caller has it. Returns what evaluation.json holds.
+    and 'temperature' (temperature.json, for the same `views`). Returns what evaluation.json holds.
     """
-    _check(fit, workdir, out, split, data)
-    workdir, data = paths.local(workdir), data and os.path.abspath(paths.local(data))
-    run = open_run(workdir, which)
+    workdirs = [workdir] if isinstance(workdir, str | Path) else list(workdir)
+    _check(fit, workdirs, out, split, data)
+    workdirs, data = [*map(paths.local, workdirs)], data and os.path.abspath(paths.local(data))
+    workdir, runs = workdirs[0], open_runs(workdirs, which)
+    run, alone = together(runs), len(runs) == 1
     config, step = with_prediction(run.config, changes), run.step
     split = split or ('' if data else _own_part(workdir))
     if not (data or trusted):
         _check_known(config, split)
-    names, open_volumes, own = _volume_source(
-        config, workdir, split, data, run.channels, run.measured, group, loaded
-    )
+    names, open_volumes, own = _volume_source(config, workdir, split, data, run, group, loaded)
     about = {'source': data or config.data.name, 'split': split}
     folder = _results_folder(workdir, out, about | {'digest': run.digest}, bool(data))
     digests, program = [], _programs(run, config)
@@ -98,13 +97,14 @@ def evaluate_checkpoint(
         facts = choose_postprocessing(program, part, tried=tried, order=names, **options)
         _keep(choice.save, workdir, step, choice_views(config), split, facts)
         print(f'post-processing for step {step}: {choice.describe(facts)}')
-    config, chosen = with_choice(run.config, workdir, step, changes)
+    config, chosen = with_choice(run.config, workdir, step, changes) if alone else (config, None)
     predict_fn = program(config.predict.flip)
     if 'temperature' in fit:
         facts = fit_temperature(predict_fn, open_volumes(), **options)
         _keep(calibration.save, workdir, step, views(config), split, facts)
         print(calibration.describe(facts, step))
-    temperature, labels = calibration.load(workdir, step, views(config)), label_options(config)
+    temperature = calibration.load(workdir, step, views(config)) if alone else 1.0
+    labels = label_options(config)
     result = evaluate_volumes(
         predict_fn,
         open_volumes(hosts.share(names)),
@@ -115,18 +115,17 @@ def evaluate_checkpoint(
         order=names,
     )
     result['data'] |= about
-    result['postprocessing'] = chosen
-    if data:
-        result['data'] |= tell_overlap([workdir], dict(hosts.gather(digests)), words_for(result))
+    result |= {'postprocessing': chosen, 'checkpoint': _about(runs, workdirs, config)}
+    if data or not alone:
+        result['data'] |= tell_overlap(workdirs, dict(hosts.gather(digests)), words_for(result))
     mark_seen(result)
-    passed = {str(n): reason for n, reason in run.passed_over.items()}
-    result['checkpoint'] = {'step': step, 'passed_over': passed, 'config': to_dict(config)}
     if hosts.is_first():
-        given = {'batching': options['batching'], 'temperature': temperature, **labels}
+        given = labels | {'batching': options['batching'], 'temperature': temperature}
         predict = functools.partial(predict_foreground, predict_fn, **given)
         given = {'split': split or None, 'data': data or None, 'checkpoint': which or None}
-        command = _command(workdir, given | {'group': group, 'out': out or None} | changes)
-        _write(workdir, folder, result, predict, open_volumes, config.loss.ignore_label, command)
+        command = _command(workdirs, given | {'group': group, 'out': out or None} | changes)
+        curves = workdir if alone else folder  # which has none
+        _write(curves, folder, result, predict, open_volumes, config.loss.ignore_label, command)
         if own and not out:
             _copy_to(workdir, folder)
     return result
@@ -188,13 +187,21 @@ def mark_seen(result: dict[str, Any]) -> None:
 
 
 def _check(
-    fit: Collection[str], workdir: str | Path, out: str | Path, split: str, data: str
+    fit: Collection[str], workdirs: Sequence[str | Path], out: str | Path, split: str, data: str
 ) -> None:
     """Raise ConfigError if `fit` is unknown, or would not be fitted on the validation patients, and
-    if something would be written to a network of the package.
+    if something would be written to a network of the package, or an ensemble would be fitted or has
+    no folder.
     """
+    if not workdirs:
+        raise ConfigError('workdir is empty: give the folder of a run')
+    if workdirs[1:] and (fit or not out):
+        raise ConfigError(
+            f'--workdir names {len(workdirs)} runs, which are evaluated as an ensemble: '
+            + ('fit one run at a time' if fit else 'give --out=FOLDER for the results')
+        )
     if fit or not out:
-        paths.writable(workdir, 'a run of your own' if fit else '--out')
+        paths.writable(workdirs[0], 'a run of your own' if fit else '--out')
     flags = {'postprocessing': '--choose_postprocessing', 'temperature': '--fit_temperature'}
     if isinstance(fit, str) or not set(fit) <= set(flags):
         raise ConfigError(f'fit is {fit!r}: give a list of {" and ".join(map(repr, flags))}')
@@ -205,13 +212,28 @@ def _check(
         )
 
 
+def _about(runs: Sequence[Run], workdirs: Sequence[Path], config) -> dict[str, Any]:
+    """The config, the run's step, and the steps that it passed over; the members of an ensemble."""
+    found = [
+        {'step': run.step, 'passed_over': {str(n): why for n, why in run.passed_over.items()}}
+        for run in runs
+    ]
+    members = [
+        {'workdir': str(workdir), 'seed': run.config.seed, **about}
+        for workdir, run, about in zip(workdirs, runs, found, strict=True)
+    ]
+    return found[0] | {'config': to_dict(config)} | ({'members': members} if members[1:] else {})
+
+
 def _programs(run: Run, config) -> Callable[[bool], PredictFn]:
     """A function that compiles the network with the mirror image (True) or without."""
     variables, options = jax.device_put(run.variables), program_options(config)
 
     @functools.cache
     def program(flip: bool) -> PredictFn:
-        compiled = infer.compile_predict(run.model, **options | {'flip': flip})
+        compiled = infer.compile_predict(
+            run.model, ensemble=run.members > 1, **options | {'flip': flip}
+        )
         return functools.partial(compiled, variables)
 
     return program
@@ -272,13 +294,10 @@ def _copy_to(workdir: Path, folder: Path) -> None:
             shutil.copyfile(folder / name, aside)
 
 
-def _command(workdir: str | Path, options: Mapping[str, Any]) -> str:
+def _command(workdirs: Sequence[Path], options: Mapping[str, Any]) -> str:
     """The shell command that makes the same page again."""
-    if Path(workdir).parent == paths.ZOO:
-        workdir = f'zoo:{Path(workdir).name}'
-    flags = {'workdir': workdir} | {
-        key: value for key, value in options.items() if value is not None
-    }
+    named = [f'zoo:{each.name}' if each.parent == paths.ZOO else each for each in workdirs]
+    flags = {'workdir': named} | {key: value for key, value in options.items() if value is not None}
     words = [
         f'--{"config." * ("." in key)}{key}='
         f'{",".join(map(str, value)) if isinstance(value, tuple | list) else value}'
@@ -350,15 +369,14 @@ def _volume_source(
     workdir,
     split: str,
     data: str,
-    channels: int,
-    measured: str,
+    run: Run,
     group: str | None,
     loaded: Loaded | None,
 ) -> tuple[list[str], Callable[[Sequence[str] | None], Iterator[Volume]], bool]:
     """(patients in order, `open_volumes`, whether they are the part that training evaluates).
 
     `open_volumes(patients=None)` yields the volumes to evaluate, or those of these patients, with
-    the network's channels and with intensities measured as `measured` names it.
+    the network's channels and with intensities measured as the run measures them.
     """
     if group is not None and not _is_folder(config, data):
         raise ConfigError('--group is for --data=FOLDER with images/ and masks/')
@@ -383,8 +401,8 @@ def _volume_source(
         def open_folder(patients: Sequence[str] | None = None) -> Iterator[Volume]:
             chosen = [case for case in found if patients is None or case.patient in patients]
             cases = (lgg.read_case(case, size=None) for case in chosen)
-            found_volumes = (volumes.with_intensity(volume, measured) for volume in cases)
-            return (volumes.with_channels(volume, channels) for volume in found_volumes)
+            found_volumes = (volumes.with_intensity(volume, run.measured) for volume in cases)
+            return (volumes.with_channels(volume, run.channels) for volume in found_volumes)
 
         return [case.patient for case in found], open_folder, False
     else:
@@ -401,10 +419,10 @@ def _volume_source(
                 name.rsplit(' ', 1)[0] if name.startswith(begin) else name for name in patients
             }
             chosen = [name for name in chosen if name in found]
-        for volume in volumes.iterate_volumes(volumes.select(slices, chosen), measured):
+        for volume in volumes.iterate_volumes(volumes.select(slices, chosen), run.measured):
             own = volume.patient
             if patients is None or own in patients or own.rsplit(' ', 1)[0] in patients:
-                yield volumes.with_channels(volume, channels)
+                yield volumes.with_channels(volume, run.channels)
 
     own = not data and split == ('test' if parts['test'] else 'validation')
     return sorted(parts[split]), open_split, own

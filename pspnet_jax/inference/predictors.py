@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pspnet_jax.config import to_dict, with_prediction
+from pspnet_jax.config import with_prediction
 from pspnet_jax.data.formats import Picture
 from pspnet_jax.data.volumes import check_kind, fit_channels, measure, neighbours, normalize, tile
-from pspnet_jax.inference import calibration, choice, infer, postprocess
-from pspnet_jax.inference.runs import open_run
+from pspnet_jax.inference import calibration, infer, postprocess
+from pspnet_jax.inference.runs import open_runs, together
 from pspnet_jax.inference.settings import label_options, program_options, views, with_choice
-from pspnet_jax.runtime import checkpoint, paths
-from pspnet_jax.runtime.errors import CheckpointError, DataError
+from pspnet_jax.runtime import paths
+from pspnet_jax.runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
 WINDOW_PIXELS = 2**24  # total of the images whose tiles are blended at a time
@@ -72,35 +72,15 @@ def load(
     CheckpointError for runs of different networks or differently normalised images.
     """
     workdirs = [workdirs] if isinstance(workdirs, str | Path) else list(workdirs)
-    runs = [open_run(workdir, which) for workdir in workdirs]
-    first, variables = runs[0], runs[0].variables
-    for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
-        faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
-        same = np.array_equal(first.intensity, other.intensity)
-        if not same or first.measured != other.measured:
-            faults.append('images are normalised differently (data.normalize)')
-        ours, theirs = first.config.model.class_names, other.config.model.class_names
-        if ours and theirs and ours != theirs:
-            faults.append(f'model.class_names is {ours} there, {theirs} here')
-        if faults:
-            raise CheckpointError(
-                f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '
-                f'{"; ".join(faults)}: give runs of one config'
-            )
-    ensemble, place = len(runs) > 1, paths.local(workdirs[0])
-    config, chosen = with_prediction(first.config, changes), None
-    if not ensemble:
-        config, chosen = with_choice(first.config, place, first.step, changes)
-    elif any((Path(paths.local(each)) / choice.KEPT).exists() for each in workdirs):
-        logger.info(
-            '%s was chosen for a single run: not applied to the mean of %d runs',
-            choice.KEPT, len(runs),
-        )  # fmt: skip
-    if ensemble:
-        variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
-    program = infer.compile_predict(first.model, ensemble=ensemble, **program_options(config))
-    predict_fn = functools.partial(program, jax.device_put(variables))
-    temperature = 1.0 if ensemble else calibration.load(place, first.step, views(config))
+    runs = open_runs(workdirs, which)
+    run, place = together(runs), paths.local(workdirs[0])
+    config, chosen, temperature = with_prediction(run.config, changes), None, 1.0
+    if run.members == 1:
+        config, chosen = with_choice(run.config, place, run.step, changes)
+        temperature = calibration.load(place, run.step, views(config))
+    options = program_options(config)
+    program = infer.compile_predict(run.model, ensemble=run.members > 1, **options)
+    predict_fn = functools.partial(program, jax.device_put(run.variables))
     about = [
         {
             'workdir': os.path.abspath(paths.local(workdir)),
@@ -111,8 +91,8 @@ def load(
         for workdir, run in zip(workdirs, runs, strict=True)
     ]
     return Predictor(
-        config, predict_fn, first.intensity, first.channels, temperature, chosen, about,
-        first.measured,
+        config, predict_fn, run.intensity, run.channels, temperature, chosen, about,
+        run.measured,
     )  # fmt: skip
 
 

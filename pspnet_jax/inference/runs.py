@@ -5,17 +5,19 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import models
-from pspnet_jax.config import from_dict
+from pspnet_jax.config import from_dict, to_dict
 from pspnet_jax.data.volumes import channels_seen
-from pspnet_jax.inference import saved
+from pspnet_jax.inference import choice, saved
 from pspnet_jax.inference.networks import abstract_variables
 from pspnet_jax.models.weights import fixed_intensity, measured_how
 from pspnet_jax.runtime import checkpoint, paths
@@ -30,7 +32,8 @@ class Run:
 
     `inputs` is what the network takes (see `checkpoint.save`). `passed_over` gives the reason for
     each corrupted step that was skipped before `step`. `digest` covers all arrays of the
-    checkpoint, so the same weights are recognised in any folder.
+    checkpoint, so the same weights are recognised in any folder. The `variables` of an ensemble of
+    several `members` have a leading axis for them.
     """
 
     config: ConfigDict
@@ -40,6 +43,7 @@ class Run:
     step: int
     passed_over: dict[int, str]
     digest: str
+    members: int = 1
 
     @property
     def channels(self) -> int:
@@ -93,6 +97,44 @@ def open_run(workdir: str | Path, which: str = '') -> Run:
         logger.warning('%s: taking step %d', reason, step)
     digest = hashlib.sha256(json.dumps(meta['sha256'], sort_keys=True).encode()).hexdigest()[:16]
     return Run(config, model, variables, meta['inputs'], step, passed_over, digest)
+
+
+def open_runs(workdirs: Sequence[str | Path], which: str = '') -> list[Run]:
+    """Runs whose probabilities can be averaged.
+
+    Raises CheckpointError for runs of different networks or differently normalised images, and what
+    `open_run` raises.
+    """
+    runs = [open_run(workdir, which) for workdir in workdirs]
+    first = runs[0]
+    for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
+        faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
+        same = np.array_equal(first.intensity, other.intensity)
+        if not same or first.measured != other.measured:
+            faults.append('images are normalised differently (data.normalize)')
+        ours, theirs = first.config.model.class_names, other.config.model.class_names
+        if ours and theirs and ours != theirs:
+            faults.append(f'model.class_names is {ours} there, {theirs} here')
+        if faults:
+            raise CheckpointError(
+                f'{workdirs[0]} (there) and {workdir} (here) can not be averaged: '
+                f'{"; ".join(faults)}: give runs of one config'
+            )
+    if runs[1:] and any((paths.local(each) / choice.KEPT).exists() for each in workdirs):
+        logger.info(
+            '%s was chosen for a single run: not applied to the mean of %d runs',
+            choice.KEPT, len(runs),
+        )  # fmt: skip
+    return runs
+
+
+def together(runs: Sequence[Run]) -> Run:
+    """The ensemble of `open_runs` as one Run, with config and step of the first."""
+    if len(runs) == 1:
+        return runs[0]
+    variables = jax.tree.map(lambda *arrays: np.stack(arrays), *(run.variables for run in runs))
+    digest = '-'.join(run.digest for run in runs)
+    return dataclasses.replace(runs[0], variables=variables, digest=digest, members=len(runs))
 
 
 def _open_saved(path: Path, which: str) -> Run:
