@@ -7,6 +7,7 @@ lower resolution and changed intensities come after that and affect only the ima
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ ELASTIC_GRID = 4  # control points along each side of the deformation field
 
 
 # The config's section `augment` without any change, and the defaults of `augment`'s options.
-OFF = {
+OFF: dict[str, Any] = {
     'crop': 0,  # side of the square output, placed at random; 0 keeps the size
     'flip': 0.0,  # probability of a left-right mirror
     'flip_vertical': 0.0,  # of an upside-down one
@@ -43,7 +44,7 @@ def augment(
     key: jax.Array,
     image_HWC: jax.Array,
     mask_HW: jax.Array,
-    options: Mapping[str, float | None],
+    options: Mapping[str, Any],
     *,
     ignore_label: int = IGNORE_LABEL,
     context: int = 0,
@@ -81,7 +82,7 @@ def augment(
 
 
 def sampling_grid(
-    keys: jax.Array, size: tuple[int, int], options: Mapping[str, float]
+    keys: jax.Array, size: tuple[int, int], options: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     """Rows and columns of the image, each H W, from which the output's pixels come.
 
@@ -128,7 +129,7 @@ def with_other_intensities(
     key: jax.Array,
     keys: jax.Array,
     image_HWC: jax.Array,
-    options: Mapping[str, float],
+    options: Mapping[str, Any],
     context: int,
 ) -> jax.Array:
     """The image with random blur, resolution, gamma, gain, bias and noise."""

@@ -109,8 +109,8 @@ def open_runs(workdirs: Sequence[str | Path], which: str = '') -> list[Run]:
     first = runs[0]
     for workdir, other in zip(workdirs[1:], runs[1:], strict=True):
         faults = checkpoint.model_differences(to_dict(first.config), to_dict(other.config))
-        same = np.array_equal(first.intensity, other.intensity)
-        if not same or first.measured != other.measured:
+        intensities: list[Any] = [first.intensity, other.intensity]
+        if not np.array_equal(*intensities) or first.measured != other.measured:
             faults.append('images are normalised differently (data.normalize)')
         ours, theirs = first.config.model.class_names, other.config.model.class_names
         if ours and theirs and ours != theirs:
