@@ -516,7 +516,7 @@ def test_the_coarser_heads_see_the_image_where_it_is():
         ({'name': 'pspnett', 'num_classes': 2}, "model 'pspnett' is not one of fcn32s"),
         ({'name': 'pspnet', 'num_classes': 1}, 'needs num_classes=2'),
         ({'name': 'pspnet', 'num_classes': 2, 'backbone': 'vgg19'}, "'vgg19' is not one of vgg16"),
-        ({'name': 'pspnet', 'num_classes': 2, 'output_stride': 4}, 'output_stride 4 is not one of'),
+        ({'name': 'pspnet', 'num_classes': 2, 'output_stride': 12}, 'output_stride 12 is not one of'),
         ({'name': 'fcn8s', 'num_classes': 2, 'output_stride': 8}, 'has output stride 32, not 8'),
         ({'name': 'fcn', 'num_classes': 2, 'variant': 'smp'}, "not for fcn: use 'paper'"),
         (
