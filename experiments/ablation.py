@@ -9,7 +9,8 @@ one is resumed. --study takes several names, or 'all'. The studies of PSPNet sha
 runs only once.
 
 All metrics are for one quarter of the 78 patients outside the public hold-out (the test part of
-fold 0 of 4), by a network that never saw them: choices made here do not depend on the hold-out.
+fold 0 of 4; 'sequences' has all four folds), by a network that never saw them: choices made here do
+not depend on the hold-out.
 """
 
 import json

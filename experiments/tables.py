@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.ablation import BASE, STUDIES
 from pspnet_jax.config import base, flatten
+from pspnet_jax.data import splits
 from pspnet_jax.evaluation import metrics
 from tests.stress.faults import FAULTS
 
@@ -62,7 +63,8 @@ def lgg() -> str:
             f'{line["device"]}, step {line["step"]}: `python -m experiments.run '
             f'--config={line["config"]} {" ".join(flags)}`'
         )
-    return '\n'.join([*rows, '', *notes])
+    command = 'python -m experiments.score --workdir=RUN --choose_postprocessing --split=test ...'
+    return '\n'.join([*rows, '', *notes, f'- Chosen: {_made_by(command, [*chosen.values()])}'])
 
 
 # Published parameters for 21 classes, their precision, and the source.
@@ -360,6 +362,12 @@ def knobs() -> str:
     return '\n'.join(rows[1:])
 
 
+# Patients for whom FLAIR stands in for missing sequences: both, or the one after contrast. All
+# others have three different channels (tests/test_lgg.py compares the images).
+FLAIR_ALONE = ('DU_7013', 'FG_A60K', 'HT_7877', 'HT_8105', 'HT_A61B')
+ONE_MISSING = ('DU_6407', 'DU_7301', 'DU_8165')
+
+
 def gpu_lgg() -> str:
     """Dice of the runs of gpu_lgg.sh: as they are, and with what validation patients chose."""
     plain, chosen = (
@@ -368,12 +376,18 @@ def gpu_lgg() -> str:
     )
     rows = ['| tested | patients | Dice mean | median | chosen: mean | 95 % interval | median |',
             '|---|---:|---:|---:|---:|---:|---:|']  # fmt: skip
-    for what, prefix in (('public hold-out', 'holdout_0'), ('5 folds by patient', 'fold_')):
+    for what, prefix, chosen_by in (
+        ('public hold-out', 'holdout_0', lambda name: True),
+        ('5 folds by patient', 'fold_', lambda name: True),
+        ('of these: all sequences', 'fold_', lambda name: name not in FLAIR_ALONE + ONE_MISSING),
+        ('FLAIR and one more', 'fold_', lambda name: name in ONE_MISSING),
+        ('FLAIR alone', 'fold_', lambda name: name in FLAIR_ALONE),
+    ):
         dice, better = (
             np.array([
                 patient['dice']
                 for name, line in lines.items() if name.startswith(prefix)
-                for patient in line['patients']
+                for patient in line['patients'] if chosen_by(splits.short_name(patient['patient']))
             ])
             for lines in (plain, chosen)
         )  # fmt: skip

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax.data import lgg, volumes
+from experiments import tables
+from pspnet_jax.data import lgg, splits, volumes
 from pspnet_jax.runtime.errors import DataError
 from tests.conftest import SHARED, needs_shared, write_case
 
@@ -150,7 +151,26 @@ def test_the_shared_patients_have_the_published_counts(tmp_path):
     volume = next(lgg.read_volumes(tmp_path))
     assert volume.image.shape == (23, 256, 256, 3)
     assert volume.mask.sum() == 14_379
-    from pspnet_jax.data import splits
-
     parts = splits.holdout([path.stem for path in archives], test_patients=splits.LGG_HOLDOUT)
     assert [len(part) for part in parts.values()] == [70, 8, 10]
+
+
+@needs_shared
+@pytest.mark.slow
+def test_the_patients_who_lack_sequences_are_those_of_the_table():
+    """FLAIR, channel 1, is in the place of missing sequences: equal but for rounding."""
+    from zipfile import ZipFile
+
+    found = {}
+    for path in sorted((SHARED / 'lgg').glob('TCGA_*.zip')):
+        with ZipFile(path) as archive:
+            images = sorted(name for name in archive.namelist() if 'mask' not in name)[::4]
+            pixels = [np.asarray(Image.open(archive.open(name)), np.float32) for name in images]
+        apart = [
+            np.mean([np.abs(image[..., c] - image[..., 1]).mean() for image in pixels])
+            for c in (0, 2)
+        ]
+        found[splits.short_name(path.stem)] = sum(difference < 1.0 for difference in apart)
+    assert len(found) == 88
+    assert {name for name, missing in found.items() if missing == 2} == set(tables.FLAIR_ALONE)
+    assert {name for name, missing in found.items() if missing == 1} == set(tables.ONE_MISSING)

@@ -111,8 +111,8 @@ def get_config(arg: str = '') -> ConfigDict:
     augment.gain = 0.1  # +- share, per channel
     augment.bias = 0.1  # +- standard deviations, per channel
     augment.noise = 0.0  # largest standard deviation
-    augment.channel_dropout = 0.0  # probability that one channel replaces all, as if alone measured
-    augment.kept_channel = placeholder(int)  # which one; None: another one each time
+    augment.channel_dropout = 0.0  # probability that one channel replaces the others
+    augment.kept_channel = placeholder(int)  # the one that stays; None: drawn each time
 
     config.loss = loss = ConfigDict()
     loss.cross_entropy = 1.0  # weight in the sum

@@ -12,7 +12,7 @@ weights.
 | argument         | network                                                       |
 |------------------|---------------------------------------------------------------|
 | pspnet_resnet50  | the default; also _resnet18, _resnet34, _resnet101, _resnet152 |
-| mobilenet_unet   | U-Net on MobileNetV2, with the recipe that found the best outlines |
+| mobilenet_unet   | U-Net on MobileNetV2, with the recipe of zoo:lgg           |
 | vgg_pspnet       | dilated VGG16 at output stride 8, full-resolution output      |
 | vgg_pspnet_blog  | image-segmentation-keras' geometry: stride 32, quarter output |
 | fcn8s, unet, ... | any other model.name, on its own backbone                     |

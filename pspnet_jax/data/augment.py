@@ -159,9 +159,9 @@ def with_other_intensities(
 
 
 def one_channel(key: jax.Array, image_HWC: jax.Array, kept: int | None, slices: int) -> jax.Array:
-    """The image with channel `kept` of each of its `slices` in place of that slice's others.
+    """The image in which channel `kept` of each of its `slices` replaces that slice's others.
 
-    So looks an examination of which all but one sequence are missing; None draws the channel.
+    It looks like an examination with a single sequence. If `kept` is None, the channel is drawn.
     """
     by_slice_HWnC = image_HWC.reshape(*image_HWC.shape[:2], slices, -1)
     channels = by_slice_HWnC.shape[-1]
