@@ -42,11 +42,11 @@ def test_winograd_is_the_convolution(rng, size, dilation):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize('large_map', [convolution.LARGE_MAP, 32])
+@pytest.mark.parametrize('band', [convolution.BAND, 9 * 5 * 7 * 2])
 @pytest.mark.parametrize(('size', 'dilation'), FORMS)
-def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation, large_map):
-    """By products of whole images, of bands of rows, by Winograd, and by the dilation's phases."""
-    monkeypatch.setattr(convolution, 'LARGE_MAP', large_map)
+def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation, band):
+    """By products of images and of bands of rows, by Winograd, and by the dilation's phases."""
+    monkeypatch.setattr(convolution, 'BAND', band)
     x = rng.standard_normal((2, *size, 5)).astype(np.float32)
     grad = rng.standard_normal((2, *size, 4)).astype(np.float32)
     expected = np.zeros((3, 3, 5, 4))
@@ -54,11 +54,53 @@ def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation,
         kernel = np.zeros((3, 3, 5, 4))
         kernel[index] = 1
         expected[index] = (by_loop(x, kernel, dilation) * grad).sum((0, 1, 2))
-    forms = (convolution.weight_gradient, convolution.winograd_weight_gradient)
-    of_cpus = [form.__wrapped__ for form in forms]  # not what was traced with another LARGE_MAP
+    forms = (convolution.weight_gradient_by_bands, convolution.winograd_weight_gradient)
+    of_cpus = [form.__wrapped__ for form in forms]  # not what was traced with another BAND
     for form in (*of_cpus, convolution.weight_gradient_by_phases):
         ours = form(x, grad, dilation)
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [(3, 1), (1, 2), (5, 3), (7, 12), (16, 16)])
+@pytest.mark.parametrize('size', [(9, 7), (8, 8), (6, 5), (1, 1)])
+def test_a_thin_convolution_is_the_convolution(rng, size, channels):
+    """However many outputs share a window, and whatever is left at the end of a row."""
+    x = rng.standard_normal((2, *size, channels[0])).astype(np.float32)
+    kernel = rng.standard_normal((3, 3, *channels)).astype(np.float32)
+    ours = convolution.thin_3x3(x, kernel, (1, 1))
+    np.testing.assert_allclose(ours, by_loop(x, kernel, (1, 1)), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('features', [4, convolution.THIN + 1])
+@pytest.mark.parametrize('skips', [0, 3])
+@pytest.mark.parametrize('size', [(5, 4), (1, 1), (2, 7)])
+def test_a_convolution_of_a_doubled_map(rng, size, skips, features):
+    """It is that of the map with every cell repeated, beside the other; so are its gradients."""
+    x = rng.standard_normal((2, *size, 5)).astype(np.float32)
+    doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+    skip = rng.standard_normal((*doubled.shape[:3], skips)).astype(np.float32) if skips else None
+    kernel = rng.standard_normal((3, 3, 5 + skips, features)).astype(np.float32)
+    whole = np.concatenate([doubled, skip], axis=3) if skips else doubled
+    ours, back = jax.vjp(convolution.conv3x3_of_doubled, x, skip, kernel)
+    np.testing.assert_allclose(ours, by_loop(whole, kernel, (1, 1)), rtol=1e-5, atol=2e-5)
+
+    grad = rng.standard_normal(ours.shape).astype(np.float32)
+    of_x, of_skip, of_kernel = back(grad)
+    of_whole, expected = jax.vjp(
+        lambda x, kernel: convolution.plain_3x3(x, kernel, (1, 1)), whole, kernel
+    )[1](grad)
+    of_cells = of_whole[..., :5].reshape(2, size[0], 2, size[1], 2, 5).sum((2, 4))
+    np.testing.assert_allclose(of_x, of_cells, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_kernel, expected, rtol=1e-4, atol=1e-4)
+    if skips:
+        np.testing.assert_allclose(of_skip, of_whole[..., 5:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_doubled_map_is_concatenated_on_accelerators_alone():
+    x, skip, kernel = jnp.zeros((1, 4, 4, 32)), jnp.zeros((1, 8, 8, 8)), jnp.zeros((3, 3, 40, 32))
+    for platform, made in (('cpu', False), ('cuda', True), ('tpu', True)):
+        lowered = lowered_for(platform, convolution.conv3x3_of_doubled, x, skip, kernel)
+        assert ('1x8x8x40x' in lowered) == made, platform
 
 
 @pytest.mark.parametrize(
@@ -72,22 +114,26 @@ def test_the_taps_are_the_convolution(rng, size, dilation):
 
 
 def test_the_form_is_that_with_least_multiplications():
-    def form(size, dilation):
-        return convolution.wide_form((4, size, size, 2048), (dilation, dilation))
+    def form(size, dilation, *channels):
+        kernel = (3, 3, *(channels or (2048, 512)))
+        return convolution.cpu_form((4, size, size, kernel[2]), kernel, (dilation, dilation))
 
     for dilation in (1, 2, 4):  # ResNet at output stride 8
         assert form(32, dilation) is convolution.winograd_3x3
     for dilation in (12, 24, 36):  # DeepLab v3's pyramid: 9 taps are 5, 2.3 and 1 of the map
         assert form(32, dilation) is convolution.tapped_3x3
     assert form(120, 12) is convolution.winograd_3x3
+    assert form(32, 1, 128, 512) is convolution.plain_3x3
+    assert form(32, 1, 16, 2) is convolution.thin_3x3
+    assert form(32, 2, 16, 2) is form(32, 1, 17, 2) is convolution.plain_3x3
 
 
-@pytest.mark.parametrize('channels', [4, 16])
+@pytest.mark.parametrize('channels', [4, 24])
 @pytest.mark.parametrize('dilation', [1, 2, 5, 30])
 def test_a_3x3_and_its_gradients_are_the_plain_ones(rng, monkeypatch, channels, dilation):
     """As the models call it, below and above the width from which it is Winograd's or taps'."""
     jax.clear_caches()  # of what was traced with another WINOGRAD_CHANNELS
-    monkeypatch.setattr(convolution, 'WINOGRAD_CHANNELS', 8)
+    monkeypatch.setattr(convolution, 'WINOGRAD_CHANNELS', 20)
     x = jnp.asarray(rng.standard_normal((2, 9, 7, channels)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((3, 3, channels, channels)), jnp.float32)
 
@@ -98,7 +144,7 @@ def test_a_3x3_and_its_gradients_are_the_plain_ones(rng, monkeypatch, channels, 
         return jit(jax.value_and_grad(functools.partial(scalar, form), (0, 1)))
 
     lowered = both(convolution.conv3x3).lower(x, kernel).as_text()
-    assert ('convolution' in lowered) == (channels < 8)
+    assert ('convolution' in lowered) == (channels < 20)
     for a, b in zip(
         jax.tree.leaves(both(convolution.conv3x3)(x, kernel)),
         jax.tree.leaves(both(convolution.plain_3x3)(x, kernel)),

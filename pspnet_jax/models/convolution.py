@@ -4,9 +4,11 @@ A 1x1 is a matrix product, except with a stride on an accelerator. Accelerators 
 own convolutions (cuDNN's, the TPU's), except for two gradients on NVIDIA GPUs, of dilated 3x3s and
 of max pooling. On a CPU, a 3x3 at stride 1 between wide maps is Winograd's F(2x2, 3x3) (Lavin and
 Gray 2016, arXiv 1509.09308): 16 products instead of 36, with 1/2 as the only coefficient, so it
-rounds like the plain form. Between narrower maps its weight gradient is computed as products. A
-depthwise convolution is one shifted multiply-add per tap, and max pooling has a gradient without a
-scatter. experiments/README.md lists the gain of each.
+rounds like the plain form. With few channels, neighbouring outputs share one window, and the weight
+gradient of large or thin maps is computed as products. A 3x3 of a map that was doubled in size
+(`conv3x3_of_doubled`) is computed on the map as it was. A depthwise convolution is one shifted
+multiply-add per tap, and max pooling has a gradient without a scatter. experiments/README.md lists
+the gain of each.
 """
 
 import functools
@@ -25,8 +27,9 @@ G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 WINOGRAD_CHANNELS = 256  # in and out; with fewer, moving the tiles costs more than it saves
 CONVOLVED = 'convolved'
-PRODUCT_CHANNELS = 64  # from here to WINOGRAD_CHANNELS, 3x3 weight gradients are products
-LARGE_MAP = 128 * 128  # pixels; a larger map's weight gradient is computed by bands of rows
+THIN = 16  # channels; vectors of the CPU hold as many numbers
+LARGE_MAP = 2**19  # numbers in an image's map; a larger one's weight gradient is computed by bands
+BAND = 3 * 2**18  # numbers in a band's patches
 
 
 def is_static(sizes: Iterable[Any]) -> bool:
@@ -124,8 +127,8 @@ def plain_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax
 @functools.partial(jax.jit, static_argnums=2)
 def _conv3x3(x, kernel, dilation):
     default = functools.partial(plain_3x3, dilation=dilation)
-    on_cpu = functools.partial(wide_form(x.shape, dilation), dilation=dilation)
-    if min(kernel.shape[2:]) < WINOGRAD_CHANNELS or on_cpu.func is plain_3x3:
+    on_cpu = functools.partial(cpu_form(x.shape, kernel.shape, dilation), dilation=dilation)
+    if on_cpu.func is plain_3x3:
         return default(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
 
@@ -136,7 +139,6 @@ conv3x3 = jax.custom_vjp(_conv3x3, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=0)
 def _conv3x3_backward(dilation, residuals, grad):
     x, kernel = residuals
-    channels = min(kernel.shape[2:])
 
     def by_xla(x, kernel, grad):
         linear = jax.linear_transpose(lambda x: plain_3x3(x, kernel, dilation), x)(grad)
@@ -146,16 +148,19 @@ def _conv3x3_backward(dilation, residuals, grad):
         return by_xla(x, kernel, grad)[0], weight_gradient_by_phases(x, grad, dilation)
 
     def on_cpu(x, kernel, grad):
-        form = wide_form(x.shape, dilation) if channels >= WINOGRAD_CHANNELS else None
+        form = cpu_form(x.shape, kernel.shape, dilation)
         if form is winograd_3x3:
             grad_x = winograd_3x3(grad, kernel, dilation, transpose=True)
             return grad_x, winograd_weight_gradient(x, grad, dilation)
         if form is tapped_3x3:
             return jax.vjp(lambda *args: tapped_3x3(*args, dilation), x, kernel)[1](grad)
         grad_x, grad_kernel = by_xla(x, kernel, grad)
+        if form is thin_3x3:
+            grad_x = thin_3x3(grad, kernel[::-1, ::-1].swapaxes(2, 3), dilation)
+        large = np.prod(x.shape[1:]) > LARGE_MAP or kernel.shape[3] <= THIN
         # It goes image by image: with several devices, each would gather all images.
-        if channels >= PRODUCT_CHANNELS and jax.device_count() == 1:
-            grad_kernel = weight_gradient(x, grad, dilation)
+        if large and jax.device_count() == 1:
+            grad_kernel = weight_gradient_by_bands(x, grad, dilation)
         return grad_x, grad_kernel
 
     return jax.lax.platform_dependent(x, kernel, grad, cpu=on_cpu, cuda=on_cuda, default=by_xla)
@@ -166,12 +171,17 @@ conv3x3.defvjp(
 )
 
 
-def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
-    """The form with the fewest multiplications: `winograd_3x3`, `tapped_3x3` or `plain_3x3`.
+def cpu_form(shape: tuple[int, ...], kernel_shape: tuple[int, ...], dilation: tuple[int, int]):
+    """`winograd_3x3`, `tapped_3x3`, `thin_3x3` or `plain_3x3`.
 
-    Few cells per phase leave Winograd's tiles half empty; a dilation near the map's size leaves
-    most taps outside. Winograd's cost includes a quarter more for moving its tiles.
+    Between wide maps it is the form with the fewest multiplications. Few cells per phase leave
+    Winograd's tiles half empty; a dilation near the map's size leaves most taps outside. Winograd's
+    cost includes a quarter more for moving its tiles.
     """
+    if max(kernel_shape[2:]) <= THIN and dilation == (1, 1):
+        return thin_3x3
+    if min(kernel_shape[2:]) < WINOGRAD_CHANNELS:
+        return plain_3x3
     tiles, inside = 1, 1.0
     for size, step in zip(shape[1:3], dilation, strict=True):
         cells = -(-size // step)  # per phase
@@ -183,6 +193,21 @@ def wide_form(shape: tuple[int, ...], dilation: tuple[int, int]):
         plain_3x3: 9 * shape[1] * shape[2],
     }
     return min(costs, key=costs.get)
+
+
+@functools.partial(jax.jit, static_argnames='dilation')
+def thin_3x3(x: jax.Array, kernel: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+    """`plain_3x3` with 2 to 4 neighbouring outputs of a row from one window, as channels.
+
+    The wider kernel holds the 3x3 once for each of them, shifted: up to twice the multiplications,
+    but vectors are full, and each input is read less often. `dilation` is (1, 1).
+    """
+    (B, H, W, _), features = x.shape, kernel.shape[3]
+    count = max(2, min(4, 2 * THIN // features))
+    shifted = [jnp.pad(kernel, ((0, 0), (n, count - 1 - n), (0, 0), (0, 0))) for n in range(count)]
+    window = Window((1, count), (dilation, (1, 1 + -W % count)), dilation)
+    out = plain(x, jnp.concatenate(shifted, axis=3), window)
+    return out.reshape(B, H, -1, features)[:, :, :W]
 
 
 @functools.partial(jax.jit, static_argnames='dilation')
@@ -310,41 +335,36 @@ def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int,
 
 
 @functools.partial(jax.jit, static_argnames='dilation')
-def weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
+def weight_gradient_by_bands(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
     """3 3 I O from x: B H W I and the gradient B H W O of a stride-1 'same' 3x3.
 
-    One matrix product per band of rows, (3 I, n W) by (n W, 3 O): the inputs at three column
-    offsets times the gradients at three row offsets give all nine taps. Each side is copied three
-    times instead of one side nine times, and both stay in the cache.
+    One matrix product per band of n rows, (O, n W) by (n W, 9 I): the inputs of all nine taps. The
+    bands are so low that their patches stay in the cache; XLA's form reads a large map nine times.
     """
-    rows, columns = dilation
-    (B, H, W, _), features_in, features_out = x.shape, x.shape[3], grad.shape[3]
-    tall = H + 2 * rows  # rows of the padded input
-    band = tall if H * W <= LARGE_MAP else max(1, LARGE_MAP // 16 // W)
-    count = -(-tall // band)
-    spare = count * band - tall
-    x = jnp.pad(x, ((0, 0), (rows, rows + spare), (columns, columns), (0, 0)))
-    grad = jnp.pad(grad, ((0, 0), (2 * rows, 2 * rows + spare), (0, 0), (0, 0)))
+    (B, H, W, channels), features, (dy, dx) = x.shape, grad.shape[3], dilation
+    rows = min(H, max(1, BAND // (9 * W * channels)))
+    count = -(-H // rows)
+    spare = count * rows - H
+    x = jnp.pad(x, ((0, 0), (dy, dy + spare), (dx, dx), (0, 0)))
+    grad = jnp.pad(grad, ((0, 0), (0, spare), (0, 0), (0, 0)))
 
     def add_band(total, n):
-        image, row = n // count, n % count * band
-        x_band = jax.lax.dynamic_slice_in_dim(x[image], row, band)
-        g_band = jax.lax.dynamic_slice_in_dim(grad[image], row, band + 2 * rows)
-        left = jnp.concatenate([x_band[:, j * columns :][:, :W] for j in range(3)], axis=-1)
-        right = jnp.concatenate([g_band[i * rows :][:band] for i in (2, 1, 0)], axis=-1)
-        left, right = left.reshape(band * W, -1), right.reshape(band * W, -1)
-        return total + jnp.dot(left.T, right, preferred_element_type=jnp.float32), None
+        image, row = n // count, n % count * rows
+        seen = jax.lax.dynamic_slice_in_dim(x[image], row, rows + 2 * dy)
+        band = jax.lax.dynamic_slice_in_dim(grad[image], row, rows).reshape(rows * W, features)
+        taps = [seen[i * dy :, j * dx :][:rows, :W] for i, j in np.ndindex(3, 3)]
+        patches = jnp.concatenate(taps, axis=-1).reshape(rows * W, 9 * channels)
+        return total + jnp.dot(band.T, patches, preferred_element_type=jnp.float32), None
 
-    total, _ = jax.lax.scan(
-        add_band, jnp.zeros((3 * features_in, 3 * features_out), jnp.float32), jnp.arange(B * count)
-    )
-    return total.reshape(3, features_in, 3, features_out).transpose(2, 0, 1, 3).astype(x.dtype)
+    total = jnp.zeros((features, 9 * channels), jnp.float32)
+    total, _ = jax.lax.scan(add_band, total, jnp.arange(B * count))
+    return total.T.reshape(3, 3, channels, features).astype(x.dtype)
 
 
 def weight_gradient_by_phases(
     x: jax.Array, grad: jax.Array, dilation: tuple[int, int]
 ) -> jax.Array:
-    """`weight_gradient` by XLA's convolution, on the phases of the dilation, which are dense.
+    """The same gradient by XLA's convolution, on the phases of the dilation, which are dense.
 
     XLA passes only undilated weight gradients to cuDNN. Otherwise it convolves with a window of the
     gradient's size, which took 14 of the 53 ms of PSPNet-50's step on an H200.
@@ -353,6 +373,76 @@ def weight_gradient_by_phases(
     kernel = jax.ShapeDtypeStruct((3, 3, x.shape[3], grad.shape[3]), x.dtype)
     dense = jax.linear_transpose(lambda k: plain_3x3(x_phases, k, (1, 1)), kernel)
     return dense(grad_phases)[0]
+
+
+@jax.custom_vjp
+def conv3x3_of_doubled(x: jax.Array, skip: jax.Array | None, kernel: jax.Array) -> jax.Array:
+    """B h w I, B 2h 2w S and 3 3 I+S O -> B 2h 2w O: a 3x3 of the first map with each cell repeated
+    2 x 2 times and the second, concatenated. Without `skip` (None) it is of the first alone.
+
+    On a CPU the first map is not repeated: an output of a given parity sees 2 x 2 of its cells, by
+    the sums of the taps that fall on each. That is 4 multiplications instead of 9.
+    """
+    forms = {'cpu': _of_doubled_by_parities, 'default': _of_doubled_by_repeating}
+    return jax.lax.platform_dependent(x, skip, kernel, **forms)
+
+
+def _conv3x3_of_doubled_backward(residuals, grad):
+    def gradient_of(form):
+        return lambda grad, *residuals: jax.vjp(form, *residuals)[1](grad)
+
+    by_parities, by_repeating = map(
+        gradient_of, (_of_doubled_by_parities, _of_doubled_by_repeating)
+    )
+    return jax.lax.platform_dependent(grad, *residuals, cpu=by_parities, default=by_repeating)
+
+
+conv3x3_of_doubled.defvjp(
+    lambda *inputs: (conv3x3_of_doubled(*inputs), inputs), _conv3x3_of_doubled_backward
+)
+
+
+@jax.jit
+def _of_doubled_by_repeating(x, skip, kernel):
+    x = x.repeat(2, axis=1).repeat(2, axis=2)
+    x = x if skip is None else jnp.concatenate([x, skip], axis=3)
+    return conv3x3(x, kernel, (1, 1))
+
+
+@jax.jit
+def _of_doubled_by_parities(x, skip, kernel):
+    out = doubled_3x3(x, kernel[:, :, : x.shape[3]])
+    return out if skip is None else out + conv3x3(skip, kernel[:, :, x.shape[3] :], (1, 1))
+
+
+@jax.jit
+def doubled_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """B h w I and 3 3 I O -> B 2h 2w O: `plain_3x3` of x with each cell repeated 2 x 2 times.
+
+    Between thin maps, both parities of the columns are channels of one convolution.
+    """
+    (B, h, w, _), features = x.shape, kernel.shape[3]
+    before, after = (1, 0), (0, 1)
+
+    def of_parities(kernel, axis):  # the two cells that even outputs see, and odd ones
+        first, middle, last = jnp.split(kernel, 3, axis)
+        even = jnp.concatenate([first, middle + last], axis)
+        return (before, even), (after, jnp.concatenate([first + middle, last], axis))
+
+    def at(kernel, *padding):
+        return plain(x, kernel, Window((1, 1), padding, (1, 1)))
+
+    def row(kernel, padding):
+        columns = of_parities(kernel, 1)
+        if features > THIN:
+            return jnp.stack([at(part, padding, around) for around, part in columns], axis=3)
+        wide = [jnp.pad(part, ((0, 0), around[::-1], (0, 0), (0, 0))) for around, part in columns]
+        return at(jnp.concatenate(wide, axis=3), padding, (1, 1))
+
+    out = [
+        row(part, around).reshape(B, h, 2 * w, features) for around, part in of_parities(kernel, 0)
+    ]
+    return jnp.stack(out, axis=2).reshape(B, 2 * h, 2 * w, features)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -20,9 +20,17 @@ weight loss.aux, where nnU-Net halves it with each level.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from pspnet_jax.models.convolution import max_pool
+from pspnet_jax.models.convolution import (
+    CONVOLVED,
+    conv3x3_of_doubled,
+    conv_general_dilated,
+    is_static,
+    max_pool,
+)
 from pspnet_jax.models.layers import (
+    HE_NORMAL,
     ConvNorm,
     DoubleSize,
     Dropout,
@@ -93,23 +101,53 @@ class BackboneUNet(nn.Module):
         size = image.shape[1:3]
         features = self.backbone(image.astype(self.dtype), train)
 
-        def two_convs(x, channels, name):
-            for j in (1, 2):
-                shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
-                x = ConvNorm(channels, **shared, name=f'{name}_{j}')(x, train)
-            return x
-
+        shared = {'dtype': self.dtype, 'axis_name': self.axis_name}
         x, out = features[32], {}
         if self.center:
-            x = two_convs(x, x.shape[-1], 'center')
+            for j in (1, 2):
+                x = ConvNorm(x.shape[-1], **shared, name=f'center_{j}')(x, train)
         for i, stride in enumerate((16, 8, 4, 2, 1)):
             skip = features.get(-2 * stride, features.get(stride)) if stride > 1 else None
-            x = resize_nearest(x, size if skip is None else skip.shape[1:3])
-            if skip is not None:
-                x = jnp.concatenate([x, skip], axis=-1)
-            x = two_convs(x, 4 * self.width // 2**i, f'up{i}')
+            larger = size if skip is None else skip.shape[1:3]
+            channels = 4 * self.width // 2**i
+            x = UpConvNorm(channels, **shared, name=f'up{i}_1')(x, skip, larger, train)
+            x = ConvNorm(channels, **shared, name=f'up{i}_2')(x, train)
             deep = self.deep_supervision and (train or self.is_initializing())
             if deep and 1 < stride < 16:
                 name = f'deep{stride}'
                 out[name] = resize(score(x, self.num_classes, name=name), size, align_corners=False)
         return {'logits': score(x, self.num_classes, 3, name='classifier'), **out}
+
+
+class UpConvNorm(nn.Module):
+    """Nearest upsampling of `x` to `size` -> concatenation with `skip`, if any -> `ConvNorm`."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, skip, size, train: bool):
+        _, norm = units(self, train)
+        x = UpConv(self.features, self.dtype, name='conv')(x, skip, size)
+        return nn.relu(norm('bn')(x))
+
+
+class UpConv(nn.Module):
+    """The 3x3 convolution of `UpConvNorm`, B h w I and B H W S -> B H W O."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, skip, size):
+        channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+        kernel = self.param('kernel', HE_NORMAL, (3, 3, channels, self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if is_static(size) and tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
+            return checkpoint_name(conv3x3_of_doubled(x, skip, kernel), CONVOLVED)
+        x = resize_nearest(x, size)
+        x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
+        pad = ((1, 1), (1, 1))
+        layout = ('NHWC', 'HWIO', 'NHWC')
+        return conv_general_dilated(x, kernel, (1, 1), pad, dimension_numbers=layout)
