@@ -42,11 +42,9 @@ def test_winograd_is_the_convolution(rng, size, dilation):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize('band', [convolution.BAND, 9 * 5 * 7 * 2])
 @pytest.mark.parametrize(('size', 'dilation'), FORMS)
-def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation, band):
-    """By products of images and of bands of rows, by Winograd, and by the dilation's phases."""
-    monkeypatch.setattr(convolution, 'BAND', band)
+def test_weight_gradients_are_the_convolutions(rng, size, dilation):
+    """By Winograd, and by the dilation's phases."""
     x = rng.standard_normal((2, *size, 5)).astype(np.float32)
     grad = rng.standard_normal((2, *size, 4)).astype(np.float32)
     expected = np.zeros((3, 3, 5, 4))
@@ -54,9 +52,7 @@ def test_weight_gradients_are_the_convolutions(rng, monkeypatch, size, dilation,
         kernel = np.zeros((3, 3, 5, 4))
         kernel[index] = 1
         expected[index] = (by_loop(x, kernel, dilation) * grad).sum((0, 1, 2))
-    forms = (convolution.weight_gradient_by_bands, convolution.winograd_weight_gradient)
-    of_cpus = [form.__wrapped__ for form in forms]  # not what was traced with another BAND
-    for form in (*of_cpus, convolution.weight_gradient_by_phases):
+    for form in (convolution.winograd_weight_gradient, convolution.weight_gradient_by_phases):
         ours = form(x, grad, dilation)
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 
@@ -355,6 +351,29 @@ def test_what_a_depthwise_convolution_gives_can_be_kept():
     assert (computed(keep), computed(None)) == (1, 2)
 
 
+@pytest.mark.parametrize('wide', [1, 3, 7, 64])
+@pytest.mark.parametrize('rows', [1, 2, 65])
+@pytest.mark.parametrize('transposed', [False, True])
+def test_a_product_of_bfloat16(rng, rows, wide, transposed):
+    """Each number is the exact one, rounded once; whatever shape, and if the user transposes it."""
+    x = jnp.asarray(rng.standard_normal((rows, 48)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((48, wide)), jnp.bfloat16)
+    grad = jnp.asarray(rng.standard_normal((rows, wide)), jnp.bfloat16)
+
+    @jit
+    def run(x, kernel, grad):
+        out, back = jax.vjp(convolution.product, x, kernel)
+        outs = (out, *back(grad))
+        return [a.T for a in outs] if transposed else outs
+
+    exact_x, exact_kernel, exact_grad = (np.asarray(a, np.float64) for a in (x, kernel, grad))
+    exact = (exact_x @ exact_kernel, exact_grad @ exact_kernel.T, exact_x.T @ exact_grad)
+    for ours, theirs in zip(run(x, kernel, grad), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        theirs = theirs.T if transposed else theirs
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize('wide', [3, 7])
 def test_a_products_gradients(rng, wide):
     x = jnp.asarray(rng.standard_normal((6, 5)), jnp.float32)
@@ -367,24 +386,24 @@ def test_a_products_gradients(rng, wide):
 
 @pytest.mark.parametrize(('window', 'pad'), [(2, 0), (3, 1)])
 @pytest.mark.parametrize('size', [(8, 8), (7, 9), (6, 11)])
-def test_max_pooling_and_its_gradient_equal_pytorchs(rng, window, pad, size):
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_max_pooling_and_its_gradient_equal_pytorchs(rng, window, pad, size, dtype):
     """Of equal values, of which there are many here, the first one has the gradient."""
     torch = pytest.importorskip('torch', reason='PyTorch is the reference')
     x = rng.integers(0, 4, (2, *size, 3)).astype(np.float32)
     theirs = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
     pooled = torch.nn.functional.max_pool2d(theirs, window, 2, pad)
-    weight = rng.standard_normal(pooled.shape).astype(np.float32)
+    weight = rng.integers(-8, 8, pooled.shape).astype(np.float32)  # sums are exact
     (pooled * torch.from_numpy(weight)).sum().backward()
 
     def scalar(x):
         out = convolution.max_pool(x, window, pad)
         return (out * weight.transpose(0, 2, 3, 1)).sum(), out
 
-    (_, ours), grad = jit(jax.value_and_grad(scalar, has_aux=True))(x)
+    (_, ours), grad = jit(jax.value_and_grad(scalar, has_aux=True))(jnp.asarray(x, dtype))
+    assert grad.dtype == dtype
     np.testing.assert_array_equal(np.asarray(ours).transpose(0, 3, 1, 2), pooled.detach())
-    np.testing.assert_allclose(
-        np.asarray(grad).transpose(0, 3, 1, 2), theirs.grad.numpy(), atol=1e-6
-    )
+    np.testing.assert_array_equal(np.asarray(grad).transpose(0, 3, 1, 2), theirs.grad.numpy())
 
 
 @pytest.mark.parametrize('align_corners', [True, False])

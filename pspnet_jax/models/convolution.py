@@ -4,11 +4,10 @@ A 1x1 is a matrix product, except with a stride on an accelerator. Accelerators 
 own convolutions (cuDNN's, the TPU's), except for two gradients on NVIDIA GPUs, of dilated 3x3s and
 of max pooling. On a CPU, a 3x3 at stride 1 between wide maps is Winograd's F(2x2, 3x3) (Lavin and
 Gray 2016, arXiv 1509.09308): 16 products instead of 36, with 1/2 as the only coefficient, so it
-rounds like the plain form. With few channels, neighbouring outputs share one window, and the weight
-gradient of large or thin maps is computed as products. A 3x3 of a map that was doubled in size
-(`conv3x3_of_doubled`) is computed on the map as it was. A depthwise convolution is one shifted
-multiply-add per tap, and max pooling has a gradient without a scatter. experiments/README.md lists
-the gain of each.
+rounds like the plain form. With few channels, neighbouring outputs share one window. A 3x3 of a map
+that was doubled in size (`conv3x3_of_doubled`) is computed on the map as it was. A depthwise
+convolution is one shifted multiply-add per tap, and max pooling has a gradient without a scatter.
+experiments/README.md lists the gain of each.
 """
 
 import functools
@@ -28,8 +27,6 @@ AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 WINOGRAD_CHANNELS = 256  # in and out; with fewer, moving the tiles costs more than it saves
 CONVOLVED = 'convolved'
 THIN = 16  # channels; vectors of the CPU hold as many numbers
-LARGE_MAP = 2**19  # numbers in an image's map; a larger one's weight gradient is computed by bands
-BAND = 3 * 2**18  # numbers in a band's patches
 
 
 def is_static(sizes: Iterable[Any]) -> bool:
@@ -82,23 +79,50 @@ def conv1x1(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], **kwargs)
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """N I times I O. Its weight gradient transposes the narrower side."""
-    return jnp.dot(x, kernel)
+    """N I times I O."""
+    return dot(x, kernel, (1, 0))
 
 
 def _product_backward(residuals, grad):
     x, kernel = residuals
-    narrow_input = x.shape[1] <= grad.shape[1]
-    grad_kernel = jnp.dot(x.T, grad) if narrow_input else jnp.dot(grad.T, x).T
-    return contract_last(grad, kernel), grad_kernel
+    if x.dtype == jnp.float32 and x.shape[1] > grad.shape[1]:
+        grad_kernel = dot(grad, x, (0, 0)).T  # less to transpose
+    else:
+        grad_kernel = dot(x, grad, (0, 0))
+    return dot(grad, kernel, (1, 1)), grad_kernel
 
 
 product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
 
 
-def contract_last(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x @ y.T"""
-    return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())))
+def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """The product of two matrices over an axis of each, in their dtype."""
+    axes = (((contracted[0],), (contracted[1],)), ((), ()))
+    plain = functools.partial(jax.lax.dot_general, dimension_numbers=axes)
+    if x.dtype == jnp.float32:
+        return plain(x, y)
+
+    def on_cpu(x, y):
+        return cpu_dot(x, y, contracted).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=plain)
+
+
+def cpu_dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """`dot` with a float32 result: AVX512_BF16 has no other. The axes are (1, 0), (1, 1) or (0, 0).
+
+    XLA (jax 0.10 to 0.12) has the product of bfloat16 with that result only over the last axis of
+    x, and refuses it as the program runs otherwise. So x is transposed in two halves, since a plain
+    transpose is taken into the product; and the result must not be transposed.
+    """
+    if contracted[0] == 0 and x.dtype != jnp.float32:
+        half = x.shape[0] // 2
+        if not half:
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        else:
+            x, contracted = jnp.concatenate([x[:half].T, x[half:].T], axis=1), (1, contracted[1])
+    axes = (((contracted[0],), (contracted[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
 class Window(NamedTuple):
@@ -157,10 +181,6 @@ def _conv3x3_backward(dilation, residuals, grad):
         grad_x, grad_kernel = by_xla(x, kernel, grad)
         if form is thin_3x3:
             grad_x = thin_3x3(grad, kernel[::-1, ::-1].swapaxes(2, 3), dilation)
-        large = np.prod(x.shape[1:]) > LARGE_MAP or kernel.shape[3] <= THIN
-        # It goes image by image: with several devices, each would gather all images.
-        if large and jax.device_count() == 1:
-            grad_kernel = weight_gradient_by_bands(x, grad, dilation)
         return grad_x, grad_kernel
 
     return jax.lax.platform_dependent(x, kernel, grad, cpu=on_cpu, cuda=on_cuda, default=by_xla)
@@ -294,22 +314,25 @@ def _input_tiles(x, dilation):
 def winograd_3x3(
     x: jax.Array, kernel: jax.Array, dilation: tuple[int, int], transpose: bool = False
 ) -> jax.Array:
-    """`plain_3x3` by Winograd's F(2x2, 3x3), computed in float32.
+    """`plain_3x3` by Winograd's F(2x2, 3x3): products in the dtype of x, sums in float32.
 
     With `transpose` it maps B H W O to B H W I: the gradient of the input, which is the convolution
     with the rotated kernel. That only exchanges the first and last row and column of the
     transformed kernel, so no kernel is copied into another order.
     """
     inputs, (B, h, w) = _input_tiles(x, dilation)
-    kernel = kernel.astype(jnp.float32)
-    kernels = on_both_axes(G, [[kernel[i, j] for j in range(3)] for i in range(3)])
-    multiply = jnp.dot
+    wide = kernel.astype(jnp.float32)
+    kernels = on_both_axes(G, [[wide[i, j] for j in range(3)] for i in range(3)])
+    contracted = (1, 0)
     if transpose:
-        order = (3, 1, 2, 0)
+        order, contracted = (3, 1, 2, 0), (1, 1)
         kernels = [[kernels[i][j] for j in order] for i in order]
-        multiply = contract_last
+
     products = [
-        [multiply(v, u).reshape(B, h, w, -1) for v, u in zip(*pair, strict=True)]
+        [
+            cpu_dot(v.astype(x.dtype), u.astype(x.dtype), contracted).reshape(B, h, w, -1)
+            for v, u in zip(*pair, strict=True)
+        ]
         for pair in zip(inputs, kernels, strict=True)
     ]
     out = on_both_axes(AT, products)  # 2 x 2 of B h w O
@@ -327,38 +350,11 @@ def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int,
     grad = jnp.pad(grad, ((0, 0), (0, 2 * h - grad.shape[1]), (0, 2 * w - grad.shape[2]), (0, 0)))
     grads = on_both_axes(AT.T, tiles(jax.lax.optimization_barrier(grad), 2, (h, w)))
     products = [
-        [jnp.dot(v.T, g) for v, g in zip(*pair, strict=True)]
+        [cpu_dot(v.astype(x.dtype), g.astype(x.dtype), (0, 0)) for v, g in zip(*pair, strict=True)]
         for pair in zip(inputs, grads, strict=True)
     ]
     taps = on_both_axes(G.T, products)
     return jnp.stack([jnp.stack(row) for row in taps]).astype(x.dtype)
-
-
-@functools.partial(jax.jit, static_argnames='dilation')
-def weight_gradient_by_bands(x: jax.Array, grad: jax.Array, dilation: tuple[int, int]) -> jax.Array:
-    """3 3 I O from x: B H W I and the gradient B H W O of a stride-1 'same' 3x3.
-
-    One matrix product per band of n rows, (O, n W) by (n W, 9 I): the inputs of all nine taps. The
-    bands are so low that their patches stay in the cache; XLA's form reads a large map nine times.
-    """
-    (B, H, W, channels), features, (dy, dx) = x.shape, grad.shape[3], dilation
-    rows = min(H, max(1, BAND // (9 * W * channels)))
-    count = -(-H // rows)
-    spare = count * rows - H
-    x = jnp.pad(x, ((0, 0), (dy, dy + spare), (dx, dx), (0, 0)))
-    grad = jnp.pad(grad, ((0, 0), (0, spare), (0, 0), (0, 0)))
-
-    def add_band(total, n):
-        image, row = n // count, n % count * rows
-        seen = jax.lax.dynamic_slice_in_dim(x[image], row, rows + 2 * dy)
-        band = jax.lax.dynamic_slice_in_dim(grad[image], row, rows).reshape(rows * W, features)
-        taps = [seen[i * dy :, j * dx :][:rows, :W] for i, j in np.ndindex(3, 3)]
-        patches = jnp.concatenate(taps, axis=-1).reshape(rows * W, 9 * channels)
-        return total + jnp.dot(band.T, patches, preferred_element_type=jnp.float32), None
-
-    total = jnp.zeros((features, 9 * channels), jnp.float32)
-    total, _ = jax.lax.scan(add_band, total, jnp.arange(B * count))
-    return total.T.reshape(3, 3, channels, features).astype(x.dtype)
 
 
 def weight_gradient_by_phases(
@@ -573,7 +569,13 @@ def _max_pool_backward(window, pad, x, grad):
         return jax.vjp(lambda x: _max_pool(x, window, pad), x)[1](grad)[0]
 
     by_cells = functools.partial(max_pool_gradient, window=window, pad=pad)
-    return (jax.lax.platform_dependent(x, grad, cpu=by_cells, cuda=by_cells, default=by_xla),)
+
+    def on_cpu(x, grad):
+        wide = x.astype(jnp.float32), grad.astype(jnp.float32)  # it compares bfloat16 one by one
+        # Without a branch XLA fuses it with what comes next, and computes it again for each cell.
+        return jax.lax.cond(jnp.isnan(wide[1][0, 0, 0, 0]), by_xla, by_cells, *wide).astype(x.dtype)
+
+    return (jax.lax.platform_dependent(x, grad, cpu=on_cpu, cuda=by_cells, default=by_xla),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)

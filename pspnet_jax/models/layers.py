@@ -264,16 +264,13 @@ class PyramidConv(nn.Module):
     def __call__(self, maps: Sequence[jax.Array]) -> jax.Array:
         k, channels = self.kernel, [x.shape[-1] for x in maps]
         kernel = self.param('kernel', HE_NORMAL, (k, k, sum(channels), self.features))
-        kernel = kernel.astype(self.dtype)
-        x, first = maps[0].astype(self.dtype), channels[0]
-        pad = ((k // 2, k // 2),) * 2
+        first, *parts = jax.lax.split(kernel.astype(self.dtype), channels, axis=2)
+        x, pad = maps[0].astype(self.dtype), ((k // 2, k // 2),) * 2
         total = conv_general_dilated(
-            x, kernel[:, :, :first], (1, 1), pad, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+            x, first, (1, 1), pad, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
         )
-        for small, channel in zip(maps[1:], channels[1:], strict=True):
-            part = kernel[:, :, first : first + channel]
+        for small, part in zip(maps[1:], parts, strict=True):
             total = total + self._resized(small.astype(self.dtype), part, x.shape[1:3])
-            first += channel
         return total
 
     def _resized(self, small, kernel, size):

@@ -18,15 +18,21 @@ from pspnet_jax.runtime import paths
 def options() -> dict[str, str]:
     """XLA's options for this platform; options that the user set in XLA_FLAGS are left alone.
 
-    A CPU uses the schedule that needs least memory, which is no slower. From jax 0.11 on, XLA's
-    fusion library (YNN) is limited to single products: its larger fusions return NaN in bfloat16.
+    A CPU uses the schedule that needs least memory, which is no slower. XLA's library YNN is left
+    products and sums: its convolutions of up to 64 outputs run on one core. From jax 0.11 on it is
+    left products alone, since its sums are NaN in bfloat16.
     """
     if jax.default_backend() != 'cpu':
         return {}
-    chosen = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
-    if jax.__version_info__ >= (0, 11):
-        fusions = 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
-        chosen['xla_cpu_experimental_ynn_fusion_type'] = fusions
+    operations = (
+        ['INDIVIDUAL_DOT'] if jax.__version_info__ >= (0, 11) else ['INDIVIDUAL_DOT', 'REDUCE']
+    )
+    chosen = {
+        'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
+        'xla_cpu_experimental_ynn_fusion_type': ','.join(
+            f'LIBRARY_FUSION_TYPE_{name}' for name in operations
+        ),
+    }
     users = re.findall(r'--(\w+)', os.environ.get('XLA_FLAGS', ''))
     return {name: value for name, value in chosen.items() if name not in users}
 
