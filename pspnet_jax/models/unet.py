@@ -144,7 +144,8 @@ class UpConv(nn.Module):
         channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
         kernel = self.param('kernel', HE_NORMAL, (3, 3, channels, self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if is_static(size) and tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
+        static = is_static((*x.shape, *size))
+        if static and tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
             return checkpoint_name(conv3x3_of_doubled(x, skip, kernel), CONVOLVED)
         x = resize_nearest(x, size)
         x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
