@@ -354,11 +354,12 @@ def test_what_a_depthwise_convolution_gives_can_be_kept():
 @pytest.mark.parametrize('wide', [1, 3, 7, 64])
 @pytest.mark.parametrize('rows', [1, 2, 65])
 @pytest.mark.parametrize('transposed', [False, True])
-def test_a_product_of_bfloat16(rng, rows, wide, transposed):
-    """Each number is the exact one, rounded once; whatever shape, and if the user transposes it."""
-    x = jnp.asarray(rng.standard_normal((rows, 48)), jnp.bfloat16)
-    kernel = jnp.asarray(rng.standard_normal((48, wide)), jnp.bfloat16)
-    grad = jnp.asarray(rng.standard_normal((rows, wide)), jnp.bfloat16)
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_a_product_of_16_bits(rng, rows, wide, transposed, dtype):
+    """Each number is the exact one, rounded once, for any shape, and where it is transposed."""
+    x = jnp.asarray(rng.standard_normal((rows, 48)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((48, wide)), dtype)
+    grad = jnp.asarray(rng.standard_normal((rows, wide)), dtype)
 
     @jit
     def run(x, kernel, grad):
@@ -369,9 +370,18 @@ def test_a_product_of_bfloat16(rng, rows, wide, transposed):
     exact_x, exact_kernel, exact_grad = (np.asarray(a, np.float64) for a in (x, kernel, grad))
     exact = (exact_x @ exact_kernel, exact_grad @ exact_kernel.T, exact_x.T @ exact_grad)
     for ours, theirs in zip(run(x, kernel, grad), exact, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        theirs = theirs.T if transposed else theirs
-        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=2**-8, atol=1e-4)
+        assert ours.dtype == dtype
+        theirs, rounding = theirs.T if transposed else theirs, float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=rounding, atol=1e-4)
+
+
+def test_winograds_products_of_float16(rng):
+    """They are in float32, as it has no instructions of its own."""
+    x = jnp.asarray(rng.standard_normal((1, 6, 6, 16)), jnp.float16)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 16, 4)), jnp.float16)
+    ours = convolution.winograd_3x3(x, kernel, (1, 1))
+    exact = by_loop(x, kernel, (1, 1))
+    np.testing.assert_allclose(ours, exact, rtol=float(jnp.finfo(jnp.float16).eps), atol=1e-4)
 
 
 @pytest.mark.parametrize('wide', [3, 7])

@@ -2,10 +2,10 @@
 
   python -m experiments.benchmarks.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
-Each variant is a step of PSPNet-50 (or with the prefix `unet:`, `vgg:` or `mobilenet_unet:` of
-U-Net, PSPNet on VGG16 or U-Net on MobileNetV2) at 256x256, batch 4, float32, in a separate process;
-they take turns. One line per variant is added to experiments/results/forms.jsonl: the seconds of a
-step and of compilation, the GFLOP as XLA counts them, and the temporaries in MB.
+Each variant is a step of PSPNet-50 (with a prefix: `unet:`, `vgg:` PSPNet on VGG16,
+`mobilenet_unet:` U-Net on MobileNetV2, `bfloat16:`) at 256x256, batch 4, float32, in a separate
+process; they take turns. One line per variant is added to experiments/results/forms.jsonl: the
+seconds of a step and of compilation, the GFLOP as XLA counts them, and the temporaries in MB.
 """
 
 import atexit
@@ -101,10 +101,39 @@ def without_depthwise():
     convolution.depthwise = convolution.plain
 
 
-def without_schedule():
-    from pspnet_jax.runtime import compilation
+def without_option(name):
+    def change():
+        from pspnet_jax.runtime import compilation
 
-    compilation.options = dict
+        chosen = compilation.options()
+        del chosen[name]
+        compilation.options = chosen.copy
+
+    return change
+
+
+def with_doubled_maps():
+    from pspnet_jax.models import unet
+    from pspnet_jax.models.convolution import _of_doubled_by_repeating
+
+    unet.conv3x3_of_doubled = _of_doubled_by_repeating
+
+
+def without_thin_forms():
+    from pspnet_jax.models import convolution
+
+    convolution.THIN = 0
+
+
+def without_bfloat16_products():
+    import jax.numpy as jnp
+
+    from pspnet_jax.models import convolution
+
+    single = convolution.cpu_dot
+    convolution.cpu_dot = lambda x, y, contracted: single(
+        x.astype(jnp.float32), y.astype(jnp.float32), contracted
+    )
 
 
 def second_start():
@@ -121,6 +150,7 @@ def second_start():
 PSPNET, UNET = {'name': 'pspnet', 'deep_stem': True}, {'name': 'unet'}
 VGG = {'name': 'pspnet', 'backbone': 'vgg16'}
 MOBILENET = {'name': 'unet', 'backbone': 'mobilenet_v2'}
+BFLOAT16 = {**PSPNET, 'dtype': 'bfloat16'}
 # {name: (network, options of the step, a change before the model is made)}.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     'all of them': (PSPNET, {}, None),
@@ -132,7 +162,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "XLA's max pooling gradient": (PSPNET, {}, without_max_pool),
     'vgg: all of them': (VGG, {}, None),
     "vgg: XLA's max pooling gradient": (VGG, {}, without_max_pool),
-    'default schedule': (PSPNET, {}, without_schedule),
+    'default schedule': (PSPNET, {}, without_option('xla_cpu_scheduler_type')),
     'second start': (PSPNET, {}, second_start),
     'remat none': (PSPNET, {'remat': 'none'}, None),
     'accumulate 2': (PSPNET, {'accumulate': 2}, None),
@@ -141,6 +171,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     'unet: transposed convolutions': (UNET, {}, without_transposed_2x2),
     'mobilenet_unet: all of them': (MOBILENET, {}, None),
     "mobilenet_unet: XLA's depthwise": (MOBILENET, {}, without_depthwise),
+    'mobilenet_unet: doubled maps': (MOBILENET, {}, with_doubled_maps),
+    'mobilenet_unet: no thin forms': (MOBILENET, {}, without_thin_forms),
+    "mobilenet_unet: YNN's convolutions": (
+        MOBILENET,
+        {},
+        without_option('xla_cpu_experimental_ynn_fusion_type'),
+    ),
+    'bfloat16: all of them': (BFLOAT16, {}, None),
+    'bfloat16: products in float32': (BFLOAT16, {}, without_bfloat16_products),
 }
 
 

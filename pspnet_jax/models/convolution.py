@@ -85,7 +85,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _product_backward(residuals, grad):
     x, kernel = residuals
-    if x.dtype == jnp.float32 and x.shape[1] > grad.shape[1]:
+    if x.dtype != jnp.bfloat16 and x.shape[1] > grad.shape[1]:
         grad_kernel = dot(grad, x, (0, 0)).T  # less to transpose
     else:
         grad_kernel = dot(x, grad, (0, 0))
@@ -99,7 +99,7 @@ def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     """The product of two matrices over an axis of each, in their dtype."""
     axes = (((contracted[0],), (contracted[1],)), ((), ()))
     plain = functools.partial(jax.lax.dot_general, dimension_numbers=axes)
-    if x.dtype == jnp.float32:
+    if x.dtype != jnp.bfloat16:
         return plain(x, y)
 
     def on_cpu(x, y):
@@ -109,18 +109,19 @@ def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
 
 
 def cpu_dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """`dot` with a float32 result: AVX512_BF16 has no other. The axes are (1, 0), (1, 1) or (0, 0).
+    """`dot` of float32 or bfloat16 with a float32 result, over the axes (1, 0), (1, 1) or (0, 0).
 
-    XLA (jax 0.10 to 0.12) has the product of bfloat16 with that result only over the last axis of
-    x, and refuses it as the program runs otherwise. So x is transposed in two halves, since a plain
-    transpose is taken into the product; and the result must not be transposed.
+    The CPU's instructions for bfloat16 have no other result. XLA (jax 0.10 to 0.12) uses them only
+    over the last axis of x; over the first one it stops the program with an error. So x is
+    transposed, in two halves, because XLA would undo a plain transpose. For the same reason the
+    result must not be transposed.
     """
-    if contracted[0] == 0 and x.dtype != jnp.float32:
+    if contracted[0] == 0 and x.dtype == jnp.bfloat16:
         half = x.shape[0] // 2
-        if not half:
-            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        else:
+        if half:
             x, contracted = jnp.concatenate([x[:half].T, x[half:].T], axis=1), (1, contracted[1])
+        else:
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     axes = (((contracted[0],), (contracted[1],)), ((), ()))
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
@@ -310,27 +311,31 @@ def _input_tiles(x, dilation):
     return on_both_axes(BT, tiles(x, 4, (h, w))), (B, h, w)
 
 
+def _multiplied(x):
+    """The dtype of the factors of Winograd's products."""
+    return jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+
+
 @functools.partial(jax.jit, static_argnames=('dilation', 'transpose'))
 def winograd_3x3(
     x: jax.Array, kernel: jax.Array, dilation: tuple[int, int], transpose: bool = False
 ) -> jax.Array:
-    """`plain_3x3` by Winograd's F(2x2, 3x3): products in the dtype of x, sums in float32.
+    """`plain_3x3` by Winograd's F(2x2, 3x3), in float32; bfloat16 is rounded before the products.
 
     With `transpose` it maps B H W O to B H W I: the gradient of the input, which is the convolution
     with the rotated kernel. That only exchanges the first and last row and column of the
     transformed kernel, so no kernel is copied into another order.
     """
     inputs, (B, h, w) = _input_tiles(x, dilation)
-    wide = kernel.astype(jnp.float32)
-    kernels = on_both_axes(G, [[wide[i, j] for j in range(3)] for i in range(3)])
+    dtype, kernel = _multiplied(x), kernel.astype(jnp.float32)
+    kernels = on_both_axes(G, [[kernel[i, j] for j in range(3)] for i in range(3)])
     contracted = (1, 0)
     if transpose:
         order, contracted = (3, 1, 2, 0), (1, 1)
         kernels = [[kernels[i][j] for j in order] for i in order]
-
     products = [
         [
-            cpu_dot(v.astype(x.dtype), u.astype(x.dtype), contracted).reshape(B, h, w, -1)
+            cpu_dot(v.astype(dtype), u.astype(dtype), contracted).reshape(B, h, w, -1)
             for v, u in zip(*pair, strict=True)
         ]
         for pair in zip(inputs, kernels, strict=True)
@@ -349,8 +354,9 @@ def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int,
     grad = to_phases(grad.astype(jnp.float32), dilation)
     grad = jnp.pad(grad, ((0, 0), (0, 2 * h - grad.shape[1]), (0, 2 * w - grad.shape[2]), (0, 0)))
     grads = on_both_axes(AT.T, tiles(jax.lax.optimization_barrier(grad), 2, (h, w)))
+    dtype = _multiplied(x)
     products = [
-        [cpu_dot(v.astype(x.dtype), g.astype(x.dtype), (0, 0)) for v, g in zip(*pair, strict=True)]
+        [cpu_dot(v.astype(dtype), g.astype(dtype), (0, 0)) for v, g in zip(*pair, strict=True)]
         for pair in zip(inputs, grads, strict=True)
     ]
     taps = on_both_axes(G.T, products)
@@ -360,7 +366,8 @@ def winograd_weight_gradient(x: jax.Array, grad: jax.Array, dilation: tuple[int,
 def weight_gradient_by_phases(
     x: jax.Array, grad: jax.Array, dilation: tuple[int, int]
 ) -> jax.Array:
-    """The same gradient by XLA's convolution, on the phases of the dilation, which are dense.
+    """3 3 I O from x: B H W I and the gradient B H W O of `plain_3x3`, by XLA's convolution on the
+    phases of the dilation, which are dense.
 
     XLA passes only undilated weight gradients to cuDNN. Otherwise it convolves with a window of the
     gradient's size, which took 14 of the 53 ms of PSPNet-50's step on an H200.
@@ -571,8 +578,9 @@ def _max_pool_backward(window, pad, x, grad):
     by_cells = functools.partial(max_pool_gradient, window=window, pad=pad)
 
     def on_cpu(x, grad):
-        wide = x.astype(jnp.float32), grad.astype(jnp.float32)  # it compares bfloat16 one by one
-        # Without a branch XLA fuses it with what comes next, and computes it again for each cell.
+        wide = x.astype(jnp.float32), grad.astype(jnp.float32)  # bfloat16 is compared one by one
+        # Both branches give the same. Without them XLA would fuse the gradient with what comes
+        # next, and compute it again for each cell.
         return jax.lax.cond(jnp.isnan(wide[1][0, 0, 0, 0]), by_xla, by_cells, *wide).astype(x.dtype)
 
     return (jax.lax.platform_dependent(x, grad, cpu=on_cpu, cuda=by_cells, default=by_xla),)

@@ -18,9 +18,9 @@ from pspnet_jax.runtime import paths
 def options() -> dict[str, str]:
     """XLA's options for this platform; options that the user set in XLA_FLAGS are left alone.
 
-    A CPU uses the schedule that needs least memory, which is no slower. XLA's library YNN is left
-    products and sums: its convolutions of up to 64 outputs run on one core. From jax 0.11 on it is
-    left products alone, since its sums are NaN in bfloat16.
+    A CPU uses the schedule that needs least memory, which is no slower. XLA's library YNN computes
+    only products and sums there, since its convolutions with up to 64 outputs use a single core.
+    From jax 0.11 on it computes only products: its sums are NaN in bfloat16.
     """
     if jax.default_backend() != 'cpu':
         return {}

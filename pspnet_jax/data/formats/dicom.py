@@ -116,8 +116,11 @@ def _check(header, path: Path, pydicom) -> None:
     compressed = f'{path} is compressed as {syntax.name}'
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
-    except NotImplementedError as error:  # pydicom knows no decoder for this syntax
-        raise DataError(f'{compressed}: unpack it, for instance by gdcmconv --raw') from error
+    except NotImplementedError as error:
+        raise DataError(
+            f'{compressed}, which pydicom can not decode: '
+            'unpack it, for instance by gdcmconv --raw, or convert it to NIfTI or PNG'
+        ) from error
     if not decoder.is_available:
         raise DataError(f'{compressed}: to read it, {_plugin(syntax)}')
 
