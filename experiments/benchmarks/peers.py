@@ -4,13 +4,15 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.benchmarks import recipe_peer
 from experiments.benchmarks.serve import serve
 
 
@@ -163,11 +165,11 @@ def create(name: str, classes: int) -> nn.Module:
     if name == 'deeplabv3_resnet50':
         make = import_torchvision().models.segmentation.deeplabv3_resnet50
         return make(weights=None, weights_backbone=None, num_classes=classes, aux_loss=True)
-    if name == 'unet_resnet34':
+    if name.startswith('unet_'):
         import_torchvision()
-        import segmentation_models_pytorch
+        import segmentation_models_pytorch as smp
 
-        return segmentation_models_pytorch.Unet('resnet34', encoder_weights=None, classes=classes)
+        return smp.Unet(name.removeprefix('unet_'), encoder_weights=None, classes=classes)
     raise ValueError(f'{name!r} is not a network of this file')
 
 
@@ -195,10 +197,12 @@ def make_step(
     train: bool,
     dtype: str,
     mode: str,
+    recipe: Mapping[str, Any] | None = None,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """(step, the same uncompiled): forward, and in training backward and SGD with momentum.
 
-    `mode` contains 'compile' for torch.compile and 'channels_last' for that layout.
+    `mode` contains 'compile' for torch.compile and 'channels_last' for that layout. With `recipe`
+    the step is that of recipe_peer.py.
     """
     device = image.device.type
     if 'channels_last' in mode:
@@ -222,6 +226,11 @@ def make_step(
             optimizer.step()
 
     run = torch.compile(module) if 'compile' in mode else module
+    if recipe:
+        of_recipe = functools.partial(
+            recipe_peer.make_step, module, image_BCHW=image, labels_BHW=labels, recipe=recipe
+        )
+        return of_recipe(run), of_recipe(module)
     return functools.partial(step, run), functools.partial(step, module)
 
 
@@ -246,7 +255,7 @@ def main() -> None:
     in_last = [x.cpu().numpy().transpose(0, 2, 3, 1) for x in (image, out)]
     np.savez(case['exchange'] + '.out.npz', image=in_last[0], out=in_last[1])
 
-    options = {key: case[key] for key in ('train', 'dtype', 'mode')}
+    options = {key: case.get(key) for key in ('train', 'dtype', 'mode', 'recipe')}
     step, uncompiled = make_step(module, image, labels, **options)
 
     def step_and_wait():

@@ -8,8 +8,8 @@ Each contender is a separate process that runs one step on request. PyTorch is t
 compiled, channels last and not; the fastest of the four is the peer. First it checks that both
 networks are the same: equal numbers of parameters, and equal outputs with the peer's weights. Then
 ours and the peer take turns; a line with both medians is added to experiments/results/speed.jsonl.
-In training both run forward, backward and SGD with momentum; ours uses `training.update.train_step`
-unchanged.
+In training both run forward, backward and SGD with momentum, or the whole update of a recipe; ours
+uses `training.update.train_step` unchanged.
 """
 
 import functools
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from pspnet_jax.config import lgg
 from pspnet_jax.training import update
 
 STEPS = 3  # timed steps in a turn, after one to warm up
@@ -46,7 +47,12 @@ DEEPLAB = {
     },
     'peer': 'deeplabv3_resnet50',
 }  # fmt: skip
+MOBILE_UNET = {
+    'model': {'name': 'unet', 'backbone': 'mobilenet_v2'}, 'peer': 'unet_mobilenet_v2',
+}  # fmt: skip
 BLOG = {'model': {'name': 'vgg_pspnet_blog'}, 'peer': 'keras'}
+# All of its update: augmentation, losses, AdamW, the average of the parameters. Its crop is 192.
+RECIPE = lgg.get_config('mobilenet_unet').to_dict()
 
 
 def cases(on_cpu: bool) -> dict[str, dict[str, Any]]:
@@ -66,6 +72,8 @@ def cases(on_cpu: bool) -> dict[str, dict[str, Any]]:
         add('pspnet_vgg16', VGG, 384, 2)
         add('vgg_pspnet_blog', BLOG, 384, 2)
         add('unet_resnet34', UNET, 256, 4)
+        add('unet_mobilenet_v2', MOBILE_UNET, 256, 4)
+        add('LGG recipe', {**MOBILE_UNET, 'recipe': RECIPE}, 256, 16, modes=('train',))
         add('deeplabv3_resnet50', DEEPLAB, 256, 4)
         add('pspnet_resnet50', PSPNET_50, 256, 1, modes=('inference',))
         add('pspnet_resnet50', PSPNET_50, 473, 1, modes=('inference',))
@@ -124,25 +132,28 @@ def ours(case: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
     import optax
+    from ml_collections import ConfigDict
 
     from experiments.benchmarks.serve import serve
     from pspnet_jax.config import base
     from pspnet_jax.runtime import compilation
+    from pspnet_jax.training import optim
 
     _, model, variables = load(case)
     image = jnp.asarray(np.load(case['exchange'] + '.out.npz')['image'])
     if case['train']:
-        tx = optax.sgd(1e-3, momentum=0.9)
+        params = variables['params']
+        if recipe := case.get('recipe'):
+            config, changes = ConfigDict(recipe), {}
+            tx, _ = optim.create(recipe['optim'], steps=recipe['train']['steps'])
+        else:
+            config, tx = base.get_config(), optax.sgd(1e-3, momentum=0.9)
+            changes = {'loss': {**config.loss.to_dict(), 'dice': 0.0}, 'augment': {}}
+        average = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
         state = update.TrainState(
-            jnp.zeros((), jnp.int32),
-            variables['params'],
-            variables['batch_stats'],
-            tx.init(variables['params']),
-            None,
+            jnp.zeros((), jnp.int32), params, variables['batch_stats'], tx.init(params), average
         )
-        config = base.get_config()
-        plain = {'loss': {**config.loss.to_dict(), 'dice': 0.0}, 'augment': {}}
-        step_fn = update.bind_step(config, model, tx, **plain)
+        step_fn = update.bind_step(config, model, tx, **changes)
         small = case['size'] // 4 if case['peer'] == 'keras' else case['size']  # of its labels
         rng = np.random.default_rng(0)
         labels = rng.integers(0, case['classes'], (case['batch'], small, small))
