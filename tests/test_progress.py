@@ -200,31 +200,6 @@ def test_the_data_is_told_by_part_as_counted_by_hand(run):
     assert lines_of(done[0], 'data: ') == ['data: ' + '; '.join(told)]
 
 
-def forward_flops(model, shape):
-    """Of all convolutions of one forward pass in training: twice their multiplications."""
-    image = jax.ShapeDtypeStruct(shape, np.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-
-    def forward(variables, x):
-        return model.apply(variables, x, train=True, mutable=['batch_stats'],
-                           rngs={'dropout': jax.random.key(0)})[0]  # fmt: skip
-
-    def count(jaxpr):
-        total = 0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == 'conv_general_dilated':
-                kernel = equation.invars[1].aval.shape
-                out = equation.outvars[0].aval
-                features = equation.params['dimension_numbers'].rhs_spec[0]
-                total += 2 * out.size * math.prod(kernel) // kernel[features]
-            for value in jax.tree.leaves(list(equation.params.values())):
-                inner = getattr(value, 'jaxpr', value)
-                total += count(inner) if hasattr(inner, 'eqns') else 0
-        return total
-
-    return count(jax.make_jaxpr(forward)(variables, image).jaxpr)
-
-
 @pytest.mark.slow
 def test_the_network_and_the_plan_are_told_with_their_numbers(run):
     """Of 16 training images in batches of 4, the first run makes 3 updates and the second 6."""
@@ -236,14 +211,9 @@ def test_the_network_and_the_plan_are_told_with_their_numbers(run):
     size = sum(leaf.size for leaf in jax.tree.leaves(tree['params']))
     (line,) = lines_of(done[0], 'network: ')
     found = re.fullmatch(
-        r'network: unet_mini, 2 classes, ([\d,]+) parameters, ([\d.e-]+) GFLOP per training step; '
-        r'compiled in \d+ s',
-        line,
+        r'network: unet_mini, 2 classes, ([\d,]+) parameters; compiled in \d+ s', line
     )
     assert found[1] == f'{size:,}'
-    # Backwards costs twice what forwards does; the rest are losses, augmentation, the optimiser.
-    convolutions = 3 * forward_flops(model, (4, 32, 32, 3)) / 1e9
-    assert convolutions * 0.9 < float(found[2]) < convolutions * 1.6
     part = json.loads((workdir / 'splits.json').read_text())['train']
     epochs = [f'{steps * 4 / (4 * len(part)):.3g}' for steps in (3, 6)]
     for one, steps, count in zip(done, (3, 6), epochs, strict=True):

@@ -354,7 +354,7 @@ def compiled(
         logger.info('compiling the training step')
     program, facts = placed.compile(state, batch)
     if first:
-        tell_network(config, size, facts)
+        tell_network(config, size, facts['seconds'])
     return program, facts['needed_mb']
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -43,20 +42,16 @@ def tell_data(split: Mapping[str, volumes.Slices]) -> None:
     logger.info('data: %s', '; '.join(told))
 
 
-def tell_network(config: ConfigDict, size: int, facts: Mapping[str, float]) -> None:
-    """Log one line: `size` parameters, and `compile_now`'s `facts` about the training step."""
+def tell_network(config: ConfigDict, size: int, seconds: float) -> None:
+    """Log one line: `size` parameters, and the `seconds` of compiling the training step."""
     _, backbone, _ = models.resolve(**config.model)
-    # XLA counts one device, and counts a loop's body once (over micro-batches or updates).
-    gflop = facts['gflop'] * config.train.accumulate * jax.device_count()
-    cost = f', {_digits(gflop)} GFLOP per training step' if gflop > 0 else ''
     logger.info(
-        'network: %s%s, %d classes, %s parameters%s; compiled in %.0f s',
+        'network: %s%s, %d classes, %s parameters; compiled in %.0f s',
         config.model.name,
         f' on {backbone}' if backbone else '',
         config.model.num_classes,
         f'{size:,}',
-        cost,
-        facts['seconds'],
+        seconds,
     )
 
 
