@@ -16,9 +16,11 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from pspnet_jax import models
+from pspnet_jax.data import augment
 from pspnet_jax.models import backbones, unet, weights
 from pspnet_jax.models.weights import tables, translate
 from pspnet_jax.runtime.compilation import jit
+from pspnet_jax.training import losses
 
 pytestmark = pytest.mark.slow
 
@@ -422,6 +424,34 @@ def test_networks_equal_segmentation_models(kind, backbone, sizes):
     check_forward(module, model, variables, keys, sizes, weights.TABLES[source])
     if len(sizes) > 1:
         check_gradients(module, model, variables, weights.TABLES[source], keys, sizes[0])
+
+
+def test_the_lgg_recipe_of_the_benchmark_has_our_loss_and_changes_nothing_when_off():
+    from experiments.benchmarks import recipe_peer
+
+    changes = ('blur', 'low_resolution', 'gamma')
+    off = {**augment.OFF, **{f'{change}_probability': 0.0 for change in changes}}
+    image = torch.from_numpy(picture(32, batch=2))
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 2, (2, 32, 32)))
+    labels[:, :4] = 255
+    seen, truth = recipe_peer.augment(image, labels, off)
+    np.testing.assert_allclose(seen, image, atol=1e-4)
+    np.testing.assert_array_equal(truth, labels)
+    seen, truth = recipe_peer.augment(image, labels, {**off, 'flip_vertical': 1.0})
+    np.testing.assert_allclose(seen, image.flip(2), atol=1e-4)
+    np.testing.assert_array_equal(truth, labels.flip(1))
+    for sigma in (0.3, 1.0):  # ours renormalises at the border, theirs repeats the last pixel
+        ours = augment.blurred(nhwc(image)[0], sigma)[4:-4, 4:-4]
+        theirs = nhwc(recipe_peer.blurred(image[0], sigma)[None])[0, 4:-4, 4:-4]
+        np.testing.assert_allclose(theirs, ours, atol=3e-3)  # it has 7 taps
+    exponent = torch.tensor([0.7, 1.0, 1.5])
+    ours = augment.power(nhwc(image)[0], jnp.asarray(exponent)[None, None])
+    theirs = recipe_peer.power(image[:1], exponent[None, :, None, None])
+    assert_close(nhwc(theirs)[0], ours, 1e-3)  # its deviation is of n - 1
+
+    logits = torch.from_numpy(picture(32, batch=2)[:, :2])
+    ours = losses.soft_dice(nhwc(logits), labels.numpy())
+    np.testing.assert_allclose(recipe_peer.soft_dice(logits, labels), ours, rtol=1e-5)
 
 
 # ---- semseg -----------------------------------------------------------------------------
