@@ -16,6 +16,7 @@ from jax.scipy.ndimage import map_coordinates
 from pspnet_jax.data.volumes import IGNORE_LABEL
 
 ELASTIC_GRID = 4  # control points along each side of the deformation field
+GEOMETRY = ('crop', 'flip', 'flip_vertical', 'scale', 'rotate', 'elastic')  # options of the grid
 
 
 # The config's section `augment` without any change, and the defaults of `augment`'s options.
@@ -62,16 +63,16 @@ def augment(
         raise ValueError(f'augment has no {", ".join(unknown)}, it has {", ".join(OFF)}')
     options = OFF | dict(options)
     keys = jax.random.split(key, 8)
-    H, W = mask_HW.shape
-    rows, columns = sampling_grid(keys, (H, W), options)
+    if any(options[name] for name in GEOMETRY):
+        rows, columns = sampling_grid(keys, mask_HW.shape, options)
 
-    def sample(picture, order, outside):
-        return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)
+        def sample(picture, order, outside):
+            return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)
 
-    lowest_11C = image_HWC.min(axis=(0, 1), keepdims=True)
-    above = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)(image_HWC - lowest_11C)
-    image_HWC = above + lowest_11C
-    mask_HW = sample(mask_HW, 0, ignore_label)
+        lowest_11C = image_HWC.min(axis=(0, 1), keepdims=True)
+        by_channel = jax.vmap(lambda c: sample(c, 1, 0.0), in_axes=-1, out_axes=-1)
+        image_HWC = by_channel(image_HWC - lowest_11C) + lowest_11C
+        mask_HW = sample(mask_HW, 0, ignore_label)
     image_HWC = with_other_intensities(key, keys, image_HWC, options, context)
     if options['channel_dropout'] > 0.0:
         chance, which = jax.random.split(jax.random.fold_in(key, 11))
@@ -149,8 +150,10 @@ def with_other_intensities(
             chance, amount = jax.random.split(jax.random.fold_in(key, number))
             done = jax.random.bernoulli(chance, probability)
             image_HWC = jnp.where(done, change(image_HWC, draw(amount, strength)), image_HWC)
-    image_HWC = image_HWC * (1.0 + by_channel(keys[5], options['gain']))
-    image_HWC = image_HWC + by_channel(keys[6], options['bias'])
+    if options['gain'] > 0.0:
+        image_HWC = image_HWC * (1.0 + by_channel(keys[5], options['gain']))
+    if options['bias'] > 0.0:
+        image_HWC = image_HWC + by_channel(keys[6], options['bias'])
     if options['noise'] > 0.0:
         amount, pixels = jax.random.split(keys[7])
         sigma = jax.random.uniform(amount, maxval=options['noise'])
