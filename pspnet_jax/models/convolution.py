@@ -112,18 +112,28 @@ def cpu_dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Arra
     """`dot` of float32 or bfloat16 with a float32 result, over the axes (1, 0), (1, 1) or (0, 0).
 
     The CPU's instructions for bfloat16 have no other result. XLA (jax 0.10 to 0.12) uses them only
-    over the last axis of x; over the first one it stops the program with an error. So x is
-    transposed, in two halves, because XLA would undo a plain transpose. For the same reason the
-    result must not be transposed.
+    over the last axis of x; over the first one it stops the program with an error. So the narrower
+    matrix is transposed, and then the result if that is y.
     """
     if contracted[0] == 0 and x.dtype == jnp.bfloat16:
-        half = x.shape[0] // 2
-        if half:
-            x, contracted = jnp.concatenate([x[:half].T, x[half:].T], axis=1), (1, contracted[1])
-        else:
-            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        if x.shape[1] > y.shape[1]:
+            return transposed(cpu_dot(y, x, (0, 0)))
+        x, contracted = transposed(x), (1, contracted[1])
     axes = (((contracted[0],), (contracted[1],)), ((), ()))
     return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """x.T in two halves, because XLA undoes a plain one beside a product.
+
+    Of bfloat16 it is that of the bits: XLA for CPUs would transpose the numbers as float32.
+    """
+    if len(x) == 1:
+        return x.reshape(-1, 1)
+    half = len(x) // 2
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    bits = jnp.concatenate([bits[:half].T, bits[half:].T], axis=1)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 class Window(NamedTuple):
