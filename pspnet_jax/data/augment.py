@@ -64,7 +64,8 @@ def augment(
     options = OFF | dict(options)
     keys = jax.random.split(key, 8)
     if any(options[name] for name in GEOMETRY):
-        rows, columns = sampling_grid(keys, mask_HW.shape, options)
+        H, W = mask_HW.shape
+        rows, columns = sampling_grid(keys, (H, W), options)
 
         def sample(picture, order, outside):
             return map_coordinates(picture, [rows, columns], order, mode='constant', cval=outside)
