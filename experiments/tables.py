@@ -59,7 +59,7 @@ def lgg() -> str:
             *(f'--config.{key}={value}' for key, value in line['overrides'].items()),
         ]
         notes.append(
-            f'- {line["config"]}, commit {line["commit"][:7]}, seed {line["seed"]}, '
+            f'- {line["config"]}, commit {_short(line)}, seed {line["seed"]}, '
             f'{line["device"]}, step {line["step"]}: `python -m experiments.run '
             f'--config={line["config"]} {" ".join(flags)}`'
         )
@@ -111,7 +111,7 @@ def architectures() -> str:
         rows += [
             '',
             f'Inference at {first["size"]}x{first["size"]}, batch {first["batch"]}, float32 '
-            f'(`python -m experiments.architectures --cost`, commit {first["commit"][:7]}, '
+            f'(`python -m experiments.architectures --cost`, commit {_short(first)}, '
             f'{first["device"]}); published counts are for K = 21 where nothing else is said. '
             "Per-volume Dice on the phantoms' six test volumes, half-width networks from random "
             f'weights, {least} to {most} steps (`python -m experiments.architectures --quick`; '
@@ -340,8 +340,14 @@ def gpu() -> str:
     return '\n'.join([*rows, '', _made_by('bash experiments/benchmarks/gpu_speed.sh', lines)])
 
 
+def _short(line: dict[str, Any]) -> str:
+    """The first seven digits of a line's commit, and '+changes' if it has that."""
+    digits, plus, changes = line['commit'].partition('+')
+    return digits[:7] + plus + changes
+
+
 def _made_by(command: str, lines: list[dict[str, Any]]) -> str:
-    commits = sorted({line['commit'][:7] for line in lines})
+    commits = sorted({_short(line) for line in lines})
     devices = sorted({line['device'] for line in lines})
     versions = {f'{name} {v}' for line in lines for name, v in line.get('versions', {}).items()}
     facts = [f'`{command}`', f'commit {", ".join(commits)}', '; '.join(devices), *sorted(versions)]

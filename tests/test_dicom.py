@@ -202,7 +202,8 @@ def test_packed_dicom_names_the_plug_in(tmp_path):
         (pydicom.uid.JPEGLosslessSV1, 'pip install pylibjpeg pylibjpeg-libjpeg'),
         (pydicom.uid.JPEGLSLossless, 'pip install pylibjpeg pylibjpeg-libjpeg'),
         (pydicom.uid.HTJ2KLossless, 'pip install pylibjpeg pylibjpeg-openjpeg'),
-        (pydicom.uid.MPEG2MPML, 'gdcmconv --raw'),
+        (pydicom.uid.MPEG2MPML, 'cannot decode: convert it to NIfTI or PNG'),
+        (pydicom.uid.UID('1.2.840.10008.1.2.4.55'), 'cannot decode: convert it to NIfTI or PNG'),
     ):
         save_dicom(tmp_path / 'a.dcm', grey)
         data = pydicom.dcmread(tmp_path / 'a.dcm')

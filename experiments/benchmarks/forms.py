@@ -2,10 +2,11 @@
 
   python -m experiments.benchmarks.forms ['--names=all of them,no Winograd'] [--rounds=3]
 
-Each variant is a step of PSPNet-50 (with a prefix: `unet:`, `vgg:` PSPNet on VGG16,
-`mobilenet_unet:` U-Net on MobileNetV2, `bfloat16:`) at 256x256, batch 4, float32, in a separate
-process; they take turns. One line per variant is added to experiments/results/forms.jsonl: the
-seconds of a step and of compilation, the GFLOP as XLA counts them, and the temporaries in MB.
+Each variant is a training step at 256x256, batch 4, in a separate process; they take turns. It is
+PSPNet-50's in float32, or by its prefix U-Net's (`unet:`), that of PSPNet on VGG16 (`vgg:`) or of
+U-Net on MobileNetV2 (`mobilenet_unet:`), or PSPNet-50's in bfloat16 (`bfloat16:`). One line per
+variant is added to experiments/results/forms.jsonl: the seconds of a step and of compilation, the
+GFLOP as XLA counts them, and the temporaries in MB.
 """
 
 import atexit

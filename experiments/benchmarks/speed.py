@@ -51,7 +51,7 @@ MOBILE_UNET = {
     'model': {'name': 'unet', 'backbone': 'mobilenet_v2'}, 'peer': 'unet_mobilenet_v2',
 }  # fmt: skip
 BLOG = {'model': {'name': 'vgg_pspnet_blog'}, 'peer': 'keras'}
-# All of its update: augmentation, losses, AdamW, the average of the parameters. Its crop is 192.
+# Its whole update: augmentation with crops of 192, losses, AdamW, average of the parameters.
 RECIPE = lgg.get_config('mobilenet_unet').to_dict()
 
 

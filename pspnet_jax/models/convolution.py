@@ -126,7 +126,7 @@ def cpu_dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Arra
 def transposed(x: jax.Array) -> jax.Array:
     """x.T in two halves, because XLA undoes a plain one beside a product.
 
-    Of bfloat16 it is that of the bits: XLA for CPUs would transpose the numbers as float32.
+    bfloat16 is transposed as integers, since XLA for CPUs would convert it to float32 and back.
     """
     if len(x) == 1:
         return x.reshape(-1, 1)

@@ -118,8 +118,8 @@ def _check(header, path: Path, pydicom) -> None:
         decoder = pydicom.pixels.get_decoder(syntax)
     except NotImplementedError as error:
         raise DataError(
-            f'{compressed}, which pydicom can not decode: '
-            'unpack it, for instance by gdcmconv --raw, or convert it to NIfTI or PNG'
+            f'{compressed}, which pydicom cannot decode: '
+            'convert it to NIfTI or PNG by a program that can'
         ) from error
     if not decoder.is_available:
         raise DataError(f'{compressed}: to read it, {_plugin(syntax)}')
